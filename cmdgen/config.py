@@ -1,0 +1,266 @@
+"""What a model is and what is asked of it: frozen dataclasses, their presets, and nothing that runs.
+
+Fields of the text, UNet, VAE and noise configurations carry the names of transformers' and diffusers'
+`config.json`, so a stock Stable Diffusion folder is read without translation. Never imports torch.
+"""
+
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """CLIP text transformer; the defaults are ViT-L/14's text half (Stable Diffusion 1.x)."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Stable Diffusion UNet; the defaults are SD 1.5's."""
+
+    sample_size: int = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    layers_per_block: int = 2
+    cross_attention_dim: int = 768
+    # diffusers' historical name: this is the number of heads, one for all blocks or one for each
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    norm_num_groups: int = 32
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """KL autoencoder; the defaults are Stable Diffusion's f8 with four channels."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    sample_size: int = 512
+    scaling_factor: float = 0.18215
+
+    @property
+    def stride(self) -> int:
+        """Pixels along one side of a latent position."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Diffusion noise schedule and parametrisation; the defaults are Stable Diffusion's."""
+
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 1
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """CMD autoencoder; the defaults are the paper's (8+8 blocks, width 384; arXiv:2403.14148)."""
+
+    channels: int = 4
+    patch: int = 2
+    width: int = 384
+    heads: int = 8
+    depth: int = 8
+    motion_channels: int = 8
+    # "pixel": weights per pixel and channel, the paper's; "patch": one smooth map shared by the channels
+    importance: str = "pixel"
+    # "tanh": the paper's bounded z; "linear": unbounded, held by a small L2 in training
+    motion_activation: str = "tanh"
+    # per channel, measured on training data by `train motion`; z is standardised by them before diffusion
+    motion_mean: tuple[float, ...] | None = None
+    motion_std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """adaLN-Zero DiT; the defaults are CMD's motion DiT-XL/2 at content patch 8.
+
+    With `context_channels` the content frame joins as tokens; with `num_classes` it is class-conditional;
+    with `text_width` mean-pooled text joins the timestep embedding.
+    """
+
+    in_channels: int = 8
+    patch: int = 2
+    width: int = 1152
+    depth: int = 28
+    heads: int = 16
+    text_width: int | None = 1024
+    num_classes: int | None = None
+    context_channels: int | None = 4
+    context_patch: int = 8
+    learned_sigma: bool = True
+    noise: NoiseConfig = field(
+        default=NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0)
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One text-to-video model: its parts, the clip it makes, and how it is sampled unless asked otherwise."""
+
+    name: str
+    text: TextConfig | None
+    content: UNetConfig | DiTConfig
+    vae: VaeConfig | None
+    autoencoder: AutoencoderConfig
+    motion: DiTConfig
+    noise: NoiseConfig = NoiseConfig()
+    frames: int = 16
+    height: int = 512
+    width: int = 512
+    fps: int = 8
+    sampler: str = "ddim"
+    steps: int = 50
+    motion_steps: int = 100
+    guidance: float = 7.5
+    motion_guidance: float = 1.0
+
+
+CMD_SD15 = ModelConfig(
+    name="cmd-sd15",
+    text=TextConfig(),
+    content=UNetConfig(),
+    vae=VaeConfig(),
+    autoencoder=AutoencoderConfig(),
+    motion=DiTConfig(text_width=768, context_patch=4),
+)
+
+CMD_SD21 = replace(
+    CMD_SD15,
+    name="cmd-sd21",
+    text=TextConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=23,
+        num_attention_heads=16,
+        hidden_act="gelu",
+    ),
+    content=UNetConfig(
+        cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+    ),
+    vae=VaeConfig(sample_size=768),
+    motion=DiTConfig(),
+    width=1024,
+)
+
+CMD_UCF = ModelConfig(
+    name="cmd-ucf",
+    text=None,
+    content=DiTConfig(
+        in_channels=3, text_width=None, num_classes=101, context_channels=None, depth=28, width=1152
+    ),
+    vae=None,
+    autoencoder=AutoencoderConfig(channels=3),
+    motion=DiTConfig(
+        depth=24, width=1024, heads=16, text_width=None, context_channels=3, context_patch=4
+    ),
+    height=64,
+    width=64,
+    guidance=4.0,
+)
+
+MINI = ModelConfig(
+    name="mini",
+    text=TextConfig(
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        eos_token_id=1,
+    ),
+    content=UNetConfig(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(96, 192, 256),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        use_linear_projection=True,
+    ),
+    vae=VaeConfig(
+        block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=16, sample_size=64
+    ),
+    autoencoder=AutoencoderConfig(
+        width=160, heads=5, depth=4, importance="patch", motion_activation="linear"
+    ),
+    motion=DiTConfig(
+        width=256,
+        depth=6,
+        heads=4,
+        text_width=128,
+        context_patch=4,
+        learned_sigma=False,
+        noise=NoiseConfig(prediction_type="v_prediction", timestep_spacing="trailing"),
+    ),
+    noise=NoiseConfig(prediction_type="v_prediction", timestep_spacing="trailing"),
+    height=64,
+    width=64,
+    sampler="dpm++",
+    steps=25,
+    motion_steps=25,
+    guidance=3.0,
+)
+
+PRESETS = {preset.name: preset for preset in (MINI, CMD_SD15, CMD_SD21, CMD_UCF)}
+
+SAMPLERS = ("ddim", "ddpm", "dpm++")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What is asked of one sampling run; None means the model's own default."""
+
+    seed: int = 0
+    content_seed: int | None = None
+    motion_seed: int | None = None
+    steps: int | None = None
+    motion_steps: int | None = None
+    sampler: str | None = None
+    guidance: float | None = None
+    motion_guidance: float | None = None
+    negative: str = ""
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler is not None and self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
+        for name in ("steps", "motion_steps", "frames", "height", "width", "fps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.replace('_', ' ')} {value} is not at least 1")
+        for name in ("guidance", "motion_guidance"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 100:
+                raise ValueError(f"{name.replace('_', ' ')} {value} is not between 0 and 100")
+        for name in ("seed", "content_seed", "motion_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**63:
+                raise ValueError(f"{name.replace('_', ' ')} {value} is not between 0 and 2^63 - 1")
