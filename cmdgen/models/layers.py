@@ -1,0 +1,96 @@
+"""What the UNet, the VAE and the DiT share: time embedding, attention, residual block, resampling."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, width: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B,) -> (B, width): cosines, then sines, of t at frequencies from 1 down to 1/10000.
+
+    Sec. 3.5 of Vaswani et al. 2017 (arXiv:1706.03762), in Stable Diffusion's and DiT's order.
+    Computed in at least float32 and returned in `dtype`.
+    """
+    assert width % 2 == 0, f"width {width} is odd"
+    precise = torch.promote_types(dtype, torch.float32)
+    exponent = torch.arange(width // 2, device=t.device, dtype=precise) / (width // 2)
+    angle = t[:, None].to(precise) * torch.exp(-math.log(10000) * exponent)  # (B, width / 2)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over a context, or over itself, under diffusers' parameter names."""
+
+    def __init__(self, width: int, context_width: int, heads: int, *, bias: bool) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        self.heads = heads
+        self.to_q = nn.Linear(width, width, bias=bias)
+        self.to_k = nn.Linear(context_width, width, bias=bias)
+        self.to_v = nn.Linear(context_width, width, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, L, D), (B, M, D') -> (B, L, D)."""
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(y, "b l (n d) -> b n l d", n=self.heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        out: Tensor = F.scaled_dot_product_attention(q, k, v)  # (B, N, L, D / N)
+        return self.to_out[0](rearrange(out, "b n l d -> b l (n d)"))
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU and 3x3 convolution, twice, around a skip; the time embedding joins between."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_width: int = 0
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if time_width:
+            self.time_emb_proj = nn.Linear(time_width, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        )
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), (B, D) -> (B, C', H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C', H, W)
+        if time is not None:
+            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Strided 3x3 convolution; the UNet pads all four sides, the VAE only right and bottom."""
+
+    def __init__(self, channels: int, *, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2)."""
+        return self.conv(x if self.conv.padding != (0, 0) else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, or resizing, followed by a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W), or to the `size` asked for."""
+        size = size or (2 * x.shape[2], 2 * x.shape[3])
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
