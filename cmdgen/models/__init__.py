@@ -1,0 +1,1 @@
+"""Networks, each sized by its configuration."""

@@ -1,0 +1,256 @@
+"""CMD's video autoencoder: a clip is one content frame plus small motion latents (arXiv:2403.14148, sec. 3.2).
+
+Tokens travel as `(T, B, N, D)`, time first: attention over time and attention over space then both read
+the projections through strided views, without a copy.
+"""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cmdgen.config import AutoencoderConfig
+from cmdgen.weights import load_weights, read_config, save_weights, write_config
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# clips are short (tens of positions along an axis): slower rotations than this would tell nothing apart
+SLOWEST_ROTATION = 1 / 100
+
+
+def axial_rotation(sizes: tuple[int, ...], head_dim: int, device: torch.device) -> Tensor:
+    """() -> complex (L, head_dim / 2): unit rotations of the positions of a grid, axes sharing the head evenly.
+
+    The last axis varies fastest. Pairs of channels left over by the even split do not turn.
+    """
+    share = head_dim // 2 // len(sizes)
+    speeds = SLOWEST_ROTATION ** (torch.arange(share, device=device) / share)
+    grid = torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+    angles = (grid.view(-1, len(sizes), 1) * speeds).flatten(1)
+    angles = F.pad(angles, (0, head_dim // 2 - angles.shape[1]))
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """(..., D), complex broadcasting to (..., D / 2) -> (..., D): turn pairs of channels, in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions along one of two leading axes, the other being a batch."""
+
+    def __init__(self, width: int, heads: int, dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dim = dim
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """(S, R, D), complex (S or 1, R or 1, 2 D / 2) -> (S, R, D): attend along S (dim 0) or R (dim 1)."""
+        qk, v = self.qkv(x).tensor_split((2 * x.shape[-1],), dim=-1)
+        q, k = rotate(qk, rotation).chunk(2, dim=-1)
+        to_heads = (1 - self.dim, 2, self.dim, 3)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).permute(to_heads) for part in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (batch, N, L, D / N)
+        mixed = mixed.permute((2, 0, 1, 3) if self.dim == 0 else (0, 2, 1, 3)).flatten(2)
+        return self.out(mixed)
+
+
+class GegluFeedForward(nn.Module):
+    """Gated feed-forward of hidden width 4 D: `W (a * gelu(b))`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 8 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        value, gate = self.up(x).chunk(2, dim=-1)
+        return self.down(value * F.gelu(gate))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention over time, attention over space, feed-forward."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.time_norm = nn.LayerNorm(width)
+        self.time = Attention(width, heads, dim=0)
+        self.space_norm = nn.LayerNorm(width)
+        self.space = Attention(width, heads, dim=1)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = GegluFeedForward(width)
+
+    def forward(self, x: Tensor, time_rotation: Tensor, space_rotation: Tensor) -> Tensor:
+        """(T, B, N, D) -> (T, B, N, D)."""
+        frames, batch, tokens, _ = x.shape
+        attended = self.time(self.time_norm(x).flatten(1, 2), time_rotation)  # (T, B N, D)
+        x = x + attended.unflatten(1, (batch, tokens))
+        attended = self.space(self.space_norm(x).flatten(0, 1), space_rotation)  # (T B, N, D)
+        x = x + attended.unflatten(0, (frames, batch))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Unpatch(nn.Module):
+    """Transposed convolution whose kernel equals its stride: one linear layer, one bias for each channel."""
+
+    def __init__(self, width: int, channels: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.linear = nn.Linear(width, patch * patch * channels, bias=False)
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, rows: int) -> Tensor:
+        """(T, B, N, D) -> (B, C, T, H, W) of N = rows * columns tokens."""
+        patches = self.linear(x).unflatten(-1, (-1, self.bias.shape[0])) + self.bias
+        return rearrange(
+            patches, "t b (h w) (p q) c -> b c t (h p) (w q)", h=rows, p=self.patch, q=self.patch
+        )
+
+
+class CmdAutoencoder(nn.Module):
+    """Frames (scaled VAE latents, or pixels in [-1, 1]) to content frame and motion latents, and back."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        width, channels, patch = config.width, config.channels, config.patch
+        if width % (2 * config.heads):
+            raise ValueError(f"width {width} is not an even multiple of heads {config.heads}")
+        if config.importance not in ("pixel", "patch"):
+            raise ValueError(f"importance {config.importance!r} is not one of pixel, patch")
+        if config.motion_activation not in ("tanh", "linear"):
+            raise ValueError(
+                f"motion activation {config.motion_activation!r} is not one of tanh, linear"
+            )
+        self.config = config
+        self.embed_frames = nn.Linear(patch * patch * channels, width)
+        self.encoder = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.importance: Unpatch | nn.Linear
+        if config.importance == "pixel":
+            self.importance = Unpatch(width, channels, patch)
+        else:
+            self.importance = nn.Linear(width, 1)
+        self.motion_width = nn.Linear(width, config.motion_channels)
+        self.motion_height = nn.Linear(width, config.motion_channels)
+        self.embed_content = nn.Linear(patch * patch * channels, width)
+        self.embed_motion_width = nn.Linear(config.motion_channels, width)
+        self.embed_motion_height = nn.Linear(config.motion_channels, width)
+        self.decoder = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.output = Unpatch(width, channels, patch)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read `config.json` and the weights of one folder."""
+        model = cls(read_config(Path(folder), AutoencoderConfig))
+        load_weights(model, Path(folder), WEIGHTS)
+        return model
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write `config.json` and the weights, cast to `dtype`, into one folder."""
+        write_config(self.config, Path(folder))
+        save_weights(self, Path(folder), WEIGHTS, dtype)
+
+    def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, T, H, W) -> content (B, C, H, W), motion (B, K, T, W' + H'), the width-indexed part first.
+
+        Eq. 3-4. Raises ValueError where a side is not a multiple of the patch.
+        """
+        patch = self.config.patch
+        height, width = frames.shape[-2:]
+        if height % patch or width % patch:
+            raise ValueError(f"frames {height}x{width} are not multiples of the patch {patch}")
+        rows = height // patch
+        tokens = self.embed_frames(
+            rearrange(frames, "b c t (h p) (w q) -> t b (h w) (p q c)", p=patch, q=patch)
+        )
+        tokens = self._transform(self.encoder, tokens, rows)  # (T, B, N, D)
+        weights = self.importance_weights(tokens, rows)
+        content = (frames * weights).sum(dim=2).to(frames.dtype)
+        grid = tokens.unflatten(2, (rows, -1))  # (T, B, H', W', D)
+        # mean() accumulates in float32 whatever the dtype of the tokens
+        motion = torch.cat(
+            (self.motion_width(grid.mean(dim=2)), self.motion_height(grid.mean(dim=3))), dim=2
+        )
+        if self.config.motion_activation == "tanh":
+            motion = motion.tanh()
+        return content, rearrange(motion, "t b s k -> b k t s").to(frames.dtype)
+
+    def importance_weights(self, tokens: Tensor, rows: int) -> Tensor:
+        """(T, B, N, D) -> (B, C or 1, T, H, W): how much each frame adds to the content; sums to 1 over T."""
+        if isinstance(self.importance, Unpatch):
+            logits = self.importance(tokens, rows)
+            return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=2)
+        logits = self.importance(tokens)
+        weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=0)
+        smooth = F.interpolate(
+            rearrange(weights, "t b (h w) 1 -> b t h w", h=rows),
+            scale_factor=self.config.patch,
+            mode="bilinear",
+        )
+        return smooth.unsqueeze(1)
+
+    def decode(self, content: Tensor, motion: Tensor) -> Tensor:
+        """(B, C, H, W), (B, K, T, W' + H') -> (B, C, T, H, W). Eq. 5-6.
+
+        Raises ValueError where the motion does not have the content frame's W' + H' positions.
+        """
+        rows, columns = (side // self.config.patch for side in content.shape[-2:])
+        if motion.shape[-1] != columns + rows:
+            raise ValueError(
+                f"motion of {motion.shape[-1]} positions does not fit the content frame's "
+                f"{columns} + {rows}"
+            )
+        tokens = self._transform(self.decoder, self.embed(content, motion), rows)
+        return self.output(tokens, rows).to(content.dtype)
+
+    def embed(self, content: Tensor, motion: Tensor) -> Tensor:
+        """(B, C, H, W), (B, K, T, W' + H') -> (T, B, N, D): `v_thw = content_hw + width_tw + height_th`."""
+        patch = self.config.patch
+        still = self.embed_content(
+            rearrange(content, "b c (h p) (w q) -> b h w (p q c)", p=patch, q=patch)
+        )
+        rows, columns = still.shape[1:3]
+        across, down = rearrange(motion, "b k t s -> t b s k").split((columns, rows), dim=2)
+        total = self.embed_motion_width(across)[:, :, None] + still  # (T, B, H', W', D)
+        total = total + self.embed_motion_height(down)[:, :, :, None]
+        return total.flatten(2, 3)
+
+    def _transform(self, blocks: nn.ModuleList, tokens: Tensor, rows: int) -> Tensor:
+        frames, _, count, width = tokens.shape
+        heads = self.config.heads
+        head_dim = width // heads
+        time = axial_rotation((frames,), head_dim, tokens.device)
+        space = axial_rotation((rows, count // rows), head_dim, tokens.device)
+        # one copy for each head of the queries and of the keys: rows as long as those they multiply
+        time, space = time.repeat(1, 2 * heads)[:, None], space.repeat(1, 2 * heads)
+        for block in blocks:
+            tokens = block(tokens, time, space)
+        return tokens
+
+    def standardise(self, motion: Tensor) -> Tensor:
+        """(B, K, T, S) -> the same, zero mean and unit variance on the training data."""
+        if self.config.motion_mean is None or self.config.motion_std is None:
+            return motion
+        return (motion - per_channel(self.config.motion_mean, motion)) / per_channel(
+            self.config.motion_std, motion
+        )
+
+    def destandardise(self, motion: Tensor) -> Tensor:
+        """(B, K, T, S) -> the same: the inverse of `standardise`."""
+        if self.config.motion_mean is None or self.config.motion_std is None:
+            return motion
+        return motion * per_channel(self.config.motion_std, motion) + per_channel(
+            self.config.motion_mean, motion
+        )
+
+
+def per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """K numbers -> (K, 1, 1) beside a (B, K, T, S) tensor."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
