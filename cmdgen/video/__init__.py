@@ -1,0 +1,1 @@
+"""Video files: writing and reading."""
