@@ -1,0 +1,1 @@
+"""How good a model is: metrics, the probe classifier that reads clips, the report and its cost."""

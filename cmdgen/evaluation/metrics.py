@@ -1,0 +1,71 @@
+"""Peak signal-to-noise ratio, whole and masked, and the Frechet distance between two sets of features."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class SquaredError:
+    """Mean squared error over every value added so far, and the PSNR it gives.
+
+    PSNR is taken once, of the mean over all values of all clips, so it is not a mean of decibels:
+    a clip that fails weighs as much as its error does.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.count = 0
+
+    def add(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
+        """(..., C, H, W) x2 in [0, 1], mask (..., H, W) bool -> None. Only values inside the mask count."""
+        if prediction.shape != target.shape:
+            raise ValueError(f"shapes {tuple(prediction.shape)} and {tuple(target.shape)} differ")
+        error = (prediction.double() - target.double()).square()
+        if mask is not None:
+            error = error * mask.unsqueeze(-3)
+            self.count += int(mask.sum()) * error.shape[-3]
+        else:
+            self.count += error.numel()
+        self.total += float(error.sum())
+
+    def psnr(self) -> float:
+        """() -> decibels for a peak of 1; infinite when nothing differs, not a number when nothing was added."""
+        if not self.count:
+            return math.nan
+        return -10 * math.log10(self.total / self.count) if self.total else math.inf
+
+
+def psnr(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> float:
+    """(..., C, H, W) x2 in [0, 1], mask (..., H, W) bool -> decibels."""
+    error = SquaredError()
+    error.add(prediction, target, mask)
+    return error.psnr()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """(N, D), (M, D) -> squared 2-Wasserstein distance of the two Gaussians fitted to the rows.
+
+    |mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), unbiased covariances without shrinkage, float64
+    (Dowson and Landau 1982). Biased upwards by finite sets, so only sets of one size compare.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"feature sets {tuple(a.shape)} and {tuple(b.shape)} are not (N, D) and (M, D)"
+        )
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"{min(len(a), len(b))} clips have no covariance, at least 2 do")
+    a, b = a.double(), b.double()
+    root = _symmetric_root(torch.cov(a.mT))
+    covariance = torch.cov(b.mT)
+    # tr((A^1/2 B A^1/2)^1/2): the matrix inside is symmetric, so its eigenvalues are real
+    cross = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
+    traces = root.square().sum() + covariance.trace()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + traces - 2 * cross
+    return max(float(distance), 0.0)
+
+
+def _symmetric_root(matrix: Tensor) -> Tensor:
+    """(D, D) symmetric positive semi-definite -> (D, D), its symmetric square root."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
