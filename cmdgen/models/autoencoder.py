@@ -1,7 +1,7 @@
-"""CMD's video autoencoder: a clip is one content frame plus small motion latents (arXiv:2403.14148, sec. 3.2).
+"""CMD's video autoencoder: a clip is one content frame plus small motion latents.
 
-Tokens travel as `(T, B, N, D)`, time first: attention over time and attention over space then both read
-the projections through strided views, without a copy.
+Sec. 3.2 of Yu et al. 2024 (arXiv:2403.14148). Tokens travel as `(T, B, N, D)`, time first: attention
+over time and attention over space then both read the projections through strided views, uncopied.
 """
 
 from pathlib import Path
@@ -17,15 +17,15 @@ from cmdgen.weights import load_weights, read_config, save_weights, write_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-# clips are short (tens of positions along an axis): slower rotations than this would tell nothing apart
+# an axis has tens of positions: slower rotations than this would tell nothing apart
 SLOWEST_ROTATION = 1 / 100
 
 
 def axial_rotation(sizes: tuple[int, ...], head_dim: int, like: Tensor) -> Tensor:
     """() -> complex (L, head_dim / 2): unit rotations of a grid's positions, the last axis fastest.
 
-    The axes share the head evenly; pairs of channels left over do not turn. On `like`'s device, float32 at
-    least.
+    The axes share the head evenly; pairs of channels left over do not turn. In float32 at least,
+    on the device of `like`.
     """
     share = head_dim // 2 // len(sizes)
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -39,7 +39,7 @@ def axial_rotation(sizes: tuple[int, ...], head_dim: int, like: Tensor) -> Tenso
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """(..., D), complex broadcasting to (..., D / 2) -> (..., D): turn pairs of channels, in float32 at least."""
+    """(..., D), complex (..., D / 2) -> (..., D): turn pairs of channels, in float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
@@ -47,8 +47,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, N, L, D) x 3 -> (B, N, L, D): softmax attention."""
-    # on a CPU the fused kernel pays for each of the many short rows: forward and backward of 16 frames take
-    # 2 times as long in float32 and 10 times in bfloat16
+    # on a CPU the fused kernel pays for each of the many short rows: forward and backward of 16
+    # frames take twice as long in float32 and 10 times as long in bfloat16
     if q.device.type == "cpu" and q.shape[-2] <= 128:
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         wide = torch.promote_types(scores.dtype, torch.float32)
@@ -57,7 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary positions along one of two leading axes, the other being a batch."""
+    """Self-attention with rotary positions along one of two axes, the other being a batch."""
 
     def __init__(self, width: int, heads: int, dim: int) -> None:
         super().__init__()
@@ -67,7 +67,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """(S, R, D), complex (S or 1, R or 1, 2 D / 2) -> (S, R, D): attend along S (dim 0) or R (dim 1)."""
+        """(S, R, D), complex broadcasting to (S, R, D) -> (S, R, D): attend along S or along R.
+
+        The rotation holds D / 2 numbers for the queries, then D / 2 for the keys.
+        """
         qk, v = self.qkv(x).tensor_split((2 * x.shape[-1],), dim=-1)
         q, k = rotate(qk, rotation).chunk(2, dim=-1)
         to_heads = (1 - self.dim, 2, self.dim, 3)
@@ -114,7 +117,7 @@ class Block(nn.Module):
 
 
 class Unpatch(nn.Module):
-    """Transposed convolution whose kernel equals its stride: one linear layer, one bias for each channel."""
+    """Transposed convolution whose kernel equals its stride: a linear layer, a bias per channel."""
 
     def __init__(self, width: int, channels: int, patch: int) -> None:
         super().__init__()
@@ -131,7 +134,7 @@ class Unpatch(nn.Module):
 
 
 class CmdAutoencoder(nn.Module):
-    """Frames (scaled VAE latents, or pixels in [-1, 1]) to content frame and motion latents, and back."""
+    """Frames (scaled VAE latents, or pixels in [-1, 1]) to content and motion, and back."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -173,9 +176,9 @@ class CmdAutoencoder(nn.Module):
         save_weights(self, Path(folder), WEIGHTS, dtype)
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, T, H, W) -> content (B, C, H, W), motion (B, K, T, W' + H'), the width-indexed part first.
+        """(B, C, T, H, W) -> content (B, C, H, W), motion (B, K, T, W' + H').
 
-        Eq. 3-4. Raises ValueError where a side is not a multiple of the patch.
+        Eq. 3-4; the width-indexed part of the motion comes first. Raises ValueError where a side is not a multiple of the patch.
         """
         patch = self.config.patch
         height, width = frames.shape[-2:]
@@ -198,7 +201,7 @@ class CmdAutoencoder(nn.Module):
         return content, rearrange(motion, "t b s k -> b k t s").to(frames.dtype)
 
     def importance_weights(self, tokens: Tensor, rows: int) -> Tensor:
-        """(T, B, N, D) -> (B, C or 1, T, H, W): how much each frame adds to the content; sums to 1 over T."""
+        """(T, B, N, D) -> (B, C or 1, T, H, W): each frame's share of the content, summing to 1."""
         if isinstance(self.importance, Unpatch):
             logits = self.importance(tokens, rows)
             return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=2)
@@ -226,7 +229,7 @@ class CmdAutoencoder(nn.Module):
         return self.output(tokens, rows).to(content.dtype)
 
     def embed(self, content: Tensor, motion: Tensor) -> Tensor:
-        """(B, C, H, W), (B, K, T, W' + H') -> (T, B, N, D): `v_thw = content_hw + width_tw + height_th`."""
+        """(B, C, H, W), (B, K, T, W' + H') -> (T, B, N, D): content_hw + width_tw + height_th."""
         patch = self.config.patch
         still = self.embed_content(
             rearrange(content, "b c (h p) (w q) -> b h w (p q c)", p=patch, q=patch)

@@ -1,0 +1,152 @@
+"""Samplers as pure functions over a denoiser: DDIM, ancestral DDPM, DPM-Solver++(2M).
+
+A denoiser maps samples (B, C, ...) and timesteps (B,) to its raw output (B, C or 2 C, ...).
+Coefficients are float64 numbers; samples keep the dtype of the first noise. After each step
+`on_step(done, total)` reports progress.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from cmdgen.config import NoiseConfig
+from cmdgen.diffusion.schedule import alphas_cumprod, split_sigma, timesteps, to_x0_eps
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+OnStep = Callable[[int, int], None]
+
+
+def ddim(
+    denoise: Denoise,
+    noise: Tensor,
+    config: NoiseConfig,
+    *,
+    steps: int,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """(B, C, ...) of unit noise -> (B, C, ...). Eq. 12 of Song et al. 2021 (arXiv:2010.02502).
+
+    `eta` 0 is deterministic, 1 as noisy as DDPM. Leading timesteps with an offset end at timestep
+    0, as Stable Diffusion does (`set_alpha_to_one` false); all others end without noise.
+    """
+    ends_at_zero = config.timestep_spacing == "leading" and config.steps_offset > 0
+    end = float(alphas_cumprod(config)[0]) if ends_at_zero else 1.0
+    x = noise
+    for t, alpha, after in _walk(config, timesteps(config, steps), end, on_step):
+        x0, eps, _ = _predict(denoise, x, t, alpha, config)
+        sigma = eta * math.sqrt((1 - after) / (1 - alpha) * (1 - alpha / after))
+        x = math.sqrt(after) * x0 + math.sqrt(max(1 - after - sigma**2, 0.0)) * eps
+        if sigma > 0:
+            x = x + sigma * _draw(x, generator)
+    return x
+
+
+def ddpm(
+    denoise: Denoise,
+    noise: Tensor,
+    config: NoiseConfig,
+    *,
+    steps: int,
+    generator: torch.Generator | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """(B, C, ...) of unit noise -> (B, C, ...). Ancestral sampling over respaced timesteps.
+
+    Eq. 6-7 of Ho et al. 2020 (arXiv:2006.11239). The variance is the posterior's, or, where the
+    denoiser has 2 C channels, the learned interpolation of logarithms between it and beta: eq. 15
+    of Nichol & Dhariwal 2021 (arXiv:2102.09672).
+    """
+    x = noise
+    for t, alpha, after in _walk(config, timesteps(config, steps), 1.0, on_step):
+        x0, _, learned = _predict(denoise, x, t, alpha, config)
+        keep = alpha / after
+        beta = 1 - keep
+        variance = (1 - after) / (1 - alpha) * beta
+        mean = math.sqrt(after) * beta / (1 - alpha) * x0
+        mean = mean + math.sqrt(keep) * (1 - after) / (1 - alpha) * x
+        if variance == 0:
+            x = mean
+        elif learned is None:
+            x = mean + math.sqrt(variance) * _draw(x, generator)
+        else:
+            share = (learned.to(x.dtype) + 1) / 2
+            log_variance = share * math.log(beta) + (1 - share) * math.log(variance)
+            x = mean + (log_variance / 2).exp() * _draw(x, generator)
+    return x
+
+
+def dpm_solver_pp(
+    denoise: Denoise,
+    noise: Tensor,
+    config: NoiseConfig,
+    *,
+    steps: int,
+    generator: torch.Generator | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """(B, C, ...) of unit noise -> (B, C, ...). Algorithm 2 of Lu et al. 2022 (arXiv:2211.01095).
+
+    Deterministic: `generator` is not used. The first step is of first order, and so is the last,
+    which ends without noise and therefore on the last x0. Leading timesteps are those of
+    `steps` + 1 parts without the last, as diffusers has them: DDIM's would spend a step near zero.
+    """
+    visited = timesteps(config, steps)
+    if config.timestep_spacing == "leading":
+        visited = timesteps(config, min(steps + 1, config.num_train_timesteps))[:steps]
+    x = noise
+    previous: tuple[Tensor, float] | None = None
+    for t, alpha, after in _walk(config, visited, 1.0, on_step):
+        x0, _, _ = _predict(denoise, x, t, alpha, config)
+        if after == 1.0:
+            x = x0
+            continue
+        log_snr = _half_log_snr(alpha)
+        stride = _half_log_snr(after) - log_snr
+        target = x0
+        if previous is not None:
+            earlier, earlier_log_snr = previous
+            target = x0 + stride / (log_snr - earlier_log_snr) / 2 * (x0 - earlier)
+        x = (
+            math.sqrt((1 - after) / (1 - alpha)) * x
+            - math.sqrt(after) * math.expm1(-stride) * target
+        )
+        previous = x0, log_snr
+    return x
+
+
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp}
+
+
+def _walk(
+    config: NoiseConfig, visited: Tensor, end: float, on_step: OnStep | None
+) -> Iterator[tuple[int, float, float]]:
+    """(steps,) -> each timestep, its signal power, and the next one's, which is `end` at last."""
+    steps = visited.tolist()
+    powers = [*alphas_cumprod(config)[visited].tolist(), end]
+    for i, t in enumerate(steps):
+        yield t, powers[i], powers[i + 1]
+        if on_step is not None:
+            on_step(i + 1, len(steps))
+
+
+def _predict(
+    denoise: Denoise, x: Tensor, t: int, alpha: float, config: NoiseConfig
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(B, C, ...) -> clean sample, noise, learned variance where there is one."""
+    output = denoise(x, torch.full((x.shape[0],), t, device=x.device))
+    prediction, learned = split_sigma(output, x.shape[1])
+    return *to_x0_eps(prediction, x, alpha, config.prediction_type), learned
+
+
+def _half_log_snr(alpha: float) -> float:
+    return math.log(alpha / (1 - alpha)) / 2
+
+
+def _draw(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """(B, C, ...) -> unit noise of that shape: drawn where the generator lives, then moved."""
+    device = torch.device("cpu") if generator is None else generator.device
+    return torch.randn(like.shape, generator=generator, device=device).to(like)

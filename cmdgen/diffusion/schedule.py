@@ -1,0 +1,92 @@
+"""The forward process `x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps` and its parametrisations.
+
+`alpha` is the signal's power a_t throughout (Ho et al. 2020's cumulative product,
+arXiv:2006.11239): one number, or a tensor of shape (B,) with one for each sample.
+"""
+
+import torch
+from torch import Tensor
+
+from cmdgen.config import NoiseConfig
+
+
+def alphas_cumprod(noise: NoiseConfig) -> Tensor:
+    """() -> (num_train_timesteps,) float64: the signal's power at each timestep, falling."""
+    steps = noise.num_train_timesteps
+    match noise.beta_schedule:
+        case "linear":
+            betas = torch.linspace(noise.beta_start, noise.beta_end, steps, dtype=torch.float64)
+        case "scaled_linear":
+            betas = torch.linspace(
+                noise.beta_start**0.5, noise.beta_end**0.5, steps, dtype=torch.float64
+            ).square()
+        case other:
+            raise ValueError(f"beta schedule {other!r} is not one of linear, scaled_linear")
+    return (1 - betas).cumprod(dim=0)
+
+
+def timesteps(noise: NoiseConfig, steps: int) -> Tensor:
+    """() -> (steps,) int64: the training timesteps to visit, falling.
+
+    "leading" starts each of `steps` equal parts, moved up by `steps_offset`; "trailing" ends each,
+    and so begins at the noisiest (Lin et al. 2023, arXiv:2305.08891, table 2).
+    """
+    total = noise.num_train_timesteps
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps {steps} is not between 1 and {total}")
+    index = torch.arange(steps)
+    match noise.timestep_spacing:
+        case "leading":
+            visited = index.flip(0) * (total // steps)
+            # as many steps as timesteps leave no room for an offset
+            return visited + min(noise.steps_offset, total - 1 - int(visited[0]))
+        case "trailing":
+            return (total - index.double() * total / steps).round().long() - 1
+        case other:
+            raise ValueError(f"timestep spacing {other!r} is not one of leading, trailing")
+
+
+def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor | float) -> Tensor:
+    """(B, ...), (B, ...) -> (B, ...): the sample at signal power `alpha`."""
+    signal, deviation = _amplitudes(alpha, x0)
+    return signal * x0 + deviation * noise
+
+
+def velocity(x0: Tensor, noise: Tensor, alpha: Tensor | float) -> Tensor:
+    """(B, ...), (B, ...) -> (B, ...): the v of Salimans & Ho 2022 (arXiv:2202.00512)."""
+    signal, deviation = _amplitudes(alpha, x0)
+    return signal * noise - deviation * x0
+
+
+def to_x0_eps(
+    prediction: Tensor, sample: Tensor, alpha: Tensor | float, prediction_type: str
+) -> tuple[Tensor, Tensor]:
+    """(B, C, ...), (B, C, ...) -> clean sample, noise: what a prediction says of both."""
+    signal, deviation = _amplitudes(alpha, sample)
+    prediction = prediction.to(sample.dtype)
+    match prediction_type:
+        case "epsilon":
+            return (sample - deviation * prediction) / signal, prediction
+        case "v_prediction":
+            x0 = signal * sample - deviation * prediction
+            return x0, signal * prediction + deviation * sample
+        case other:
+            raise ValueError(f"prediction type {other!r} is not one of epsilon, v_prediction")
+
+
+def split_sigma(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """(B, C or 2 C, ...) -> prediction and, where there is one, learned variance, (B, C, ...)."""
+    if output.shape[1] == channels:
+        return output, None
+    assert output.shape[1] == 2 * channels, f"{output.shape[1]} channels for samples of {channels}"
+    prediction, sigma = output.chunk(2, dim=1)
+    return prediction, sigma
+
+
+def _amplitudes(alpha: Tensor | float, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """(B,) or a number -> sqrt(alpha), sqrt(1 - alpha), broadcasting to `like` in its dtype."""
+    if isinstance(alpha, float):
+        return alpha**0.5, (1 - alpha) ** 0.5
+    # the roots are taken before the cast: 1 - alpha is small where little noise is added
+    alpha = alpha.view(-1, *(1,) * (like.dim() - 1))
+    return alpha.sqrt().to(like), (1 - alpha).sqrt().to(like)
