@@ -1,4 +1,4 @@
-"""Peak signal-to-noise ratio, whole and masked, and the Frechet distance between two sets of features."""
+"""Peak signal-to-noise ratio, whole and masked, and the Frechet distance of two feature sets."""
 
 import math
 
@@ -18,7 +18,7 @@ class SquaredError:
         self.count = 0
 
     def add(self, prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
-        """(..., C, H, W) x2 in [0, 1], mask (..., H, W) bool -> None. Only values inside the mask count."""
+        """(..., C, H, W) x2 in [0, 1], mask (..., H, W) bool: where values count."""
         if prediction.shape != target.shape:
             raise ValueError(f"shapes {tuple(prediction.shape)} and {tuple(target.shape)} differ")
         error = (prediction.double() - target.double()).square()
@@ -30,7 +30,7 @@ class SquaredError:
         self.total += float(error.sum())
 
     def psnr(self) -> float:
-        """() -> decibels for a peak of 1; infinite when nothing differs, not a number when nothing was added."""
+        """Decibels for a peak of 1: infinite when nothing differs, nan when nothing was added."""
         if not self.count:
             return math.nan
         return -10 * math.log10(self.total / self.count) if self.total else math.inf
@@ -46,8 +46,8 @@ def psnr(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> floa
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """(N, D), (M, D) -> squared 2-Wasserstein distance of the two Gaussians fitted to the rows.
 
-    |mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), unbiased covariances without shrinkage, float64
-    (Dowson and Landau 1982). Biased upwards by finite sets, so only sets of one size compare.
+    |mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) in float64 (Dowson and Landau 1982), with
+    unbiased covariances and no shrinkage. Biased upwards by finite sets, so only sets of one size compare.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(
