@@ -1,0 +1,202 @@
+"""The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752).
+
+Parameter names equal diffusers' `AutoencoderKL`: its files load here, ours load there.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cmdgen.config import VaeConfig
+from cmdgen.models.layers import Attention, Downsample, ResnetBlock, Upsample
+from cmdgen.weights import load_model, save_model
+
+FILENAME = "diffusion_pytorch_model.safetensors"
+_EPS = 1e-6
+# attention was named otherwise before diffusers 0.17; stock Stable Diffusion files still are
+_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+class SpatialAttention(Attention):
+    """Single-head attention over the positions of a feature map, around a skip."""
+
+    def __init__(self, channels: int, *, groups: int) -> None:
+        super().__init__(channels, channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        return x + rearrange(super().forward(tokens), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, *, groups: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([SpatialAttention(channels, groups=groups)])
+        self.resnets = nn.ModuleList(
+            ResnetBlock(channels, channels, groups=groups, eps=_EPS) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class DownBlock(nn.Module):
+    """Residual blocks, then halving except in the last level."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, *, groups: int, last: bool
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(out_channels if i else in_channels, out_channels, groups=groups, eps=_EPS)
+            for i in range(layers)
+        )
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels, padding=0)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H/2, W/2)."""
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """Residual blocks, then doubling except in the last level."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, layers: int, *, groups: int, last: bool
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(out_channels if i else in_channels, out_channels, groups=groups, eps=_EPS)
+            for i in range(layers)
+        )
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', 2H, 2W)."""
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pixels to the moments of the latent distribution, before `quant_conv`."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock(before, width, config.layers_per_block, groups=groups, last=i == len(widths) - 1)
+            for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+        )
+        self.mid_block = MidBlock(widths[-1], groups=groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 2c, h, w)."""
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents, after `post_quant_conv`, to pixels."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups=groups)
+        self.up_blocks = nn.ModuleList(
+            UpBlock(
+                before, width, config.layers_per_block + 1, groups=groups, last=i == len(widths) - 1
+            )
+            for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+        )
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, c, h, w) -> (B, 3, H, W)."""
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class KlVae(nn.Module):
+    """Frames to latents, `config.stride` times smaller along each side, and back."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> mean and log variance, each (B, c, h, w), unscaled."""
+        stride = self.config.stride
+        if x.shape[2] % stride or x.shape[3] % stride:
+            height, width = x.shape[2:]
+            raise ValueError(f"frame size {height}x{width} is not a multiple of {stride}")
+        x = x.contiguous(memory_format=torch.channels_last)
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """(B, c, h, w) unscaled -> (B, 3, H, W), about [-1, 1]."""
+        z = z.contiguous(memory_format=torch.channels_last)
+        return self.decoder(self.post_quant_conv(z))
+
+    def to_latents(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, c, h, w) scaled: the mean, or a sample given a generator."""
+        mean, logvar = self.encode(frames)
+        if generator is not None:
+            # drawn where the generator lives, so that one seed is one sample on every device
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+            mean = mean + (0.5 * logvar).exp() * noise.to(mean)
+        return mean * self.config.scaling_factor
+
+    def from_latents(self, latents: Tensor) -> Tensor:
+        """(B, c, h, w) scaled -> (B, 3, H, W), about [-1, 1]."""
+        return self.decode(latents / self.config.scaling_factor)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "KlVae":
+        """Read a folder in diffusers' layout; ValueError names the file that is wrong."""
+        return load_model(
+            cls, VaeConfig, folder, FILENAME, dtype=dtype, device=device, rename=_rename
+        )
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write a folder that diffusers' `AutoencoderKL` opens."""
+        save_model(self, self.config, folder, FILENAME, dtype=dtype)
+
+
+def _rename(name: str) -> str:
+    for old, new in _OLD_NAMES.items():
+        if "attentions" in name:
+            name = name.replace(old, new)
+    return name
