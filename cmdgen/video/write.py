@@ -1,0 +1,90 @@
+"""Frames to an mp4 that plays everywhere: h264, yuv420p, BT.709, never resized, whole or absent."""
+
+import json
+import os
+import secrets
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from imageio_ffmpeg import get_ffmpeg_exe
+
+SUFFIXES = (".mp4",)
+
+# the matrix is tagged as well as used: players else guess it from the frame's size
+BT709 = (
+    *("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"),
+    *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
+    *("-color_range", "tv"),
+)
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError, saying what is possible, where `write_video` could not write to `path`."""
+    target = Path(path)
+    if target.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{target}: the name of a video must end in {' or '.join(SUFFIXES)}")
+    try:
+        if target.is_dir():
+            raise ValueError(f"{target} is a folder: give the name of a file in it")
+        if target.exists() and not (target.is_file() and os.access(target, os.W_OK)):
+            raise ValueError(f"{target} exists and may not be replaced: give another name")
+        folder = target.resolve().parent
+        if not folder.is_dir():
+            raise ValueError(f"{target}: there is no folder {folder}: make it first")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"{target}: the folder {folder} may not be written to")
+        target.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ValueError(f"{target}: {error.strerror}") from error
+
+
+def write_video(
+    path: str | os.PathLike[str],
+    frames: np.ndarray,
+    fps: float,
+    metadata: Mapping[str, object],
+    *,
+    crf: int = 16,
+) -> None:
+    """uint8 (T, H, W, 3) -> an mp4 with `metadata` as JSON in its comment; `crf` 0 best, 51 worst.
+
+    Raises ValueError for frames that h264 in yuv420p cannot hold or a path that cannot be written,
+    OSError where the encoder fails. The file appears whole or not at all.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(
+            f"frames are {frames.dtype} {frames.shape}, expected uint8 (T, H, W, 3), T at least 1"
+        )
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"size {width}x{height} is odd: h264 in yuv420p needs even sides")
+    if not 0 < fps <= 1000:
+        raise ValueError(f"fps {fps} is not above 0 and at most 1000")
+    check_output(path)
+    target = Path(path).resolve()
+    temporary = target.with_name(f".cmdgen-{secrets.token_hex(8)}{target.suffix.lower()}")
+    command = [
+        *(get_ffmpeg_exe(), "-v", "error", "-y"),
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)),
+        *("-i", "-", *BT709, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(crf)),
+        *("-metadata", f"comment={json.dumps(metadata, ensure_ascii=False)}"),
+        *("-movflags", "+faststart", f"file:{temporary}"),
+    ]
+    try:
+        # in a session of its own: Ctrl-C reaches the encoder through us, which then remove its file
+        done = subprocess.run(
+            command,
+            input=np.ascontiguousarray(frames).data.cast("B"),
+            capture_output=True,
+            start_new_session=True,
+        )
+        if done.returncode:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            raise OSError(f"{target} was not written: {lines[-1] if lines else 'ffmpeg failed'}")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
