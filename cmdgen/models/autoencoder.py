@@ -1,7 +1,7 @@
 """CMD's video autoencoder: a clip is one content frame plus small motion latents.
 
-Sec. 3.2 of Yu et al. 2024 (arXiv:2403.14148). Tokens travel as `(T, B, N, D)`, time first: attention
-over time and attention over space then both read the projections through strided views, uncopied.
+Sec. 3.2 of Yu et al. 2024 (arXiv:2403.14148). Tokens travel as `(T, B, N, D)`, time first, so that
+attention over time and attention over space both read the projections through views, uncopied.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import AutoencoderConfig
+from cmdgen.models.attention import attend
 from cmdgen.weights import load_weights, read_config, save_weights, write_config
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -43,17 +44,6 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, N, L, D) x 3 -> (B, N, L, D): softmax attention."""
-    # on a CPU the fused kernel pays for each of the many short rows: forward and backward of 16
-    # frames take twice as long in float32 and 10 times as long in bfloat16
-    if q.device.type == "cpu" and q.shape[-2] <= 128:
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        return scores.softmax(dim=-1, dtype=wide).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -178,7 +168,8 @@ class CmdAutoencoder(nn.Module):
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, T, H, W) -> content (B, C, H, W), motion (B, K, T, W' + H').
 
-        Eq. 3-4; the width-indexed part of the motion comes first. Raises ValueError where a side is not a multiple of the patch.
+        Eq. 3-4; the width-indexed part of the motion comes first. Raises ValueError where a side is
+        not a multiple of the patch.
         """
         patch = self.config.patch
         height, width = frames.shape[-2:]

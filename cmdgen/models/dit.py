@@ -1,0 +1,198 @@
+"""Diffusion transformer with adaLN-Zero blocks (Peebles & Xie 2023, arXiv:2212.09748).
+
+One class for CMD's motion model, whose tokens are patches of the motion latents followed by patches
+of the content frame, and for its class-conditional content model, an ordinary image DiT.
+"""
+
+import math
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cmdgen.config import DiTConfig
+from cmdgen.models.attention import attend
+from cmdgen.models.layers import timestep_embedding
+from cmdgen.weights import load_weights, read_config, save_weights, write_config
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+FREQUENCIES = 256
+
+
+def grid_positions(rows: int, columns: int, width: int, like: Tensor) -> Tensor:
+    """() -> (rows * columns, width): sines and cosines, half the channels for each axis."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    exponent = torch.arange(width // 4, dtype=dtype, device=like.device) / (width // 4)
+    speeds = torch.exp(-math.log(10000) * exponent)
+    down, across = (
+        torch.arange(size, dtype=dtype, device=like.device)[:, None] * speeds
+        for size in (rows, columns)
+    )
+    angles = torch.stack(
+        (down[:, None].expand(-1, columns, -1), across.expand(rows, -1, -1)), dim=2
+    )  # (rows, columns, 2, width / 4)
+    return rearrange(
+        torch.stack((angles.sin(), angles.cos()), dim=3), "h w side part d -> (h w) (side part d)"
+    ).to(like.dtype)
+
+
+def to_patches(image: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, L, P P C), row by row."""
+    height, width = image.shape[-2:]
+    if height % patch or width % patch:
+        raise ValueError(f"{height}x{width} is not a multiple of the patch {patch}")
+    return rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(B, L, D), (B, 1, D) x 2 -> (B, L, D): layer norm whose affine part is the condition's."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated and gated by the condition; the identity at first."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """(B, L, D), (B, 1, D) -> (B, L, D)."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition).chunk(6, -1)
+        qkv = self.qkv(modulate(x, shift, scale))
+        q, k, v = rearrange(qkv, "b l (three n d) -> three b n l d", three=3, n=self.heads)
+        x = x + gate * self.out(rearrange(attend(q, k, v), "b n l d -> b l (n d)"))
+        return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
+
+
+class DiT(nn.Module):
+    """Predicts noise (and its variance) of an image, or of motion latents given a content frame."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width = config.width
+        if width % config.heads:
+            raise ValueError(f"width {width} is not a multiple of heads {config.heads}")
+        if width % 4:
+            raise ValueError(f"width {width} is not a multiple of 4")
+        self.config = config
+        self.out_channels = config.in_channels * (2 if config.learned_sigma else 1)
+        self.embed_sample = nn.Linear(config.patch**2 * config.in_channels, width)
+        self.embed_time = nn.Sequential(
+            nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        if config.text_width is not None:
+            self.embed_text = nn.Linear(config.text_width, width)
+        if config.num_classes is not None:
+            # the last row is the null class of guidance
+            self.embed_label = nn.Embedding(config.num_classes + 1, width)
+        if config.context_channels is not None:
+            self.embed_context = nn.Linear(config.context_patch**2 * config.context_channels, width)
+            # told apart by these: the width-indexed tokens, the height-indexed ones, the context
+            self.kinds = nn.Parameter(torch.empty(3, width))
+        self.blocks = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.final = nn.Linear(width, config.patch**2 * self.out_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or "modulation" in name or name == "final.weight":
+                nn.init.zeros_(parameter)
+            elif name.startswith(("embed_time", "embed_label", "kinds")):
+                nn.init.normal_(parameter, std=0.02)
+            else:
+                nn.init.xavier_uniform_(parameter)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Read `config.json` and the weights of one folder."""
+        model = cls(read_config(Path(folder), DiTConfig))
+        load_weights(model, Path(folder), WEIGHTS)
+        return model
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write `config.json` and the weights, cast to `dtype`, into one folder."""
+        write_config(self.config, Path(folder))
+        save_weights(self, Path(folder), WEIGHTS, dtype)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        *,
+        text: Tensor | None = None,
+        labels: Tensor | None = None,
+        context: Tensor | None = None,
+        split: int | None = None,
+    ) -> Tensor:
+        """(B, C, H, W), (B,) -> (B, C or 2 C, H, W).
+
+        `text` (B, L, D) are token states, `labels` (B,) classes, `context` (B, C, H, W) the content
+        frame. Of motion latents (B, K, T, W' + H'), `split` says W', the columns of the first part.
+        """
+        config = self.config
+        for name, value, wanted in (
+            ("text", text, config.text_width),
+            ("labels", labels, config.num_classes),
+            ("context", context, config.context_channels),
+            ("split", split, config.context_channels),
+        ):
+            if (value is None) != (wanted is None):
+                raise ValueError(f"this model {'takes no' if wanted is None else 'needs'} {name}")
+        condition = self.embed_time(timestep_embedding(timestep, FREQUENCIES, dtype=sample.dtype))
+        if text is not None:
+            condition = condition + self.embed_text(text.mean(dim=1))
+        if labels is not None:
+            condition = condition + self.embed_label(labels)
+        condition = F.silu(condition)[:, None]  # (B, 1, D)
+
+        tokens = self.embed_sample(to_patches(sample, config.patch))  # (B, L, D)
+        count, rows = tokens.shape[1], sample.shape[-2] // config.patch
+        if context is None or split is None:
+            tokens = tokens + self._positions(rows, count // rows)
+        else:
+            tokens = tokens + self._motion_positions(rows, count // rows, split)
+            tokens = torch.cat((tokens, self._embed_context(context)), dim=1)
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
+        patches = self.final(modulate(tokens[:, :count], shift, scale))
+        return rearrange(
+            patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=config.patch, q=config.patch
+        )
+
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        # like a weight, not like the tokens: under autocast the residual stream stays in float32
+        return grid_positions(rows, columns, self.config.width, self.embed_sample.weight)
+
+    def _motion_positions(self, rows: int, columns: int, split: int) -> Tensor:
+        """() -> (rows * columns, D): position in time, position within the part, the part's kind."""
+        patch = self.config.patch
+        if split % patch or not 0 < split < columns * patch:
+            raise ValueError(
+                f"split {split} of {columns * patch} columns is not a multiple of the patch {patch}"
+            )
+        across = split // patch
+        parts = [
+            rearrange(self._positions(rows, size), "(h w) d -> h w d", h=rows) + kind
+            for size, kind in zip((across, columns - across), self.kinds[:2], strict=True)
+        ]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def _embed_context(self, context: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, L, D)."""
+        patch = self.config.context_patch
+        tokens = self.embed_context(to_patches(context, patch))
+        rows, columns = (side // patch for side in context.shape[-2:])
+        return tokens + self._positions(rows, columns) + self.kinds[2]
