@@ -1,0 +1,1 @@
+"""Clips to learn from: the rendered world and folders of video files."""

@@ -1,0 +1,37 @@
+"""What a source of training clips is and gives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A batch of captioned clips of one size."""
+
+    frames: Tensor  # (B, T, 3, H, W) uint8
+    mask: Tensor | None  # (B, T, H, W) bool: where the subject shows; None where nobody knows
+    captions: list[str]
+    labels: dict[str, Tensor] = field(default_factory=dict)  # "subject", "motion", "scene": (B,)
+
+
+class ClipSource(Protocol):
+    """Clips and captions by index: the same index is the same clip, for ever."""
+
+    def indices(self, split: str, count: int) -> Tensor:
+        """At most `count` indices, (N,) int64, of "train" or "test", which share none."""
+
+    def captions(self, indices: Tensor | Sequence[int], variant: int = 0) -> list[str]:
+        """One caption each, cheap; another variant may phrase it differently."""
+
+    def render(
+        self,
+        indices: Tensor | Sequence[int],
+        size: tuple[int, int],
+        frames: int = 16,
+        device: str = "cpu",
+        variant: int = 0,
+    ) -> Clips:
+        """Draws or reads clips of `size` (height, width)."""
