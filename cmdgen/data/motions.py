@@ -88,11 +88,11 @@ def _spin(t: Tensor, u: Tensor) -> Path:
 
 
 def _grow(t: Tensor, u: Tensor) -> Path:
-    return _path(t, u, scale=0.45 + 0.8 * _ease(t) + 0.1 * (u[0] - 0.5))
+    return _path(t, u, scale=0.55 + 0.65 * _ease(t) + 0.1 * (u[0] - 0.5))
 
 
 def _shrink(t: Tensor, u: Tensor) -> Path:
-    return _path(t, u, scale=1.25 - 0.8 * _ease(t) + 0.1 * (u[0] - 0.5))
+    return _path(t, u, scale=1.2 - 0.65 * _ease(t) + 0.1 * (u[0] - 0.5))
 
 
 def _shake(t: Tensor, u: Tensor) -> Path:
