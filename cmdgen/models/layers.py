@@ -1,4 +1,4 @@
-"""What the UNet, the VAE and the DiT share: time embedding, attention, residual block, resampling."""
+"""What UNet, VAE and DiT share: time embedding, attention, residual block, resampling."""
 
 import math
 
@@ -22,7 +22,7 @@ def timestep_embedding(t: Tensor, width: int, *, dtype: torch.dtype = torch.floa
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over a context, or over itself, under diffusers' parameter names."""
+    """Multi-head attention of x over a context, or over itself, under diffusers' names."""
 
     def __init__(self, width: int, context_width: int, heads: int, *, bias: bool) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU and 3x3 convolution, twice, around a skip; the time embedding joins between."""
+    """GroupNorm, SiLU, 3x3 convolution, twice, around a skip; the time embedding joins between."""
 
     def __init__(
         self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_width: int = 0

@@ -17,7 +17,12 @@ from cmdgen.weights import load_model, save_model
 FILENAME = "diffusion_pytorch_model.safetensors"
 _EPS = 1e-6
 # attention was named otherwise before diffusers 0.17; stock Stable Diffusion files still are
-_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+_OLD_NAMES = {
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+}
 
 
 class SpatialAttention(Attention):
@@ -96,7 +101,9 @@ class Encoder(nn.Module):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(before, width, config.layers_per_block, groups=groups, last=i == len(widths) - 1)
+            DownBlock(
+                before, width, config.layers_per_block, groups=groups, last=i == len(widths) - 1
+            )
             for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
         )
         self.mid_block = MidBlock(widths[-1], groups=groups)
@@ -163,7 +170,7 @@ class KlVae(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def to_latents(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, c, h, w) scaled: the mean, or a sample given a generator."""
+        """(B, 3, H, W) in [-1, 1] -> (B, c, h, w) scaled: mean, or sample given a generator."""
         mean, logvar = self.encode(frames)
         if generator is not None:
             # drawn where the generator lives, so that one seed is one sample on every device
