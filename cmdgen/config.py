@@ -1,9 +1,11 @@
-"""What a model is and what is asked of it: frozen dataclasses, their presets, and nothing that runs.
+"""What a model is and what is asked of it: frozen dataclasses and their presets; nothing runs.
 
-Fields of the text, UNet, VAE and noise configurations carry the names of transformers' and diffusers'
-`config.json`, so a stock Stable Diffusion folder is read without translation. Never imports torch.
+Fields of the text, UNet, VAE and noise configurations carry the names of transformers' and
+diffusers' `config.json`, so a stock Stable Diffusion folder is read without translation. Never
+imports torch.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 
@@ -82,11 +84,11 @@ class AutoencoderConfig:
     heads: int = 8
     depth: int = 8
     motion_channels: int = 8
-    # "pixel": weights per pixel and channel, the paper's; "patch": one smooth map shared by the channels
+    # "pixel": weights per pixel and channel, the paper's; "patch": one smooth map for all channels
     importance: str = "pixel"
     # "tanh": the paper's bounded z; "linear": unbounded, held by a small L2 in training
     motion_activation: str = "tanh"
-    # per channel, measured on training data by `train motion`; z is standardised by them before diffusion
+    # per channel, measured on training data; z is standardised by them before diffusion
     motion_mean: tuple[float, ...] | None = None
     motion_std: tuple[float, ...] | None = None
 
@@ -95,8 +97,8 @@ class AutoencoderConfig:
 class DiTConfig:
     """adaLN-Zero DiT; the defaults are CMD's motion DiT-XL/2 at content patch 8.
 
-    With `context_channels` the content frame joins as tokens; with `num_classes` it is class-conditional;
-    with `text_width` mean-pooled text joins the timestep embedding.
+    With `context_channels` the content frame joins as tokens; with `num_classes` it is
+    class-conditional; with `text_width` mean-pooled text joins the timestep embedding.
     """
 
     in_channels: int = 8
@@ -116,7 +118,7 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One text-to-video model: its parts, the clip it makes, and how it is sampled unless asked otherwise."""
+    """One text-to-video model: its parts, the clip it makes, how it is sampled by default."""
 
     name: str
     text: TextConfig | None
@@ -134,6 +136,17 @@ class ModelConfig:
     motion_steps: int = 100
     guidance: float = 7.5
     motion_guidance: float = 1.0
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width must be multiples of, for every patch and stride on the way."""
+        if isinstance(self.content, DiTConfig):
+            content = self.content.patch
+        else:
+            content = 2 ** (len(self.content.block_out_channels) - 1)
+        motion = self.autoencoder.patch * self.motion.patch
+        latent = math.lcm(content, motion, self.motion.context_patch)
+        return latent * (1 if self.vae is None else self.vae.stride)
 
 
 CMD_SD15 = ModelConfig(
@@ -264,6 +277,34 @@ class SampleConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63:
                 raise ValueError(f"{name.replace('_', ' ')} {value} is not between 0 and 2^63 - 1")
+
+    def apply(self, model: ModelConfig) -> ModelConfig:
+        """`model` with what is asked for in place of its own; ValueError where it cannot."""
+        names = (
+            *("sampler", "steps", "motion_steps", "guidance", "motion_guidance"),
+            *("frames", "height", "width", "fps"),
+        )
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        model = replace(model, **given)
+        multiple = model.size_multiple
+        if model.height % multiple or model.width % multiple:
+            sides = (model.width, model.height)
+            nearest = [max(1, round(side / multiple)) * multiple for side in sides]
+            raise ValueError(
+                f"size {model.width}x{model.height}: both sides must be multiples of {multiple}, "
+                f"such as {nearest[0]}x{nearest[1]}"
+            )
+        if model.frames % model.motion.patch:
+            raise ValueError(f"frames {model.frames} is not a multiple of {model.motion.patch}")
+        for name, noise in (("steps", model.noise), ("motion_steps", model.motion.noise)):
+            if getattr(model, name) > noise.num_train_timesteps:
+                raise ValueError(
+                    f"{name.replace('_', ' ')} {getattr(model, name)} is not between 1 and "
+                    f"{noise.num_train_timesteps}"
+                )
+        if model.fps > 240:
+            raise ValueError(f"fps {model.fps} is not between 1 and 240")
+        return model
 
 
 @dataclass(frozen=True)
