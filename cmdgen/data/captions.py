@@ -22,8 +22,10 @@ _IMPLIED = 0.5
 
 
 def article(words: str) -> str:
-    """"orange cat" -> "an orange cat"."""
-    return f"{'an' if words[0] in 'aeiou' and not words.startswith(('uni', 'ufo')) else 'a'} {words}"
+    """ "orange cat" -> "an orange cat"."""
+    return (
+        f"{'an' if words[0] in 'aeiou' and not words.startswith(('uni', 'ufo')) else 'a'} {words}"
+    )
 
 
 def caption(who: list[str], motion: Motion, scene: Scene, draws: list[float]) -> str:

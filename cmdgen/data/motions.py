@@ -13,9 +13,12 @@ PATH_DRAWS = 3
 
 @dataclass(frozen=True)
 class Path:
-    """Where a subject is relative to its resting place, (B, T) each; lengths in frame heights."""
+    """Where a subject is relative to its resting place, (B, T) each; lengths in frame heights.
 
-    right: Tensor
+    As for one that faces right; `forward` and `angle` turn over for one that faces left.
+    """
+
+    forward: Tensor
     up: Tensor
     scale: Tensor
     stretch: Tensor  # height over width, area kept
@@ -42,7 +45,7 @@ class Motion:
 def _path(
     time: Tensor,
     draws: Tensor,
-    right: Tensor | float = 0.0,
+    forward: Tensor | float = 0.0,
     up: Tensor | float = 0.0,
     scale: Tensor | float = 1.0,
     stretch: Tensor | float = 1.0,
@@ -50,7 +53,7 @@ def _path(
 ) -> Path:
     """Completes a path with whatever stays at rest."""
     shape = torch.broadcast_shapes(time.shape, draws[0].shape)
-    values = (torch.as_tensor(v, dtype=time.dtype) for v in (right, up, scale, stretch, angle))
+    values = (torch.as_tensor(v, dtype=time.dtype) for v in (forward, up, scale, stretch, angle))
     return Path(*(value.expand(shape) for value in values))
 
 
@@ -65,7 +68,11 @@ def _ease(time: Tensor) -> Tensor:
 def _swim(t: Tensor, u: Tensor) -> Path:
     phase = 0.5 * u[0]
     return _path(
-        t, u, 0.10 * (t - 0.5), 0.035 * _wave(t, 2, phase), angle=0.16 * _wave(t, 2, phase + 0.2)
+        t,
+        u,
+        0.10 * (t - 0.5),
+        0.035 * _wave(t, 2, phase) - 0.06,
+        angle=0.16 * _wave(t, 2, phase + 0.2),
     )
 
 
@@ -73,14 +80,14 @@ def _fly(t: Tensor, u: Tensor) -> Path:
     phase = 0.5 * u[0]
     bob, flap = _wave(t, 1, phase), _wave(t, 4, phase)
     return _path(
-        t, u, 0.16 * (t - 0.5), 0.06 + 0.07 * bob, stretch=1 + 0.10 * flap, angle=-0.22 + 0.1 * bob
+        t, u, 0.16 * (t - 0.5), 0.09 + 0.07 * bob, stretch=1 + 0.10 * flap, angle=-0.22 + 0.1 * bob
     )
 
 
 def _jump(t: Tensor, u: Tensor) -> Path:
     height = _wave(t, 1, 0.4 * u[0]).abs()
     landing = (1 - 4 * height).clamp(0, 1)
-    return _path(t, u, up=0.26 * height, stretch=1 - 0.22 * landing + 0.06 * height)
+    return _path(t, u, up=0.22 * height, stretch=1 - 0.22 * landing + 0.06 * height)
 
 
 def _spin(t: Tensor, u: Tensor) -> Path:
@@ -97,14 +104,12 @@ def _shrink(t: Tensor, u: Tensor) -> Path:
 
 def _shake(t: Tensor, u: Tensor) -> Path:
     phase = 0.5 * u[0]
-    return _path(t, u, right=0.055 * _wave(t, 4, phase), angle=0.10 * _wave(t, 4, phase))
+    return _path(t, u, forward=0.055 * _wave(t, 4, phase), angle=0.10 * _wave(t, 4, phase))
 
 
 def _swing(t: Tensor, u: Tensor) -> Path:
     angle = 0.55 * _wave(t, 1.5, 0.6 * u[0])
-    return _path(
-        t, u, -0.34 * torch.sin(angle), 0.04 + 0.34 * (1 - torch.cos(angle)), angle=angle
-    )
+    return _path(t, u, -0.34 * torch.sin(angle), 0.04 + 0.34 * (1 - torch.cos(angle)), angle=angle)
 
 
 MOTIONS = {
@@ -112,7 +117,11 @@ MOTIONS = {
     for motion in (
         Motion(
             "swimming",
-            (("swimming", "swims"), ("paddling", "paddles"), ("going for a swim", "goes for a swim")),
+            (
+                ("swimming", "swims"),
+                ("paddling", "paddles"),
+                ("going for a swim", "goes for a swim"),
+            ),
             _swim,
             home="ocean",
             places=("water",),

@@ -16,7 +16,7 @@ Painter = Callable[[Tensor, Tensor, float, torch.Generator], Painted]
 
 
 def colour(code: str) -> Tensor:
-    """"rrggbb" -> (3, 1, 1) in [0, 1]."""
+    """ "rrggbb" -> (3, 1, 1) in [0, 1]."""
     return torch.tensor([int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)]).view(3, 1, 1)
 
 
@@ -71,7 +71,9 @@ def noise(x: Tensor, y: Tensor, period: float, generator: torch.Generator, lengt
     return (0.5 + total / 7).clamp(0, 1)
 
 
-def backdrop(*stops: tuple[float, str], sun: tuple[float, float, float, str] | None = None) -> Painter:
+def backdrop(
+    *stops: tuple[float, str], sun: tuple[float, float, float, str] | None = None
+) -> Painter:
     """A vertical gradient, with a glowing disc (right of the middle, down, radius, colour)."""
 
     def paint(x: Tensor, y: Tensor, period: float, generator: torch.Generator) -> Painted:
@@ -152,7 +154,11 @@ def clouds(
 
 
 def discs(
-    gap: float, rows: tuple[float, float], radii: tuple[float, float], *codes: str, soft: float = 0.5
+    gap: float,
+    rows: tuple[float, float],
+    radii: tuple[float, float],
+    *codes: str,
+    soft: float = 0.5,
 ) -> Painter:
     """Scattered round things with soft edges: stars, flowers, bubbles, flakes."""
 

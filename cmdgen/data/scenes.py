@@ -21,7 +21,7 @@ class Layer:
     # rows that it may cover, in frame heights
     top: float = 0.0
     bottom: float = 1.0
-    # frame heights per clip by itself, and per frame height that the subject travels
+    # frame heights per clip that it moves left (or up) by itself, and while the subject travels right
     speed: float = 0.0
     depth: float = 0.0
     axis: str = "x"
@@ -122,8 +122,8 @@ OCEAN = Scene(
         Layer(clouds((0.33,), 0.8, 0.15, shade="bfe0f3"), 0.1, 0.36, speed=0.10, depth=0.05),
         Layer(
             land(
-                0.50,
-                ((0.66, 0.022, 0.1), (0.33, 0.008, 0.6)),
+                0.485,
+                ((0.66, 0.018, 0.1), (0.33, 0.006, 0.6)),
                 (0.0, "3fb0d2"),
                 (0.25, "1f7fbf"),
                 rim="a9e4ee",
@@ -131,56 +131,56 @@ OCEAN = Scene(
             ),
             0.44,
             1.0,
-            speed=-0.16,
+            speed=-0.08,
             depth=0.15,
         ),
         Layer(
             land(
-                0.63,
-                ((1.0, 0.03, 0.3), (0.5, 0.012, 0.1)),
+                0.57,
+                ((1.0, 0.028, 0.3), (0.5, 0.01, 0.1)),
                 (0.0, "2c9bd0"),
                 (0.3, "1467ae"),
                 rim="b9ebf5",
                 rim_width=0.026,
             ),
-            0.55,
+            0.5,
             1.0,
-            speed=0.22,
+            speed=0.10,
             depth=0.35,
         ),
         Layer(
             land(
-                0.72,
-                ((0.9, 0.032, 0.55), (0.45, 0.01, 0.2)),
-                (0.0, "1f8ccb"),
-                (0.22, "0d559c"),
+                0.675,
+                ((0.9, 0.034, 0.55), (0.45, 0.01, 0.2)),
+                (0.0, "2a98d4"),
+                (0.25, "0d559c"),
                 rim="e2f8ff",
                 rim_width=0.03,
-                opacity=0.62,
+                opacity=0.68,
             ),
-            0.62,
+            0.58,
             1.0,
-            speed=0.34,
+            speed=-0.12,
             depth=0.7,
             front=True,
         ),
         Layer(
             land(
-                0.90,
+                0.88,
                 ((1.3, 0.03, 0.0), (0.65, 0.01, 0.4)),
                 (0.0, "1573b4"),
                 (0.12, "0a4384"),
                 rim="8fd3ee",
                 rim_width=0.024,
             ),
-            0.84,
+            0.8,
             1.0,
-            speed=0.5,
+            speed=-0.20,
             depth=1.0,
             front=True,
         ),
     ),
-    centre=0.555,
+    centre=0.54,
 )
 
 SKY = Scene(
@@ -192,10 +192,10 @@ SKY = Scene(
         Layer(clouds((0.34,), 1.0, 0.17, shade="b7dcf7"), 0.1, 0.4, speed=0.14, depth=0.2),
         Layer(clouds((0.72,), 1.0, 0.23, shade="b2d7f5"), 0.4, 0.8, speed=0.22, depth=0.4),
         Layer(
-            clouds((1.02, 1.1), 0.75, 0.32, shade="a9d0f2"), 0.6, 1.0, speed=0.32, depth=0.7, front=True
+            clouds((1.04,), 0.8, 0.3, shade="8fc0ee"), 0.6, 1.0, speed=0.32, depth=0.7, front=True
         ),
     ),
-    centre=0.48,
+    centre=0.53,
 )
 
 GRASS = Scene(
@@ -301,12 +301,12 @@ SPACE = Scene(
     backdrop((0.0, "0b0a2a"), (0.6, "1c1245"), (1.0, "0a1030")),
     (
         Layer(
-            nebula((0.45, "7a3bd0"), (0.6, "d2559a"), (0.5, "2f6fd8")),
+            nebula((1.1, "5b35b8"), (1.3, "a8447f"), (1.2, "1f5aa8")),
             speed=0.12,
             depth=0.1,
         ),
         Layer(
-            discs(0.17, (0.04, 0.96), (0.018, 0.04), "ffffff", "ffe9b0", "bfe4ff", soft=0.9),
+            discs(0.21, (0.04, 0.96), (0.025, 0.045), "ffffff", "ffe9b0", "bfe4ff", soft=0.85),
             speed=0.2,
             depth=0.3,
         ),
@@ -318,7 +318,7 @@ SPACE = Scene(
             depth=0.35,
         ),
     ),
-    centre=0.52,
+    centre=0.53,
 )
 
 SNOW = Scene(
@@ -348,9 +348,7 @@ SNOW = Scene(
             speed=0.04,
             depth=0.6,
         ),
-        Layer(
-            discs(0.19, (0.1, 0.9), (0.03, 0.045), "ffffff", soft=0.5), speed=-0.5, axis="y", front=True
-        ),
+        Layer(discs(0.11, (0.07, 0.93), (0.035, 0.055), "ffffff", soft=0.6), speed=-0.5, axis="y"),
     ),
     ground=0.83,
     shadow="1d3f72",

@@ -18,6 +18,8 @@ class Subject:
     name: str
     glyph: str
     synonyms: tuple[str, ...] = ()
+    # the way its picture looks and it travels: 1 right, -1 left
+    facing: int = -1
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -26,22 +28,26 @@ class Subject:
 
 
 def _table(text: str) -> dict[str, Subject]:
-    """Lines of `glyph name, synonym, synonym`."""
-    rows = [line.split(maxsplit=1) for line in text.strip().splitlines()]
-    entries = [(glyph, [word.strip() for word in words.split(",")]) for glyph, words in rows]
-    return {words[0]: Subject(words[0], glyph, tuple(words[1:])) for glyph, words in entries}
+    """Lines of `glyph name, synonym, synonym`; > before the glyph marks one that faces right."""
+    table = {}
+    for line in text.strip().splitlines():
+        glyph, words = line.split(maxsplit=1)
+        name, *synonyms = (word.strip() for word in words.split(","))
+        facing = 1 if glyph[0] == ">" else -1
+        table[name] = Subject(name, glyph.lstrip(">"), tuple(synonyms), facing)
+    return table
 
 
 SUBJECTS = _table("""
 🐶 dog, puppy, corgi, hound, pup, doggy, beagle, terrier
 🐱 cat, kitten, kitty, tabby
-🐠 fish, tropical fish, angelfish
+🐠 fish, tropical fish, angelfish, goldfish
 🐧 penguin, king penguin
-🐘 elephant, mammoth
-🚗 car, red car, automobile
-🚀 rocket, rocket ship, spaceship
+🐘 elephant, baby elephant, elephant calf
+🚗 car, automobile, sedan
+>🚀 rocket, rocket ship, spaceship
 🦋 butterfly, monarch butterfly
-⛵ sailboat, sailing boat, yacht
+⛵ sailboat, sailing boat, yacht, boat
 🐸 frog, toad
 """)
 

@@ -82,7 +82,9 @@ class World:
         ]
         for motion, scenes in zip(self.motions, plausible, strict=True):
             if not scenes:
-                raise ValueError(f"motion {motion} fits none of the scenes {', '.join(self.scenes)}")
+                raise ValueError(
+                    f"motion {motion} fits none of the scenes {', '.join(self.scenes)}"
+                )
         width = len(self.scenes)
         self._plausible = torch.tensor([row + [0] * (width - len(row)) for row in plausible])
         self._plausible_count = torch.tensor([len(row) for row in plausible])
@@ -99,6 +101,7 @@ class World:
                 for subject in self.subjects
             ]
         )
+        self._facing = torch.tensor([subject.facing for subject in self._subjects])
         self._mipmaps = lru_cache(maxsize=4)(self._load_mipmaps)
         self._strips = lru_cache(maxsize=256)(self._paint)
 
@@ -158,7 +161,9 @@ class World:
         for number in specs.scene.unique().tolist():
             for chunk in (specs.scene == number).nonzero()[:, 0].split(_CHUNK):
                 chosen = Specs(specs.subject[chunk], specs.motion[chunk], specs.scene[chunk])
-                drawn, covered = self._draw_scene(number, indices[chunk], chosen, size, frames, device)
+                drawn, covered = self._draw_scene(
+                    number, indices[chunk], chosen, size, frames, device
+                )
                 video[chunk.to(device)], mask[chunk.to(device)] = drawn, covered
         labels = {"subject": specs.subject, "motion": specs.motion, "scene": specs.scene}
         return Clips(
@@ -193,7 +198,10 @@ class World:
         time = (torch.arange(frames).double() / frames)[None]
         look = _draw(config.seed, indices, _LOOK, 8)
         scroll = _draw(config.seed, indices, _SCROLL, len(strips) + 1)
-        travel = torch.tensor([self._motions[m].travel for m in specs.motion.tolist()]).double()
+        flipped = config.flips & (look[:, 6:7] < 0.5)
+        facing = torch.where(flipped, -1.0, 1.0) * self._facing[specs.subject, None]  # (b, 1)
+        travel = torch.tensor([self._motions[m].travel for m in specs.motion.tolist()])
+        travel = travel.double() * facing[:, 0]
         picture = base.expand(count * frames, 3, height, width).clone()
 
         def stack(layers: list[int]) -> None:
@@ -210,20 +218,22 @@ class World:
         stack(back)
         # paths in float64 on the CPU: the same on every device
         wobble = config.variety
-        right = torch.empty(count, frames, dtype=torch.float64)
-        up, scale, stretch, angle = (right.clone() for _ in range(4))
+        forward = torch.empty(count, frames, dtype=torch.float64)
+        up, scale, stretch, angle = (forward.clone() for _ in range(4))
         draws = (look[:, :PATH_DRAWS] * wobble).T[:, :, None]
         for m in specs.motion.unique().tolist():
             rows = specs.motion == m
             path = self._motions[m].path(time, draws[:, rows])
-            right[rows], up[rows], scale[rows] = path.right, path.up, path.scale
+            forward[rows], up[rows], scale[rows] = path.forward, path.up, path.scale
             stretch[rows], angle[rows] = path.stretch, path.angle
         unit = min(1.0, width / height)
         half = unit * _SIZE * (1 + 0.16 * wobble * (look[:, 3:4] - 0.5)) * scale / 2
         extent = self._extents()[specs.subject].double()
         wide = half * stretch.rsqrt()
         tall = half * stretch.sqrt()
-        centre_x = width / height / 2 + unit * (right + 0.16 * wobble * (look[:, 4:5] - 0.5))
+        centre_x = width / height / 2 + unit * (
+            facing * forward + 0.16 * wobble * (look[:, 4:5] - 0.5)
+        )
         jitter = 0.06 * wobble * (look[:, 5:6] - 0.5)
         if scene.ground is None:
             centre_y = scene.centre + jitter - unit * up
@@ -231,10 +241,21 @@ class World:
             foot = scene.ground + jitter
             centre_y = foot - extent[:, 1:] * tall - unit * up
             self._cast_shadow(
-                picture, scene, centre_x, foot, wide * extent[:, :1], centre_y + tall * extent[:, 1:]
+                picture,
+                scene,
+                centre_x,
+                foot,
+                wide * extent[:, :1],
+                centre_y + tall * extent[:, 1:],
             )
         alpha = self._place(
-            picture, specs.subject.repeat_interleave(frames), centre_x, centre_y, wide, tall, angle
+            picture,
+            specs.subject.repeat_interleave(frames),
+            centre_x,
+            centre_y,
+            torch.where(flipped, -wide, wide),
+            tall,
+            facing * angle,
         )
         front = [i for i in range(len(strips)) if i not in back]
         stack(front)
@@ -286,7 +307,7 @@ class World:
         device = picture.device
         mipmaps = self._mipmaps(str(device))
         # the coarsest level that is at least as fine as the frame
-        drawn = 2 * torch.maximum(wide, tall).flatten() * height
+        drawn = 2 * torch.maximum(wide.abs(), tall).flatten() * height
         sides = torch.tensor([level.shape[-1] for level in mipmaps])
         level = ((sides[None] >= drawn[:, None]).sum(1) - 1).clamp(min=0)
         cosine, sine = torch.cos(angle), torch.sin(angle)
