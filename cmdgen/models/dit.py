@@ -177,7 +177,7 @@ class DiT(nn.Module):
         return grid_positions(rows, columns, self.config.width, self.embed_sample.weight)
 
     def _motion_positions(self, rows: int, columns: int, split: int) -> Tensor:
-        """() -> (rows * columns, D): position in time, position within the part, the part's kind."""
+        """() -> (rows * columns, D): positions in time and in the part, the part's kind."""
         patch = self.config.patch
         if split % patch or not 0 < split < columns * patch:
             raise ValueError(

@@ -1,0 +1,207 @@
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from cmdgen.config import SAMPLERS as NAMES
+from cmdgen.config import DiTConfig, NoiseConfig
+from cmdgen.diffusion.samplers import SAMPLERS, Denoise, ddim, ddpm, dpm_solver_pp
+from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, velocity
+
+Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
+Sampler = Callable[..., Tensor]
+
+STABLE_DIFFUSION = NoiseConfig()
+MOTION = DiTConfig().noise
+MINI = replace(STABLE_DIFFUSION, prediction_type="v_prediction", timestep_spacing="trailing")
+
+# the data of the Gaussian tests
+MEAN, DEVIATION = 1.5, 0.4
+
+
+def gaussian_denoiser(config: NoiseConfig) -> Denoise:
+    """The optimal denoiser for data N(MEAN, DEVIATION^2)."""
+    powers = alphas_cumprod(config)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha = float(powers[t[0]])
+        variance = alpha * DEVIATION**2 + 1 - alpha
+        centred = x - math.sqrt(alpha) * MEAN
+        eps = math.sqrt(1 - alpha) / variance * centred
+        x0 = MEAN + math.sqrt(alpha) * DEVIATION**2 / variance * centred
+        return eps if config.prediction_type == "epsilon" else velocity(x0, eps, alpha)
+
+    return denoise
+
+
+def exact_flow(config: NoiseConfig, first: int) -> tuple[float, float]:
+    """Mean and deviation that the exact probability flow makes of unit noise at one timestep."""
+    alpha = float(alphas_cumprod(config)[first])
+    deviation = DEVIATION / math.sqrt(alpha * DEVIATION**2 + 1 - alpha)
+    return MEAN - deviation * math.sqrt(alpha) * MEAN, deviation
+
+
+def errors(name: str, config: NoiseConfig, steps: int) -> tuple[float, float]:
+    """Of a deterministic sampler's mean and deviation, against the exact probability flow."""
+    optimal = gaussian_denoiser(config)
+    visited: list[int] = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        visited.append(int(t[0]))
+        return optimal(x, t)
+
+    # the sampler is an affine map of the noise here: its value at 0 is the mean
+    noise = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    at_zero, at_one = SAMPLERS[name](denoise, noise, config, steps=steps)
+    assert len(visited) == steps and visited == sorted(visited, reverse=True)
+    mean, deviation = exact_flow(config, visited[0])
+    return abs(at_zero.item() - mean), abs((at_one - at_zero).item() - deviation)
+
+
+@pytest.mark.parametrize("config", [STABLE_DIFFUSION, MOTION, MINI])
+@pytest.mark.parametrize(
+    ("name", "steps", "tolerance"),
+    [("ddim", 1000, 0.003), ("ddim", 100, 0.03), ("dpm++", 1000, 0.001), ("dpm++", 100, 0.015)],
+)
+def test_deterministic_samplers_reach_the_gaussian(
+    config: NoiseConfig, name: str, steps: int, tolerance: float
+) -> None:
+    assert max(errors(name, config, steps)) < tolerance
+
+
+@pytest.mark.parametrize("config", [STABLE_DIFFUSION, MOTION, MINI])
+@pytest.mark.parametrize("eta", [None, 1.0])
+def test_stochastic_samplers_reach_the_gaussian(config: NoiseConfig, eta: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, 1, generator=generator)
+    denoise = gaussian_denoiser(config)
+    if eta is None:
+        x = ddpm(denoise, noise, config, steps=1000, generator=generator)
+    else:
+        x = ddim(denoise, noise, config, steps=1000, eta=eta, generator=generator)
+    # three standard errors, and 0.005 of discretisation in the deviation
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.0085)
+    assert x.std().item() == pytest.approx(DEVIATION, abs=0.011)
+
+
+def test_second_order_converges_faster_than_first() -> None:
+    first, second = (
+        errors(name, MOTION, 10)[1] / errors(name, MOTION, 40)[1] for name in ("ddim", "dpm++")
+    )
+    assert 3 < first < 5
+    assert second > 12
+
+
+def network(x: Tensor, t: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 2 C, H, W): nonlinear, mixing channels, dependent on the time."""
+    mixing = torch.randn(2 * x.shape[1], x.shape[1], generator=torch.Generator().manual_seed(1))
+    mixed = torch.einsum("oc,bchw->bohw", 0.4 * mixing, x)
+    return mixed.sin() * (1 + t.view(-1, 1, 1, 1) / 1000)
+
+
+def half(x: Tensor, t: Tensor) -> Tensor:
+    return network(x, t)[:, : x.shape[1]]
+
+
+def peer(kind: type[Scheduler], config: NoiseConfig, **settings: bool | str) -> Scheduler:
+    return kind(
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        timestep_spacing=config.timestep_spacing,
+        steps_offset=config.steps_offset,
+        **settings,
+    )
+
+
+# of learned variance diffusers adds noise even after the last step, unless that is at timestep 0
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *itertools.product(("ddim", "dpm++", "ddpm"), (STABLE_DIFFUSION, MOTION, MINI)),
+        ("ddpm learned", MOTION),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 2, 10, 25])
+def test_trajectories_are_those_of_diffusers(name: str, config: NoiseConfig, steps: int) -> None:
+    stable = config is STABLE_DIFFUSION
+    scheduler = {
+        "ddim": lambda: peer(DDIMScheduler, config, clip_sample=False, set_alpha_to_one=not stable),
+        "dpm++": lambda: peer(DPMSolverMultistepScheduler, config),
+        "ddpm": lambda: peer(DDPMScheduler, config, clip_sample=False),
+        "ddpm learned": lambda: peer(
+            DDPMScheduler, config, clip_sample=False, variance_type="learned_range"
+        ),
+    }[name]()
+    denoise = network if name == "ddpm learned" else half
+    noise = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+
+    expected = noise
+    scheduler.set_timesteps(steps)
+    generator = torch.Generator().manual_seed(2)
+    settings = {} if name == "dpm++" else {"generator": generator}
+    for t in scheduler.timesteps:
+        output = denoise(expected, t.expand(2))
+        expected = scheduler.step(output, t, expected, **settings).prev_sample
+
+    sampler = SAMPLERS[name.split()[0]]
+    generator = torch.Generator().manual_seed(2)
+    actual = sampler(denoise, noise, config, steps=steps, generator=generator)
+    scale = expected.abs().max()
+    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samplers_report_each_step_and_leave_the_noise_alone(name: str) -> None:
+    noise = torch.randn(1, 2, 3, 3)
+    before = noise.clone()
+    reports: list[tuple[int, int]] = []
+    SAMPLERS[name](
+        half, noise, MINI, steps=5, on_step=lambda done, total: reports.append((done, total))
+    )
+    assert reports == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    assert torch.equal(noise, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_keep_the_precision_of_the_noise(name: str) -> None:
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        assert t.dtype == torch.int64 and t.shape == (2,)
+        return network(x.float(), t).bfloat16()
+
+    for dtype in (torch.float32, torch.float64):
+        noise = torch.randn(2, 4, 3, 3, dtype=dtype)
+        assert SAMPLERS[name](denoise, noise, MOTION, steps=4).dtype == dtype
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_generator_state_gives_one_sample(name: str) -> None:
+    noise = torch.randn(2, 4, 3, 3)
+    first, second = (
+        SAMPLERS[name](network, noise, MOTION, steps=6, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver_pp])
+def test_deterministic_samplers_ignore_the_learned_variance(sampler: Sampler) -> None:
+    noise = torch.randn(2, 4, 3, 3)
+    assert torch.equal(
+        sampler(network, noise, MOTION, steps=6), sampler(half, noise, MOTION, steps=6)
+    )
+
+
+def test_one_step_of_a_perfect_denoiser_is_the_clean_sample() -> None:
+    x0, eps = torch.randn(2, 1, 4, 3, 3, dtype=torch.float64)
+    alpha = float(alphas_cumprod(MINI)[999])
+    x = add_noise(x0, eps, alpha)
+    for name in NAMES:
+        result = SAMPLERS[name](lambda x, t: velocity(x0, eps, alpha), x, MINI, steps=1)
+        torch.testing.assert_close(result, x0)
