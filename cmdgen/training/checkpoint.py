@@ -1,0 +1,53 @@
+"""Files of a training run that survive its being killed: each is the new one whole, or still the old one."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cmdgen.weights import replace_with
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors and plain values."""
+    with replace_with(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads what save_checkpoint wrote, on the CPU, without running code from the file."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: use --restart") from error
+    return state
+
+
+class Log:
+    """JSON lines, one flushed record at a time; opened at a step, it forgets the lines after that step."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        with replace_with(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines if _step(line) <= step))
+        self.file = path.open("a")
+
+    def write(self, record: dict[str, float]) -> None:
+        """Appends one record; six significant digits."""
+        rounded = {name: float(f"{value:.6g}") for name, value in record.items()}
+        self.file.write(json.dumps({**rounded, "step": int(record["step"])}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except json.JSONDecodeError:
+        # the half line of a killed run
+        return float("inf")

@@ -1,0 +1,57 @@
+"""The clips of one training run: a source, how many of its clips, at which size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cmdgen.config import WORLDS
+from cmdgen.data.clips import Clips, ClipSource
+from cmdgen.data.world import World
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Clips of one size from a source that may know many."""
+
+    source: ClipSource
+    # tells one set of clips from another, in whatever words
+    name: str
+    count: int
+    frames: int
+    size: tuple[int, int]
+    device: torch.device
+
+    @property
+    def key(self) -> str:
+        """All that a cached encoding of clip number i depends on."""
+        return f"{self.name} {self.frames} {self.size}"
+
+    @cached_property
+    def training(self) -> Tensor:
+        """() -> (N,) int64, indices to learn from."""
+        return self.source.indices("train", self.count)
+
+    def held_out(self, count: int) -> Tensor:
+        """() -> (at most `count`,) int64, indices that training never sees."""
+        return self.source.indices("test", count)
+
+    def clips(self, indices: Tensor) -> Clips:
+        """(B,) -> clips, rendered or read."""
+        return self.source.render(indices, self.size, self.frames, str(self.device))
+
+    def captions(self, indices: Tensor | Sequence[int], variant: int) -> list[str]:
+        """(B,) -> one caption each, phrased by the variant."""
+        return self.source.captions(indices, variant)
+
+
+def open_source(name: str) -> tuple[ClipSource, str]:
+    """A rendered world by name, or a folder of videos -> the source, and what tells it from others."""
+    if name in WORLDS:
+        return World(WORLDS[name]), repr(WORLDS[name])
+    if not Path(name).is_dir():
+        raise ValueError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder")
+    raise ValueError("no folders yet")

@@ -1,0 +1,94 @@
+"""Loss terms of the four stages: weights on what matters in a clip, and on what matters in diffusion."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def moving_weights(frames: Tensor, strength: float) -> Tensor:
+    """(B, C, T, H, W) -> (B, 1, T, H, W): 1 + strength * max over channels of |x - mean over time of x|.
+
+    The subject is a few per cent of a clip; without this the autoencoder settles on the static optimum.
+    """
+    motion = (frames - frames.mean(dim=2, keepdim=True)).abs().amax(dim=1, keepdim=True)
+    return 1 + strength * motion
+
+
+def l1_plus_l2(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """x2 (...), broadcastable weights -> scalar: mean of weights * (|d| + d^2)."""
+    difference = (prediction - target).abs()
+    return (weights * difference * (1 + difference)).mean()
+
+
+def edge_difference(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """(B, C, H, W) x2, (B, 1, H, W) -> scalar: weighted mean absolute difference of the image gradients."""
+    difference = prediction - target
+    down = difference[..., 1:, :] - difference[..., :-1, :]
+    across = difference[..., 1:] - difference[..., :-1]
+    return (weights[..., 1:, :] * down.abs()).mean() + (weights[..., 1:] * across.abs()).mean()
+
+
+def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
+    """(B, ...) x2 -> scalar: KL to the standard normal in nats, summed over one sample, mean over the batch."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(dim=1).mean()
+
+
+def min_snr_weights(alpha: Tensor, prediction_type: str, gamma: float) -> Tensor:
+    """(B,) cumulative alphas -> (B,) loss weights: min(SNR, gamma) on x0, whatever the network predicts.
+
+    min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v (Hang et al. 2023, arXiv:2303.09556).
+    """
+    # the last alpha of a schedule with zero terminal SNR is 0: there the weights' limits are 1 and 0
+    snr = alpha / (1 - alpha)
+    clipped = snr.clamp(max=gamma)
+    if prediction_type == "v_prediction":
+        return clipped / (snr + 1)
+    return torch.where(snr > 0, clipped / snr.clamp(min=1e-12), 1.0)
+
+
+def variational_bound(
+    x0: Tensor, noisy: Tensor, output: Tensor, timestep: Tensor, alphas: Tensor
+) -> Tensor:
+    """(B, C, ...) x2, (B, 2C, ...), (B,), (1000,) float64 -> (B,): bits per dimension of one reverse step.
+
+    The second half of the output interpolates the log variance between the posterior's and beta's (Nichol
+    and Dhariwal 2021, arXiv:2102.09672, Eq. 15); the mean, from the epsilon in the first half, gets no
+    gradient. At step 0: likelihood of x0 in bins of 2/255, as of 8-bit pixels.
+    """
+    epsilon, fraction = output.float().chunk(2, dim=1)
+    epsilon = epsilon.detach()
+    fraction = (fraction + 1) / 2
+    shape = (-1, *[1] * (x0.ndim - 1))
+    before = torch.cat((alphas.new_ones(1), alphas[:-1]))
+    beta = 1 - alphas / before
+    posterior = beta * (1 - before) / (1 - alphas)
+    # the posterior's variance is 0 at step 0
+    low = torch.cat((posterior[1:2], posterior[1:])).log()[timestep].float().view(shape)
+    high = beta.log()[timestep].float().view(shape)
+    logvar = fraction * high + (1 - fraction) * low
+    alpha = alphas[timestep].float().view(shape)
+    weight_x0 = (before.sqrt() * beta / (1 - alphas))[timestep].float().view(shape)
+    weight_noisy = (
+        ((alphas / before).sqrt() * (1 - before) / (1 - alphas))[timestep].float().view(shape)
+    )
+    predicted_x0 = (noisy - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
+    difference = weight_x0 * (x0 - predicted_x0)
+    divergence = 0.5 * (
+        logvar - low - 1 + (low - logvar).exp() + difference.square() * (-logvar).exp()
+    )
+    mean = weight_x0 * predicted_x0 + weight_noisy * noisy
+    likelihood = -_log_bin(x0, mean, 0.5 * logvar)
+    first = (timestep == 0).view(shape)
+    nats = torch.where(first, likelihood, divergence).flatten(1).mean(dim=1)
+    return nats / math.log(2)
+
+
+def _log_bin(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log probability that a Gaussian falls into the bin of width 2/255 around x, the outer bins being open."""
+    inverse = (-log_std).exp()
+    upper = torch.special.ndtr(((x - mean) + 1 / 255) * inverse)
+    lower = torch.special.ndtr(((x - mean) - 1 / 255) * inverse)
+    upper = torch.where(x > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(x < -0.999, torch.zeros_like(lower), lower)
+    return (upper - lower).clamp(min=1e-12).log()

@@ -1,0 +1,33 @@
+"""Pictures for a person to look at while training runs: frames in rows, written as PNG."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from cmdgen.weights import replace_with
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """(..., 3, H, W) in [-1, 1] -> the same in uint8."""
+    return ((frames.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_unit(frames: Tensor) -> Tensor:
+    """(..., 3, H, W) uint8 -> the same in [-1, 1]."""
+    return frames.float() / 127.5 - 1
+
+
+def grid(rows: Tensor, gap: int = 2) -> Tensor:
+    """(R, N, 3, H, W) uint8 -> (h, w, 3) uint8: R rows of N frames on white."""
+    framed = F.pad(rows, (0, gap, 0, gap), value=255)
+    return rearrange(framed.cpu(), "r n c h w -> (r h) (n w) c")
+
+
+def write_png(path: Path, picture: Tensor) -> None:
+    """(H, W, 3) uint8 -> a file, whole or not at all."""
+    with replace_with(path) as temporary:
+        Image.fromarray(picture.numpy()).save(temporary, format="PNG")
