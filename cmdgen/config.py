@@ -205,9 +205,9 @@ MINI = ModelConfig(
     ),
     content=UNetConfig(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(96, 192, 256),
+        in_channels=8,
+        out_channels=8,
+        block_out_channels=(64, 96, 128),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
@@ -216,16 +216,21 @@ MINI = ModelConfig(
         use_linear_projection=True,
     ),
     vae=VaeConfig(
-        block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=16, sample_size=64
+        latent_channels=8,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=64,
     ),
     autoencoder=AutoencoderConfig(
-        width=160, heads=5, depth=4, importance="patch", motion_activation="linear"
+        channels=8, width=160, heads=5, depth=4, importance="patch", motion_activation="linear"
     ),
     motion=DiTConfig(
         width=256,
         depth=6,
         heads=4,
         text_width=128,
+        context_channels=8,
         context_patch=4,
         learned_sigma=False,
         noise=NoiseConfig(prediction_type="v_prediction", timestep_spacing="trailing"),
