@@ -1,0 +1,259 @@
+"""The Stable Diffusion UNet (Rombach et al. 2022, arXiv:2112.10752): denoises the content frame.
+
+Parameter names equal diffusers' `UNet2DConditionModel`: its files load here, ours load there.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cmdgen.config import UNetConfig
+from cmdgen.models.layers import Attention, Downsample, ResnetBlock, Upsample, timestep_embedding
+from cmdgen.weights import load_model, save_model
+
+FILENAME = "diffusion_pytorch_model.safetensors"
+_EPS = 1e-5
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers on the sinusoids of the timestep."""
+
+    def __init__(self, width: int, time_width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, time_width)
+        self.linear_2 = nn.Linear(time_width, time_width)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """(B,) -> (B, D)."""
+        weight = self.linear_1.weight
+        sinusoids = timestep_embedding(timestep, weight.shape[1], dtype=weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(sinusoids)))
+
+
+class GatedLinear(nn.Module):
+    """GEGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D')."""
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # diffusers has a dropout between the two
+        self.net = nn.ModuleList(
+            [GatedLinear(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Attention among positions, attention to the text, feed-forward, each around a skip."""
+
+    def __init__(self, width: int, context_width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, heads, bias=False)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, context_width, heads, bias=False)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, H*W, D), (B, L, D') -> (B, H*W, D)."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of a feature map, around a skip."""
+
+    def __init__(self, channels: int, heads: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        # the same map either way: Stable Diffusion 1 stores it as a 1x1 convolution, 2 as a matrix
+        linear = config.use_linear_projection
+        self.proj_in, self.proj_out = (
+            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+            for _ in range(2)
+        )
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, config.cross_attention_dim, heads)]
+        )
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), (B, L, D) -> (B, C, H, W)."""
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        tokens = self.transformer_blocks[0](tokens, context)  # (B, H*W, C)
+        tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Stage(nn.Module):
+    """The layers at one resolution: residual blocks, each with attention where `heads` > 0."""
+
+    def __init__(
+        self, in_channels: tuple[int, ...], channels: int, heads: int, config: UNetConfig
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(
+                before,
+                channels,
+                groups=config.norm_num_groups,
+                eps=_EPS,
+                time_width=4 * config.block_out_channels[0],
+            )
+            for before in in_channels
+        )
+        if heads:
+            self.attentions = nn.ModuleList(
+                SpatialTransformer(channels, heads, config) for _ in in_channels
+            )
+
+    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), (B, D), (B, L, D') -> (B, C', H, W)."""
+        x = self.resnets[i](x, time)
+        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+
+
+class DownStage(Stage):
+    """Layers, then halving except in the last stage; every intermediate result is a skip."""
+
+    def __init__(
+        self, in_channels: int, channels: int, heads: int, config: UNetConfig, *, last: bool
+    ) -> None:
+        inputs = (in_channels, *(channels,) * (config.layers_per_block - 1))
+        super().__init__(inputs, channels, heads, config)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(channels, padding=1)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
+        """(B, C, H, W), (B, D), (B, L, D') -> the skips, the last of which goes on down."""
+        skips = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, time, context)
+            skips.append(x)
+        return [*skips, *(down(x) for down in self.downsamplers)]
+
+
+class MidStage(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, heads: int, config: UNetConfig) -> None:
+        super().__init__()
+        stage = Stage((channels, channels), channels, 0, config)
+        self.resnets = stage.resnets
+        self.attentions = nn.ModuleList([SpatialTransformer(channels, heads, config)])
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W), (B, D), (B, L, D') -> (B, C, H, W)."""
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
+
+
+class UpStage(Stage):
+    """Layers that each take one skip, then doubling except in the last stage."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        skip_channels: list[int],
+        channels: int,
+        heads: int,
+        config: UNetConfig,
+        *,
+        last: bool,
+    ) -> None:
+        before = (in_channels, *(channels,) * (len(skip_channels) - 1))
+        inputs = tuple(map(sum, zip(before, skip_channels, strict=True)))
+        super().__init__(inputs, channels, heads, config)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(channels)])
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', 2H, 2W); takes its skips off the end of the list."""
+        for i in range(len(self.resnets)):
+            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+        for up in self.upsamplers:
+            # an odd side is not twice its half
+            x = up(x, size=skips[-1].shape[2:])
+        return x
+
+
+class UNet(nn.Module):
+    """Text-conditional UNet; whether it predicts noise or velocity is the schedule's to say."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, levels = config.block_out_channels, len(config.block_out_channels)
+        for name in ("down_block_types", "up_block_types", "attention_head_dim"):
+            value = getattr(config, name)
+            if not isinstance(value, int) and len(value) != levels:
+                raise ValueError(f"{name} has {len(value)} entries, block_out_channels {levels}")
+        heads = config.attention_head_dim
+        heads = (heads,) * levels if isinstance(heads, int) else heads
+
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+        self.down_blocks, skips = nn.ModuleList(), [widths[0]]
+        for i, kind in enumerate(config.down_block_types):
+            last = i == levels - 1
+            n = heads[i] if kind.startswith("CrossAttn") else 0
+            self.down_blocks.append(DownStage(skips[-1], widths[i], n, config, last=last))
+            skips += [widths[i]] * (config.layers_per_block + (not last))
+        self.mid_block = MidStage(widths[-1], heads[-1], config)
+        self.up_blocks, channels = nn.ModuleList(), widths[-1]
+        for i, kind in enumerate(config.up_block_types):
+            level = levels - 1 - i
+            n = heads[level] if kind.startswith("CrossAttn") else 0
+            taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
+            self.up_blocks.append(
+                UpStage(channels, taken, widths[level], n, config, last=level == 0)
+            )
+            channels = widths[level]
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """(B, C, h, w), (B,), (B, L, D) -> (B, C, h, w)."""
+        time = self.time_embedding(timestep.expand(sample.shape[0]))
+        x = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block(skips[-1], time, encoder_hidden_states)
+        x = self.mid_block(skips[-1], time, encoder_hidden_states)
+        for block in self.up_blocks:
+            x = block(x, skips, time, encoder_hidden_states)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "UNet":
+        """Read a folder in diffusers' layout; ValueError names the file that is wrong."""
+        return load_model(cls, UNetConfig, folder, FILENAME, dtype=dtype, device=device)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write a folder that diffusers' `UNet2DConditionModel` opens."""
+        save_model(self, self.config, folder, FILENAME, dtype=dtype)
