@@ -1,0 +1,5 @@
+"""`python -m cmdgen`."""
+
+from cmdgen.cli.app import main
+
+main()

@@ -1,0 +1,155 @@
+"""`cmdgen sample`: a prompt to an mp4."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cmdgen.cli.errors import FAILED, fail
+from cmdgen.config import SAMPLERS, SampleConfig
+
+OWN = "  [default: the model's own]"
+
+
+def sample(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the video shows.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The mp4 to write.", show_default=False)
+    ],
+    model: Annotated[
+        str, typer.Option(help="A packaged model's name or a folder in diffusers' layout.")
+    ] = "mini",
+    seed: Annotated[
+        int | None, typer.Option(help="Same seed, same frames.  [default: a random one]")
+    ] = None,
+    content_seed: Annotated[
+        int | None, typer.Option(help="Seed of what is seen alone.  [default: --seed]")
+    ] = None,
+    motion_seed: Annotated[
+        int | None, typer.Option(help="Seed of how it moves alone.  [default: --seed]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps for the content frame." + OWN)] = None,
+    motion_steps: Annotated[int | None, typer.Option(help="Steps for the motion." + OWN)] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(SAMPLERS)}." + OWN)
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How strictly content follows the prompt; 1 is off." + OWN)
+    ] = None,
+    motion_guidance: Annotated[
+        float | None, typer.Option(help="How strictly motion follows the prompt; 1 is off." + OWN)
+    ] = None,
+    negative: Annotated[
+        str, typer.Option(help="What guidance leads away from.", show_default=False)
+    ] = SampleConfig.negative,
+    frames: Annotated[int | None, typer.Option(help="Length of the video." + OWN)] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size of the video." + OWN)
+    ] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames per second of the file." + OWN)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (float32 on a CPU), float32, float16 or bfloat16.")
+    ] = "auto",
+) -> None:
+    """Make a video from a text prompt.
+
+    The path of the video goes to stdout, everything else to stderr.
+    """
+    for name, text in (("prompt", prompt), ("negative prompt", negative)):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"the {name} is not valid UTF-8")
+    if not prompt.strip():
+        raise ValueError('the prompt is empty: say what to show, such as "a corgi swimming"')
+    width, height = (None, None) if size is None else _parse_size(size)
+    config = SampleConfig(
+        seed=int.from_bytes(os.urandom(4), "big") if seed is None else seed,
+        content_seed=content_seed,
+        motion_seed=motion_seed,
+        steps=steps,
+        motion_steps=motion_steps,
+        sampler=sampler,
+        guidance=guidance,
+        motion_guidance=motion_guidance,
+        negative=negative,
+        frames=frames,
+        height=height,
+        width=width,
+        fps=fps,
+    )
+    from cmdgen.video.write import check_output, write_video
+
+    check_output(output)
+
+    from cmdgen.pipeline import TextToVideo
+
+    pipeline = TextToVideo.load(model, device=device, dtype=dtype)
+    asked, own = config.apply(pipeline.config), pipeline.config
+    _say(f"seed {config.seed}")
+    if (asked.width, asked.height) != (own.width, own.height):
+        _say(f"note: {own.name} was trained at {own.width}x{own.height}")
+    if asked.frames != own.frames:
+        _say(f"note: {own.name} was trained on {own.frames} frames")
+
+    # what was asked is possible: what is wrong from here on is a file or the machine
+    try:
+        unknown = dict.fromkeys(pipeline.tokenizer.unknown_words(prompt))
+        if unknown:
+            _say(f"note: {own.name} has never seen: {', '.join(unknown)}")
+        if not pipeline.fits(prompt):
+            _say(f"note: {own.name} reads the start of this prompt only: it is too long")
+        with _progress() as show:
+            clip = pipeline.sample(prompt, config, on_progress=show)
+    except ValueError as error:
+        fail(error, FAILED)
+    except RuntimeError as error:
+        if "tried to allocate" not in str(error).lower():
+            raise
+        fail("not enough memory: ask for a smaller --size or fewer --frames", FAILED)
+    write_video(output, clip.frames, clip.fps, clip.metadata)
+    typer.echo(output)
+
+
+def _parse_size(size: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
+    if match is None:
+        raise ValueError(f"size {size!r} is not WIDTHxHEIGHT, such as 64x64")
+    return int(match[1]), int(match[2])
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with its remaining time for each stage, on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield show

@@ -1,0 +1,69 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cmdgen.config import MINI, ModelConfig, UNetConfig
+from cmdgen.models.autoencoder import CmdAutoencoder
+from cmdgen.models.dit import DiT
+from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.models.unet import UNet
+from cmdgen.models.vae import KlVae
+from cmdgen.weights import write_model_index
+
+CAPTIONS = ["a dog swimming in the ocean", "a red car driving", "two birds flying in the sky"]
+
+
+def tiny_config() -> ModelConfig:
+    """mini's shape at the smallest width that every part still works at."""
+    assert MINI.text is not None
+    assert MINI.vae is not None
+    assert isinstance(MINI.content, UNetConfig)
+    text, content, vae = MINI.text, MINI.content, MINI.vae
+    return replace(
+        MINI,
+        name="tiny",
+        text=replace(
+            text,
+            **{"vocab_size": 560, "hidden_size": 16, "intermediate_size": 32},
+            **{"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 16},
+        ),
+        content=replace(
+            content,
+            block_out_channels=(16,) * len(content.block_out_channels),
+            **{"cross_attention_dim": 16, "attention_head_dim": 2, "norm_num_groups": 4},
+        ),
+        vae=replace(vae, block_out_channels=(8,) * len(vae.block_out_channels), norm_num_groups=4),
+        autoencoder=replace(MINI.autoencoder, width=16, heads=2, depth=1),
+        motion=replace(MINI.motion, width=16, depth=1, heads=2, text_width=16),
+        **{"frames": 4, "height": 32, "width": 48, "steps": 2, "motion_steps": 2},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights: it samples in a moment, and what it makes moves."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    config = tiny_config()
+    assert config.text is not None
+    assert config.vae is not None
+    assert isinstance(config.content, UNetConfig)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = {
+            "text_encoder": ClipTextModel(config.text),
+            "unet": UNet(config.content),
+            "vae": KlVae(config.vae),
+            "autoencoder": CmdAutoencoder(config.autoencoder),
+            "motion": DiT(config.motion),
+        }
+        # what starts at zero would hide the prompt
+        for parameter in parts["motion"].parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name, dtype=torch.float32)
+    tokenizer = Tokenizer.train(CAPTIONS, config.text.vocab_size)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_model_index(folder, config)
+    return folder

@@ -1,0 +1,130 @@
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cmdgen.config import SampleConfig
+from cmdgen.pipeline import TextToVideo, seeded
+
+PROMPT = "a dog swimming in the ocean"
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return TextToVideo.load(tiny_model)
+
+
+def test_clip_has_the_size_and_rate_of_the_model(model):
+    clip = model.sample(PROMPT, SampleConfig())
+    assert clip.frames.shape == (4, 32, 48, 3)
+    assert clip.frames.dtype == np.uint8
+    assert clip.fps == 8
+    assert clip.metadata["prompt"] == PROMPT
+    assert clip.metadata["steps"] == 2
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(2, 16, 16), (6, 48, 32)])
+def test_clip_has_the_size_asked_for(model, frames, height, width):
+    clip = model.sample(PROMPT, SampleConfig(frames=frames, height=height, width=width))
+    assert clip.frames.shape == (frames, height, width, 3)
+
+
+def test_same_seed_gives_the_same_frames_and_another_seed_others(model, tiny_model):
+    clip = model.sample(PROMPT, SampleConfig(seed=5))
+    again = TextToVideo.load(tiny_model).sample(PROMPT, SampleConfig(seed=5))
+    other = model.sample(PROMPT, SampleConfig(seed=6))
+    assert np.array_equal(clip.frames, again.frames)
+    assert not np.array_equal(clip.frames, other.frames)
+
+
+def test_content_and_motion_seeds_vary_one_half_alone(model):
+    # the content model never sees the motion: the two halves are told apart by what they draw
+    base = model.sample(PROMPT, SampleConfig(seed=5))
+    explicit = model.sample(PROMPT, SampleConfig(seed=9, content_seed=5, motion_seed=5))
+    content = model.sample(PROMPT, SampleConfig(seed=5, content_seed=6))
+    motion = model.sample(PROMPT, SampleConfig(seed=5, motion_seed=6))
+    assert np.array_equal(base.frames, explicit.frames)
+    for clip in (content, motion):
+        assert not np.array_equal(base.frames, clip.frames)
+
+
+def test_parts_draw_different_noise_and_all_bits_of_a_seed_count():
+    draws = [
+        torch.randn(4, generator=seeded(part, seed)).tolist()
+        for part in ("content", "motion")
+        for seed in (0, 1, 2**32, 2**62)
+    ]
+    assert len({tuple(draw) for draw in draws}) == len(draws)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def test_batch_of_two_is_two_batches_of_one(model, sampler):
+    config = SampleConfig(sampler=sampler, steps=3, motion_steps=3)
+    prompts, seeds = [PROMPT, "a red car driving"], [1, 2]
+    both = model.sample_batch(prompts, config, seeds)
+    for clip, prompt, seed in zip(both, prompts, seeds, strict=True):
+        alone = model.sample(prompt, replace(config, seed=seed))
+        assert clip.metadata == alone.metadata
+        # rounding of larger matrix products
+        assert np.abs(clip.frames.astype(int) - alone.frames).max() <= 1
+
+
+def test_prompt_and_negative_prompt_matter(model):
+    base = model.sample(PROMPT, SampleConfig())
+    for prompt, config in (
+        ("a red car driving", SampleConfig()),
+        (PROMPT, SampleConfig(negative="a red car driving")),
+        (PROMPT, SampleConfig(guidance=1)),
+        (PROMPT, SampleConfig(motion_guidance=4)),
+    ):
+        assert not np.array_equal(base.frames, model.sample(prompt, config).frames)
+
+
+def test_progress_reaches_the_end_of_every_stage(model):
+    seen: dict[str, list[tuple[int, int]]] = {}
+    model.sample(
+        PROMPT,
+        SampleConfig(steps=3),
+        on_progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
+    )
+    assert list(seen) == ["load", "content", "motion", "decode"]
+    assert [steps[-1] for steps in seen.values()] == [(1, 1), (3, 3), (2, 2), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (SampleConfig(width=50), "multiples of 16, such as 48x32"),
+        (SampleConfig(height=9000), "multiples of 16"),
+        (SampleConfig(frames=5), "frames 5 is not a multiple of 2"),
+        (SampleConfig(steps=1001), "steps 1001 is not between 1 and 1000"),
+        (SampleConfig(motion_steps=1001), "motion steps 1001 is not between 1 and 1000"),
+        (SampleConfig(fps=1000), "fps 1000 is not between 1 and 240"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_before_weights_load(tiny_model, config, says):
+    model = TextToVideo.load(tiny_model)
+    with pytest.raises(ValueError, match=says):
+        model.sample(PROMPT, config)
+    assert "parts" not in vars(model)
+
+
+def test_load_says_what_is_possible(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=r"unknown model 'nano'"):
+        TextToVideo.load("nano")
+    with pytest.raises(ValueError, match="device 'tpu' is not one of auto, cpu"):
+        TextToVideo.load(tiny_model, device="tpu")
+    with pytest.raises(ValueError, match="dtype 'int8' is not one of auto, float32"):
+        TextToVideo.load(tiny_model, dtype="int8")
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    shutil.rmtree(tmp_path / "tiny" / "text_encoder")
+    with pytest.raises(ValueError, match="makes no video from text"):
+        TextToVideo.load(tmp_path / "tiny")
+
+
+def test_prompt_longer_than_the_text_encoder_is_noticed(model):
+    words = 14  # beside the two tokens that begin and end a text of at most 16
+    assert model.fits(" ".join(["dog"] * words))
+    assert not model.fits(" ".join(["dog"] * (words + 1)))
