@@ -148,7 +148,7 @@ def read_config(folder: Folder, cls: type[C]) -> C:
     Keys that we do not know are ignored; a value that we do not support is a ValueError.
     """
     path = Path(folder) / _config_name(cls)
-    data = _read_json(path)
+    data = read_json(path)
     for key, only in _FIXED.get(cls, {}).items():
         values = data[key] if isinstance(data.get(key), list) else [data.get(key, only)]
         if any(
@@ -165,7 +165,7 @@ def write_config(config: object, folder: Folder) -> None:
     if isinstance(config, VaeConfig):
         for key in ("down_block_types", "up_block_types"):
             data[key] = [data[key]] * len(config.block_out_channels)
-    _write_json(Path(folder) / _config_name(cls), data)
+    write_json(Path(folder) / _config_name(cls), data)
 
 
 def load_weights(
@@ -278,7 +278,7 @@ def resolve_model(name: Folder) -> Path:
 
 def load_model_index(folder: Folder) -> dict[str, Any]:
     """The contents of model_index.json."""
-    return _read_json(Path(folder) / "model_index.json")
+    return read_json(Path(folder) / "model_index.json")
 
 
 def read_model(folder: Folder) -> ModelConfig:
@@ -330,14 +330,15 @@ def write_model_index(folder: Folder, model: ModelConfig) -> None:
         }
     data["cmdgen"] = {key: getattr(model, key) for key in _OURS}
     write_config(model.noise, Path(folder) / "scheduler")
-    _write_json(Path(folder) / "model_index.json", data)
+    write_json(Path(folder) / "model_index.json", data)
 
 
 def _config_name(cls: type) -> str:
     return "scheduler_config.json" if cls is NoiseConfig else "config.json"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -349,7 +350,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write an object to a JSON file, keys in order."""
     with replace_with(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -362,7 +364,7 @@ def _weight_paths(folder: Path, filename: str) -> list[Path]:
     index = folder / f"{filename}.index.json"
     if not index.is_file():
         return [folder / filename]
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     names = shards.values() if isinstance(shards, dict) else [None]
     if not all(isinstance(name, str) and name and name == Path(name).name for name in names):
         raise ValueError(
