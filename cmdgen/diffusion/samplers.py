@@ -91,11 +91,11 @@ def dpm_solver_pp(
     """(B, C, ...) of unit noise -> (B, C, ...). Algorithm 2 of Lu et al. 2022 (arXiv:2211.01095).
 
     Deterministic: `generator` is not used. The first step is of first order, and so is the last,
-    which ends without noise and therefore on the last x0. Leading timesteps are those of
-    `steps` + 1 parts without the last, as diffusers has them: DDIM's would spend a step near zero.
+    which ends without noise and therefore on the last x0. Unless trailing, the timesteps are those
+    of one step more, without its last, as in diffusers: DDIM's would waste a step near zero.
     """
     visited = timesteps(config, steps)
-    if config.timestep_spacing == "leading":
+    if config.timestep_spacing != "trailing":
         visited = timesteps(config, min(steps + 1, config.num_train_timesteps))[:steps]
     x = noise
     previous: tuple[Tensor, float] | None = None

@@ -29,7 +29,8 @@ def timesteps(noise: NoiseConfig, steps: int) -> Tensor:
     """() -> (steps,) int64: the training timesteps to visit, falling.
 
     "leading" starts each of `steps` equal parts, moved up by `steps_offset`; "trailing" ends each,
-    and so begins at the noisiest (Lin et al. 2023, arXiv:2305.08891, table 2).
+    and so begins at the noisiest; "linspace" goes evenly from the noisiest to timestep 0
+    (Lin et al. 2023, arXiv:2305.08891, table 2).
     """
     total = noise.num_train_timesteps
     if not 1 <= steps <= total:
@@ -42,8 +43,12 @@ def timesteps(noise: NoiseConfig, steps: int) -> Tensor:
             return visited + min(noise.steps_offset, total - 1 - int(visited[0]))
         case "trailing":
             return (total - index.double() * total / steps).round().long() - 1
+        case "linspace":
+            return torch.linspace(total - 1, 0, steps, dtype=torch.float64).round().long()
         case other:
-            raise ValueError(f"timestep spacing {other!r} is not one of leading, trailing")
+            raise ValueError(
+                f"timestep spacing {other!r} is not one of leading, trailing, linspace"
+            )
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor | float) -> Tensor:

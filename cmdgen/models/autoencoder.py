@@ -4,7 +4,7 @@ Sec. 3.2 of Yu et al. 2024 (arXiv:2403.14148). Tokens travel as `(T, B, N, D)`, 
 attention over time and attention over space both read the projections through views, uncopied.
 """
 
-from pathlib import Path
+import os
 from typing import Self
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from cmdgen.config import AutoencoderConfig
 from cmdgen.models.attention import attend
-from cmdgen.weights import load_weights, read_config, save_weights, write_config
+from cmdgen.weights import load_model, save_model
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILENAME = "diffusion_pytorch_model.safetensors"
 
 # an axis has tens of positions: slower rotations than this would tell nothing apart
 SLOWEST_ROTATION = 1 / 100
@@ -154,16 +154,21 @@ class CmdAutoencoder(nn.Module):
         self.output = Unpatch(width, channels, patch)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read `config.json` and the weights of one folder."""
-        model = cls(read_config(Path(folder), AutoencoderConfig))
-        load_weights(model, Path(folder), WEIGHTS)
-        return model
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Read a folder that `save_pretrained` wrote; ValueError names a file that is wrong."""
+        return load_model(cls, AutoencoderConfig, folder, FILENAME, dtype=dtype, device=device)
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write `config.json` and the weights, cast to `dtype`, into one folder."""
-        write_config(self.config, Path(folder))
-        save_weights(self, Path(folder), WEIGHTS, dtype)
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the folder that `from_pretrained` reads."""
+        save_model(self, self.config, folder, FILENAME, dtype=dtype)
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, T, H, W) -> content (B, C, H, W), motion (B, K, T, W' + H').

