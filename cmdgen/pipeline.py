@@ -35,6 +35,7 @@ class Clip:
     """A video and what made it."""
 
     frames: np.ndarray  # (T, H, W, 3) uint8
+    content: np.ndarray  # (H, W, 3) uint8: the content frame as a picture
     fps: int
     metadata: dict[str, Any]
 
@@ -73,7 +74,7 @@ class TextToVideo:
         config = read_model(folder)
         if config.text is None or config.vae is None or not isinstance(config.content, UNetConfig):
             raise ValueError(f"{folder} makes no video from text: it needs text_encoder, unet, vae")
-        place = _device(device)
+        place = choose_device(device)
         if dtype == "auto":
             dtype = "float32" if place.type == "cpu" else "bfloat16"
         if dtype not in DTYPES:
@@ -147,6 +148,7 @@ class TextToVideo:
             content.to(self.dtype), parts.autoencoder.destandardise(motion).to(self.dtype)
         )
         frames = self._decode(latents, report)
+        still = self._to_pixels(content.to(self.dtype))
 
         recorded = asdict(asked)
         for part in ("text", "content", "vae", "autoencoder", "motion", "noise", "name"):
@@ -155,6 +157,7 @@ class TextToVideo:
         return [
             Clip(
                 frames=frames[i],
+                content=still[i].numpy(),
                 fps=asked.fps,
                 metadata={
                     **{"cmdgen": __version__, "model": asked.name},
@@ -243,11 +246,15 @@ class TextToVideo:
         frames = []
         count = latents.shape[2]
         for i in range(count):
-            pixels = self.parts.vae.from_latents(latents[:, :, i]).float()
-            levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            frames.append(rearrange(levels, "b c h w -> b h w c").cpu())
+            frames.append(self._to_pixels(latents[:, :, i]))
             report("decode", i + 1, count)
         return torch.stack(frames, dim=1).numpy()
+
+    def _to_pixels(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> uint8 (B, H, W, 3) on the CPU."""
+        pixels = self.parts.vae.from_latents(latents).float()
+        levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return rearrange(levels, "b c h w -> b h w c").cpu()
 
 
 def seeded(part: str, seed: int) -> torch.Generator:
@@ -259,7 +266,8 @@ def seeded(part: str, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one; ValueError names what there is."""
     possible = ["cpu"]
     if torch.cuda.is_available():
         possible += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]

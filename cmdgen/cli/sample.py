@@ -2,14 +2,13 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cmdgen.cli.errors import FAILED, fail
+from cmdgen.cli.progress import show_progress
 from cmdgen.config import SAMPLERS, SampleConfig
 
 OWN = "  [default: the model's own]"
@@ -102,7 +101,7 @@ def sample(
             _say(f"note: {own.name} has never seen: {', '.join(unknown)}")
         if not pipeline.fits(prompt):
             _say(f"note: {own.name} reads the start of this prompt only: it is too long")
-        with _progress() as show:
+        with show_progress() as show:
             clip = pipeline.sample(prompt, config, on_progress=show)
     except ValueError as error:
         fail(error, FAILED)
@@ -123,33 +122,3 @@ def _parse_size(size: str) -> tuple[int, int]:
 
 def _say(line: str) -> None:
     typer.echo(line, err=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with its remaining time for each stage, on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield show
