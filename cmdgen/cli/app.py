@@ -9,6 +9,7 @@ import typer
 
 from cmdgen import __version__
 from cmdgen.cli.errors import EXIT_CODES, FAILED, INTERRUPTED, USAGE, fail
+from cmdgen.cli.evaluate import evaluate
 from cmdgen.cli.sample import sample
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command(epilog=EXIT_CODES)(sample)
+app.command("eval", epilog=EXIT_CODES)(evaluate)
 
 
 def _show_version(wanted: bool) -> None:

@@ -47,7 +47,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """(N, D), (M, D) -> squared 2-Wasserstein distance of the two Gaussians fitted to the rows.
 
     |mu_a - mu_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) in float64 (Dowson and Landau 1982), with
-    unbiased covariances and no shrinkage. Biased upwards by finite sets, so only sets of one size compare.
+    unbiased covariances and no shrinkage. Finite sets bias it upwards: only equal sizes compare.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(

@@ -1,0 +1,196 @@
+"""A small classifier that tells what a clip shows; its penultimate layer is the Frechet feature.
+
+It learns from rendered training clips only, blurred, noisy and shifted in brightness, so that it
+judges what a generated clip shows and not how cleanly it is drawn.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from cmdgen.data.world import World
+from cmdgen.weights import load_model, save_model
+
+FILENAME = "model.safetensors"
+# the probe of the small world, which ships with the default model
+PACKAGED = Path(__file__).parents[1] / "assets" / "mini" / "probe"
+HEADS = ("subject", "motion", "scene")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What the probe can name, and its sizes."""
+
+    subject: tuple[str, ...] = ()
+    motion: tuple[str, ...] = ()
+    scene: tuple[str, ...] = ()
+    # clips of any other size are resized to it
+    size: int = 64
+    width: int = 96
+    features: int = 128
+
+
+@dataclass(frozen=True)
+class ProbeTraining:
+    """How the probe learns; the defaults take minutes on one CPU core."""
+
+    steps: int = 700
+    batch: int = 24
+    lr: float = 4e-3
+    weight_decay: float = 0.02
+    seed: int = 0
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions around a skip."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *_convolve(width, width, 1), nn.Conv2d(width, width, 3, padding=1, bias=False)
+        )
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, C, h, w)."""
+        return F.relu(x + self.norm(self.body(x)))
+
+
+def _convolve(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
+
+
+class Probe(nn.Module):
+    """Frames one by one, then their features over time, then three linear heads."""
+
+    def __init__(self, config: ProbeConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, features = config.width, config.features
+        self.trunk = nn.Sequential(
+            # every frame beside its change to the next
+            nn.Conv2d(6, width // 2, 4, 4, bias=False),
+            nn.BatchNorm2d(width // 2),
+            nn.ReLU(),
+            *_convolve(width // 2, width, 2),
+            *_convolve(width, width, 1),
+            *_convolve(width, width, 2),
+        )
+        # keeps where things are: motion is a change of place
+        self.place = nn.Sequential(
+            nn.Conv2d(width, width // 4, 1, bias=False), nn.BatchNorm2d(width // 4), nn.ReLU()
+        )
+        cells = (config.size // 16) ** 2
+        self.time = nn.Sequential(
+            nn.Conv1d(width // 4 * cells, width, 1, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Conv1d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+            nn.Conv1d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(),
+        )
+        self.features = nn.Sequential(
+            nn.Linear(4 * width, features), nn.BatchNorm1d(features), nn.ReLU()
+        )
+        self.heads = nn.ModuleDict(
+            {head: nn.Linear(features, len(getattr(config, head))) for head in HEADS}
+        )
+
+    def forward(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, T, 3, H, W) in [0, 1] -> features (B, D), logits (B, classes) by head."""
+        count, size = frames.shape[1], (self.config.size, self.config.size)
+        flat = rearrange(frames, "b t c h w -> (b t) c h w")
+        if flat.shape[2:] != size:
+            flat = F.interpolate(flat, size, mode="area")
+        x = rearrange(flat - 0.5, "(b t) c h w -> b t c h w", t=count)
+        change = F.pad(x.diff(dim=1), (0, 0, 0, 0, 0, 0, 0, 1))
+        x = rearrange(torch.cat([x, 2 * change], dim=2), "b t c h w -> (b t) c h w")
+        x = self.trunk(x.contiguous(memory_format=torch.channels_last))  # (B T, C, 4, 4)
+        looks = reduce(x, "(b t) c h w -> b t c", "max", t=count)
+        places = self.time(rearrange(self.place(x), "(b t) c h w -> b (c h w) t", t=count))
+        pooled = [looks.mean(1), looks.amax(1), places.mean(2), places.amax(2)]
+        features = self.features(torch.cat(pooled, dim=1))
+        return features, {head: linear(features) for head, linear in self.heads.items()}
+
+    @torch.no_grad()
+    def read(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, T, 3, H, W) uint8 -> features (B, D) float32, class numbers (B,) by head."""
+        device = next(self.parameters()).device
+        features, logits = self(frames.to(device).float() / 255)
+        return features.float().cpu(), {name: row.argmax(1).cpu() for name, row in logits.items()}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "Probe":
+        """Read a folder that `save_pretrained` wrote, ready to read clips."""
+        return load_model(cls, ProbeConfig, folder, FILENAME)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and weights in half precision."""
+        save_model(self, self.config, folder, FILENAME, dtype=torch.float16)
+
+
+def degrade(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, T, 3, H, W) in [0, 1] -> the same: blur, brightness, noise, drawn for each clip."""
+
+    def draw(low: float, high: float) -> Tensor:
+        rows = torch.rand(len(frames), 1, 1, 1, 1, generator=generator)
+        return (low + (high - low) * rows).to(frames.device)
+
+    def coarse(factor: int) -> Tensor:
+        flat = rearrange(frames, "b t c h w -> (b t) c h w")
+        small = F.avg_pool2d(flat, factor)
+        return F.interpolate(small, flat.shape[2:], mode="bilinear").view_as(frames)
+
+    # a quarter of the clips stay sharp, the blurriest are half way to a quarter of the resolution
+    blur = draw(-0.5, 1.5).clamp(min=0)
+    half, quarter = coarse(2), coarse(4)
+    frames = frames.lerp(half, blur.clamp(max=1)).lerp(quarter, (blur - 1).clamp(min=0))
+    noise = torch.randn(frames.shape, generator=generator).to(frames.device)
+    frames = frames * draw(0.85, 1.15) + draw(-0.08, 0.08) + noise * draw(-0.02, 0.05).clamp(min=0)
+    return frames.clamp(0, 1)
+
+
+def train_probe(
+    world: World,
+    config: ProbeTraining = ProbeTraining(),
+    *,
+    device: torch.device,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Probe:
+    """Learns from `steps * batch` clips of the training split, each seen once."""
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    probe = Probe(ProbeConfig(subject=world.subjects, motion=world.motions, scene=world.scenes))
+    probe = probe.to(device).train()
+    size = (probe.config.size, probe.config.size)
+    optimizer = torch.optim.AdamW(
+        probe.parameters(), lr=config.lr, weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, config.steps, pct_start=0.2
+    )
+    indices = world.indices("train", config.steps * config.batch)
+    for step, rows in enumerate(indices.split(config.batch)):
+        clips = world.render(rows, size, device=str(device))
+        _, logits = probe(degrade(clips.frames.float() / 255, generator))
+        losses = [
+            F.cross_entropy(logits[head], clips.labels[head], label_smoothing=0.05)
+            for head in HEADS
+        ]
+        optimizer.zero_grad(set_to_none=True)
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        schedule.step()
+        if on_step is not None:
+            on_step(step + 1, config.steps)
+    return probe.eval()

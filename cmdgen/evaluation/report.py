@@ -1,0 +1,96 @@
+"""Figures beside their targets: one Markdown table, or JSON. Never imports torch."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+_HEADER = ("figure", "value", "beside", "target", "")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number, what it is compared with, and the target if there is one."""
+
+    key: str
+    label: str
+    value: float
+    # dB, %, s, MB, or nothing
+    unit: str = ""
+    beside: dict[str, float] = field(default_factory=dict)
+    target: float | None = None
+    # "least" or "most": the side of the target on which the value should be
+    at: str = "least"
+    # where the target comes from
+    reason: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is reached; None where there is none. Not a number misses it."""
+        if self.target is None:
+            return None
+        return self.value >= self.target if self.at == "least" else self.value <= self.target
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the key, for JSON."""
+        return {
+            "value": _finite(self.value),
+            "unit": self.unit,
+            "beside": {name: _finite(value) for name, value in self.beside.items()},
+            "target": None if self.target is None else _finite(self.target),
+            "at": None if self.target is None else self.at,
+            "met": self.met,
+        }
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of the table."""
+        target = ""
+        if self.target is not None:
+            sign = "≥" if self.at == "least" else "≤"
+            reason = f" ({self.reason})" if self.reason else ""
+            target = f"{sign} {_number(self.target, self.unit)}{reason}"
+        beside = ", ".join(f"{k} {_number(v, '')}" for k, v in self.beside.items())
+        verdict = {True: "met", False: "missed", None: ""}[self.met]
+        return self.label, _number(self.value, self.unit), beside, target, verdict
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures of one measurement, how they were taken, and anything finer than the table."""
+
+    title: str
+    figures: list[Figure]
+    # one sentence each
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "title": self.title,
+            **self.settings,
+            "figures": {figure.key: figure.to_dict() for figure in self.figures},
+            "details": self.details,
+            "notes": self.notes,
+        }
+
+    def to_markdown(self) -> str:
+        """A title, a table that is readable as plain text too, and the notes."""
+        rows = [_HEADER, *(figure.cells() for figure in self.figures)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+            for row in rows
+        ]
+        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        return "\n".join([self.title, "", *lines, "", *(f"- {note}" for note in self.notes)])
+
+
+def _number(value: float, unit: str) -> str:
+    digits = 2 if abs(value) < 100 else 1
+    return f"{value:.{digits}f} {unit}".rstrip()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return round(value, 6) if math.isfinite(value) else None
