@@ -28,8 +28,8 @@ CLIPS = 12_000
 LINE_SECONDS = 30
 
 
-def _option(help: str, name: str, panel: str | None = None) -> Any:
-    return typer.Option(f"--{name}", help=help, rich_help_panel=panel)
+def _option(help: str, panel: str | None = None) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel)
 
 
 def _command(stage: str) -> Callable[..., None]:
@@ -37,73 +37,63 @@ def _command(stage: str) -> Callable[..., None]:
         output: Annotated[
             Path, typer.Option("--output", "-o", help="Folder of the run; all stages share it.")
         ],
-        preset: Annotated[str | None, _option("Model to build.", "preset")] = None,
+        preset: Annotated[str | None, _option("Model to build.")] = None,
         data: Annotated[
             str | None,
-            _option(f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.", "data"),
+            _option(f"A rendered world ({', '.join(WORLDS)}) or a folder of videos."),
         ] = None,
-        size: Annotated[str | None, _option("Frame size, WIDTHxHEIGHT.", "size")] = None,
-        frames: Annotated[int | None, _option("Frames of a clip.", "frames")] = None,
-        clips: Annotated[int, _option("Clips to learn from.", "clips")] = CLIPS,
-        init: Annotated[Path | None, _option("Model folder to start from.", "init")] = None,
-        restart: Annotated[
-            bool, _option("Forget this stage's checkpoint.", "restart")
-        ] = StageConfig.restart,
-        steps: Annotated[int, _option("Updates in all.", "steps")] = TrainConfig.steps,
+        size: Annotated[str | None, _option("Frame size, WIDTHxHEIGHT.")] = None,
+        frames: Annotated[int | None, _option("Frames of a clip.")] = None,
+        clips: Annotated[int, _option("Clips to learn from.")] = CLIPS,
+        init: Annotated[Path | None, _option("Model folder to start from.")] = None,
+        restart: Annotated[bool, _option("Forget this stage's checkpoint.")] = StageConfig.restart,
+        steps: Annotated[int, _option("Updates in all.")] = TrainConfig.steps,
         minutes: Annotated[
-            float | None, _option("Stop cleanly within this time.", "minutes")
+            float | None, _option("Stop cleanly within this time.")
         ] = TrainConfig.minutes,
-        batch: Annotated[
-            int, _option("Clips (vae: frames) an update.", "batch")
-        ] = TrainConfig.batch,
+        batch: Annotated[int, _option("Clips (vae: frames) an update.")] = TrainConfig.batch,
         accumulate: Annotated[
-            int, _option("Parts that a batch is computed in.", "accumulate")
+            int, _option("Parts that a batch is computed in.")
         ] = TrainConfig.accumulate,
-        lr: Annotated[float, _option("Learning rate.", "lr")] = TrainConfig.lr,
-        warmup: Annotated[int, _option("Steps of linear warm-up.", "warmup")] = TrainConfig.warmup,
+        lr: Annotated[float, _option("Learning rate.")] = TrainConfig.lr,
+        warmup: Annotated[int, _option("Steps of linear warm-up.")] = TrainConfig.warmup,
         final_lr: Annotated[
-            float, _option("Fraction of lr that a cosine ends at; 1: constant.", "final-lr")
+            float, _option("Fraction of lr that a cosine ends at; 1: constant.")
         ] = TrainConfig.final_lr,
-        weight_decay: Annotated[
-            float, _option("Of matrices.", "weight-decay")
-        ] = TrainConfig.weight_decay,
-        ema: Annotated[float, _option("Decay of the averaged weights.", "ema")] = TrainConfig.ema,
+        weight_decay: Annotated[float, _option("Of matrices.")] = TrainConfig.weight_decay,
+        ema: Annotated[float, _option("Decay of the averaged weights.")] = TrainConfig.ema,
         precision: Annotated[
-            str, _option("auto, bf16 or fp32; auto is bf16 on a GPU.", "precision")
+            str, _option("auto, bf16 or fp32; auto is bf16 on a GPU.")
         ] = TrainConfig.precision,
-        seed: Annotated[int, _option("Of everything drawn.", "seed")] = TrainConfig.seed,
-        device: Annotated[str, _option("auto, cpu, cuda, cuda:1 ...", "device")] = "auto",
-        threads: Annotated[int | None, _option("CPU threads.", "threads")] = None,
+        seed: Annotated[int, _option("Of everything drawn.")] = TrainConfig.seed,
+        device: Annotated[str, _option("auto, cpu, cuda, cuda:1 ...")] = "auto",
+        threads: Annotated[int | None, _option("CPU threads.")] = None,
         save_every: Annotated[
-            float, _option("Seconds between checkpoints.", "save-every")
+            float, _option("Seconds between checkpoints.")
         ] = TrainConfig.save_seconds,
-        log_every: Annotated[
-            int, _option("Steps between log lines.", "log-every")
-        ] = TrainConfig.log_steps,
+        log_every: Annotated[int, _option("Steps between log lines.")] = TrainConfig.log_steps,
         evaluate_every: Annotated[
-            int, _option("Steps between evaluations and sample sheets.", "evaluate-every")
+            int, _option("Steps between evaluations and sample sheets.")
         ] = TrainConfig.evaluate_steps,
         mask: Annotated[
-            float, _option("Extra weight of the subject's pixels.", "mask", "Only for vae")
+            float, _option("Extra weight of the subject's pixels.", "Only for vae")
         ] = VaeLoss.mask,
         edges: Annotated[
-            float, _option("Weight of image gradients.", "edges", "Only for vae")
+            float, _option("Weight of image gradients.", "Only for vae")
         ] = VaeLoss.edges,
-        kl: Annotated[
-            float, _option("Weight of the KL of a frame.", "kl", "Only for vae")
-        ] = VaeLoss.kl,
+        kl: Annotated[float, _option("Weight of the KL of a frame.", "Only for vae")] = VaeLoss.kl,
         moving: Annotated[
-            float, _option("Extra weight of what moves.", "moving", "Only for autoencoder")
+            float, _option("Extra weight of what moves.", "Only for autoencoder")
         ] = AutoencoderLoss.moving,
         motion_l2: Annotated[
-            float, _option("Weight of z squared.", "motion-l2", "Only for autoencoder")
+            float, _option("Weight of z squared.", "Only for autoencoder")
         ] = AutoencoderLoss.motion,
         content_pull: Annotated[
             float,
-            _option("Pulls content to a real frame.", "content-pull", "Only for autoencoder"),
+            _option("Pulls content to a real frame.", "Only for autoencoder"),
         ] = AutoencoderLoss.content_pull,
         freeze_text: Annotated[
-            bool, _option("Train the UNet alone.", "freeze-text", "Only for content")
+            bool, _option("Train the UNet alone.", "Only for content")
         ] = StageConfig.freeze_text,
     ) -> None:
         config = TrainConfig(
@@ -300,7 +290,7 @@ class _Progress:
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
     target: Annotated[Path, typer.Argument(help="Folder to write, such as cmdgen/assets/mini.")],
-    dtype: Annotated[str, _option("float16, bfloat16 or float32.", "dtype")] = "float16",
+    dtype: Annotated[str, _option("float16, bfloat16 or float32.")] = "float16",
 ) -> None:
     from cmdgen.training.export import DTYPES, export_model
 

@@ -1,59 +1,56 @@
-"""A folder of video files with captions: captions.jsonl, or a .txt of the same name beside each."""
+"""A folder of captioned video files as a source of clips, one clip from each file."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 
 from cmdgen.data.clips import Clips
 from cmdgen.video.read import read_video
 
-_CAPTIONS = "captions.jsonl"
-_SUFFIXES = (".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".gif")
-# one video in so many belongs to the test split, by a hash of its name
-_TEST_EVERY = 10
+SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
+# of the files, chosen by name, at least one
+HELD_OUT = 0.05
 
 
-@dataclass(frozen=True)
-class _Entry:
-    file: Path
-    caption: str
+class Folder:
+    """Videos at any depth, with captions from `captions.jsonl` or from a `.txt` beside each.
 
+    A line of captions.jsonl is {"file": path within the folder, "caption": text or list of texts}; each line
+    of a .txt is a caption.
+    """
 
-class VideoFolder:
-    """Captioned video files by number; a clip is the beginning of its file."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise ValueError(f"{self.path} is not a folder")
-        listed = self.path / _CAPTIONS
-        self._entries = list(_listed(listed) if listed.is_file() else _beside(self.path))
-        if not self._entries:
-            raise ValueError(f"{self.path} holds no video ({', '.join(_SUFFIXES)})")
-        names = [entry.file.relative_to(self.path.resolve()).as_posix() for entry in self._entries]
-        order = sorted(names, key=lambda name: (crc32(name.encode()), name))
-        test = set(order[: len(set(names)) // _TEST_EVERY])
-        self._test = torch.tensor([name in test for name in names])
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if len(files) < 2:
+            raise ValueError(
+                f"{path} holds {len(files)} videos ({' '.join(SUFFIXES)}), at least 2 needed"
+            )
+        self.names = [str(file.relative_to(path)) for file in files]
+        self.texts = _captions(path, self.names)
+        self.key = " ".join(
+            f"{name}:{stat.st_size}:{stat.st_mtime_ns}"
+            for name, stat in ((name, (path / name).stat()) for name in self.names)
+        )
+        order = sorted(range(len(files)), key=lambda i: crc32(self.names[i].encode()))
+        held_out = max(1, int(HELD_OUT * len(files)))
+        self.splits = {"test": sorted(order[:held_out]), "train": sorted(order[held_out:])}
 
     def indices(self, split: str, count: int) -> Tensor:
-        """-> (N,) int64: at most `count` of "train", or of "test", every tenth file."""
-        if split not in ("train", "test"):
+        """At most `count` files of "train" or "test"."""
+        if split not in self.splits:
             raise ValueError(f"split {split!r} is not one of train, test")
-        chosen = self._test if split == "test" else ~self._test
-        return chosen.nonzero()[:count, 0]
+        return torch.tensor(self.splits[split][:count])
 
     def captions(self, indices: Tensor | Sequence[int], variant: int = 0) -> list[str]:
-        """The captions as written: a folder has no other wording for any variant."""
-        return [self._entries[i].caption for i in torch.as_tensor(indices).tolist()]
+        """One caption each; `variant` picks among several."""
+        texts = [self.texts[i] for i in torch.as_tensor(indices).tolist()]
+        return [choices[variant % len(choices)] for choices in texts]
 
     def render(
         self,
@@ -63,78 +60,46 @@ class VideoFolder:
         device: str = "cpu",
         variant: int = 0,
     ) -> Clips:
-        """(B,) -> clips of `size` (height, width): the middle of every frame, resized."""
-        clips = [
-            _read(self._entries[i].file, size, frames) for i in torch.as_tensor(indices).tolist()
-        ]
-        video = torch.stack(clips) if clips else torch.empty(0, frames, 3, *size, dtype=torch.uint8)
-        return Clips(video.to(device), None, self.captions(indices, variant))
+        """(B,) -> `frames` consecutive frames from somewhere in each file, cut and scaled to `size`."""
+        clips = [self._read(i, size, frames) for i in torch.as_tensor(indices).tolist()]
+        return Clips(torch.stack(clips).to(device), None, self.captions(indices, variant))
+
+    def _read(self, index: int, size: tuple[int, int], frames: int) -> Tensor:
+        path = self.path / self.names[index]
+        pixels, _ = read_video(path)
+        if len(pixels) < frames:
+            raise ValueError(f"{path} has {len(pixels)} frames, {frames} are needed")
+        start = crc32(self.names[index].encode()) % (len(pixels) - frames + 1)
+        video = torch.from_numpy(pixels[start : start + frames].copy()).permute(0, 3, 1, 2)
+        height, width = video.shape[-2:]
+        # the largest part in the middle that has the wanted shape
+        scale = min(height / size[0], width / size[1])
+        tall, wide = round(size[0] * scale), round(size[1] * scale)
+        top, left = (height - tall) // 2, (width - wide) // 2
+        part = video[..., top : top + tall, left : left + wide].float()
+        scaled = F.interpolate(part, size, mode="bilinear", antialias=True)
+        return scaled.round().clamp(0, 255).to(torch.uint8)
 
 
-def _listed(listed: Path) -> Iterator[_Entry]:
-    """Entries of captions.jsonl; ValueError naming the line for whatever is wrong with one."""
-    root = listed.parent.resolve()
-    for number, line in enumerate(_text(listed).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{listed} line {number}"
-        try:
-            row = json.loads(line)
-        # a RecursionError is what a thousand brackets give
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {line[:40]!r}") from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f'{where}: got {line[:40]!r}, expected {{"file": ..., "caption": ...}}'
-            )
-        for key in ("file", "caption"):
-            if not isinstance(row.get(key), str) or not row[key].strip():
-                raise ValueError(f"{where}: {key!r} is missing, empty or not text")
-        if "\0" in row["file"]:
-            raise ValueError(f"{where}: the file name {row['file']!r} is none")
-        file = (root / row["file"]).resolve()
-        if not file.is_relative_to(root):
-            raise ValueError(f"{where}: {row['file']!r} lies outside the folder")
-        if not file.is_file():
-            raise ValueError(f"{where}: {row['file']!r} does not exist")
-        yield _Entry(file, " ".join(row["caption"].split()))
-
-
-def _beside(folder: Path) -> Iterator[_Entry]:
-    """Entries of the videos that lie in the folder, each with its own .txt."""
-    root = folder.resolve()
-    for file in sorted(root.iterdir()):
-        if file.suffix.lower() not in _SUFFIXES:
-            continue
-        if not file.resolve().is_relative_to(root):
-            raise ValueError(f"{file} is a link out of the folder")
-        text = file.with_suffix(".txt")
-        if not text.is_file():
-            raise ValueError(f"{file} has no caption: neither {_CAPTIONS} nor {text.name} exists")
-        caption = " ".join(_text(text).split())
-        if not caption:
-            raise ValueError(f"{text} is empty")
-        yield _Entry(file, caption)
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text") from error
-
-
-def _read(file: Path, size: tuple[int, int], frames: int) -> Tensor:
-    """-> (T, 3, H, W) uint8: the first `frames` frames, cropped in the middle and resized."""
-    pixels, _ = read_video(file, max_frames=frames)
-    if len(pixels) < frames:
-        raise ValueError(f"{file} has {len(pixels)} frames, fewer than {frames}")
-    video = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)  # (T, 3, h, w)
-    tall, wide = video.shape[-2:]
-    scale = min(tall / size[0], wide / size[1])
-    height, width = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-    top, left = (tall - height) // 2, (wide - width) // 2
-    video = video[..., top : top + height, left : left + width].float()
-    if (height, width) != tuple(size):
-        video = F.interpolate(video, size=size, mode="bilinear", antialias=True)
-    return video.round().clamp(0, 255).to(torch.uint8)
+def _captions(folder: Path, names: list[str]) -> list[list[str]]:
+    """The captions of every file, at least one."""
+    found: dict[str, list[str]] = {}
+    listing = folder / "captions.jsonl"
+    if listing.is_file():
+        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                caption = entry["caption"]
+                found[entry["file"]] = [caption] if isinstance(caption, str) else list(caption)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{listing}, line {number}: expected {{"file": ..., "caption": ...}}'
+                ) from error
+    for name in names:
+        beside = (folder / name).with_suffix(".txt")
+        if name not in found and beside.is_file():
+            lines = beside.read_text(encoding="utf-8").splitlines()
+            found[name] = [line.strip() for line in lines if line.strip()]
+        if not found.get(name):
+            raise ValueError(f"{folder / name} has no caption in captions.jsonl or {beside.name}")
+    return [found[name] for name in names]

@@ -26,7 +26,7 @@ def fingerprint(module: nn.Module, *more: str) -> str:
     digest = hashlib.blake2b("\n".join(more).encode(), digest_size=8)
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

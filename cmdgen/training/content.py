@@ -97,7 +97,10 @@ class ContentStage:
         text, empty = self.text_encoder(ids.to(self.device)).last_hidden_state.chunk(2)
         noise = torch.randn(real.shape, generator=seeded("sheet")).to(self.device)
         sampled = ddim(
-            guide(self.unet, text, empty, SHEET_GUIDANCE), noise, self.noise, steps=SHEET_STEPS
+            guide(self.unet, SHEET_GUIDANCE, (text,), (empty,)),
+            noise,
+            self.noise,
+            steps=SHEET_STEPS,
         )
         rows = [self.codec.decode(latents[:, :, None])[:, 0] for latents in (real, sampled)]
         return grid(torch.stack(rows).unflatten(1, (-1, min(8, len(real)))).flatten(0, 1))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmdgen.config import WORLDS
 from cmdgen.data.clips import Clips, ClipSource
+from cmdgen.data.folder import Folder
 from cmdgen.data.world import World
 
 
@@ -54,4 +55,5 @@ def open_source(name: str) -> tuple[ClipSource, str]:
         return World(WORLDS[name]), repr(WORLDS[name])
     if not Path(name).is_dir():
         raise ValueError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder")
-    raise ValueError("no folders yet")
+    folder = Folder(Path(name))
+    return folder, folder.key

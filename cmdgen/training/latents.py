@@ -27,24 +27,28 @@ class Codec:
     device: torch.device
     bf16: bool
 
-    @torch.inference_mode()
+    def autocast(self) -> torch.autocast:
+        """The precision that encoders and decoders run in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """(B, T, 3, H, W) uint8 -> (B, C, T, h, w) float32, posterior means."""
         count = len(frames)
         parts = frames.flatten(0, 1).split(VAE_BATCH)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.autocast():
             latents = torch.cat([self._encode(to_unit(part.to(self.device))) for part in parts])
         return rearrange(latents, "(b t) c h w -> b c t h w", b=count)
 
     def _encode(self, frames: Tensor) -> Tensor:
         return frames if self.vae is None else self.vae.to_latents(frames).float()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, T, h, w) -> (B, T, 3, H, W) uint8."""
         count = len(latents)
         parts = rearrange(latents, "b c t h w -> (b t) c h w").split(VAE_BATCH)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.autocast():
             frames = torch.cat([to_pixels(self._decode(part)) for part in parts])
         return frames.unflatten(0, (count, -1))
 
@@ -66,11 +70,11 @@ class Encodings:
         """Tells the latents of these clips from others."""
         vae = self.codec.vae or torch.nn.Identity()
         scale = "" if self.codec.vae is None else str(self.codec.vae.config.scaling_factor)
-        return fingerprint(vae, scale, self.data.key())
+        return fingerprint(vae, scale, self.data.key)
 
     def latents(self) -> Tensor:
         """() -> (N, C, T, h, w) float16."""
-        indices = self.data.training()[: self.count]
+        indices = self.data.training
 
         def encode(rows: range) -> dict[str, Tensor]:
             parts = [
@@ -88,24 +92,21 @@ class Encodings:
         key = fingerprint(autoencoder, self.key)
         latents: list[Tensor] = []
 
-        @torch.inference_mode()
+        @torch.no_grad()
         def encode(rows: range) -> dict[str, Tensor]:
             if not latents:
                 latents.append(self.latents())
-            content, motion = zip(
-                *(
-                    autoencoder.encode(part.to(self.codec.device).float())
-                    for part in latents[0][rows.start : rows.stop].split(AUTOENCODER_BATCH)
-                ),
-                strict=True,
-            )
+            parts = latents[0][rows.start : rows.stop].split(AUTOENCODER_BATCH)
+            with self.codec.autocast():
+                pairs = [autoencoder.encode(part.to(self.codec.device).float()) for part in parts]
+            content, motion = zip(*pairs, strict=True)
             return {"content": torch.cat(content), "motion": torch.cat(motion)}
 
         return cached(
             self.folder,
             "pairs",
             key,
-            min(self.count, len(self.data.training())),
+            len(self.data.training),
             encode,
             self.report,
         )

@@ -18,12 +18,16 @@ import torch
 from cmdgen.config import DiTConfig, ModelConfig, NoiseConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
+from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
 from cmdgen.training.autoencoder import AutoencoderStage
 from cmdgen.training.config import StageConfig, TrainConfig
+from cmdgen.training.content import ContentStage
 from cmdgen.training.data import TrainingData
 from cmdgen.training.latents import Codec, Encodings
 from cmdgen.training.loop import Report, Stage, train, uses_bf16
+from cmdgen.training.motion import MotionStage
 from cmdgen.training.vae import VaeStage, fresh_vae
 from cmdgen.weights import read_config, replace_with, write_config, write_model_index
 
@@ -183,14 +187,12 @@ def _autoencoder(at: _Setting) -> Stage:
 
 def _content(at: _Setting) -> Stage:
     from cmdgen.models.text import ClipTextModel
-    from cmdgen.models.unet import UNet
-    from cmdgen.training.content import ContentStage
 
     if at.model.text is None or isinstance(at.model.content, DiTConfig):
         raise ValueError(f"preset {at.model.name} has no text encoder: only text can be trained on")
     codec, autoencoder = at.codec(), at.autoencoder()
     content = at.encodings(codec).pairs(autoencoder)["content"]
-    with torch.inference_mode():
+    with torch.no_grad(), codec.autocast():
         latents = codec.encode(at.data.clips(at.data.held_out(HELD_OUT)).frames)
         held_out = torch.cat([autoencoder.encode(part)[0] for part in latents.split(8)])
     tokenizer = _tokenizer(at, at.model.text.vocab_size)
@@ -205,7 +207,7 @@ def _content(at: _Setting) -> Stage:
         tokenizer,
         at.model.noise,
         content,
-        held_out.clone(),
+        held_out.float(),
         codec,
         at.data,
         batch=at.config.batch,
@@ -215,10 +217,8 @@ def _content(at: _Setting) -> Stage:
     )
 
 
-def _tokenizer(at: _Setting, vocab_size: int) -> "Tokenizer":
+def _tokenizer(at: _Setting, vocab_size: int) -> Tokenizer:
     """The one that this stage began with, else init's, else one trained on the captions."""
-    from cmdgen.models.text import Tokenizer
-
     place = at.folder / "tokenizer"
     given = at.parts.given("tokenizer")
     if place.is_dir() and not at.options.restart:
@@ -235,9 +235,6 @@ def _tokenizer(at: _Setting, vocab_size: int) -> "Tokenizer":
 
 
 def _motion(at: _Setting) -> Stage:
-    from cmdgen.models.text import ClipTextModel, Tokenizer
-    from cmdgen.training.motion import MotionStage
-
     codec, autoencoder = at.codec(), at.autoencoder()
     text = ClipTextModel.from_pretrained(at.parts.former("text_encoder")).to(at.device)
     tokenizer = Tokenizer.from_pretrained(at.parts.former("tokenizer"))
