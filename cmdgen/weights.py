@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cmdgen import config as configurations
 from cmdgen.config import (
@@ -199,6 +200,8 @@ def load_weights(
                     if got != wanted:
                         raise ValueError(f"{path}: {name} has shape {got}, expected {wanted}")
                     state[name] = file.get_tensor(stored).to(dtype or expected[name].dtype)
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: No such file or directory") from error
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror or error}") from error
         except SafetensorError as error:
@@ -229,6 +232,18 @@ def save_weights(
             raise OSError(f"{path}: {error}") from error
 
 
+class _NoInitialisation(TorchFunctionMode):
+    """Skips torch.nn.init: on the meta device its `normal_` would import torch's compiler first."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def load_model(
     build: Callable[[C], M],
     config_type: type[C],
@@ -239,10 +254,10 @@ def load_model(
     device: torch.device | str = "cpu",
     rename: Callable[[str], str | None] | None = None,
 ) -> M:
-    """Build a module from its folder, in evaluation mode; nothing is initialised twice."""
+    """Build a module from its folder, in evaluation mode; nothing is initialised first."""
     config = read_config(folder, config_type)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInitialisation():
             model = build(config)
     except ValueError as error:
         raise ValueError(f"{Path(folder) / _config_name(config_type)}: {error}") from error

@@ -267,8 +267,8 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a folder that transformers' `CLIPTokenizer` opens."""
+    def save_pretrained(self, folder: str | os.PathLike[str], *, length: int = 77) -> None:
+        """Write a folder that transformers' `CLIPTokenizer` opens; `length` is its default."""
         folder = Path(folder)
         special = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": self.pad, "unk_token": _EOS}
         write_json(folder / "vocab.json", self.vocab)
