@@ -89,16 +89,14 @@ class TextToVideo:
     @cached_property
     def parts(self) -> Parts:
         """The networks; reading them raises ValueError, naming the file that is wrong."""
-
-        def place(module: Any) -> Any:
-            return module.requires_grad_(False).eval().to(self.device, self.dtype)
-
+        folder = self.folder
+        on: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         return Parts(
-            text=place(ClipTextModel.from_pretrained(self.folder / "text_encoder")),
-            content=place(UNet.from_pretrained(self.folder / "unet")),
-            vae=place(KlVae.from_pretrained(self.folder / "vae")),
-            autoencoder=place(CmdAutoencoder.from_pretrained(self.folder / "autoencoder")),
-            motion=place(DiT.from_pretrained(self.folder / "motion")),
+            text=ClipTextModel.from_pretrained(folder / "text_encoder", **on),
+            content=UNet.from_pretrained(folder / "unet", **on),
+            vae=KlVae.from_pretrained(folder / "vae", **on),
+            autoencoder=CmdAutoencoder.from_pretrained(folder / "autoencoder", **on),
+            motion=DiT.from_pretrained(folder / "motion", **on),
         )
 
     def fits(self, prompt: str) -> bool:
@@ -267,7 +265,7 @@ def seeded(part: str, seed: int) -> torch.Generator:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is the GPU if there is one; ValueError names what there is."""
+    """The device of a name, "auto" a GPU if there is one; ValueError names those there are."""
     possible = ["cpu"]
     if torch.cuda.is_available():
         possible += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
