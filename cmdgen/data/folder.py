@@ -1,55 +1,63 @@
-"""A folder of captioned video files as a source of clips, one clip from each file."""
+"""A folder of captioned video files as a source of clips, one from the beginning of each file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zlib import crc32
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 
 from cmdgen.data.clips import Clips
 from cmdgen.video.read import read_video
 
-SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")
-# of the files, chosen by name, at least one
-HELD_OUT = 0.05
+_LIST = "captions.jsonl"
+_SUFFIXES = (".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".gif")
+# share of the files, chosen by name, that only the test split shows: at least one
+_HELD_OUT = 0.1
 
 
 class Folder:
-    """Videos at any depth, with captions from `captions.jsonl` or from a `.txt` beside each.
+    """Videos named in captions.jsonl, or at any depth with a .txt of captions beside each.
 
-    A line of captions.jsonl is {"file": path within the folder, "caption": text or list of texts}; each line
-    of a .txt is a caption.
+    A line of captions.jsonl is {"file": path in the folder, "caption": text or a list of texts};
+    each line of a .txt is a caption. All of it is checked here: ValueError names what is wrong.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        if len(files) < 2:
-            raise ValueError(
-                f"{path} holds {len(files)} videos ({' '.join(SUFFIXES)}), at least 2 needed"
-            )
-        self.names = [str(file.relative_to(path)) for file in files]
-        self.texts = _captions(path, self.names)
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a folder")
+        root = path.resolve()
+        found: dict[Path, list[str]] = {}
+        for file, captions in _listed(root) if (root / _LIST).is_file() else _beside(root):
+            found.setdefault(file, []).extend(captions)
+        if len(found) < 2:
+            raise ValueError(f"{path} holds {len(found)} captioned videos, at least 2 are needed")
+        self._files, self._captions = list(found), list(found.values())
+        names = [file.relative_to(root).as_posix() for file in self._files]
+        stats = [file.stat() for file in self._files]
+        # tells one set of clips from another
         self.key = " ".join(
             f"{name}:{stat.st_size}:{stat.st_mtime_ns}"
-            for name, stat in ((name, (path / name).stat()) for name in self.names)
+            for name, stat in zip(names, stats, strict=True)
         )
-        order = sorted(range(len(files)), key=lambda i: crc32(self.names[i].encode()))
-        held_out = max(1, int(HELD_OUT * len(files)))
-        self.splits = {"test": sorted(order[:held_out]), "train": sorted(order[held_out:])}
+        order = sorted(range(len(names)), key=lambda i: crc32(names[i].encode()))
+        held_out = max(1, int(_HELD_OUT * len(names)))
+        self._splits = {"test": sorted(order[:held_out]), "train": sorted(order[held_out:])}
+
+    def __len__(self) -> int:
+        return len(self._files)
 
     def indices(self, split: str, count: int) -> Tensor:
-        """At most `count` files of "train" or "test"."""
-        if split not in self.splits:
+        """-> (N,) int64: at most `count` files of "train" or "test"."""
+        if split not in self._splits:
             raise ValueError(f"split {split!r} is not one of train, test")
-        return torch.tensor(self.splits[split][:count])
+        return torch.tensor(self._splits[split][:count])
 
     def captions(self, indices: Tensor | Sequence[int], variant: int = 0) -> list[str]:
-        """One caption each; `variant` picks among several."""
-        texts = [self.texts[i] for i in torch.as_tensor(indices).tolist()]
+        """One caption each; `variant` goes round those that a file has."""
+        texts = [self._captions[i] for i in torch.as_tensor(indices).tolist()]
         return [choices[variant % len(choices)] for choices in texts]
 
     def render(
@@ -60,46 +68,74 @@ class Folder:
         device: str = "cpu",
         variant: int = 0,
     ) -> Clips:
-        """(B,) -> `frames` consecutive frames from somewhere in each file, cut and scaled to `size`."""
-        clips = [self._read(i, size, frames) for i in torch.as_tensor(indices).tolist()]
-        return Clips(torch.stack(clips).to(device), None, self.captions(indices, variant))
-
-    def _read(self, index: int, size: tuple[int, int], frames: int) -> Tensor:
-        path = self.path / self.names[index]
-        pixels, _ = read_video(path)
-        if len(pixels) < frames:
-            raise ValueError(f"{path} has {len(pixels)} frames, {frames} are needed")
-        start = crc32(self.names[index].encode()) % (len(pixels) - frames + 1)
-        video = torch.from_numpy(pixels[start : start + frames].copy()).permute(0, 3, 1, 2)
-        height, width = video.shape[-2:]
-        # the largest part in the middle that has the wanted shape
-        scale = min(height / size[0], width / size[1])
-        tall, wide = round(size[0] * scale), round(size[1] * scale)
-        top, left = (height - tall) // 2, (width - wide) // 2
-        part = video[..., top : top + tall, left : left + wide].float()
-        scaled = F.interpolate(part, size, mode="bilinear", antialias=True)
-        return scaled.round().clamp(0, 255).to(torch.uint8)
+        """(B,) -> clips of `size` (height, width): the middle of every frame, resized."""
+        chosen = [self._files[i] for i in torch.as_tensor(indices).tolist()]
+        clips = torch.stack([_read(file, size, frames) for file in chosen])
+        return Clips(clips.to(device), None, self.captions(indices, variant))
 
 
-def _captions(folder: Path, names: list[str]) -> list[list[str]]:
-    """The captions of every file, at least one."""
-    found: dict[str, list[str]] = {}
-    listing = folder / "captions.jsonl"
-    if listing.is_file():
-        for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                entry = json.loads(line)
-                caption = entry["caption"]
-                found[entry["file"]] = [caption] if isinstance(caption, str) else list(caption)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{listing}, line {number}: expected {{"file": ..., "caption": ...}}'
-                ) from error
-    for name in names:
-        beside = (folder / name).with_suffix(".txt")
-        if name not in found and beside.is_file():
-            lines = beside.read_text(encoding="utf-8").splitlines()
-            found[name] = [line.strip() for line in lines if line.strip()]
-        if not found.get(name):
-            raise ValueError(f"{folder / name} has no caption in captions.jsonl or {beside.name}")
-    return [found[name] for name in names]
+def _listed(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """What captions.jsonl says, line by line."""
+    for number, line in enumerate(_lines(root / _LIST), 1):
+        where = f"{root / _LIST} line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        # thousands of brackets are a RecursionError
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON: {line[:40]!r}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("file"), str):
+            raise ValueError(
+                f'{where}: got {line[:40]!r}, expected {{"file": ..., "caption": ...}}'
+            )
+        texts = row.get("caption")
+        captions = texts if isinstance(texts, list) else [texts]
+        if not captions or not all(isinstance(text, str) and text.strip() for text in captions):
+            raise ValueError(f"{where}: the caption is missing, empty or not text")
+        # a file name with a zero byte is none that could exist
+        if "\0" in row["file"] or not (root / row["file"]).is_file():
+            raise ValueError(f"{where}: {row['file']!r} does not exist")
+        file = (root / row["file"]).resolve()
+        if not file.is_relative_to(root):
+            raise ValueError(f"{where}: {row['file']!r} lies outside the folder")
+        yield file, [" ".join(text.split()) for text in captions]
+
+
+def _beside(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Every video below the folder with the lines of its .txt."""
+    for file in sorted(root.rglob("*")):
+        if file.suffix.lower() not in _SUFFIXES:
+            continue
+        if not file.resolve().is_relative_to(root):
+            raise ValueError(f"{file} is a link to outside the folder")
+        text = file.with_suffix(".txt")
+        if not text.is_file():
+            raise ValueError(f"{file} has no caption: there is neither {_LIST} nor {text.name}")
+        captions = [" ".join(line.split()) for line in _lines(text) if line.strip()]
+        if not captions:
+            raise ValueError(f"{text} is empty")
+        yield file.resolve(), captions
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text") from error
+
+
+def _read(file: Path, size: tuple[int, int], frames: int) -> Tensor:
+    """-> (T, 3, H, W) uint8: the first `frames` frames, cropped in the middle and resized."""
+    pixels, _ = read_video(file, max_frames=frames)
+    if len(pixels) < frames:
+        raise ValueError(f"{file} has {len(pixels)} frames, {frames} are needed")
+    video = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)  # (T, 3, h, w)
+    tall, wide = video.shape[-2:]
+    # the largest part of the wanted shape
+    scale = min(tall / size[0], wide / size[1])
+    height, width = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+    top, left = (tall - height) // 2, (wide - width) // 2
+    part = video[..., top : top + height, left : left + width].float()
+    scaled = F.interpolate(part, size=size, mode="bilinear", antialias=True)
+    return scaled.round().clamp(0, 255).to(torch.uint8)
