@@ -275,9 +275,8 @@ class Tokenizer:
         with replace_with(folder / "merges.txt") as temporary:
             lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        write_json(
-            folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", **special}
-        )
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **special}
+        write_json(folder / "tokenizer_config.json", config)
         if self.words is not None:
             write_json(folder / "words.json", {"words": sorted(self.words)})
 

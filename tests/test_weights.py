@@ -1,0 +1,270 @@
+"""Model folders: what is written is read back, and nothing that a stranger wrote gets further."""
+
+import json
+import os
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from cmdgen.config import CMD_UCF, MINI, ModelConfig, NoiseConfig, UNetConfig, VaeConfig
+from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.models.unet import UNet
+from cmdgen.models.vae import FILENAME, KlVae
+from cmdgen.weights import (
+    load_weights,
+    read_config,
+    read_model,
+    replace_with,
+    resolve_model,
+    save_weights,
+    write_config,
+    write_model_index,
+)
+
+TINY = VaeConfig(block_out_channels=(4, 8), norm_num_groups=2, layers_per_block=1)
+
+
+def write_parts(model: ModelConfig, folder: Path) -> None:
+    content = "unet" if isinstance(model.content, UNetConfig) else "transformer"
+    parts = {
+        "text_encoder": model.text,
+        content: model.content,
+        "vae": model.vae,
+        "autoencoder": model.autoencoder,
+        "motion": model.motion,
+    }
+    for name, part in parts.items():
+        if part is not None:
+            write_config(part, folder / name)
+    write_model_index(folder, model)
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def error_of(folder: Path, cls: type = KlVae) -> str:
+    """The one line that loading a folder ends with."""
+    with pytest.raises(ValueError) as error:
+        cls.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def vae_folder(tmp_path: Path) -> Path:
+    KlVae(TINY).save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.mark.parametrize("model", [MINI, CMD_UCF, replace(MINI, guidance=2.5, fps=12)])
+def test_a_model_is_read_as_it_was_written(model: ModelConfig, tmp_path: Path) -> None:
+    write_parts(model, tmp_path)
+    assert read_model(tmp_path) == model
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
+def test_diffusers_opens_a_whole_model_as_stable_diffusion(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(["a dog"], 600)
+    text = replace(
+        MINI.text, vocab_size=600, hidden_size=16, intermediate_size=16, num_hidden_layers=1
+    )
+    content = replace(
+        MINI.content,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        cross_attention_dim=16,
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer", length=text.max_position_embeddings)
+    ClipTextModel(text).save_pretrained(tmp_path / "text_encoder")
+    UNet(content).save_pretrained(tmp_path / "unet")
+    KlVae(TINY).save_pretrained(tmp_path / "vae")
+    write_model_index(tmp_path, replace(MINI, text=text, content=content, vae=TINY))
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline("a dog", num_inference_steps=2, height=16, width=16, output_type="np").images
+    assert images.shape == (1, 16, 16, 3)
+
+
+def test_half_precision_files_load_to_the_dtype_asked_for(tmp_path: Path) -> None:
+    vae = KlVae(TINY)
+    vae.save_pretrained(tmp_path, dtype=torch.float16)
+    assert {value.dtype for value in load_file(tmp_path / FILENAME).values()} == {torch.float16}
+    for asked, got in ((None, torch.float32), (torch.float64, torch.float64)):
+        loaded = KlVae.from_pretrained(tmp_path, dtype=asked)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {got}
+        assert all(parameter.requires_grad for parameter in loaded.parameters())
+        assert not loaded.training
+    weight = vae.quant_conv.weight.detach().half().float()
+    assert torch.equal(KlVae.from_pretrained(tmp_path).quant_conv.weight, weight)
+
+
+def test_shards_and_the_fp16_variant_are_found(vae_folder: Path) -> None:
+    whole = vae_folder / FILENAME
+    state = load_file(whole)
+    variant = vae_folder / "diffusion_pytorch_model.fp16.safetensors"
+    whole.rename(variant)
+    assert KlVae.from_pretrained(vae_folder).config == TINY
+    variant.unlink()
+    names = {name: f"part{i % 2}.safetensors" for i, name in enumerate(state)}
+    for part in set(names.values()):
+        save_file({n: state[n].clone() for n in state if names[n] == part}, vae_folder / part)
+    index = vae_folder / f"{FILENAME}.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    loaded = KlVae.from_pretrained(vae_folder).state_dict()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    index.write_text(json.dumps({"weight_map": {"a": "../part0.safetensors"}}))
+    assert "names of files in the folder" in error_of(vae_folder)
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(vae_folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in vae_folder.iterdir()}
+    with pytest.raises(KeyError), replace_with(vae_folder / FILENAME) as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyError
+    assert {path.name: path.read_bytes() for path in vae_folder.iterdir()} == before
+
+
+def test_written_files_are_readable_as_the_umask_says(vae_folder: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in vae_folder.iterdir()} == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: b"", "not a readable safetensors file"),
+        (lambda data: data[:100], "not a readable safetensors file"),
+        (lambda data: data[:-1], "not a readable safetensors file"),
+        (lambda data: b"\x00" * len(data), "not a readable safetensors file"),
+        (lambda data: struct.pack("<Q", 2**63) + data[8:], "not a readable safetensors file"),
+    ],
+)
+def test_a_damaged_file_is_named(vae_folder: Path, damage, message: str) -> None:
+    path = vae_folder / FILENAME
+    path.write_bytes(damage(path.read_bytes()))
+    error = error_of(vae_folder)
+    assert message in error and str(path) in error
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(vae_folder: Path) -> None:
+    path, name = vae_folder / FILENAME, "quant_conv.weight"
+    state = load_file(path)
+    save_file({key: value for key, value in state.items() if key != name}, path)
+    assert error_of(vae_folder) == f"{path}: tensor {name} is missing"
+    save_file({**state, "extra": torch.zeros(1)}, path)
+    assert error_of(vae_folder) == f"{path}: tensor 'extra' is not part of the model"
+    save_file({**state, name: torch.zeros(2)}, path)
+    assert error_of(vae_folder) == f"{path}: {name} has shape [2], expected [8, 8, 1, 1]"
+    path.unlink()
+    assert error_of(vae_folder) == f"{path}: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"act_fn": "mish"}, "act_fn 'mish' is not supported, only 'silu' is"),
+        ({"_class_name": "AutoencoderTiny"}, "_class_name 'AutoencoderTiny' is not supported"),
+        ({"down_block_types": ["DownEncoderBlock2D", "AttnDown"]}, "down_block_types"),
+        ({"use_quant_conv": False}, "use_quant_conv False is not supported"),
+        ({"latent_channels": "4"}, "latent_channels '4' is not a whole number"),
+        ({"latent_channels": True}, "latent_channels True is not a whole number"),
+        ({"latent_channels": -4}, "latent_channels -4 is not between 1"),
+        ({"latent_channels": 10**30}, "is not between 1"),
+        ({"layers_per_block": 10**6}, "layers_per_block 1000000 is not between 1 and 256"),
+        ({"block_out_channels": []}, "block_out_channels [] is not a list"),
+        ({"block_out_channels": [4, None]}, "block_out_channels None is not a whole number"),
+        ({"block_out_channels": {"a": 1}}, "block_out_channels {'a': 1} is not a list"),
+        ({"scaling_factor": float("nan")}, "scaling_factor nan is not between"),
+        ({"scaling_factor": 0}, "scaling_factor 0.0 is not between"),
+        ({"norm_num_groups": 3}, "num_channels"),
+    ],
+)
+def test_a_hostile_vae_configuration_is_one_line(
+    vae_folder: Path, changes: dict[str, object], message: str
+) -> None:
+    path = vae_folder / "config.json"
+    edit(path, **changes)
+    error = error_of(vae_folder)
+    assert error.startswith(f"{path}: ") and message in error and len(error) < 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_embed_type": "timestep"}, "class_embed_type 'timestep' is not supported"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type"),
+        ({"transformer_layers_per_block": [1, 2, 10]}, "transformer_layers_per_block"),
+        ({"down_block_types": ["AttnDownBlock2D"] * 3}, "down_block_types 'AttnDownBlock2D' is"),
+        ({"up_block_types": ["UpBlock2D"]}, "up_block_types has 1 entries"),
+        ({"attention_head_dim": [4, 4.5, 4]}, "attention_head_dim 4.5 is not a whole number"),
+        ({"attention_head_dim": 7}, "is not a multiple of heads 7"),
+    ],
+)
+def test_a_hostile_unet_configuration_is_one_line(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    write_config(MINI.content, tmp_path)
+    edit(tmp_path / "config.json", **changes)
+    error = error_of(tmp_path, UNet)
+    assert str(tmp_path / "config.json") in error and message in error
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "\ud800", "null"])
+def test_what_is_not_an_object_in_json_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert str(tmp_path / "config.json") in error_of(tmp_path)
+
+
+def test_a_stock_scheduler_is_read_and_an_unsupported_one_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scheduler_config.json"
+    stock = {"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_start": 0.00085}
+    stock |= {"beta_schedule": "scaled_linear", "skip_prk_steps": True, "steps_offset": 1}
+    path.write_text(json.dumps({**stock, "trained_betas": None, "clip_sample": False}))
+    assert read_config(tmp_path, NoiseConfig) == NoiseConfig()
+    edit(path, prediction_type="sample")
+    with pytest.raises(ValueError, match="prediction_type 'sample' is not supported, expected"):
+        read_config(tmp_path, NoiseConfig)
+
+
+def test_parts_that_do_not_meet_and_bad_defaults_are_refused(tmp_path: Path) -> None:
+    write_parts(MINI, tmp_path)
+    index = tmp_path / "model_index.json"
+    good = json.loads(index.read_text())["cmdgen"]
+    for changes, message in (
+        ({"frames": 0}, "frames 0 is not between 1"),
+        ({"sampler": "magic"}, "sampler 'magic' is not supported, expected one of ddim"),
+        ({"guidance": "7"}, "guidance '7' is not a number"),
+    ):
+        edit(index, cmdgen={**good, **changes})
+        with pytest.raises(ValueError, match=message):
+            read_model(tmp_path)
+    edit(index, cmdgen=good)
+    edit(tmp_path / "motion" / "config.json", text_width=77)
+    with pytest.raises(ValueError, match="motion takes 77 channels, text hidden_size is"):
+        read_model(tmp_path)
+
+
+def test_an_unknown_model_lists_what_is_possible(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"unknown model 'maxi': expected .* or a folder with"):
+        resolve_model("maxi")
+    with pytest.raises(ValueError, match="unknown model"):
+        resolve_model(tmp_path)
+
+
+def test_weights_load_into_a_built_module_without_sharing(tmp_path: Path) -> None:
+    source, target = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    save_weights(source, tmp_path, "linear.safetensors")
+    load_weights(target, tmp_path, "linear.safetensors")
+    with torch.no_grad():
+        target.weight.add_(1)
+    load_weights(source, tmp_path, "linear.safetensors")
+    assert torch.equal(source.weight + 1, target.weight)
