@@ -110,8 +110,8 @@ class DiT(nn.Module):
             if name.endswith("bias") or "modulation" in name or name == "final.weight":
                 nn.init.zeros_(parameter)
             elif name.startswith(("embed_time", "embed_label", "kinds")):
-                # DiT's deviation of 0.02; a normal draw on the meta device, where models are loaded,
-                # takes seconds of imports
+                # DiT's deviation of 0.02, but not its normal draw: that takes seconds of imports on
+                # the meta device, where models are loaded
                 nn.init.uniform_(parameter, -0.02 * math.sqrt(3), 0.02 * math.sqrt(3))
             else:
                 nn.init.xavier_uniform_(parameter)
