@@ -90,8 +90,9 @@ def _listed(root: Path) -> Iterator[tuple[Path, list[str]]]:
                 f'{where}: got {line[:40]!r}, expected {{"file": ..., "caption": ...}}'
             )
         texts = row.get("caption")
-        captions = texts if isinstance(texts, list) else [texts]
-        if not captions or not all(isinstance(text, str) and text.strip() for text in captions):
+        texts = texts if isinstance(texts, list) else [texts]
+        captions = [" ".join(text.split()) if isinstance(text, str) else "" for text in texts]
+        if not captions or not all(captions):
             raise ValueError(f"{where}: the caption is missing, empty or not text")
         # a file name with a zero byte is none that could exist
         if "\0" in row["file"] or not (root / row["file"]).is_file():
@@ -99,7 +100,7 @@ def _listed(root: Path) -> Iterator[tuple[Path, list[str]]]:
         file = (root / row["file"]).resolve()
         if not file.is_relative_to(root):
             raise ValueError(f"{where}: {row['file']!r} lies outside the folder")
-        yield file, [" ".join(text.split()) for text in captions]
+        yield file, captions
 
 
 def _beside(root: Path) -> Iterator[tuple[Path, list[str]]]:

@@ -6,6 +6,7 @@ times the size and averages.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from math import pi
 
 import torch
@@ -29,7 +30,7 @@ def smooth(value: Tensor, low: float, high: float) -> Tensor:
 def ramp(value: Tensor, *stops: tuple[float, str]) -> Tensor:
     """(h, w) -> (3, h, w): colours along `value`, from stop to stop."""
     result = colour(stops[0][1]).expand(3, *value.shape)
-    for (low, _), (high, code) in zip(stops, stops[1:], strict=False):
+    for (low, _), (high, code) in pairwise(stops):
         result = torch.lerp(result, colour(code), smooth(value, low, high))
     return result
 
@@ -99,8 +100,10 @@ def land(
     opacity: float = 1.0,
     patches: tuple[float, str, float] | None = None,
 ) -> Painter:
-    """Everything below an outline: coloured by depth, with a bright rim and soft (length, colour, strength)
-    patches."""
+    """Everything below an outline: coloured by depth, with a bright rim and soft patches.
+
+    `patches` are their length, colour and strength.
+    """
 
     def paint(x: Tensor, y: Tensor, period: float, generator: torch.Generator) -> Painted:
         depth = y - top - outline(x, period, *waves)
@@ -159,8 +162,9 @@ def discs(
     radii: tuple[float, float],
     *codes: str,
     soft: float = 0.5,
+    tall: float = 1.0,
 ) -> Painter:
-    """Scattered round things with soft edges: stars, flowers, bubbles, flakes."""
+    """Scattered soft things, `tall` times as high as wide: stars, flowers, flakes, drops."""
 
     def paint(x: Tensor, y: Tensor, period: float, generator: torch.Generator) -> Painted:
         cover = torch.zeros(y.shape[0], x.shape[1])
@@ -168,7 +172,7 @@ def discs(
         for number, middle in enumerate(spread(generator, period, gap)):
             down = uniform(generator, 1, *rows)[0]
             radius = uniform(generator, 1, *radii)[0]
-            far = torch.hypot(distance(x, middle, period), y - down) / radius
+            far = torch.hypot(distance(x, middle, period), (y - down) / tall) / radius
             inside = 1 - smooth(far, 1 - soft, 1.0)
             picture = torch.where(inside > cover, colour(codes[number % len(codes)]), picture)
             cover = torch.maximum(cover, inside)
@@ -200,5 +204,121 @@ def planet(down: float, radius: float, light: str, shade: str) -> Painter:
         below = (y - down) / radius
         picture = torch.lerp(colour(light), colour(shade), smooth(across + below, -0.9, 1.1))
         return picture, (across**2 + below**2 < 1).float()
+
+    return paint
+
+
+def peaks(
+    foot: float, gap: float, height: float, light: str, shade: str, cap: str | None = None
+) -> Painter:
+    """A range of mountains lit from the left, with snow on their upper third."""
+
+    def paint(x: Tensor, y: Tensor, period: float, generator: torch.Generator) -> Painted:
+        cover = torch.zeros(y.shape[0], x.shape[1])
+        picture = colour(light).expand(3, *cover.shape)
+        for middle in spread(generator, period, gap):
+            tall = height * uniform(generator, 1, 0.65, 1.0)[0]
+            across = distance(x, middle, period)
+            # the ridge wanders as it comes down
+            side = across - 0.25 * (y - foot + tall) * torch.sin(9 * y + middle)
+            inside = ((y - foot + tall) > 1.15 * across.abs()) & (y < foot)
+            face = torch.lerp(colour(light), colour(shade), smooth(side, -0.02, 0.02))
+            if cap is not None:
+                line = foot - 0.62 * tall + 0.03 * torch.sin(40 * across)
+                snow = torch.lerp(colour(cap), colour(shade), 0.3 * smooth(side, -0.02, 0.02))
+                face = torch.where(y < line, snow, face)
+            picture = torch.where(inside, face, picture)
+            cover = torch.maximum(cover, inside.float())
+        return picture, cover
+
+    return paint
+
+
+def skyline(foot: float, gap: float, height: float, wall: str, window: str) -> Painter:
+    """Houses in a row with large windows, some of them lit."""
+
+    def paint(x: Tensor, y: Tensor, period: float, generator: torch.Generator) -> Painted:
+        cover = torch.zeros(y.shape[0], x.shape[1])
+        picture = colour(wall).expand(3, *cover.shape)
+        for middle in spread(generator, period, gap):
+            wide, tall = 0.42 * gap, height * uniform(generator, 1, 0.45, 1.0)[0]
+            across, up = distance(x, middle, period), foot - y
+            inside = (across.abs() < wide) & (up < tall) & (up > 0)
+            cell, first = wide / 1.6, uniform(generator, 1, 0, 6)[0]
+            column, row = torch.floor(across / cell + 0.5), torch.floor(up / cell)
+            right = (across / cell - column).abs() < 0.27
+            pane = right & ((up / cell - row - 0.5).abs() < 0.27) & (tall - up > 0.5 * cell)
+            lit = torch.remainder(3 * column + 5 * row + first, 4) < 2.2
+            face = colour(wall) * (0.8 + 0.4 * uniform(generator, 1, 0, 1)[0])
+            face = torch.where(pane & lit, colour(window), face.expand_as(picture))
+            picture = torch.where(inside, face, picture)
+            cover = torch.maximum(cover, inside.float())
+        return picture, cover
+
+    return paint
+
+
+def trees(
+    foot: float, gap: float, height: float, light: str, shade: str, *, round_crown: bool
+) -> Painter:
+    """A row of trees, firs or round ones, on brown trunks."""
+
+    def paint(x: Tensor, y: Tensor, period: float, generator: torch.Generator) -> Painted:
+        cover = torch.zeros(y.shape[0], x.shape[1])
+        picture = colour(light).expand(3, *cover.shape)
+        for middle in spread(generator, period, gap):
+            tall = height * uniform(generator, 1, 0.75, 1.0)[0]
+            across, up = distance(x, middle, period) / tall, (foot - y) / tall
+            trunk = (across.abs() < 0.05) & (up > 0) & (up < 0.5)
+            if round_crown:
+                crown = torch.hypot(across / 0.34, (up - 0.68) / 0.32) < 1
+            else:
+                # three skirts, one above the other
+                skirt = torch.remainder((up - 0.18) / 0.274, 1) * 0.12
+                crown = (across.abs() < 0.36 * (1 - up) + 0.06 - skirt) & (up > 0.18) & (up < 1)
+            leaf = torch.lerp(colour(light), colour(shade), smooth(across - up, -0.9, 0.1))
+            picture = torch.where(trunk, colour("6b4426"), picture)
+            picture = torch.where(crown, leaf, picture)
+            cover = torch.maximum(cover, (trunk | crown).float())
+        return picture, cover
+
+    return paint
+
+
+def beams(gap: float, code: str, strength: float, slant: float, fade: float = 1.0) -> Painter:
+    """Soft slanted rays of light from above that are gone at the height `fade`."""
+
+    def paint(x: Tensor, y: Tensor, period: float, generator: torch.Generator) -> Painted:
+        wave = outline(x - slant * y, period, (gap, 1.0, 0.2), (0.6 * gap, 0.5, 0.7))
+        cover = strength * smooth(wave, 0.0, 1.3) * (1 - smooth(y, 0.2 * fade, fade))
+        return colour(code).expand(3, *cover.shape), cover
+
+    return paint
+
+
+def stripes(gap: float, light: str, shade: str, rows: tuple[float, float]) -> Painter:
+    """Soft upright folds between two heights: a curtain, a wallpaper."""
+
+    def paint(x: Tensor, y: Tensor, period: float, generator: torch.Generator) -> Painted:
+        wave = 0.5 + 0.5 * outline(x, period, (gap, 1.0, 0.0)) + 0 * y
+        picture = torch.lerp(colour(shade), colour(light), smooth(wave, 0.0, 1.0))
+        return picture, ((y > rows[0]) & (y < rows[1])).float() + 0 * x
+
+    return paint
+
+
+def weeds(gap: float, height: float, light: str, shade: str) -> Painter:
+    """Wavy water plants that grow from below."""
+
+    def paint(x: Tensor, y: Tensor, period: float, generator: torch.Generator) -> Painted:
+        cover = torch.zeros(y.shape[0], x.shape[1])
+        for middle in spread(generator, period, gap):
+            tall, phase = (uniform(generator, 1, 0.6 * height, height)[0], 6 * middle)
+            up = (1 - y) / tall
+            bend = 0.035 * torch.sin(16 * y + phase) * up
+            blade = 0.045 * (1 - up).clamp(min=0) ** 0.5
+            inside = (distance(x, middle, period) - bend).abs() < blade
+            cover = torch.maximum(cover, inside.float())
+        return ramp(y + 0 * x, (1 - height, light), (1.0, shade)), cover
 
     return paint

@@ -40,15 +40,158 @@ def _table(text: str) -> dict[str, Subject]:
 
 SUBJECTS = _table("""
 🐶 dog, puppy, corgi, hound, pup, doggy, beagle, terrier
+🐩 poodle
+🐺 wolf
+🦊 fox, vixen
 🐱 cat, kitten, kitty, tabby
-🐠 fish, tropical fish, angelfish, goldfish
-🐧 penguin, king penguin
+🦁 lion
+🐯 tiger
+🐆 leopard, cheetah, jaguar
+🐴 horse, pony, stallion, mare
+🦄 unicorn
+🦓 zebra
+🦒 giraffe
+🐮 cow, calf, cattle
+🐷 pig, piglet, hog
+🐑 sheep, lamb, ewe
+🐐 goat
+🐪 camel, dromedary
+🦙 llama, alpaca
 🐘 elephant, baby elephant, elephant calf
-🚗 car, automobile, sedan
->🚀 rocket, rocket ship, spaceship
-🦋 butterfly, monarch butterfly
-⛵ sailboat, sailing boat, yacht, boat
+🦏 rhino, rhinoceros
+🦛 hippo, hippopotamus
+🐭 mouse, rat
+🐹 hamster, guinea pig
+🐰 rabbit, bunny, hare
+🐿️ squirrel, chipmunk
+🦔 hedgehog, porcupine
+🦇 bat
+🐻 bear, grizzly, grizzly bear
+🐨 koala
+🐼 panda, panda bear
+🦥 sloth
+🦘 kangaroo, wallaby
+🐵 monkey, chimp, ape
+🦍 gorilla
+🐔 chicken, hen
+🐤 chick, baby chick
+🦃 turkey
+🦆 duck, mallard, duckling
+🦢 swan
+🦉 owl
+🦩 flamingo
+🦚 peacock
+🦜 parrot, macaw
+🐦 bird, bluebird, sparrow
+🦅 eagle, hawk, falcon
+🐧 penguin, king penguin
 🐸 frog, toad
+🐊 crocodile, alligator
+🐢 turtle, tortoise
+🦎 lizard, gecko
+🐍 snake, serpent
+🐲 dragon
+🦖 dinosaur, tyrannosaurus
+🐳 whale
+🐬 dolphin, porpoise
+🦭 seal, sea lion
+🐠 fish, tropical fish, angelfish, goldfish
+🐡 blowfish, pufferfish
+🦈 shark
+🐙 octopus
+🦑 squid
+🦀 crab
+🦞 lobster
+🐌 snail
+🦋 butterfly, monarch butterfly
+🐛 caterpillar
+🐝 bee, bumblebee, honeybee
+🐞 ladybug, ladybird, beetle
+🕷️ spider, tarantula
+🚗 car, automobile, sedan
+🚕 taxi, cab
+🚌 bus, coach
+🚑 ambulance
+🚒 fire engine, fire truck
+🚚 truck, lorry
+🚜 tractor
+🏎️ racing car, race car
+🚲 bicycle, bike
+🛵 scooter, moped
+🏍️ motorcycle, motorbike
+🚂 train, locomotive, steam engine
+🚁 helicopter, chopper
+>✈️ airplane, plane, aeroplane, jet
+>🚀 rocket, rocket ship, spaceship
+🛸 flying saucer, ufo
+⛵ sailboat, sailing boat, yacht, boat
+🚢 ship, cruise ship, ocean liner
+🚤 speedboat, motorboat
+🎈 balloon, party balloon
+🍎 apple
+🍌 banana
+🍉 watermelon, melon
+🍓 strawberry
+🍒 cherry, pair of cherries
+🍍 pineapple
+🥑 avocado
+🍆 eggplant, aubergine
+🥕 carrot
+🌽 corn cob, ear of corn
+🍄 mushroom, toadstool
+🍞 loaf of bread, bread loaf
+🧀 cheese wedge, piece of cheese
+🍔 hamburger, burger, cheeseburger
+🍕 pizza, slice of pizza
+🌭 hot dog
+🍩 donut, doughnut
+🍪 cookie, biscuit
+🎂 cake, birthday cake
+🧁 cupcake, muffin
+🍦 ice cream cone, ice cream cornet
+🥚 egg
+👶 baby, infant
+👦 boy
+👧 girl
+👨 man, guy
+👩 woman, lady
+👵 grandmother, grandma
+👴 grandfather, grandpa
+👮 police officer, policeman, cop
+👷 builder, construction worker
+👸 princess
+🎅 santa claus, father christmas
+🧙 wizard, sorcerer
+🧜 mermaid, merperson
+🧛 vampire
+💃 dancer, ballerina
+🏃 runner, jogger
+🤖 robot, android
+👻 ghost
+👽 alien, extraterrestrial
+⛄ snowman
+🎃 pumpkin, jack-o-lantern
+⚽ football, soccer ball
+🏀 basketball
+🎸 guitar
+🎺 trumpet
+🥁 drum
+⏰ alarm clock, clock
+☂️ umbrella
+🎩 top hat, hat
+👑 crown
+🔑 key
+💎 diamond, gem
+🎁 gift, present
+📕 book
+🪑 chair
+💡 light bulb, lamp
+🌻 sunflower
+🌹 rose
+🌵 cactus
+🌲 fir tree, pine tree
+🧸 teddy bear, teddy
+🏠 house, cottage
 """)
 
 # side of a sprite in the atlas, and the fonts' own bitmap size, the only one they can be drawn at
@@ -66,7 +209,7 @@ _FONT_FOLDERS = (
 
 
 def find_font(path: str | None = None) -> Path:
-    """The Noto Color Emoji file: `path`, or the first in the usual folders; ValueError if absent."""
+    """The Noto Color Emoji file: `path`, or the first in the usual folders."""
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"font {path} does not exist")
@@ -75,12 +218,12 @@ def find_font(path: str | None = None) -> Path:
         for found in sorted(Path(folder).expanduser().rglob(_FONT_FILE)):
             return found
     raise ValueError(
-        f"{_FONT_FILE} not found: install the Debian package fonts-noto-color-emoji, or name the file"
+        f"{_FONT_FILE} not found: install the Debian package fonts-noto-color-emoji, or pass --font"
     )
 
 
 def load_sprites(subjects: tuple[Subject, ...], config: WorldConfig) -> Tensor:
-    """-> (S, 4, 128, 128) float32, premultiplied; the longer side of each picture fills the square."""
+    """-> (S, 4, 128, 128) float32, premultiplied; the longer side fills the square."""
     if config.sprites == "shapes":
         return torch.stack([_draw_shape(i) for i in range(len(subjects))])
     font = str(find_font(config.font))
