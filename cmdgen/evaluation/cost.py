@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from cmdgen.evaluation.report import Figure, Report
 
-HELP_RUNS = 5
+HELP_RUNS = 3
 
 
 @dataclass(frozen=True)

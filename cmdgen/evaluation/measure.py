@@ -151,23 +151,25 @@ def _measure_reconstruction(
         decoded = parts.autoencoder.decode(*parts.autoencoder.encode(by_clip))
         predictions = {
             "vae": _pixels(model, latents).view_as(real),
-            "cmd": _pixels(model, rearrange(decoded, "b c t h w -> (b t) c h w")).view_as(real),
+            "autoencoder": _pixels(model, rearrange(decoded, "b c t h w -> (b t) c h w")).view_as(
+                real
+            ),
             "mean": real.mean(1, keepdim=True).expand_as(real),
         }
         for name, prediction in predictions.items():
             whole[name].add(prediction, real)
             subject[name].add(prediction, real, clips.mask)
-        rebuilt.add((predictions["cmd"] * 255).round().to(torch.uint8), clips.labels)
+        rebuilt.add((predictions["autoencoder"] * 255).round().to(torch.uint8), clips.labels)
         done += len(rows)
         on_progress("rebuild", done, len(indices))
 
     figures = []
-    for name, label in (("vae", "VAE"), ("cmd", "CMD autoencoder")):
+    for name, label in (("vae", "VAE"), ("autoencoder", "CMD autoencoder")):
         for suffix, where, errors in (("", "", whole), ("_subject", " in the subject", subject)):
             value, mean = errors[name].psnr(), errors["mean"].psnr()
             beside, reason = {}, ""
             target = _VAE_TARGETS[errors is subject]
-            if name == "cmd":
+            if name == "autoencoder":
                 beside = {"mean frame": mean, "VAE": errors["vae"].psnr()}
                 target = _AUTOENCODER_TARGET
                 if errors is subject:
@@ -247,8 +249,10 @@ def _measure_generation(
             f"{_OF_FROZEN:g} of frozen",
         )
     )
-    by_name = {head: generated.by_name(head) for head in HEADS}
-    return figures, {"named_by_class": by_name}
+    return figures, {
+        "named_by_class": {head: generated.by_name(head) for head in HEADS},
+        "named_of_frozen": {head: frozen.accuracy(head) for head in HEADS},
+    }
 
 
 def _pixels(model: TextToVideo, latents: Tensor) -> Tensor:

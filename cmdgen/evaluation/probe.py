@@ -40,8 +40,10 @@ class ProbeConfig:
 class ProbeTraining:
     """How the probe learns; the defaults take minutes on one CPU core."""
 
-    steps: int = 700
+    steps: int = 400
     batch: int = 24
+    # of the frames that it reads
+    size: int = ProbeConfig.size
     lr: float = 4e-3
     weight_decay: float = 0.02
     seed: int = 0
@@ -170,9 +172,8 @@ def train_probe(
     """Learns from `steps * batch` clips of the training split, each seen once."""
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    probe = Probe(ProbeConfig(subject=world.subjects, motion=world.motions, scene=world.scenes))
+    probe = Probe(ProbeConfig(world.subjects, world.motions, world.scenes, config.size))
     probe = probe.to(device).train()
-    size = (probe.config.size, probe.config.size)
     optimizer = torch.optim.AdamW(
         probe.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
@@ -181,7 +182,7 @@ def train_probe(
     )
     indices = world.indices("train", config.steps * config.batch)
     for step, rows in enumerate(indices.split(config.batch)):
-        clips = world.render(rows, size, device=str(device))
+        clips = world.render(rows, (config.size, config.size), device=str(device))
         _, logits = probe(degrade(clips.frames.float() / 255, generator))
         losses = [
             F.cross_entropy(logits[head], clips.labels[head], label_smoothing=0.05)

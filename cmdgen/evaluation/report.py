@@ -48,7 +48,9 @@ class Figure:
             sign = "≥" if self.at == "least" else "≤"
             reason = f" ({self.reason})" if self.reason else ""
             target = f"{sign} {_number(self.target, self.unit)}{reason}"
-        beside = ", ".join(f"{k} {_number(v, '')}" for k, v in self.beside.items())
+        beside = ", ".join(
+            f"{name} {_number(value, self.unit).split()[0]}" for name, value in self.beside.items()
+        )
         verdict = {True: "met", False: "missed", None: ""}[self.met]
         return self.label, _number(self.value, self.unit), beside, target, verdict
 
@@ -87,7 +89,7 @@ class Report:
 
 
 def _number(value: float, unit: str) -> str:
-    digits = 2 if abs(value) < 100 else 1
+    digits = 1 if unit == "%" or abs(value) >= 100 else 2
     return f"{value:.{digits}f} {unit}".rstrip()
 
 
