@@ -3,7 +3,7 @@
 import signal
 import sys
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -42,18 +42,18 @@ def _options(
     pass
 
 
-def main() -> None:
-    """The entry point: run one command and exit with its code."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """The entry point: run one command, the process's own unless given, and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        sys.exit(_run())
+        sys.exit(_run(arguments))
     except typer.Exit as end:
         sys.exit(end.exit_code)
 
 
-def _run() -> int | None:
+def _run(arguments: list[str] | None) -> int | None:
     try:
-        code: int | None = app(standalone_mode=False)
+        code: int | None = app(arguments, standalone_mode=False)
         return code
     except typer.TyperException as error:
         message = error.format_message()

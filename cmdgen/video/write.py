@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,11 +34,9 @@ def check_output(path: str | os.PathLike[str]) -> None:
         folder = target.resolve().parent
         if not folder.is_dir():
             raise ValueError(f"{target}: there is no folder {folder}: make it first")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(f"{target}: the folder {folder} may not be written to")
-        target.stat()
-    except FileNotFoundError:
-        return
+        # a nameless file: permissions alone do not tell what a mounted folder allows
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ValueError(f"{target}: {error.strerror}") from error
 

@@ -1,0 +1,73 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "cmdgen"
+# an import may point to a later row, or stay in its own
+LAYERS = (
+    ("cli", "__main__"),
+    ("pipeline", "training", "evaluation"),
+    ("acceleration", "compression"),
+    ("diffusion", "models", "data", "video", "weights"),
+    ("config", "__init__"),
+)
+ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part(module: str) -> str:
+    """The part of cmdgen that a module belongs to."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imports(path: Path, *, nested: bool) -> set[str]:
+    """The modules that a file imports, those imported inside functions too if `nested`."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree) if nested else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            # a name may be a module: `from cmdgen import config`
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for module in imports(path, nested=True):
+        top = module.split(".")[0]
+        assert top not in ("diffusers", "transformers"), f"{module} is for tests alone"
+        assert own == "cli" or top not in ("typer", "rich"), f"{module} belongs in cli/"
+        if top == "cmdgen":
+            target = part(module) if part(module) in ROW else "__init__"
+            assert ROW[own] <= ROW[target], f"{own} may not import {module}"
+
+
+def test_help_answers_without_torch():
+    code = "import sys; from cmdgen.cli.app import main\ntry: main(sys.argv[1:])\nfinally: "
+    code += "print(sorted({'torch', 'numpy', 'imageio_ffmpeg'} & set(sys.modules)))"
+    for arguments in (["--help"], ["sample", "--help"], ["--version"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.endswith("\n[]\n"), done.stdout
+
+
+def test_importing_does_nothing_but_define():
+    names = [
+        ".".join(("cmdgen", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES
+    ]
+    modules = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    code = "import os, importlib; before = dict(os.environ)\n"
+    code += f"for name in {modules}: importlib.import_module(name)\n"
+    code += (
+        "import torch; assert not torch.cuda.is_initialized(); assert dict(os.environ) == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
