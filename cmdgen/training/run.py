@@ -40,7 +40,7 @@ MAKERS = {
     "tokenizer": "content",
     "motion": "motion",
 }
-TOKENIZER_CAPTIONS = 20_000
+TOKENIZER_CAPTIONS = 10_000
 HELD_OUT = 32
 
 
@@ -227,7 +227,7 @@ def _tokenizer(at: _Setting, vocab_size: int) -> Tokenizer:
         tokenizer = Tokenizer.from_pretrained(given)
     else:
         indices = at.data.source.indices("train", TOKENIZER_CAPTIONS)
-        texts = [text for variant in range(3) for text in at.data.captions(indices, variant)]
+        texts = [text for variant in range(2) for text in at.data.captions(indices, variant)]
         tokenizer = Tokenizer.train(texts, vocab_size)
     # before the first checkpoint: token ids must never change under the weights
     tokenizer.save_pretrained(place)

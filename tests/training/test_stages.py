@@ -1,54 +1,76 @@
-"""All four stages on drawn shapes: a folder that samples, resumed exactly, reading each other's parts."""
+"""All four stages on drawn shapes: each reads the parts of the former ones, and resumes exactly."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from cmdgen.config import SampleConfig, WorldConfig
+from cmdgen.config import AutoencoderConfig, SampleConfig, VaeConfig, WorldConfig
 from cmdgen.data.world import World
 from cmdgen.pipeline import TextToVideo
 from cmdgen.training.config import STAGES, StageConfig, TrainConfig
 from cmdgen.training.data import TrainingData
-from cmdgen.training.run import run_stage
+from cmdgen.training.export import export_model
+from cmdgen.training.run import run_stage, settle
 from cmdgen.weights import read_config
-from cmdgen.config import AutoencoderConfig, VaeConfig
 from tests.conftest import tiny_config
 
-SHAPES = WorldConfig(
-    motions=("jumping", "spinning"), scenes=("grass", "sky"), pairs=0.0, sprites="shapes"
+WORLD = World(
+    WorldConfig(
+        subjects=("dog", "cat", "car"),
+        motions=("jumping", "spinning"),
+        scenes=("grass", "sky"),
+        pairs=0.0,
+        sprites="shapes",
+    )
 )
 CONFIG = TrainConfig(steps=2, batch=4, warmup=2, log_steps=1, evaluate_steps=10)
+PARTS = {"vae": "vae", "autoencoder": "autoencoder", "content": "unet", "motion": "motion"}
 
 
-def run(folder: Path, stage: str, **changes: Any) -> int:
-    model = tiny_config()
-    name = changes.pop("data", "shapes")
-    cpu = torch.device("cpu")
-    data = TrainingData(World(SHAPES), name, 10, model.frames, (model.height, model.width), cpu)
-    options = changes.pop("options", StageConfig())
+def run(
+    folder: Path,
+    stage: str,
+    steps: int = 2,
+    options: StageConfig | None = None,
+    learned: bool = False,
+) -> int:
+    model, cpu = tiny_config(), torch.device("cpu")
+    model = replace(model, motion=replace(model.motion, learned_sigma=learned))
+    data = TrainingData(WORLD, "shapes", 10, model.frames, (model.height, model.width), cpu)
     return run_stage(
         stage,
         folder,
         model,
         data,
-        replace(CONFIG, **changes),
-        options,
+        replace(CONFIG, steps=steps),
+        options or StageConfig(),
         device=cpu,
         report=lambda *_: None,
         stopped=lambda: False,
-        shared={},
+        shared={"preset": "tiny"},
         started=0.0,
     )
 
 
-def curve(folder: Path, stage: str) -> list[dict[str, float]]:
+def records(folder: Path, stage: str) -> list[dict[str, float]]:
     lines = (folder / "training" / stage / "log.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [{k: r[k] for k in ("step", "loss", "grad", "lr")} for r in records if "loss" in r]
+    return [json.loads(line) for line in lines]
+
+
+def curve(folder: Path, stage: str) -> list[Any]:
+    return [
+        (r["step"], r["loss"], r["grad"], r["lr"]) for r in records(folder, stage) if "loss" in r
+    ]
+
+
+def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / PARTS[stage] / "diffusion_pytorch_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +82,70 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_four_stages_give_a_folder_that_samples(trained: Path) -> None:
-    clip = TextToVideo.load(trained).sample("a square jumping", SampleConfig(seed=1))
+    clip = TextToVideo.load(trained).sample("a dog jumping", SampleConfig(seed=1))
     assert clip.frames.shape == (4, 32, 48, 3)
     for stage in STAGES:
-        state = trained / "training" / stage
-        assert (state / "sheet-0000002.png").read_bytes().startswith(b"\x89PNG")
-        assert [record["step"] for record in curve(trained, stage)] == [1, 2]
+        assert [step for step, *_ in curve(trained, stage)] == [1, 2]
+        sheet = trained / "training" / stage / "sheet-0000002.png"
+        assert sheet.read_bytes().startswith(b"\x89PNG")
+    last = records(trained, "autoencoder")[-1]
+    assert {"psnr", "psnr_subject", "psnr_mean_frame", "psnr_subject_mean_frame"} <= last.keys()
 
 
-def test_latents_and_motion_are_measured_on_the_training_clips(trained: Path) -> None:
-    vae = read_config(trained / "vae", VaeConfig)
-    assert vae.scaling_factor != VaeConfig.scaling_factor
+def test_scale_of_latents_and_of_motion_are_measured(trained: Path) -> None:
+    assert read_config(trained / "vae", VaeConfig).scaling_factor != VaeConfig.scaling_factor
     autoencoder = read_config(trained / "autoencoder", AutoencoderConfig)
     assert (autoencoder.motion_std is None) == (autoencoder.motion_activation == "tanh")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_training_equals_training_at_once(
+    stage: str, trained: Path, tmp_path: Path
+) -> None:
+    once, resumed = tmp_path / "once", tmp_path / "resumed"
+    for folder in (once, resumed):
+        shutil.copytree(trained, folder)
+        shutil.rmtree(folder / "training" / stage)
+    run(once, stage, steps=4)
+    run(resumed, stage, steps=1)
+    run(resumed, stage, steps=4)
+    assert len(curve(once, stage)) == 4
+    assert curve(resumed, stage) == curve(once, stage)
+    expected = weights(once, stage)
+    for name, tensor in weights(resumed, stage).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_motion_with_learned_variance_trains_on_the_bound(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    run(folder, "motion", options=StageConfig(restart=True), learned=True)
+    assert records(folder, "motion")[0]["bound"] > 0
+
+
+def test_missing_stage_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no vae/ yet: first run `cmdgen train vae -o "):
+        run(tmp_path, "autoencoder")
+
+
+def test_init_provides_the_parts_that_the_run_lacks(trained: Path, tmp_path: Path) -> None:
+    run(tmp_path, "autoencoder", options=StageConfig(init=trained))
+    assert (tmp_path / "vae" / "config.json").read_bytes() == (
+        trained / "vae" / "config.json"
+    ).read_bytes()
+
+
+def test_stages_of_a_run_share_what_the_first_was_told(trained: Path) -> None:
+    assert settle(trained, {"preset": None, "size": "64x64"}) == {"preset": "tiny", "size": "64x64"}
+    with pytest.raises(ValueError, match="started with preset tiny, not mini"):
+        settle(trained, {"preset": "mini"})
+
+
+def test_export_is_the_model_alone_in_half_precision(trained: Path, tmp_path: Path) -> None:
+    sizes = export_model(trained, tmp_path / "tiny", torch.float16)
+    assert not (tmp_path / "tiny" / "training").exists()
+    assert all(
+        tensor.dtype == torch.float16 for tensor in weights(tmp_path / "tiny", "vae").values()
+    )
+    assert "tokenizer/words.json" in sizes
+    TextToVideo.load(tmp_path / "tiny").sample("a cat", SampleConfig())
