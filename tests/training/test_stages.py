@@ -26,6 +26,7 @@ WORLD = World(
         motions=("jumping", "spinning"),
         scenes=("grass", "sky"),
         pairs=0.0,
+        held_out=0.3,
         sprites="shapes",
     )
 )
