@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from cmdgen.models.attention import attend
+
 
 def timestep_embedding(t: Tensor, width: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """(B,) -> (B, width): cosines, then sines, of t at frequencies from 1 down to 1/10000.
@@ -41,7 +43,7 @@ class Attention(nn.Module):
             rearrange(y, "b l (n d) -> b n l d", n=self.heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        out: Tensor = F.scaled_dot_product_attention(q, k, v)  # (B, N, L, D / N)
+        out = attend(q, k, v)  # (B, N, L, D / N)
         return self.to_out[0](rearrange(out, "b n l d -> b l (n d)"))
 
 
