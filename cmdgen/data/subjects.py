@@ -160,7 +160,7 @@ SUBJECTS = _table("""
 👮 police officer, policeman, cop
 👷 builder, construction worker
 👸 princess
-🎅 santa claus, father christmas
+🎅 santa claus, santa
 🧙 wizard, sorcerer
 🧜 mermaid, merperson
 🧛 vampire

@@ -7,6 +7,7 @@ and only cut and stacked for each frame; sprites are placed by one `grid_sample`
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import TypeVar
 from zlib import crc32
@@ -45,9 +46,11 @@ Entry = TypeVar("Entry")
 
 def _choose(table: dict[str, Entry], names: tuple[str, ...], kind: str) -> list[Entry]:
     """Entries called `names`, all of them if there are none; ValueError if one is unknown."""
-    unknown = [name for name in names if name not in table]
-    if unknown:
-        raise ValueError(f"unknown {kind} {', '.join(unknown)}; there are {', '.join(table)}")
+    for name in names:
+        if name not in table:
+            near = get_close_matches(name, table)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(table)}"
+            raise ValueError(f"unknown {kind} {name!r}: {hint}")
     return [table[name] for name in names or table]
 
 
@@ -298,7 +301,7 @@ class World:
         travel = torch.tensor([self._motions[m].travel for m in specs.motion.tolist()])
         travel = travel.double() * heading
         picture = base.expand(len(indices) * frames, 3, height, width).clone()
-        cover = torch.zeros(len(picture), height, width, device=device)
+        cover: Tensor | None = None
 
         def stack(front: bool) -> None:
             for i, (layer, strip) in enumerate(zip(scene.layers, strips, strict=True)):
@@ -327,10 +330,13 @@ class World:
             covered = self._place(
                 shown, subject.repeat_interleave(frames), tint.repeat_interleave(frames), pose
             )
-            if shown is not picture:
-                picture[chosen] = shown
-            cover[chosen] = torch.maximum(cover[chosen], covered)
+            if shown is picture:
+                cover = covered if cover is None else torch.maximum(cover, covered)
+            else:
+                cover = torch.zeros(len(picture), height, width, device=device)
+                picture[chosen], cover[chosen] = shown, covered
         stack(front=True)
+        assert cover is not None
         return picture, cover
 
     def _pose(
@@ -373,7 +379,7 @@ class World:
         return _Pose(centre_x + aside, centre_y, wide, tall, heading * angle), foot
 
     def _place(self, picture: Tensor, subject: Tensor, tint: Tensor, pose: _Pose) -> Tensor:
-        """(N, 3, H, W), (N,), (N,) -> cover (N, H, W): draws one sprite on every frame, in place."""
+        """(N, 3, H, W), (N,), (N,) -> cover (N, H, W): draws a sprite on every frame, in place."""
         height, width = picture.shape[-2:]
         device = picture.device
         mipmaps = self._mipmaps(str(device))
