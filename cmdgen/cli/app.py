@@ -8,20 +8,25 @@ from typing import Annotated, NoReturn
 import typer
 
 from cmdgen import __version__
-from cmdgen.cli.errors import EXIT_CODES, FAILED, INTERRUPTED, USAGE, fail
+from cmdgen.cli.data import app as data
+from cmdgen.cli.errors import EXIT_CODES, FAILED, USAGE, Failure, describe
 from cmdgen.cli.evaluate import evaluate
 from cmdgen.cli.sample import sample
+from cmdgen.cli.train import app as train
 
 app = typer.Typer(
     name="cmdgen",
     help="Short videos from text, by content-frame motion-latent decomposition.",
     epilog=EXIT_CODES,
+    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 app.command(epilog=EXIT_CODES)(sample)
 app.command("eval", epilog=EXIT_CODES)(evaluate)
+app.add_typer(train, name="train")
+app.add_typer(data, name="data")
 
 
 def _show_version(wanted: bool) -> None:
@@ -44,32 +49,36 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry point: run one command, the process's own unless given, and exit with its code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    stopped: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+        # unwinds, so that temporary files are removed
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    code: int | None = None
     try:
-        sys.exit(_run(arguments))
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
+        code = app(arguments, standalone_mode=False)
+    except (typer.TyperException, Failure, ValueError, OSError) as error:
+        if not stopped:
+            code = _report(error)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        # whatever it came out as: torch turns a KeyboardInterrupt into errors of its own at times
+        if stopped:
+            sys.exit(128 + stopped[0])
+    sys.exit(code)
 
 
-def _run(arguments: list[str] | None) -> int | None:
-    try:
-        code: int | None = app(arguments, standalone_mode=False)
-        return code
-    except typer.TyperException as error:
+def _report(error: Exception) -> int:
+    """Say what is wrong, and which exit code it has."""
+    if isinstance(error, typer.TyperException):
         message = error.format_message()
-        if "\n" not in message:
-            fail(message, error.exit_code)
-        # the help of a group of commands that was called without one
-        typer.echo(message, err=True)
+        # the help of a group of commands that was called without one has lines of its own
+        typer.echo(message if "\n" in message else f"error: {message}", err=True)
         return error.exit_code
-    except ValueError as error:
-        fail(error, USAGE)
-    except OSError as error:
-        fail(error, FAILED)
-    except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    # unwinds like Ctrl-C does, so that temporary files are removed
-    sys.exit(128 + number)
+    typer.echo(f"error: {describe(error)}", err=True)
+    return USAGE if isinstance(error, ValueError) else FAILED

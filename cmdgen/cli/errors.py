@@ -1,10 +1,6 @@
-"""How commands end: one line on stderr for what went wrong, and the exit codes."""
+"""How commands end: the exit codes, and one line for what went wrong."""
 
-from typing import NoReturn
-
-import typer
-
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE = 1, 2
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 failed on the way (unreadable weights, a full disk, no memory); "
@@ -12,9 +8,13 @@ EXIT_CODES = (
 )
 
 
-def fail(reason: object, code: int) -> NoReturn:
-    """Say in one line what is wrong, and end."""
-    if isinstance(reason, OSError) and reason.strerror:
-        reason = f"{reason.filename}: {reason.strerror}" if reason.filename else reason.strerror
-    typer.echo(f"error: {' '.join(str(reason).split())}", err=True)
-    raise typer.Exit(code)
+class Failure(Exception):
+    """What was asked is possible, but a file or the machine is at fault."""
+
+
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(text.split())

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cmdgen.cli.errors import FAILED, fail
+from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.progress import show_progress
 from cmdgen.config import SAMPLERS, SampleConfig
 
@@ -104,11 +104,11 @@ def sample(
         with show_progress() as show:
             clip = pipeline.sample(prompt, config, on_progress=show)
     except ValueError as error:
-        fail(error, FAILED)
+        raise Failure(describe(error)) from error
     except RuntimeError as error:
         if "tried to allocate" not in str(error).lower():
             raise
-        fail("not enough memory: ask for a smaller --size or fewer --frames", FAILED)
+        raise Failure("not enough memory: ask for a smaller --size or fewer --frames") from error
     write_video(output, clip.frames, clip.fps, clip.metadata)
     typer.echo(output)
 
