@@ -13,12 +13,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from cmdgen.config import PRESETS, WORLDS, ModelConfig, SampleConfig
+from cmdgen.config import PRESETS, WORLDS, ModelConfig, SampleConfig, UNetConfig
 from cmdgen.training.config import AutoencoderLoss, StageConfig, TrainConfig, VaeLoss
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Train a model, stage after stage in one folder: vae, autoencoder, content, motion; then export.",
+    help="Train a model in one folder: vae, autoencoder, content, motion, then export.",
 )
 # what is shared by all stages of a run, unless the first one is told otherwise
 PRESET = "mini"
@@ -205,13 +205,13 @@ def _model(shared: dict[str, Any]) -> ModelConfig:
     vae = model.vae and replace(model.vae, sample_size=side)
     stride = 1 if vae is None else vae.stride
     content = model.content
-    if hasattr(content, "sample_size"):
+    if isinstance(content, UNetConfig):
         content = replace(content, sample_size=side // stride)
     return replace(model, vae=vae, content=content)
 
 
 class _Stop:
-    """Asks whether a signal has come; the first one ends the run after a step, the second at once."""
+    """Whether a signal has come; the first ends the run after a step, the second at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

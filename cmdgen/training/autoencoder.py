@@ -64,8 +64,8 @@ class AutoencoderStage:
         return loss, parts
 
     def evaluate(self) -> dict[str, float]:
-        """On held-out clips: latents, decoded frames beside the mean frame, and whether z moves at all."""
-        output, content, motion = self._reconstruct(self.held_out)
+        """On held-out clips: latents, frames beside the mean frame, and whether anything moves."""
+        output, _, motion = self._reconstruct(self.held_out)
         error = (output - self.held_out).square().mean()
         spread = self.held_out.var(dim=2).mean()
         figures = {
@@ -95,7 +95,7 @@ class AutoencoderStage:
         return output, contents, motions
 
     def sheet(self) -> Tensor:
-        """Held-out clips: every second frame above its reconstruction, the content frame at the end."""
+        """Every second frame of held-out clips above its reconstruction, the content frame last."""
         output, content, _ = self._reconstruct(self.held_out[:6])
         decoded = self.codec.decode(output)
         still = self.codec.decode(content[:, :, None])

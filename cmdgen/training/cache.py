@@ -1,8 +1,8 @@
 """Encoded clips on disk: shards written once, whole or not at all, and read back into memory.
 
-One mechanism for both encodings, frames -> latents by the VAE and latents -> (content, motion) by the
-CMD autoencoder. A cache is named after everything that it depends on, so one of other weights, data or size
-is another cache; the outdated ones of the same kind are removed.
+One mechanism for both encodings, frames -> latents by the VAE and latents -> (content, motion) by
+the CMD autoencoder. A cache is named after everything that it depends on, so one of other weights,
+data or size is another cache; the outdated ones of the same kind are removed.
 """
 
 import hashlib
@@ -40,10 +40,10 @@ def cached(
     *,
     shard: int = SHARD,
 ) -> dict[str, Tensor]:
-    """Rows 0 .. count - 1 of every tensor of an encoding, in float16; what is on disk is not encoded again.
+    """Rows 0 .. count - 1 of every tensor of an encoding, in float16.
 
-    `encode` gives the rows of a range. Shards are always whole but for the last, so that a larger count
-    later reuses them.
+    `encode` gives the rows of a range; what is on disk is not encoded again. All shards but the
+    last are whole, so that a larger count later reuses them.
     """
     place = folder / f"{kind}-{key}"
     for other in folder.glob(f"{kind}-*"):

@@ -1,4 +1,4 @@
-"""Files of a training run that survive its being killed: each is the new one whole, or still the old one."""
+"""Files of a training run that survive a kill: the new one whole, or still the old one."""
 
 import json
 import pickle
@@ -26,7 +26,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class Log:
-    """JSON lines, one flushed record at a time; opened at a step, it forgets the lines after that step."""
+    """JSON lines, flushed one by one; opened at a step, it forgets the lines after that step."""
 
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text().splitlines() if path.exists() else []

@@ -85,5 +85,5 @@ class StageConfig:
     restart: bool = False
     # content: train the UNet alone, as CMD does from Stable Diffusion
     freeze_text: bool = False
-    vae: VaeLoss = VaeLoss()  # noqa: RUF009, frozen
-    autoencoder: AutoencoderLoss = AutoencoderLoss()  # noqa: RUF009, frozen
+    vae: VaeLoss = VaeLoss()
+    autoencoder: AutoencoderLoss = AutoencoderLoss()

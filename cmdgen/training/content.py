@@ -1,4 +1,4 @@
-"""Training the content model: the UNet, and with it the text encoder, on captions and content frames."""
+"""Training the content model: the UNet, and with it the text encoder."""
 
 from pathlib import Path
 

@@ -50,7 +50,7 @@ class TrainingData:
 
 
 def open_source(name: str) -> tuple[ClipSource, str]:
-    """A rendered world by name, or a folder of videos -> the source, and what tells it from others."""
+    """A world's name or a folder of videos -> the source, and what tells it from others."""
     if name in WORLDS:
         return World(WORLDS[name]), repr(WORLDS[name])
     if not Path(name).is_dir():

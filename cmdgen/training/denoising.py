@@ -14,7 +14,7 @@ CAPTION_DROP = 0.1
 
 
 class Denoising:
-    """Noising and the loss of a raw model output: min-SNR weights, or the bound of a learned variance."""
+    """Noising, and the loss of a raw output: min-SNR weights, or a learned variance's bound."""
 
     def __init__(self, noise: NoiseConfig, device: torch.device) -> None:
         self.prediction_type = noise.prediction_type
@@ -29,7 +29,7 @@ class Denoising:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, C or 2C, ...), (B, C, ...) x2, (B,) -> mean over the batch, its parts.
 
-        With 2C channels: plain MSE plus the variational bound, as DiT (arXiv:2212.09748) is trained.
+        With 2C channels: MSE plus the variational bound, as DiT is trained (arXiv:2212.09748).
         """
         alpha = self.alphas[timestep]
         prediction, sigma = split_sigma(output.float(), x0.shape[1])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class Ema:
     """Moving average of every parameter of the modules, one fused call a step.
 
-    The decay is min(decay, (1 + n) / (10 + n)) after n updates, so that the random start is forgotten
-    fast. Parameters' names come from the modules, so a checkpoint of it reads like a state dict.
+    The decay is min(decay, (1 + n) / (10 + n)) after n updates, so that the random start is
+    forgotten fast.
     """
 
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:

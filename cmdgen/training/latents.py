@@ -1,4 +1,4 @@
-"""Clips as the later stages see them: VAE latents or pixels, and (content, motion) pairs, from the cache."""
+"""Clips as the later stages see them: latents, and (content, motion) pairs, from the cache."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ AUTOENCODER_BATCH = 16
 
 @dataclass(frozen=True)
 class Codec:
-    """Frames to what the CMD autoencoder works on, and back: scaled VAE latents, or pixels without a VAE."""
+    """Frames to what the autoencoder works on, and back: scaled latents; pixels without a VAE."""
 
     vae: KlVae | None
     device: torch.device

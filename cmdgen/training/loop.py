@@ -1,4 +1,4 @@
-"""The one training loop: AdamW, warm-up, accumulation, EMA, logs, sheets, checkpoints, exact resume.
+"""The one training loop: AdamW, warm-up, accumulation, EMA, logs, sheets, exact resume.
 
 What is trained is a Stage: its trainable modules, a batch for every step (a function of the step
 alone), a loss, an evaluation, a sheet of samples and how to export itself.
@@ -70,9 +70,9 @@ def train(
     stopped: Callable[[], bool] = lambda: False,
     started: float | None = None,
 ) -> int:
-    """Trains until the last step, the last minute or until stopped; returns the number of steps done.
+    """Trains until the last step, the last minute or until stopped; returns the steps done.
 
-    `state_folder` holds checkpoint.pt, log.jsonl and sheet-*.png; an earlier checkpoint in it is continued.
+    `state_folder` holds checkpoint.pt, log.jsonl and sheet-*.png; a checkpoint in it is continued.
     `started` is the time.monotonic() from which `minutes` count.
     """
     started = time.monotonic() if started is None else started

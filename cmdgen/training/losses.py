@@ -1,4 +1,4 @@
-"""Loss terms of the four stages: weights on what matters in a clip, and on what matters in diffusion."""
+"""Loss terms of the four stages: what matters in a clip, and what matters in diffusion."""
 
 import math
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def moving_weights(frames: Tensor, strength: float) -> Tensor:
-    """(B, C, T, H, W) -> (B, 1, T, H, W): 1 + strength * max over channels of |x - mean over time of x|.
+    """(B, C, T, H, W) -> (B, 1, T, H, W): 1 + strength * max over C of |x - mean over T of x|.
 
-    The subject is a few per cent of a clip; without this the autoencoder settles on the static optimum.
+    The subject is a few per cent of a clip; without this the static optimum is where training ends.
     """
     motion = (frames - frames.mean(dim=2, keepdim=True)).abs().amax(dim=1, keepdim=True)
     return 1 + strength * motion
@@ -22,7 +22,7 @@ def l1_plus_l2(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 
 
 def edge_difference(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """(B, C, H, W) x2, (B, 1, H, W) -> scalar: weighted mean absolute difference of the image gradients."""
+    """(B, C, H, W) x2, (B, 1, H, W) -> scalar: weighted L1 between the image gradients."""
     difference = prediction - target
     down = difference[..., 1:, :] - difference[..., :-1, :]
     across = difference[..., 1:] - difference[..., :-1]
@@ -30,31 +30,27 @@ def edge_difference(prediction: Tensor, target: Tensor, weights: Tensor) -> Tens
 
 
 def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
-    """(B, ...) x2 -> scalar: KL to the standard normal in nats, summed over one sample, mean over the batch."""
+    """(B, ...) x2 -> scalar: nats to the standard normal, summed over a sample, mean over B."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(dim=1).mean()
 
 
 def min_snr_weights(alpha: Tensor, prediction_type: str, gamma: float) -> Tensor:
-    """(B,) cumulative alphas -> (B,) loss weights: min(SNR, gamma) on x0, whatever the network predicts.
+    """(B,) signal powers -> (B,) loss weights: min(SNR, gamma) on x0, whatever is predicted.
 
     min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v (Hang et al. 2023, arXiv:2303.09556).
     """
-    # the last alpha of a schedule with zero terminal SNR is 0: there the weights' limits are 1 and 0
     snr = alpha / (1 - alpha)
-    clipped = snr.clamp(max=gamma)
-    if prediction_type == "v_prediction":
-        return clipped / (snr + 1)
-    return torch.where(snr > 0, clipped / snr.clamp(min=1e-12), 1.0)
+    return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
 
 
 def variational_bound(
     x0: Tensor, noisy: Tensor, output: Tensor, timestep: Tensor, alphas: Tensor
 ) -> Tensor:
-    """(B, C, ...) x2, (B, 2C, ...), (B,), (1000,) float64 -> (B,): bits per dimension of one reverse step.
+    """(B, C, ...) x2, (B, 2C, ...), (B,), (1000,) -> (B,): bits per dimension of a reverse step.
 
-    The second half of the output interpolates the log variance between the posterior's and beta's (Nichol
-    and Dhariwal 2021, arXiv:2102.09672, Eq. 15); the mean, from the epsilon in the first half, gets no
-    gradient. At step 0: likelihood of x0 in bins of 2/255, as of 8-bit pixels.
+    The second half of the output interpolates the log variance between the posterior's and beta's
+    (Eq. 15 of Nichol and Dhariwal 2021, arXiv:2102.09672); the mean, from the epsilon in the first
+    half, gets no gradient. At step 0: likelihood of x0 in bins of 2/255, as of 8-bit pixels.
     """
     epsilon, fraction = output.float().chunk(2, dim=1)
     epsilon = epsilon.detach()
@@ -85,7 +81,7 @@ def variational_bound(
 
 
 def _log_bin(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log probability that a Gaussian falls into the bin of width 2/255 around x, the outer bins being open."""
+    """Log probability of the bin of width 2/255 around x, the outer bins being open."""
     inverse = (-log_std).exp()
     upper = torch.special.ndtr(((x - mean) + 1 / 255) * inverse)
     lower = torch.special.ndtr(((x - mean) - 1 / 255) * inverse)

@@ -22,7 +22,7 @@ SHEET_STEPS = 20
 
 
 class MotionStage:
-    """(content, standardised motion) pairs of cached clips; text encoder and autoencoder stay as they are."""
+    """Content and standardised motion of cached clips; text encoder and autoencoder are frozen."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class MotionStage:
         return self.text_encoder(ids).last_hidden_state
 
     def evaluate(self) -> dict[str, float]:
-        """The loss on held-out clips at fixed timesteps and noise, and how much sampled clips move."""
+        """The held-out loss at fixed timesteps and noise, and how much sampled clips move."""
         content, motion = self.autoencoder.encode(self.held_out)
         motion = self.autoencoder.standardise(motion)
         generator = seeded("held out")
@@ -119,7 +119,7 @@ class MotionStage:
         return self.autoencoder.decode(content, self.autoencoder.destandardise(sampled)).float()
 
     def sheet(self) -> Tensor:
-        """Held-out clips: every second frame above one of a clip with the same content, sampled motion."""
+        """Every second frame of held-out clips above the same content with sampled motion."""
         sampled = self.codec.decode(self._sample(6))
         rows = torch.stack((self.frames[:6].to(sampled.device), sampled), dim=1)
         return grid(rows.flatten(0, 1)[:, ::2])

@@ -1,4 +1,4 @@
-"""Every draw of training follows from the seed and the step, so that resuming needs no generator state."""
+"""Every draw of training follows from the seed and the step: resuming needs no generator state."""
 
 import hashlib
 

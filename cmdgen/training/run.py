@@ -1,6 +1,6 @@
 """A training run: one folder that the stages fill in turn, each reading the parts that came before.
 
-RUN/                      a model folder: model_index.json, vae/, autoencoder/, unet/, text_encoder/ ...
+RUN/                      a model folder: model_index.json, vae/, autoencoder/, unet/ ...
 RUN/training/run.json     what every stage of it shares
 RUN/training/cache/       encoded clips
 RUN/training/<stage>/     checkpoint, log and sample sheets
@@ -76,7 +76,8 @@ def run_stage(
 ) -> int:
     """Trains one stage from wherever it stands; returns the number of steps done.
 
-    `shared` is kept for the other stages, see `settle`; `minutes` count from `started`. Raises ValueError where a former stage is missing.
+    `shared` is kept for the other stages, see `settle`; `minutes` count from `started`.
+    Raises ValueError where a former stage is missing.
     """
     state = folder / "training" / name
     if options.restart and state.exists():
@@ -155,8 +156,10 @@ def _vae(at: _Setting) -> Stage:
         raise ValueError(f"preset {at.model.name} works on pixels: it has no VAE to train")
     given = at.parts.given("vae")
     vae = fresh_vae(at.model.vae) if given is None else KlVae.from_pretrained(given)
+    # the layout that convolutions are fastest in
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return VaeStage(
-        vae.to(at.device, memory_format=torch.channels_last),
+        vae.to(at.device),
         at.data,
         at.options.vae,
         batch=at.config.batch,
@@ -196,14 +199,14 @@ def _content(at: _Setting) -> Stage:
         latents = codec.encode(at.data.clips(at.data.held_out(HELD_OUT)).frames)
         held_out = torch.cat([autoencoder.encode(part)[0] for part in latents.split(8)])
     tokenizer = _tokenizer(at, at.model.text.vocab_size)
-    unet, text = at.parts.given("unet"), at.parts.given("text_encoder")
+    given = at.parts.given("unet")
+    unet = UNet(at.model.content) if given is None else UNet.from_pretrained(given)
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    given = at.parts.given("text_encoder")
+    text = ClipTextModel(at.model.text) if given is None else ClipTextModel.from_pretrained(given)
     return ContentStage(
-        (UNet(at.model.content) if unet is None else UNet.from_pretrained(unet)).to(
-            at.device, memory_format=torch.channels_last
-        ),
-        (ClipTextModel(at.model.text) if text is None else ClipTextModel.from_pretrained(text)).to(
-            at.device
-        ),
+        unet.to(at.device),
+        text.to(at.device),
         tokenizer,
         at.model.noise,
         content,

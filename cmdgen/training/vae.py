@@ -1,4 +1,4 @@
-"""Training the VAE on single frames: L1 + L2 that count the subject and its edges more, and a small KL."""
+"""Training the VAE on single frames: the subject and its edges count more, and a small KL."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,9 @@ from cmdgen.training.sheets import grid, to_pixels, to_unit
 
 
 def fresh_vae(config: VaeConfig) -> KlVae:
-    """A VAE from scratch whose posterior starts narrow: a log variance of 0 would drown the means in noise."""
+    """A VAE from scratch; a posterior that started wide would drown the means in noise."""
     vae = KlVae(config)
+    assert vae.quant_conv.bias is not None
     with torch.no_grad():
         vae.quant_conv.weight[config.latent_channels :] *= 0.1
         vae.quant_conv.bias[config.latent_channels :] = -6.0
@@ -46,18 +47,15 @@ class VaeStage:
             )
         self.vae, self.data, self.weights, self.device = vae, data, weights, device
         self.modules: dict[str, nn.Module] = {"vae": vae}
-        self.seed, self.clips, self.frames_per_clip = (
-            seed,
-            batch // frames_per_clip,
-            frames_per_clip,
-        )
+        self.seed, self.frames_per_clip = seed, frames_per_clip
+        self.clips = batch // frames_per_clip
         self.training = data.training
         self.order = Order(len(self.training), seed)
         self.held_out = self._frames(data.held_out(32), seeded(seed, "held out"))
         self.measured = self._frames(self.training[:64], seeded(seed, "scale"))["frames"]
 
     def batch(self, step: int) -> Batch:
-        """Frames (B, 3, H, W) uint8, their weights' mask (B, 1, H, W), and the noise of the latents."""
+        """Frames (B, 3, H, W) uint8, the subject's mask (B, 1, H, W), noise for the latents."""
         generator = seeded(self.seed, "vae", step)
         rows = self.order.rows(step, self.clips)
         batch = self._frames(self.training[rows], generator)
