@@ -105,8 +105,8 @@ def sample(
             clip = pipeline.sample(prompt, config, on_progress=show)
     except ValueError as error:
         raise Failure(describe(error)) from error
-    except RuntimeError as error:
-        if "tried to allocate" not in str(error).lower():
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("allocate|overflow", str(error)):
             raise
         raise Failure("not enough memory: ask for a smaller --size or fewer --frames") from error
     write_video(output, clip.frames, clip.fps, clip.metadata)
