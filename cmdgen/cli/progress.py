@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# between two lines of one stage where there is no terminal
-_LINE_SECONDS = 30
+# between two lines where there is no terminal: the first wait doubles up to the longest
+_FIRST_SECONDS, _LONGEST_SECONDS = 2.0, 60.0
 
 
 @contextmanager
@@ -31,16 +31,16 @@ def show_progress() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
         started: dict[str, float] = {}
-        line = time.monotonic()
+        line, wait = time.monotonic(), _FIRST_SECONDS
 
         def show(stage: str, done: int, total: int) -> None:
-            nonlocal line
+            nonlocal line, wait
             now = time.monotonic()
             if stage not in tasks:
                 tasks[stage], started[stage] = bars.add_task(stage, total=total), now
             bars.update(tasks[stage], completed=done)
-            if not console.is_terminal and done and now - line > _LINE_SECONDS:
-                line = now
+            if not console.is_terminal and done and now - line > wait:
+                line, wait = now, min(2 * wait, _LONGEST_SECONDS)
                 # the first report of a stage may come when some of it is done
                 left = (now - started[stage]) / done * (total - done)
                 console.print(f"{stage} {done}/{total}, {left:.0f} s left")
