@@ -166,8 +166,7 @@ def _train(
     )
     source, name = open_source(shared["data"])
     data = TrainingData(source, name, clips, model.frames, (model.height, model.width), device)
-    stop = _Stop()
-    with _Progress(config.minutes, started) as progress:
+    with _Stop() as stop, _Progress(config.minutes, started) as progress:
         done = run_stage(
             stage,
             output,
@@ -215,13 +214,20 @@ class _Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> "_Stop":
+        self.former = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
-        for either in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(either, signal.SIG_DFL)
+        self.__exit__()
         print("stopping after this step", file=sys.stderr)
 
     def __call__(self) -> bool:

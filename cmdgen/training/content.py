@@ -15,7 +15,7 @@ from cmdgen.training.denoising import Captions, Denoising
 from cmdgen.training.latents import Codec
 from cmdgen.training.loop import Batch
 from cmdgen.training.randomness import Order, seeded
-from cmdgen.training.sheets import grid
+from cmdgen.training.sheets import compare
 
 SHEET_STEPS = 20
 SHEET_GUIDANCE = 3.0
@@ -102,8 +102,7 @@ class ContentStage:
             self.noise,
             steps=SHEET_STEPS,
         )
-        rows = [self.codec.decode(latents[:, :, None])[:, 0] for latents in (real, sampled)]
-        return grid(torch.stack(rows).unflatten(1, (-1, min(8, len(real)))).flatten(0, 1))
+        return compare(*(self.codec.decode(x[:, :, None])[:, 0] for x in (real, sampled)))
 
     def export(self, folder: Path) -> None:
         """Writes unet/, text_encoder/ and tokenizer/."""

@@ -24,9 +24,8 @@ class Order:
         """() -> (batch,) int64, positions step * batch and on of the endless sequence of passes."""
         positions = torch.arange(step * batch, (step + 1) * batch)
         epochs, offsets = positions // self.count, positions % self.count
-        needed = [int(epoch) for epoch in epochs.unique()]
-        self.epochs = {epoch: self._pass(epoch) for epoch in needed}
-        return torch.stack([self.epochs[int(e)][o] for e, o in zip(epochs, offsets, strict=True)])
+        self.epochs = {epoch: self._pass(epoch) for epoch in epochs.unique().tolist()}
+        return torch.cat([rows[offsets[epochs == epoch]] for epoch, rows in self.epochs.items()])
 
     def _pass(self, epoch: int) -> Tensor:
         known = self.epochs.get(epoch)

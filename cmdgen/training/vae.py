@@ -14,7 +14,7 @@ from cmdgen.training.data import TrainingData
 from cmdgen.training.loop import Batch
 from cmdgen.training.losses import edge_difference, gaussian_kl, l1_plus_l2
 from cmdgen.training.randomness import Order, seeded
-from cmdgen.training.sheets import grid, to_pixels, to_unit
+from cmdgen.training.sheets import compare, to_pixels, to_unit
 
 
 def fresh_vae(config: VaeConfig) -> KlVae:
@@ -106,14 +106,9 @@ class VaeStage:
 
     def sheet(self) -> Tensor:
         """Held-out frames above their reconstructions."""
-        frames = self.held_out["frames"][::4]
-        half = len(frames) // 2
-        output = self._reconstruct(frames)
-        return grid(
-            torch.stack(
-                (frames[:half], output[:half], frames[half : 2 * half], output[half : 2 * half])
-            )
-        )
+        # one of each clip, of at most 16
+        frames = self.held_out["frames"][:: self.frames_per_clip][:16]
+        return compare(frames, self._reconstruct(frames))
 
     def export(self, folder: Path) -> None:
         """Measures the scale of the latents, then writes vae/."""

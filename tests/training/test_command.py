@@ -1,0 +1,112 @@
+"""`cmdgen train` from the shell: what it prints, how it ends, what it refuses."""
+
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from cmdgen.cli.app import main
+from cmdgen.config import PRESETS
+from cmdgen.training.vae import VaeStage
+from cmdgen.video.write import write_video
+from tests.conftest import tiny_config
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three captioned files of noise; and a preset small enough to train on them."""
+    monkeypatch.setitem(PRESETS, "tiny", tiny_config())
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name in "abc":
+        frames = np.random.default_rng(ord(name)).integers(0, 255, (4, 32, 48, 3), np.uint8)
+        write_video(folder / f"{name}.mp4", frames, 8, {})
+        (folder / f"{name}.txt").write_text(f"noise {name}\n")
+    return folder
+
+
+@pytest.fixture
+def train(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: object) -> Result:
+        few = ("--batch", 2, "--steps", 2, "--clips", 4)
+        with pytest.raises(SystemExit) as end:
+            # of an option given twice the last one counts
+            main(
+                [
+                    str(a)
+                    for a in ("train", arguments[0], "-o", tmp_path / "run", *few, *arguments[1:])
+                ]
+            )
+        assert end.value.code is None or isinstance(end.value.code, int)
+        return Result(end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_stages_continue_with_what_the_run_began_with(train, videos: Path, tmp_path: Path) -> None:
+    done = train("vae", "--preset", "tiny", "--data", videos)
+    assert (done.code, done.out) == (0, f"{tmp_path / 'run'}\n"), done.err
+    assert "vae: 2 of 2 steps" in done.err
+    # preset and data are the run's own now
+    assert train("autoencoder").code == 0
+    assert (tmp_path / "run/autoencoder/config.json").exists()
+    other = train("autoencoder", "--preset", "mini")
+    assert other.code == 2
+    assert "was started with preset tiny, not mini" in other.err
+
+
+def test_first_signal_ends_after_the_step_with_a_checkpoint(
+    train, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = VaeStage.batch
+
+    def interrupted(stage: VaeStage, step: int):
+        signal.raise_signal(signal.SIGTERM)
+        return batch(stage, step)
+
+    monkeypatch.setattr(VaeStage, "batch", interrupted)
+    stopped = train("vae", "--preset", "tiny", "--data", videos)
+    assert stopped.code == 128 + signal.SIGTERM
+    assert "vae: 1 of 2 steps" in stopped.err
+    assert (tmp_path / "run/training/vae/checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("vae", "--preset", "huge"), "preset 'huge' is not one of"),
+        (("vae", "--data", "nowhere"), "'nowhere' is neither one of"),
+        (("vae", "--size", "wide"), "is not WIDTHxHEIGHT"),
+        (("vae", "--size", "50x50"), "both sides must be multiples of"),
+        (("vae", "--batch", 3), "batch 3 is not a multiple of the 2 frames of a clip"),
+        (("vae", "--accumulate", "3"), "not a multiple of accumulate 3"),
+        (("vae", "--precision", "fp8"), "precision 'fp8' is not one of"),
+        (("vae", "--init", "nowhere"), "init nowhere is not a folder"),
+        (("motion",), "no vae/ yet: first run `cmdgen train vae"),
+    ],
+)
+def test_impossible_requests_are_one_line_and_leave_nothing(
+    train, videos: Path, tmp_path: Path, arguments: tuple[str, ...], reason: str
+) -> None:
+    preset = () if "--preset" in arguments else ("--preset", "tiny")
+    data = () if "--data" in arguments else ("--data", videos)
+    result = train(*arguments[:1], *preset, *data, *arguments[1:])
+    assert result.code == 2
+    assert reason in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_of_half_a_run_names_what_is_missing(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train", "export", str(tmp_path), str(tmp_path / "model")])
+    assert end.value.code == 2
+    assert "model_index.json" in capsys.readouterr().err
