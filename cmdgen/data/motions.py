@@ -507,8 +507,8 @@ MOTIONS = {
         Motion(
             "camera shake",
             (
-                ("shaking in front of", "shakes in front of"),
-                ("trembling in front of", "trembles in front of"),
+                ("jittering around", "jitters around"),
+                ("jolting around", "jolts around"),
             ),
             _rest,
             home="",

@@ -1,6 +1,7 @@
 """Where things happen: scenes made of layers that scroll at their own speeds."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from zlib import crc32
 
 import torch
@@ -84,7 +85,16 @@ def _generator(scene: Scene, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(crc32(f"{scene.name} {number}".encode()))
 
 
-def paint_base(scene: Scene, size: tuple[int, int], device: str) -> Tensor:
+@lru_cache(maxsize=128)
+def paint_scene(
+    scene: Scene, size: tuple[int, int], device: str
+) -> tuple[Tensor, tuple[Strip, ...]]:
+    """-> what never moves (3, H, W), and the layers, painted once per size."""
+    layers = (_paint_layer(scene, number, size, device) for number in range(len(scene.layers)))
+    return _paint_base(scene, size, device), tuple(layers)
+
+
+def _paint_base(scene: Scene, size: tuple[int, int], device: str) -> Tensor:
     """-> (3, H, W): what never moves."""
     height, width = size
     x, y = _grid(height * _PHASES, width * _PHASES, (0.0, 1.0))
@@ -93,7 +103,7 @@ def paint_base(scene: Scene, size: tuple[int, int], device: str) -> Tensor:
     return F.avg_pool2d(picture, _PHASES).to(device)
 
 
-def paint_layer(scene: Scene, number: int, size: tuple[int, int], device: str) -> Strip:
+def _paint_layer(scene: Scene, number: int, size: tuple[int, int], device: str) -> Strip:
     """Paints layer `number` at every phase, ready to be cut at any shift."""
     layer, (height, width) = scene.layers[number], size
     fine, long = _PHASES, width * 2 if layer.axis == "x" else height

@@ -115,7 +115,7 @@ SUBJECTS = _table("""
 🚒 fire engine, fire truck
 🚚 truck, lorry
 🚜 tractor
-🏎️ racing car, race car
+🏎️ race car, formula one car
 🚲 bicycle, bike
 🛵 scooter, moped
 🏍️ motorcycle, motorbike

@@ -21,7 +21,7 @@ from cmdgen.data.captions import COLOURS, SIZES, caption
 from cmdgen.data.clips import Clips
 from cmdgen.data.motions import MOTIONS, PATH_DRAWS, Motion, View
 from cmdgen.data.paint import colour
-from cmdgen.data.scenes import SCENES, Scene, Strip, paint_base, paint_layer
+from cmdgen.data.scenes import SCENES, Scene, paint_scene
 from cmdgen.data.subjects import SUBJECTS, Subject, build_mipmaps, load_sprites
 
 # longer side of the subject, in frame heights, alone and as one of two
@@ -139,7 +139,6 @@ class World:
         self._facing = torch.tensor([subject.facing for subject in self._subjects])
         self._mipmaps = lru_cache(maxsize=4)(self._load_mipmaps)
         self._extents = lru_cache(maxsize=1)(self._measure)
-        self._painted = lru_cache(maxsize=128)(self._paint)
 
     def specs(self, indices: Tensor | Sequence[int]) -> Specs:
         """(B,) -> what the clips show."""
@@ -244,11 +243,6 @@ class World:
         side = cover.shape[-1]
         return torch.stack([cover.any(1).sum(1) / side, cover.any(2).sum(1) / side], 1)
 
-    def _paint(self, number: int, size: tuple[int, int], device: str) -> tuple[Tensor, list[Strip]]:
-        scene = self._scenes[number]
-        layers = [paint_layer(scene, i, size, device) for i in range(len(scene.layers))]
-        return paint_base(scene, size, device), layers
-
     def _film(
         self,
         indices: Tensor,
@@ -293,7 +287,7 @@ class World:
     ) -> tuple[Tensor, Tensor]:
         """-> (b·T, 3, H, W) in [0, 1] and the subjects' cover (b·T, H, W)."""
         scene, (height, width) = self._scenes[number], size
-        base, strips = self._painted(number, size, device)
+        base, strips = paint_scene(scene, size, device)
         frames = time.shape[1]
         scroll = _draw(self.config.seed, indices, _SCROLL, len(strips))
         mirrored = self.config.flips & (look[:, 0, 6] < 0.5)
