@@ -19,7 +19,7 @@ from cmdgen.evaluation.probe import HEADS, Probe
 from cmdgen.evaluation.report import Figure, Report
 from cmdgen.pipeline import TextToVideo
 
-# the targets: decibels, and per cent of generated clips
+# targets: decibels, and per cent of generated clips
 _VAE_TARGETS = (30.0, 24.0)
 _AUTOENCODER_TARGET = 27.0
 _ABOVE_MEAN_FRAME = 5.0

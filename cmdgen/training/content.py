@@ -108,4 +108,4 @@ class ContentStage:
         """Writes unet/, text_encoder/ and tokenizer/."""
         self.unet.save_pretrained(folder / "unet")
         self.text_encoder.save_pretrained(folder / "text_encoder")
-        self.tokenizer.save_pretrained(folder / "tokenizer")
+        self.tokenizer.save_pretrained(folder / "tokenizer", length=self.length)

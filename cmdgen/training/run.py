@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cmdgen.config import DiTConfig, ModelConfig, NoiseConfig
+from cmdgen.config import DiTConfig, ModelConfig, NoiseConfig, TextConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.text import ClipTextModel, Tokenizer
@@ -198,7 +198,7 @@ def _content(at: _Setting) -> Stage:
     with torch.no_grad(), codec.autocast():
         latents = codec.encode(at.data.clips(at.data.held_out(HELD_OUT)).frames)
         held_out = torch.cat([autoencoder.encode(part)[0] for part in latents.split(8)])
-    tokenizer = _tokenizer(at, at.model.text.vocab_size)
+    tokenizer = _tokenizer(at, at.model.text)
     given = at.parts.given("unet")
     unet = UNet(at.model.content) if given is None else UNet.from_pretrained(given)
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -220,7 +220,7 @@ def _content(at: _Setting) -> Stage:
     )
 
 
-def _tokenizer(at: _Setting, vocab_size: int) -> Tokenizer:
+def _tokenizer(at: _Setting, text: TextConfig) -> Tokenizer:
     """The one that this stage began with, else init's, else one trained on the captions."""
     place = at.folder / "tokenizer"
     given = at.parts.given("tokenizer")
@@ -231,9 +231,9 @@ def _tokenizer(at: _Setting, vocab_size: int) -> Tokenizer:
     else:
         indices = at.data.source.indices("train", TOKENIZER_CAPTIONS)
         texts = [text for variant in range(2) for text in at.data.captions(indices, variant)]
-        tokenizer = Tokenizer.train(texts, vocab_size)
+        tokenizer = Tokenizer.train(texts, text.vocab_size)
     # before the first checkpoint: token ids must never change under the weights
-    tokenizer.save_pretrained(place)
+    tokenizer.save_pretrained(place, length=text.max_position_embeddings)
     return tokenizer
 
 
