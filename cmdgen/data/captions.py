@@ -1,7 +1,7 @@
 """The caption grammar: who does what where, in several phrasings."""
 
+from cmdgen.data.layers import Scene
 from cmdgen.data.motions import Motion
-from cmdgen.data.scenes import Scene
 
 _PLACED: tuple[str, ...] = (
     "{who} {doing} {where}",

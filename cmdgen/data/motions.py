@@ -37,10 +37,9 @@ class View:
 
 @dataclass(frozen=True)
 class Motion:
-    """A motion: its verbs ("swimming", "swims"), where it happens, and its path."""
+    """A motion: its path, and where it happens."""
 
     name: str
-    verbs: tuple[tuple[str, str], ...]
     path: Callable[[Tensor, Tensor], Path]
     # the scene that a caption without one implies
     home: str = "grass"
@@ -50,6 +49,11 @@ class Motion:
     travel: float = 0.25
     # set if it is the camera that moves: the verbs are its own then
     camera: Callable[[Tensor, Tensor], View] | None = None
+
+    @property
+    def verbs(self) -> tuple[tuple[str, str], ...]:
+        """Both forms of every verb for it: ("swimming", "swims")."""
+        return _VERBS[self.name]
 
 
 def _path(
@@ -251,269 +255,79 @@ def _quake(t: Tensor, u: Tensor) -> View:
     return _view(t, u, 1.35, 0.05 * _wave(t, 5, u[0]), 0.06 * _wave(t, 4, u[1]))
 
 
+_VERBS = {
+    name: tuple((pair.split("/")[0], pair.split("/")[1]) for pair in verbs.split("; "))
+    for name, verbs in (
+        line.split(": ")
+        for line in """
+swimming: swimming/swims; paddling/paddles; going for a swim/goes for a swim
+flying: flying/flies; soaring/soars; gliding/glides
+jumping: jumping/jumps; hopping/hops; leaping/leaps
+spinning: spinning/spins; turning round and round/turns round and round
+growing: growing/grows; getting bigger/gets bigger; expanding/expands
+shrinking: shrinking/shrinks; getting smaller/gets smaller
+shaking: shaking/shakes; trembling/trembles; shivering/shivers
+swinging: swinging/swings; swaying/sways; rocking/rocks
+bouncing: bouncing/bounces; bobbing up and down/bobs up and down; springing/springs
+walking: walking/walks; strolling/strolls; taking a walk/takes a walk; waddling/waddles
+running: running/runs; racing/races; sprinting/sprints; dashing/dashes
+rolling: rolling/rolls; rolling along/rolls along; tumbling along/tumbles along
+floating: floating/floats; drifting/drifts; hovering/hovers
+falling: falling/falls; dropping/drops; falling down/falls down
+rising: rising/rises; ascending/ascends; going up/goes up
+dancing: dancing/dances; grooving/grooves; boogieing/boogies
+sliding: sliding/slides; skidding/skids; slipping/slips
+diving: diving/dives; diving down/dives down; plunging/plunges
+somersaulting: somersaulting/somersaults; doing a flip/does a flip; flipping over/flips over
+wobbling: wobbling/wobbles; jiggling/jiggles; wobbling like jelly/wobbles like jelly
+pulsing: pulsing/pulses; throbbing/throbs; beating/beats
+circling: circling/circles; going in circles/goes in circles; moving in a circle/moves in a circle
+zigzagging: zigzagging/zigzags; zigging and zagging/zigs and zags; weaving/weaves
+nodding: nodding/nods; bowing/bows; taking a bow/takes a bow
+tipping over: tipping over/tips over; toppling/topples; keeling over/keels over
+zoom in: zooming in on/zooms in on; moving closer to/moves closer to
+zoom out: zooming out from/zooms out from; pulling back from/pulls back from
+pan left: panning left past/pans left past; moving left past/moves left past
+pan right: panning right past/pans right past; moving right past/moves right past
+camera tilt: tilting around/tilts around; rolling around/rolls around
+camera shake: jittering around/jitters around; jolting around/jolts around
+""".strip().splitlines()
+    )
+}
+
 MOTIONS = {
     motion.name: motion
     for motion in (
-        Motion(
-            "swimming",
-            (
-                ("swimming", "swims"),
-                ("paddling", "paddles"),
-                ("going for a swim", "goes for a swim"),
-            ),
-            _swim,
-            home="ocean",
-            places=("water",),
-            travel=0.8,
-        ),
-        Motion(
-            "flying",
-            (("flying", "flies"), ("soaring", "soars"), ("gliding", "glides")),
-            _fly,
-            home="sky",
-            places=("land", "air", "open water"),
-            travel=1.4,
-        ),
-        Motion(
-            "jumping",
-            (("jumping", "jumps"), ("hopping", "hops"), ("leaping", "leaps")),
-            _jump,
-            home="grass",
-        ),
-        Motion(
-            "spinning",
-            (("spinning", "spins"), ("turning round and round", "turns round and round")),
-            _spin,
-            home="space",
-        ),
-        Motion(
-            "growing",
-            (("growing", "grows"), ("getting bigger", "gets bigger"), ("expanding", "expands")),
-            _grow,
-            home="grass",
-        ),
-        Motion(
-            "shrinking",
-            (("shrinking", "shrinks"), ("getting smaller", "gets smaller")),
-            _shrink,
-            home="desert",
-        ),
-        Motion(
-            "shaking",
-            (("shaking", "shakes"), ("trembling", "trembles"), ("shivering", "shivers")),
-            _shake,
-            home="snow",
-        ),
-        Motion(
-            "swinging",
-            (("swinging", "swings"), ("swaying", "sways"), ("rocking", "rocks")),
-            _swing,
-            home="sky",
-        ),
-        Motion(
-            "bouncing",
-            (
-                ("bouncing", "bounces"),
-                ("bobbing up and down", "bobs up and down"),
-                ("springing", "springs"),
-            ),
-            _bounce,
-            home="grass",
-            places=("land",),
-        ),
-        Motion(
-            "walking",
-            (
-                ("walking", "walks"),
-                ("strolling", "strolls"),
-                ("taking a walk", "takes a walk"),
-                ("waddling", "waddles"),
-            ),
-            _walk,
-            home="road",
-            places=("land",),
-            travel=0.6,
-        ),
-        Motion(
-            "running",
-            (
-                ("running", "runs"),
-                ("racing", "races"),
-                ("sprinting", "sprints"),
-                ("dashing", "dashes"),
-            ),
-            _run,
-            home="road",
-            places=("land",),
-            travel=1.3,
-        ),
-        Motion(
-            "rolling",
-            (
-                ("rolling", "rolls"),
-                ("rolling along", "rolls along"),
-                ("tumbling along", "tumbles along"),
-            ),
-            _roll,
-            home="desert",
-            places=("land",),
-            travel=0.7,
-        ),
-        Motion(
-            "floating",
-            (("floating", "floats"), ("drifting", "drifts"), ("hovering", "hovers")),
-            _float,
-            home="space",
-            travel=0.1,
-        ),
-        Motion(
-            "falling",
-            (("falling", "falls"), ("dropping", "drops"), ("falling down", "falls down")),
-            _fall,
-            home="sky",
-        ),
-        Motion(
-            "rising",
-            (("rising", "rises"), ("ascending", "ascends"), ("going up", "goes up")),
-            _rise,
-            home="sky",
-        ),
-        Motion(
-            "dancing",
-            (("dancing", "dances"), ("grooving", "grooves"), ("boogieing", "boogies")),
-            _dance,
-            home="stage",
-        ),
-        Motion(
-            "sliding",
-            (("sliding", "slides"), ("skidding", "skids"), ("slipping", "slips")),
-            _slide,
-            home="snow",
-            places=("land",),
-            travel=0.0,
-        ),
-        Motion(
-            "diving",
-            (("diving", "dives"), ("diving down", "dives down"), ("plunging", "plunges")),
-            _dive,
-            home="underwater",
-            places=("water",),
-            travel=0.4,
-        ),
-        Motion(
-            "somersaulting",
-            (
-                ("somersaulting", "somersaults"),
-                ("doing a flip", "does a flip"),
-                ("flipping over", "flips over"),
-            ),
-            _somersault,
-            home="stage",
-        ),
-        Motion(
-            "wobbling",
-            (
-                ("wobbling", "wobbles"),
-                ("jiggling", "jiggles"),
-                ("wobbling like jelly", "wobbles like jelly"),
-            ),
-            _wobble,
-            home="plain pink",
-        ),
-        Motion(
-            "pulsing",
-            (("pulsing", "pulses"), ("throbbing", "throbs"), ("beating", "beats")),
-            _pulse,
-            home="plain pink",
-        ),
-        Motion(
-            "circling",
-            (
-                ("circling", "circles"),
-                ("going in circles", "goes in circles"),
-                ("moving in a circle", "moves in a circle"),
-            ),
-            _circle,
-            home="sky",
-        ),
-        Motion(
-            "zigzagging",
-            (
-                ("zigzagging", "zigzags"),
-                ("zigging and zagging", "zigs and zags"),
-                ("weaving", "weaves"),
-            ),
-            _zigzag,
-            home="sky",
-        ),
-        Motion(
-            "nodding",
-            (("nodding", "nods"), ("bowing", "bows"), ("taking a bow", "takes a bow")),
-            _nod,
-            home="stage",
-        ),
-        Motion(
-            "tipping over",
-            (
-                ("tipping over", "tips over"),
-                ("toppling", "topples"),
-                ("keeling over", "keels over"),
-            ),
-            _tip,
-            home="room",
-            places=("land",),
-            travel=0.0,
-        ),
-        Motion(
-            "zoom in",
-            (("zooming in on", "zooms in on"), ("moving closer to", "moves closer to")),
-            _rest,
-            home="",
-            travel=0.0,
-            camera=_zoom_in,
-        ),
-        Motion(
-            "zoom out",
-            (("zooming out from", "zooms out from"), ("pulling back from", "pulls back from")),
-            _rest,
-            home="",
-            travel=0.0,
-            camera=_zoom_out,
-        ),
-        Motion(
-            "pan left",
-            (("panning left past", "pans left past"), ("moving left past", "moves left past")),
-            _rest,
-            home="",
-            travel=0.0,
-            camera=_pan_left,
-        ),
-        Motion(
-            "pan right",
-            (("panning right past", "pans right past"), ("moving right past", "moves right past")),
-            _rest,
-            home="",
-            travel=0.0,
-            camera=_pan_right,
-        ),
-        Motion(
-            "camera tilt",
-            (("tilting around", "tilts around"), ("rolling around", "rolls around")),
-            _rest,
-            home="",
-            travel=0.0,
-            camera=_tilt,
-        ),
-        Motion(
-            "camera shake",
-            (
-                ("jittering around", "jitters around"),
-                ("jolting around", "jolts around"),
-            ),
-            _rest,
-            home="",
-            travel=0.0,
-            camera=_quake,
-        ),
+        Motion("swimming", _swim, home="ocean", places=("water",), travel=0.8),
+        Motion("flying", _fly, home="sky", places=("land", "air", "open water"), travel=1.4),
+        Motion("jumping", _jump, home="grass"),
+        Motion("spinning", _spin, home="space"),
+        Motion("growing", _grow, home="grass"),
+        Motion("shrinking", _shrink, home="desert"),
+        Motion("shaking", _shake, home="snow"),
+        Motion("swinging", _swing, home="sky"),
+        Motion("bouncing", _bounce, home="grass", places=("land",)),
+        Motion("walking", _walk, home="road", places=("land",), travel=0.6),
+        Motion("running", _run, home="road", places=("land",), travel=1.3),
+        Motion("rolling", _roll, home="desert", places=("land",), travel=0.7),
+        Motion("floating", _float, home="space", travel=0.1),
+        Motion("falling", _fall, home="sky"),
+        Motion("rising", _rise, home="sky"),
+        Motion("dancing", _dance, home="stage"),
+        Motion("sliding", _slide, home="snow", places=("land",), travel=0.0),
+        Motion("diving", _dive, home="underwater", places=("water",), travel=0.4),
+        Motion("somersaulting", _somersault, home="stage"),
+        Motion("wobbling", _wobble, home="plain pink"),
+        Motion("pulsing", _pulse, home="plain pink"),
+        Motion("circling", _circle, home="sky"),
+        Motion("zigzagging", _zigzag, home="sky"),
+        Motion("nodding", _nod, home="stage"),
+        Motion("tipping over", _tip, home="room", places=("land",), travel=0.0),
+        Motion("zoom in", _rest, home="", travel=0.0, camera=_zoom_in),
+        Motion("zoom out", _rest, home="", travel=0.0, camera=_zoom_out),
+        Motion("pan left", _rest, home="", travel=0.0, camera=_pan_left),
+        Motion("pan right", _rest, home="", travel=0.0, camera=_pan_right),
+        Motion("camera tilt", _rest, home="", travel=0.0, camera=_tilt),
+        Motion("camera shake", _rest, home="", travel=0.0, camera=_quake),
     )
 }

@@ -6,7 +6,6 @@ times the size and averages.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from math import pi
 
 import torch
@@ -27,11 +26,13 @@ def smooth(value: Tensor, low: float, high: float) -> Tensor:
     return t * t * (3 - 2 * t)
 
 
-def ramp(value: Tensor, *stops: tuple[float, str]) -> Tensor:
-    """(h, w) -> (3, h, w): colours along `value`, from stop to stop."""
-    result = colour(stops[0][1]).expand(3, *value.shape)
-    for (low, _), (high, code) in pairwise(stops):
-        result = torch.lerp(result, colour(code), smooth(value, low, high))
+def ramp(value: Tensor, stops: str) -> Tensor:
+    """(h, w) -> (3, h, w): from colour to colour along `value`: "rrggbb 0.4 rrggbb 1 rrggbb"."""
+    first, *rest = stops.split()
+    result, low = colour(first).expand(3, *value.shape), 0.0
+    for place, code in zip(rest[::2], rest[1::2], strict=True):
+        result = torch.lerp(result, colour(code), smooth(value, low, float(place)))
+        low = float(place)
     return result
 
 
@@ -72,14 +73,12 @@ def noise(x: Tensor, y: Tensor, period: float, generator: torch.Generator, lengt
     return (0.5 + total / 7).clamp(0, 1)
 
 
-def backdrop(
-    *stops: tuple[float, str], sun: tuple[float, float, float, str] | None = None
-) -> Painter:
+def backdrop(stops: str, *, sun: tuple[float, float, float, str] | None = None) -> Painter:
     """A vertical gradient, with a glowing disc (right of the middle, down, radius, colour)."""
 
     def paint(x: Tensor, y: Tensor, period: float, generator: torch.Generator) -> Painted:
         flat = torch.zeros(y.shape[0], x.shape[1])
-        picture = ramp(y + flat, *stops)
+        picture = ramp(y + flat, stops)
         if sun is not None:
             right, down, radius, code = sun
             far = torch.hypot(x - period / 4 - right, y - down)
@@ -94,7 +93,8 @@ def backdrop(
 def land(
     top: float,
     waves: Sequence[tuple[float, float, float]],
-    *stops: tuple[float, str],
+    stops: str,
+    *,
     rim: str | None = None,
     rim_width: float = 0.02,
     opacity: float = 1.0,
@@ -107,7 +107,7 @@ def land(
 
     def paint(x: Tensor, y: Tensor, period: float, generator: torch.Generator) -> Painted:
         depth = y - top - outline(x, period, *waves)
-        picture = ramp(depth, *stops)
+        picture = ramp(depth, stops)
         if patches is not None:
             length, code, strength = patches
             # patches lie flat: wider than high
@@ -319,6 +319,6 @@ def weeds(gap: float, height: float, light: str, shade: str) -> Painter:
             blade = 0.045 * (1 - up).clamp(min=0) ** 0.5
             inside = (distance(x, middle, period) - bend).abs() < blade
             cover = torch.maximum(cover, inside.float())
-        return ramp(y + 0 * x, (1 - height, light), (1.0, shade)), cover
+        return torch.lerp(colour(light), colour(shade), smooth(y + 0 * x, 1 - height, 1.0)), cover
 
     return paint

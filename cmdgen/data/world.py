@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from cmdgen.config import WorldConfig
 from cmdgen.data.captions import COLOURS, SIZES, caption
 from cmdgen.data.clips import Clips
+from cmdgen.data.layers import Scene, paint_scene
 from cmdgen.data.motions import MOTIONS, PATH_DRAWS, Motion, View
 from cmdgen.data.paint import colour
-from cmdgen.data.scenes import SCENES, Scene, paint_scene
+from cmdgen.data.scenes import SCENES
 from cmdgen.data.subjects import SUBJECTS, Subject, build_mipmaps, load_sprites
 
 # longer side of the subject, in frame heights, alone and as one of two
