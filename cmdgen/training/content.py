@@ -102,7 +102,8 @@ class ContentStage:
             self.noise,
             steps=SHEET_STEPS,
         )
-        return compare(*(self.codec.decode(x[:, :, None])[:, 0] for x in (real, sampled)))
+        frames = [self.codec.decode(latents[:, :, None])[:, 0] for latents in (real, sampled)]
+        return compare(frames[0], frames[1])
 
     def export(self, folder: Path) -> None:
         """Writes unet/, text_encoder/ and tokenizer/."""
