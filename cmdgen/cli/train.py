@@ -167,6 +167,15 @@ def _train(
     source, name = open_source(shared["data"])
     data = TrainingData(source, name, clips, model.frames, (model.height, model.width), device)
     with _Stop() as stop, _Progress(config.minutes, started) as progress:
+
+        def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
+            progress.report(phase, done, total, figures)
+            late = progress.deadline is not None and time.monotonic() > progress.deadline
+            if phase.startswith("encode") and (stop() or late):
+                # shards that are done are on disk: the next run goes on after them
+                progress.console.print(f"{stage}: stopped with {done} of {total} clips encoded")
+                raise typer.Exit(0 if stop.signal is None else 128 + stop.signal)
+
         done = run_stage(
             stage,
             output,
@@ -175,7 +184,7 @@ def _train(
             config,
             options,
             device=device,
-            report=progress.report,
+            report=report,
             stopped=stop,
             shared=shared,
             started=started,

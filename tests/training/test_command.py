@@ -79,6 +79,15 @@ def test_first_signal_ends_after_the_step_with_a_checkpoint(
     assert (tmp_path / "run/training/vae/checkpoint.pt").exists()
 
 
+def test_time_is_up_during_encoding_too(train, videos: Path, tmp_path: Path) -> None:
+    assert train("vae", "--preset", "tiny", "--data", videos).code == 0
+    stopped = train("autoencoder", "--minutes", 1e-9)
+    assert stopped.code == 0
+    assert "stopped with 0 of" in stopped.err
+    assert not (tmp_path / "run/autoencoder").exists()
+    assert train("autoencoder").code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
