@@ -1,7 +1,7 @@
 """Measures a whole model on the held-out combinations of its world: what `cmdgen eval` prints.
 
-The test split is rendered here and nowhere else in training or tuning: no weight, no setting and no
-early stop of the models or of the probe depends on it.
+No weight of the models or of the probe is fitted to the test split; training renders a few of its clips
+to watch itself.
 """
 
 from collections import defaultdict
@@ -103,8 +103,8 @@ def evaluate(
         f"PSNR: of the mean squared error over all values of {config.reconstructed} held-out clips,"
         " pixels in [0, 1]; in the subject: over its mask. Mean frame: the clip's mean over time,"
         " repeated.",
-        "All clips, and the captions that clips are generated from, are of held-out combinations of"
-        " subject, motion and scene; they are used here only, nothing is tuned on them.",
+        "All clips, and the captions that clips are generated from, are of combinations of subject,"
+        " motion and scene that no weight was fitted to; training only watches some of them.",
     ]
     details: dict[str, object] = {}
     if config.clips:
