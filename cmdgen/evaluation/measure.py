@@ -1,7 +1,7 @@
 """Measures a whole model on the held-out combinations of its world: what `cmdgen eval` prints.
 
-No weight of the models or of the probe is fitted to the test split; training renders a few of its clips
-to watch itself.
+No weight of the models or of the probe is fitted to the test split; training renders a few of its
+clips to watch itself.
 """
 
 from collections import defaultdict
