@@ -1,7 +1,6 @@
 """`cmdgen data preview`: look at the clips that models learn from."""
 
 import os
-import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from cmdgen.cli.errors import EXIT_CODES
+from cmdgen.cli.size import parse_size
 from cmdgen.config import WORLDS, WorldConfig
 
 app = typer.Typer(no_args_is_help=True, help="Look at the clips that models learn from.")
@@ -44,10 +44,7 @@ def preview(
     ] = None,
 ) -> None:
     """Write a contact sheet of captioned clips and print its path."""
-    matched = re.fullmatch(r"(\d{1,4})x(\d{1,4})", size)
-    if matched is None:
-        raise ValueError(f"size {size!r} is not WIDTHxHEIGHT, such as 128x128")
-    width, height = int(matched[1]), int(matched[2])
+    height, width = parse_size(size)
     if not (16 <= width <= 1024 and 16 <= height <= 1024):
         raise ValueError(f"size {size}: both sides must be between 16 and 1024")
     if not output.absolute().parent.is_dir():

@@ -9,6 +9,7 @@ import typer
 
 from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.progress import show_progress
+from cmdgen.cli.size import parse_size
 from cmdgen.config import SAMPLERS, SampleConfig
 
 OWN = "  [default: the model's own]"
@@ -64,7 +65,7 @@ def sample(
             raise ValueError(f"the {name} is not valid UTF-8")
     if not prompt.strip():
         raise ValueError('the prompt is empty: say what to show, such as "a corgi swimming"')
-    width, height = (None, None) if size is None else _parse_size(size)
+    height, width = (None, None) if size is None else parse_size(size)
     config = SampleConfig(
         seed=int.from_bytes(os.urandom(4), "big") if seed is None else seed,
         content_seed=content_seed,
@@ -111,13 +112,6 @@ def sample(
         raise Failure("not enough memory: ask for a smaller --size or fewer --frames") from error
     write_video(output, clip.frames, clip.fps, clip.metadata)
     typer.echo(output)
-
-
-def _parse_size(size: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
-    if match is None:
-        raise ValueError(f"size {size!r} is not WIDTHxHEIGHT, such as 64x64")
-    return int(match[1]), int(match[2])
 
 
 def _say(line: str) -> None:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from cmdgen.cli.size import parse_size
 from cmdgen.config import PRESETS, WORLDS, ModelConfig, SampleConfig, UNetConfig
 from cmdgen.training.config import AutoencoderLoss, StageConfig, TrainConfig, VaeLoss
 
@@ -146,7 +147,7 @@ def _train(
 ) -> None:
     started = time.monotonic()
     if asked["size"] is not None:
-        _parse_size(asked["size"])
+        parse_size(asked["size"])
     if options.init is not None and not options.init.is_dir():
         raise ValueError(f"init {options.init} is not a folder")
     if clips < 1:
@@ -195,19 +196,11 @@ def _train(
         raise typer.Exit(128 + stop.signal)
 
 
-def _parse_size(size: str) -> tuple[int, int]:
-    """WIDTHxHEIGHT -> (height, width)."""
-    width, _, height = size.partition("x")
-    if not (width.isdecimal() and (height or width).isdecimal()):
-        raise ValueError(f"size {size!r} is not WIDTHxHEIGHT, such as 64x64")
-    return int(height or width), int(width)
-
-
 def _model(shared: dict[str, Any]) -> ModelConfig:
     preset = PRESETS.get(shared["preset"])
     if preset is None:
         raise ValueError(f"preset {shared['preset']!r} is not one of {', '.join(PRESETS)}")
-    height, width = _parse_size(shared["size"]) if "size" in shared else (None, None)
+    height, width = parse_size(shared["size"]) if "size" in shared else (None, None)
     model = SampleConfig(frames=shared.get("frames"), height=height, width=width).apply(preset)
     side = min(model.height, model.width)
     vae = model.vae and replace(model.vae, sample_size=side)
