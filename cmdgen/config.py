@@ -8,6 +8,9 @@ imports torch.
 import math
 from dataclasses import dataclass, field, replace
 
+# of tokens among themselves: everywhere softmax, or FAVOR+ where L > threshold * head width
+ATTENTIONS = ("softmax", "gated")
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -40,6 +43,10 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     norm_num_groups: int = 32
+    # one of ATTENTIONS; gated, with this threshold and so many random features
+    attention: str = "softmax"
+    attention_threshold: float = 2.0
+    attention_features: int = 256
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,10 @@ class AutoencoderConfig:
     importance: str = "pixel"
     # "tanh": the paper's bounded z; "linear": unbounded, held by a small L2 in training
     motion_activation: str = "tanh"
+    # one of ATTENTIONS; gated, with this threshold and so many random features
+    attention: str = "softmax"
+    attention_threshold: float = 2.0
+    attention_features: int = 256
     # per channel, measured on training data; z is standardised by them before diffusion
     motion_mean: tuple[float, ...] | None = None
     motion_std: tuple[float, ...] | None = None

@@ -186,7 +186,7 @@ class TextToVideo:
 
         def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
             output: Tensor = unet(x.to(self.dtype), t, text)
-            return output.float()
+            return output
 
         noise, generator = self._noise("content", shape, seeds)
         return SAMPLERS[asked.sampler](
@@ -217,7 +217,7 @@ class TextToVideo:
             given = None if motion.config.text_width is None else text
             sample = x.to(self.dtype)
             output: Tensor = motion(sample, t, text=given, context=context, split=columns)
-            return output.float()
+            return output
 
         # guidance is on the text alone: both branches see the content frame
         denoise = guide(predict, asked.motion_guidance, (text, context), (empty, context))

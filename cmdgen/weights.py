@@ -92,7 +92,10 @@ _WRITTEN: dict[type, dict[str, Any]] = {
     TextConfig: {"architectures": ["CLIPTextModel"], "bos_token_id": None, "pad_token_id": None},
     NoiseConfig: {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False},
 }
+# ours alone: written only where they are used, so that diffusers need not warn of them
+_GATE = ("attention", "attention_features", "attention_threshold")
 _CHOICES = {
+    "attention": configurations.ATTENTIONS,
     "beta_schedule": ("linear", "scaled_linear"),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "hidden_act": ("quick_gelu", "gelu"),
@@ -105,6 +108,8 @@ _CHOICES = {
 }
 # smallest and largest value; other integers lie in 1 .. 2^20, other numbers in -10^6 .. 10^6
 _RANGES = {
+    "attention_features": (1, 2**14),
+    "attention_threshold": (0, 1e6),
     "beta_end": (1e-9, 0.999),
     "beta_start": (1e-9, 0.999),
     "depth": (1, 256),
@@ -163,6 +168,8 @@ def write_config(config: object, folder: Folder) -> None:
     """Write the configuration of one part of a model, as diffusers or transformers would."""
     cls = type(config)
     data = {**_FIXED.get(cls, {}), **_WRITTEN.get(cls, {}), **asdict(config)}  # type: ignore[call-overload]
+    if data.get("attention") == "softmax":
+        data = {key: value for key, value in data.items() if key not in _GATE}
     if isinstance(config, VaeConfig):
         for key in ("down_block_types", "up_block_types"):
             data[key] = [data[key]] * len(config.block_out_channels)

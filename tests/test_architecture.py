@@ -1,11 +1,14 @@
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-PACKAGE = Path(__file__).parent.parent / "cmdgen"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "cmdgen"
 # an import may point to a later row, or stay in its own
 LAYERS = (
     ("cli", "__main__"),
@@ -16,6 +19,7 @@ LAYERS = (
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels" / "cmdgen_kernels").glob("*.py"))
 
 
 def part(module: str) -> str:
@@ -49,19 +53,50 @@ def test_imports_point_down(path):
             assert ROW[own] <= ROW[target], f"{own} may not import {module}"
 
 
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
+def test_kernels_know_torch_and_triton_alone(path):
+    for module in imports(path, nested=True):
+        top = module.split(".")[0]
+        assert top in {"torch", "triton", "cmdgen_kernels", *sys.stdlib_module_names}, module
+
+
+def test_the_folder_of_the_kernels_is_no_package():
+    # a package called kernels would hide Hugging Face's from transformers and diffusers
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python of its own, as outside of the tests: Triton's interpreter is not asked for."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
+    )
+
+
 def test_help_answers_without_torch():
     code = "import sys; from cmdgen.cli.app import main\ntry: main(sys.argv[1:])\nfinally: "
     code += "print(sorted({'torch', 'numpy', 'imageio_ffmpeg'} & set(sys.modules)))"
-    for arguments in (["--help"], ["sample", "--help"], ["--version"]):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
-        )
+    for arguments in (["--help"], ["sample", "--help"], ["doctor", "--help"], ["--version"]):
+        done = run(code, *arguments)
+        assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("\n[]\n"), done.stdout
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch could launch kernels")
+def test_without_cuda_models_do_without_triton():
+    done = run(
+        "import sys, cmdgen.models.unet, cmdgen.models.autoencoder, cmdgen.pipeline\n"
+        "print('cmdgen_kernels' in sys.modules, 'triton' in sys.modules)"
+    )
+    assert (done.stdout, done.stderr) == ("True False\n", "")
 
 
 def test_importing_does_nothing_but_define():
     names = [
-        ".".join(("cmdgen", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES
+        ".".join((*path.parent.relative_to(top).parts, path.stem))
+        for top, paths in ((ROOT, FILES), (ROOT / "kernels", KERNELS))
+        for path in paths
     ]
     modules = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
     code = "import os, importlib; before = dict(os.environ)\n"
@@ -69,5 +104,5 @@ def test_importing_does_nothing_but_define():
     code += (
         "import torch; assert not torch.cuda.is_initialized(); assert dict(os.environ) == before"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

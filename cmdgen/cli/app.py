@@ -9,6 +9,7 @@ import typer
 
 from cmdgen import __version__
 from cmdgen.cli.data import app as data
+from cmdgen.cli.doctor import doctor
 from cmdgen.cli.errors import EXIT_CODES, FAILED, USAGE, Failure, describe
 from cmdgen.cli.evaluate import evaluate
 from cmdgen.cli.sample import sample
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command(epilog=EXIT_CODES)(sample)
 app.command("eval", epilog=EXIT_CODES)(evaluate)
+app.command(epilog=EXIT_CODES)(doctor)
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 

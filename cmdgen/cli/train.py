@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from cmdgen.cli.size import parse_size
-from cmdgen.config import PRESETS, WORLDS, ModelConfig, SampleConfig, UNetConfig
+from cmdgen.config import ATTENTIONS, PRESETS, WORLDS, ModelConfig, SampleConfig, UNetConfig
 from cmdgen.training.config import AutoencoderLoss, StageConfig, TrainConfig, VaeLoss
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app = typer.Typer(
 PRESET = "mini"
 DATA = "world"
 CLIPS = 12_000
+# what the UNet and the autoencoder of a run have in common
+GATE = ("attention", "attention_threshold", "attention_features")
 # between two lines of progress where there is no terminal
 LINE_SECONDS = 30
 
@@ -45,6 +47,14 @@ def _command(stage: str) -> Callable[..., None]:
         ] = None,
         size: Annotated[str | None, _option("Frame size, WIDTHxHEIGHT.")] = None,
         frames: Annotated[int | None, _option("Frames of a clip.")] = None,
+        attention: Annotated[
+            str | None,
+            _option("softmax, or gated: linear where tokens > threshold * head width."),
+        ] = None,
+        attention_threshold: Annotated[float | None, _option("Where the gate opens.")] = None,
+        attention_features: Annotated[
+            int | None, _option("Random features of gated attention.")
+        ] = None,
         clips: Annotated[int, _option("Clips to learn from.")] = CLIPS,
         init: Annotated[Path | None, _option("Model folder to start from.")] = None,
         restart: Annotated[bool, _option("Forget this stage's checkpoint.")] = StageConfig.restart,
@@ -120,7 +130,15 @@ def _command(stage: str) -> Callable[..., None]:
             VaeLoss(mask, edges, kl),
             AutoencoderLoss(moving, motion_l2, content_pull),
         )
-        shared = {"preset": preset, "data": data, "size": size, "frames": frames}
+        shared = {
+            "preset": preset,
+            "data": data,
+            "size": size,
+            "frames": frames,
+            "attention": attention,
+            "attention_threshold": attention_threshold,
+            "attention_features": attention_features,
+        }
         _train(stage, output, config, options, shared, clips, device, threads)
 
     return command
@@ -150,6 +168,12 @@ def _train(
         parse_size(asked["size"])
     if options.init is not None and not options.init.is_dir():
         raise ValueError(f"init {options.init} is not a folder")
+    # a part that is given has been trained with the attention that it has
+    part = {"content": "unet"}.get(stage, stage)
+    if options.init is not None and (options.init / part).is_dir():
+        for name in GATE:
+            if asked[name] is not None:
+                raise ValueError(f"{options.init / part} brings its own {name.replace('_', ' ')}")
     if clips < 1:
         raise ValueError(f"clips {clips} is not at least 1")
 
@@ -205,10 +229,17 @@ def _model(shared: dict[str, Any]) -> ModelConfig:
     side = min(model.height, model.width)
     vae = model.vae and replace(model.vae, sample_size=side)
     stride = 1 if vae is None else vae.stride
+    gate = {name: shared[name] for name in GATE if name in shared}
+    if gate.get("attention", "softmax") not in ATTENTIONS:
+        raise ValueError(f"attention {gate['attention']!r} is not one of {', '.join(ATTENTIONS)}")
+    for name in set(gate) - {"attention"}:
+        if not gate[name] > 0:
+            raise ValueError(f"{name.replace('_', ' ')} {gate[name]} is not above 0")
     content = model.content
     if isinstance(content, UNetConfig):
-        content = replace(content, sample_size=side // stride)
-    return replace(model, vae=vae, content=content)
+        content = replace(content, sample_size=side // stride, **gate)
+    autoencoder = replace(model.autoencoder, **gate)
+    return replace(model, vae=vae, content=content, autoencoder=autoencoder)
 
 
 class _Stop:

@@ -5,8 +5,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cmdgen.diffusion.samplers import Denoise
 from cmdgen.diffusion.schedule import split_sigma
+
+# samples (B, C, ...), timesteps (B,) -> the network's output (B, C or 2 C, ...)
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+class Guided:
+    """A denoiser guided from negative to positive conditions; its two branches are one batch."""
+
+    def __init__(
+        self,
+        predict: Callable[..., Tensor],
+        scale: float,
+        positive: tuple[Tensor, ...],
+        negative: tuple[Tensor, ...],
+    ) -> None:
+        if len(positive) != len(negative):
+            raise ValueError(f"{len(positive)} positive conditions, {len(negative)} negative ones")
+        self.predict = predict
+        self.scale = scale
+        self.both = tuple(torch.cat(pair) for pair in zip(negative, positive, strict=True))
+
+    def branches(self, x: Tensor, t: Tensor) -> Tensor:
+        """(B, C, ...), (B,) -> (2 B, C or 2 C, ...): the raw output, negative branch first."""
+        return self.predict(torch.cat((x, x)), torch.cat((t, t)), *self.both)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """(B, C, ...), (B,) -> (B, C or 2 C, ...), in the dtype of x."""
+        prediction, sigma = split_sigma(self.branches(x, t), x.shape[1])
+        # the scale magnifies rounding: combine in the dtype of the sample, not of the network
+        without, given = prediction.to(x.dtype).chunk(2)
+        guided = without + self.scale * (given - without)
+        if sigma is None:
+            return guided
+        return torch.cat((guided, sigma.to(x.dtype).chunk(2)[1]), dim=1)
 
 
 def guide(
@@ -23,18 +56,4 @@ def guide(
     """
     if scale == 1:
         return lambda x, t: predict(x, t, *positive)
-    if len(positive) != len(negative):
-        raise ValueError(f"{len(positive)} positive conditions, {len(negative)} negative ones")
-    both = tuple(torch.cat(pair) for pair in zip(negative, positive, strict=True))
-
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        output = predict(torch.cat((x, x)), torch.cat((t, t)), *both)
-        prediction, sigma = split_sigma(output, x.shape[1])
-        # the scale magnifies rounding: combine in the dtype of the sample, not of the network
-        without, given = prediction.to(x.dtype).chunk(2)
-        guided = without + scale * (given - without)
-        if sigma is None:
-            return guided
-        return torch.cat((guided, sigma.to(x.dtype).chunk(2)[1]), dim=1)
-
-    return denoise
+    return Guided(predict, scale, positive, negative)

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from cmdgen.config import NoiseConfig
-from cmdgen.diffusion.schedule import alphas_cumprod, split_sigma, timesteps, to_x0_eps
+from cmdgen.diffusion.guidance import Denoise, Guided
+from cmdgen.diffusion.schedule import (
+    alphas_cumprod,
+    ddim_weights,
+    split_sigma,
+    timesteps,
+    to_x0_eps,
+)
+from cmdgen_kernels.guided_ddim_step import guided_ddim_step
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, int], None]
 
 
@@ -37,9 +44,9 @@ def ddim(
     end = float(alphas_cumprod(config)[0]) if ends_at_zero else 1.0
     x = noise
     for t, alpha, after in _walk(config, timesteps(config, steps), end, on_step):
-        x0, eps, _ = _predict(denoise, x, t, alpha, config)
         sigma = eta * math.sqrt((1 - after) / (1 - alpha) * (1 - alpha / after))
-        x = math.sqrt(after) * x0 + math.sqrt(max(1 - after - sigma**2, 0.0)) * eps
+        keep, move = ddim_weights(alpha, after, config.prediction_type, sigma=sigma)
+        x = _linear_step(denoise, x, t, keep, move)
         if sigma > 0:
             x = x + sigma * _draw(x, generator)
     return x
@@ -137,9 +144,23 @@ def _predict(
     denoise: Denoise, x: Tensor, t: int, alpha: float, config: NoiseConfig
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(B, C, ...) -> clean sample, noise, learned variance where there is one."""
-    output = denoise(x, torch.full((x.shape[0],), t, device=x.device))
+    output = denoise(x, _at(t, x))
     prediction, learned = split_sigma(output, x.shape[1])
     return *to_x0_eps(prediction, x, alpha, config.prediction_type), learned
+
+
+def _linear_step(denoise: Denoise, x: Tensor, t: int, keep: float, move: float) -> Tensor:
+    """(B, C, ...) -> (B, C, ...): weights of the sample and of what is predicted at timestep t."""
+    if isinstance(denoise, Guided):
+        output = denoise.branches(x, _at(t, x))
+        return guided_ddim_step(x, output, guidance=denoise.scale, keep=keep, move=move)
+    prediction, _ = split_sigma(denoise(x, _at(t, x)), x.shape[1])
+    return keep * x + move * prediction.to(x.dtype)
+
+
+def _at(t: int, x: Tensor) -> Tensor:
+    """(B, ...) -> (B,): the timestep of each sample."""
+    return torch.full((x.shape[0],), t, device=x.device)
 
 
 def _half_log_snr(alpha: float) -> float:

@@ -4,6 +4,8 @@
 arXiv:2006.11239): one number, or a tensor of shape (B,) with one for each sample.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -77,6 +79,21 @@ def to_x0_eps(
             return x0, signal * prediction + deviation * sample
         case other:
             raise ValueError(f"prediction type {other!r} is not one of epsilon, v_prediction")
+
+
+def ddim_weights(
+    alpha: float, after: float, prediction_type: str, *, sigma: float = 0.0
+) -> tuple[float, float]:
+    """() -> keep, move: a DDIM step is `keep * sample + move * prediction`, and `sigma` of noise.
+
+    Eq. 12 of Song et al. 2021 (arXiv:2010.02502), from signal power `alpha` to `after`.
+    """
+    # it is linear in both: its weights are what it makes of (1, 0) and of (0, 1)
+    sample, prediction = torch.eye(2, dtype=torch.float64)
+    x0, eps = to_x0_eps(prediction, sample, alpha, prediction_type)
+    deviation = math.sqrt(max(1 - after - sigma**2, 0.0))
+    keep, move = (math.sqrt(after) * x0 + deviation * eps).tolist()
+    return keep, move
 
 
 def split_sigma(output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:

@@ -1,17 +1,37 @@
-"""Softmax attention, by whichever of PyTorch's two ways is the faster for the shape at hand."""
+"""Attention of tokens among themselves: softmax, or linear in their number where they are many."""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from cmdgen.config import AutoencoderConfig, UNetConfig
+from cmdgen_kernels.gated_attention import gated_attention, orthogonal_features, softmax_attention
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, N, L, D), (B, N, M, D) x 2 -> (B, N, L, D): softmax of the scaled scores over M."""
-    # on a CPU the fused kernel loses on short rows. Forward and backward, fused against plain:
-    # float32 30:13 ms at L = 16, 29:29 at 64, 115:202 at 512; bfloat16 141:14, 88:20, 111:111
-    short = 256 if q.dtype.itemsize == 2 else 32
-    if q.device.type == "cpu" and q.shape[-2] <= short:
-        scores = q @ k.transpose(-1, -2)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * q.shape[-1] ** -0.5
-        return scores.softmax(dim=-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+class GatedAttention(nn.Module):
+    """EVDM's gate, with the random features that the model is trained with as a buffer."""
+
+    projection: Tensor
+
+    def __init__(self, features: int, head_dim: int, *, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.register_buffer("projection", orthogonal_features(features, head_dim))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, N, L, D) x 3 -> (B, N, L, D)."""
+        return gated_attention(q, k, v, self.projection, threshold=self.threshold)
+
+
+def self_attention(config: UNetConfig | AutoencoderConfig, head_dim: int) -> Attend:
+    """() -> the attention that a model's configuration names, for heads of that width."""
+    match config.attention:
+        case "softmax":
+            return softmax_attention
+        case "gated":
+            threshold = config.attention_threshold
+            return GatedAttention(config.attention_features, head_dim, threshold=threshold)
+        case other:
+            raise ValueError(f"attention {other!r} is not one of softmax, gated")

@@ -13,8 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import AutoencoderConfig
-from cmdgen.models.attention import attend
+from cmdgen.models.attention import self_attention
 from cmdgen.weights import load_model, save_model
+from cmdgen_kernels import content_frame, motion_latents, motion_tokens
 
 FILENAME = "diffusion_pytorch_model.safetensors"
 
@@ -49,10 +50,12 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Self-attention with rotary positions along one of two axes, the other being a batch."""
 
-    def __init__(self, width: int, heads: int, dim: int) -> None:
+    def __init__(self, config: AutoencoderConfig, dim: int) -> None:
         super().__init__()
-        self.heads = heads
+        width = config.width
+        self.heads = config.heads
         self.dim = dim
+        self.attend = self_attention(config, width // config.heads)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -65,7 +68,7 @@ class Attention(nn.Module):
         q, k = rotate(qk, rotation).chunk(2, dim=-1)
         to_heads = (1 - self.dim, 2, self.dim, 3)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).permute(to_heads) for part in (q, k, v))
-        mixed = attend(q, k, v)  # (batch, N, L, D / N)
+        mixed = self.attend(q, k, v)  # (batch, N, L, D / N)
         mixed = mixed.permute((2, 0, 1, 3) if self.dim == 0 else (0, 2, 1, 3)).flatten(2)
         return self.out(mixed)
 
@@ -87,12 +90,13 @@ class GegluFeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: attention over time, attention over space, feed-forward."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
+        width = config.width
         self.time_norm = nn.LayerNorm(width)
-        self.time = Attention(width, heads, dim=0)
+        self.time = Attention(config, dim=0)
         self.space_norm = nn.LayerNorm(width)
-        self.space = Attention(width, heads, dim=1)
+        self.space = Attention(config, dim=1)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = GegluFeedForward(width)
 
@@ -139,7 +143,7 @@ class CmdAutoencoder(nn.Module):
             )
         self.config = config
         self.embed_frames = nn.Linear(patch * patch * channels, width)
-        self.encoder = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.encoder = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.importance: Unpatch | nn.Linear
         if config.importance == "pixel":
             self.importance = Unpatch(width, channels, patch)
@@ -150,7 +154,7 @@ class CmdAutoencoder(nn.Module):
         self.embed_content = nn.Linear(patch * patch * channels, width)
         self.embed_motion_width = nn.Linear(config.motion_channels, width)
         self.embed_motion_height = nn.Linear(config.motion_channels, width)
-        self.decoder = nn.ModuleList(Block(width, config.heads) for _ in range(config.depth))
+        self.decoder = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.output = Unpatch(width, channels, patch)
 
     @classmethod
@@ -185,22 +189,20 @@ class CmdAutoencoder(nn.Module):
             rearrange(frames, "b c t (h p) (w q) -> t b (h w) (p q c)", p=patch, q=patch)
         )
         tokens = self._transform(self.encoder, tokens, rows)  # (T, B, N, D)
-        weights = self.importance_weights(tokens, rows)
-        content = (frames * weights).sum(dim=2).to(frames.dtype)
-        grid = tokens.unflatten(2, (rows, -1))  # (T, B, H', W', D)
-        # mean() accumulates in float32 whatever the dtype of the tokens
-        motion = torch.cat(
-            (self.motion_width(grid.mean(dim=2)), self.motion_height(grid.mean(dim=3))), dim=2
-        )
-        if self.config.motion_activation == "tanh":
-            motion = motion.tanh()
-        return content, rearrange(motion, "t b s k -> b k t s").to(frames.dtype)
-
-    def importance_weights(self, tokens: Tensor, rows: int) -> Tensor:
-        """(T, B, N, D) -> (B, C or 1, T, H, W): each frame's share of the content, summing to 1."""
         if isinstance(self.importance, Unpatch):
-            logits = self.importance(tokens, rows)
-            return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=2)
+            content = content_frame(frames, self.importance(tokens, rows))
+        else:
+            content = (frames * self.smooth_weights(tokens, rows)).sum(dim=2).to(frames.dtype)
+        motion = motion_latents(
+            rearrange(tokens, "t b (h w) d -> b t h w d", h=rows),
+            *(self.motion_width.weight, self.motion_width.bias),
+            *(self.motion_height.weight, self.motion_height.bias),
+            activation=self.config.motion_activation,
+        )
+        return content, motion.to(frames.dtype)
+
+    def smooth_weights(self, tokens: Tensor, rows: int) -> Tensor:
+        """(T, B, N, D) -> (B, 1, T, H, W): each frame's share of the content, summing to 1."""
         logits = self.importance(tokens)
         weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=0)
         smooth = F.interpolate(
@@ -230,11 +232,13 @@ class CmdAutoencoder(nn.Module):
         still = self.embed_content(
             rearrange(content, "b c (h p) (w q) -> b h w (p q c)", p=patch, q=patch)
         )
-        rows, columns = still.shape[1:3]
-        across, down = rearrange(motion, "b k t s -> t b s k").split((columns, rows), dim=2)
-        total = self.embed_motion_width(across)[:, :, None] + still  # (T, B, H', W', D)
-        total = total + self.embed_motion_height(down)[:, :, :, None]
-        return total.flatten(2, 3)
+        tokens = motion_tokens(
+            still,
+            motion,
+            *(self.embed_motion_width.weight, self.embed_motion_width.bias),
+            *(self.embed_motion_height.weight, self.embed_motion_height.bias),
+        )
+        return rearrange(tokens, "b t h w d -> t b (h w) d")
 
     def _transform(self, blocks: nn.ModuleList, tokens: Tensor, rows: int) -> Tensor:
         frames, _, count, width = tokens.shape

@@ -14,9 +14,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import DiTConfig
-from cmdgen.models.attention import attend
 from cmdgen.models.layers import timestep_embedding
 from cmdgen.weights import load_model, save_model
+from cmdgen_kernels.gated_attention import softmax_attention
 
 FILENAME = "diffusion_pytorch_model.safetensors"
 
@@ -71,7 +71,7 @@ class Block(nn.Module):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition).chunk(6, -1)
         qkv = self.qkv(modulate(x, shift, scale))
         q, k, v = rearrange(qkv, "b l (three n d) -> three b n l d", three=3, n=self.heads)
-        x = x + gate * self.out(rearrange(attend(q, k, v), "b n l d -> b l (n d)"))
+        x = x + gate * self.out(rearrange(softmax_attention(q, k, v), "b n l d -> b l (n d)"))
         return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
 
 

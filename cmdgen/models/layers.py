@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmdgen.models.attention import attend
+from cmdgen.models.attention import Attend
+from cmdgen_kernels.gated_attention import softmax_attention
+from cmdgen_kernels.group_norm_silu import group_norm_silu
 
 
 def timestep_embedding(t: Tensor, width: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -26,7 +28,15 @@ def timestep_embedding(t: Tensor, width: int, *, dtype: torch.dtype = torch.floa
 class Attention(nn.Module):
     """Multi-head attention of x over a context, or over itself, under diffusers' names."""
 
-    def __init__(self, width: int, context_width: int, heads: int, *, bias: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        *,
+        bias: bool,
+        attend: Attend = softmax_attention,
+    ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
@@ -35,6 +45,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_width, width, bias=bias)
         self.to_v = nn.Linear(context_width, width, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.attend = attend
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, L, D), (B, M, D') -> (B, L, D)."""
@@ -43,8 +54,17 @@ class Attention(nn.Module):
             rearrange(y, "b l (n d) -> b n l d", n=self.heads)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        out = attend(q, k, v)  # (B, N, L, D / N)
+        out = self.attend(q, k, v)  # (B, N, L, D / N)
         return self.to_out[0](rearrange(out, "b n l d -> b l (n d)"))
+
+
+def normalise(
+    norm: nn.GroupNorm, x: Tensor, *, shift: Tensor | None = None, activation: str = "silu"
+) -> Tensor:
+    """(B, C, H, W), (B, C) -> (B, C, H, W): the activation of norm(x + shift)."""
+    return group_norm_silu(
+        x, norm.weight, norm.bias, norm.num_groups, norm.eps, shift=shift, activation=activation
+    )
 
 
 class ResnetBlock(nn.Module):
@@ -66,10 +86,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B, D) -> (B, C', H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, C', H, W)
-        if time is not None:
-            h = h + self.time_emb_proj(F.silu(time))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(normalise(self.norm1, x))  # (B, C', H, W)
+        shift = None if time is None else self.time_emb_proj(F.silu(time))  # (B, C')
+        h = self.conv2(normalise(self.norm2, h, shift=shift))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

@@ -11,7 +11,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import UNetConfig
-from cmdgen.models.layers import Attention, Downsample, ResnetBlock, Upsample, timestep_embedding
+from cmdgen.models.attention import self_attention
+from cmdgen.models.layers import (
+    Attention,
+    Downsample,
+    ResnetBlock,
+    Upsample,
+    normalise,
+    timestep_embedding,
+)
 from cmdgen.weights import load_model, save_model
 
 FILENAME = "diffusion_pytorch_model.safetensors"
@@ -64,12 +72,13 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention among positions, attention to the text, feed-forward, each around a skip."""
 
-    def __init__(self, width: int, context_width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, config: UNetConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, width, heads, bias=False)
+        attend = self_attention(config, width // heads)
+        self.attn1 = Attention(width, width, heads, bias=False, attend=attend)
         self.norm2 = nn.LayerNorm(width)
-        self.attn2 = Attention(width, context_width, heads, bias=False)
+        self.attn2 = Attention(width, config.cross_attention_dim, heads, bias=False)
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
@@ -92,13 +101,11 @@ class SpatialTransformer(nn.Module):
             nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
             for _ in range(2)
         )
-        self.transformer_blocks = nn.ModuleList(
-            [TransformerBlock(channels, config.cross_attention_dim, heads)]
-        )
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, config)])
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, C, H, W), (B, L, D) -> (B, C, H, W)."""
-        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        tokens = rearrange(normalise(self.norm, x, activation="none"), "b c h w -> b (h w) c")
         tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
         tokens = self.transformer_blocks[0](tokens, context)  # (B, H*W, C)
         tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
@@ -239,7 +246,7 @@ class UNet(nn.Module):
         x = self.mid_block(skips[-1], time, encoder_hidden_states)
         for block in self.up_blocks:
             x = block(x, skips, time, encoder_hidden_states)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(normalise(self.conv_norm_out, x))
 
     @classmethod
     def from_pretrained(

@@ -6,12 +6,11 @@ Parameter names equal diffusers' `AutoencoderKL`: its files load here, ours load
 import os
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import VaeConfig
-from cmdgen.models.layers import Attention, Downsample, ResnetBlock, Upsample
+from cmdgen.models.layers import Attention, Downsample, ResnetBlock, Upsample, normalise
 from cmdgen.weights import load_model, save_model
 
 FILENAME = "diffusion_pytorch_model.safetensors"
@@ -34,7 +33,8 @@ class SpatialAttention(Attention):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        tokens = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        tokens = normalise(self.group_norm, x, activation="none")
+        tokens = rearrange(tokens, "b c h w -> b (h w) c")
         return x + rearrange(super().forward(tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(normalise(self.conv_norm_out, self.mid_block(x)))
 
 
 class Decoder(nn.Module):
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(normalise(self.conv_norm_out, x))
 
 
 class KlVae(nn.Module):

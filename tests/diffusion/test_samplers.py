@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cmdgen.config import SAMPLERS as NAMES
 from cmdgen.config import DiTConfig, NoiseConfig
-from cmdgen.diffusion.samplers import SAMPLERS, Denoise, ddim, ddpm, dpm_solver_pp
+from cmdgen.diffusion.guidance import Denoise, guide
+from cmdgen.diffusion.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp
 from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, velocity
 
 Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
@@ -156,6 +157,24 @@ def test_trajectories_are_those_of_diffusers(name: str, config: NoiseConfig, ste
     actual = sampler(denoise, noise, config, steps=steps, generator=generator)
     scale = expected.abs().max()
     torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("predict", [half, network])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_ddim_guides_as_guidance_does(predict: Denoise, eta: float) -> None:
+    """One pass for guidance and the step is the two of them, in the precision of the sample."""
+
+    def conditional(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return predict(x * text.view(-1, 1, 1, 1), t).bfloat16()
+
+    noise = torch.randn(2, 4, 3, 5)
+    guided = guide(conditional, 3.0, (torch.ones(2),), (torch.zeros(2),))
+    together, apart = (
+        ddim(denoise, noise, MINI, steps=6, eta=eta, generator=torch.Generator().manual_seed(0))
+        for denoise in (guided, lambda x, t: guided(x, t))
+    )
+    assert together.dtype == torch.float32
+    torch.testing.assert_close(together, apart)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,7 @@ from cmdgen.config import DiTConfig, NoiseConfig
 from cmdgen.diffusion.schedule import (
     add_noise,
     alphas_cumprod,
+    ddim_weights,
     split_sigma,
     timesteps,
     to_x0_eps,
@@ -78,6 +79,17 @@ def test_both_parametrisations_give_back_the_sample_and_the_noise() -> None:
         torch.testing.assert_close(to_x0_eps(prediction, sample, alpha, name), (x0, noise))
     one = add_noise(x0[1:2], noise[1:2], 0.3)
     torch.testing.assert_close(sample[1:2], one)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("alpha", "after"), [(0.005, 0.02), (0.3, 0.9), (0.997, 1.0)])
+@pytest.mark.parametrize("sigma", [0.0, 0.03])
+def test_ddim_weights_are_the_step(name: str, alpha: float, after: float, sigma: float) -> None:
+    sample, prediction = torch.randn(2, 3, 4, dtype=torch.float64)
+    x0, eps = to_x0_eps(prediction, sample, alpha, name)
+    keep, move = ddim_weights(alpha, after, name, sigma=sigma)
+    expected = after**0.5 * x0 + max(1 - after - sigma**2, 0) ** 0.5 * eps
+    torch.testing.assert_close(keep * sample + move * prediction, expected)
 
 
 def test_noised_samples_keep_their_dtype() -> None:

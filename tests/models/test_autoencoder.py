@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmdgen.config import AutoencoderConfig
-from cmdgen.models.attention import attend
 from cmdgen.models.autoencoder import CmdAutoencoder, Unpatch, axial_rotation, rotate
+from cmdgen_kernels.gated_attention import softmax_attention
 
 SMALL = AutoencoderConfig(channels=3, width=24, heads=2, depth=1, motion_channels=5)
 # no blocks: what the heads and the embeddings do on their own
@@ -42,12 +42,11 @@ def test_any_length_and_rectangle_goes_through(frames: int, height: int, width: 
     assert model.decode(content, motion).shape == x.shape
 
 
-@pytest.mark.parametrize("importance", ["pixel", "patch"])
-def test_importance_sums_to_one_over_time(importance: str) -> None:
-    model = build(replace(SMALL, importance=importance))
+def test_smooth_importance_is_one_map_that_sums_to_one_over_time() -> None:
+    model = build(replace(SMALL, importance="patch"))
     tokens = 10 * torch.randn(5, 2, 15, 24, dtype=torch.float64)
-    weights = model.importance_weights(tokens, 3)
-    assert weights.shape == (2, 3 if importance == "pixel" else 1, 5, 6, 10)
+    weights = model.smooth_weights(tokens, 3)
+    assert weights.shape == (2, 1, 5, 6, 10)
     assert (weights >= 0).all() and weights.std() > 0.01
     torch.testing.assert_close(weights.sum(dim=2), torch.ones_like(weights[:, :, 0]))
 
@@ -198,13 +197,13 @@ def test_attention_over_short_rows_is_exact_to_the_rounding_of_its_dtype(length:
     q, k, v = torch.randn(3, 2, 3, length, 8, generator=generator, dtype=torch.float64)
     exact = (q @ k.mT / 8**0.5).softmax(dim=-1) @ v
     for dtype in (torch.float32, torch.bfloat16):
-        error = attend(q.to(dtype), k.to(dtype), v.to(dtype)) - exact
+        error = softmax_attention(q.to(dtype), k.to(dtype), v.to(dtype)) - exact
         assert error.norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
 
 
 def test_attention_over_long_rows_is_pytorchs() -> None:
     q, k, v = torch.randn(3, 2, 3, 300, 8)
-    assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    assert torch.equal(softmax_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
 def test_autocast_keeps_importance_and_results_close() -> None:

@@ -31,7 +31,9 @@ TINY_MINI = replace(
 
 
 def peer(config: UNetConfig) -> UNet2DConditionModel:
-    return UNet2DConditionModel(**asdict(config)).eval()
+    gate = ("attention", "attention_threshold", "attention_features")
+    theirs = {name: value for name, value in asdict(config).items() if name not in gate}
+    return UNet2DConditionModel(**theirs).eval()
 
 
 def shapes(module: nn.Module) -> dict[str, torch.Size]:

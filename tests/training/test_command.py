@@ -1,5 +1,6 @@
 """`cmdgen train` from the shell: what it prints, how it ends, what it refuses."""
 
+import json
 import signal
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +64,23 @@ def test_stages_continue_with_what_the_run_began_with(train, videos: Path, tmp_p
     assert "was started with preset tiny, not mini" in other.err
 
 
+def test_a_gated_run_is_gated_in_all_its_parts(train, videos: Path, tmp_path: Path) -> None:
+    gate = ("--attention", "gated", "--attention-threshold", 1.5, "--attention-features", 8)
+    assert train("vae", "--preset", "tiny", "--data", videos, *gate).code == 0
+    for stage, part in {"autoencoder": "autoencoder", "content": "unet"}.items():
+        assert train(stage).code == 0
+        config = json.loads((tmp_path / "run" / part / "config.json").read_text())
+        assert [config[f"attention{key}"] for key in ("", "_threshold", "_features")] == [
+            *("gated", 1.5, 8)
+        ]
+    other = train("content", "--attention", "softmax")
+    assert other.code == 2
+    assert "was started with attention gated, not softmax" in other.err
+    given = train("content", "--restart", "--init", tmp_path / "run", "--attention-threshold", 1.5)
+    assert given.code == 2
+    assert "unet brings its own attention threshold" in given.err
+
+
 def test_first_signal_ends_after_the_step_with_a_checkpoint(
     train, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +115,8 @@ def test_time_is_up_during_encoding_too(train, videos: Path, tmp_path: Path) -> 
         (("vae", "--size", "50x50"), "both sides must be multiples of"),
         (("vae", "--batch", 3), "batch 3 is not a multiple of the 2 frames of a clip"),
         (("vae", "--accumulate", "3"), "not a multiple of accumulate 3"),
+        (("vae", "--attention", "fast"), "attention 'fast' is not one of softmax, gated"),
+        (("vae", "--attention-threshold", 0), "attention threshold 0.0 is not above 0"),
         (("vae", "--precision", "fp8"), "precision 'fp8' is not one of"),
         (("vae", "--init", "nowhere"), "init nowhere is not a folder"),
         (("motion",), "no vae/ yet: first run `cmdgen train vae"),

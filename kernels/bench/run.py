@@ -1,0 +1,359 @@
+"""Time every op on this machine's GPU: plain PyTorch, torch.compile of it, our kernel.
+
+    python kernels/bench/run.py [--op NAME] [--batch N] [--crossovers] [--json]
+
+All in one run on one device, in bfloat16, with the L2 cache overwritten before each call. Rates are
+set beside a copy and a matrix product measured in the same run. What does not match its definition
+gets no speed-up. Clocks are not touched.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cmdgen_kernels.gated_attention import WIDEST
+from cmdgen_kernels.samples import OPS, Op, Sizes, errors
+
+BATCH = 8
+PRESETS = ("mini", "cmd-sd15", "cmd-sd21")
+# sizes as `samples.py` has them, but for the batch, which comes first
+CASES = (
+    # C, T, H, W
+    ("content_frame", "latents", (8, 16, 16, 16), (4, 16, 64, 64), (4, 16, 64, 128)),
+    # T, H, W, D, K
+    ("motion_latents", "tokens", (16, 8, 8, 160, 8), (16, 32, 32, 384, 8), (16, 32, 64, 384, 8)),
+    ("motion_tokens", "tokens", (16, 8, 8, 160, 8), (16, 32, 32, 384, 8), (16, 32, 64, 384, 8)),
+    # N, L, D, M: where the UNet first attends
+    ("gated_attention", "UNet", (4, 64, 24, 256), (8, 4096, 40, 256), (5, 8192, 64, 256)),
+    # C, H, W
+    ("group_norm_silu", "UNet, level 0", (64, 16, 16), (320, 64, 64), (320, 64, 128)),
+    ("group_norm_silu", "UNet, middle", (128, 4, 4), (1280, 8, 8), (1280, 8, 16)),
+    ("group_norm_silu", "VAE, last level", (32, 64, 64), (128, 512, 512), (128, 512, 1024)),
+    ("guided_ddim_step", "latents", (8, 16, 16), (4, 64, 64), (4, 64, 128)),
+)
+# compiling is what takes the minutes: gradients where the sizes are those that count
+TRAINED = "cmd-sd21"
+NAMED = {op.name: op for op in OPS}
+# attention against attention: batch, heads, head width, features
+ATTENTION = (2, 10, 64, 256)
+LENGTHS = tuple(2**i for i in range(10, 16))
+WIDTHS = tuple(width for width in (40, 64, 80, 128, 160, 256) if width <= WIDEST)
+
+
+class Time(NamedTuple):
+    """Microseconds: the median call, the limits of the fastest and the slowest tenth."""
+
+    median: float
+    low: float
+    high: float
+
+
+Clock = Callable[[Callable[[], object]], Time]
+Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+
+
+class GpuClock:
+    """Times calls by CUDA events, 0.2 seconds of them."""
+
+    def __init__(self) -> None:
+        # far more than any L2 cache: while it is overwritten the host queues the call
+        self.cache = torch.empty(2**30, dtype=torch.int8, device="cuda")
+
+    def __call__(self, run: Callable[[], object]) -> Time:
+        """The first calls, which compile, do not count."""
+        for _ in range(3):
+            run()
+        rough = max(statistics.median(self._times(run, 5)), 1.0)
+        times = self._times(run, min(max(int(2e5 / rough), 10), 200))
+        tenths = statistics.quantiles(times, n=10)
+        return Time(statistics.median(times), tenths[0], tenths[-1])
+
+    def _times(self, run: Callable[[], object], count: int) -> list[float]:
+        events = []
+        torch.cuda.synchronize()
+        for _ in range(count):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.cache.zero_()
+            start.record()
+            run()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return [1000 * start.elapsed_time(end) for start, end in events]
+
+
+class Limits(NamedTuple):
+    """What the device does, measured: GB/s of a large copy, TFLOP/s of a large matrix product."""
+
+    copy: float
+    product: float
+    # bytes: what is read twice comes from memory once if it fits
+    cache: int
+
+
+class Bench(NamedTuple):
+    """What is measured with, and on."""
+
+    clock: Clock
+    compile: Compile
+    limits: Limits
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+
+
+def measure_limits(clock: Clock, *, size: int, side: int, cache: int, device: str) -> Limits:
+    """Of `size` bytes copied, and of the square of a matrix of `side` rows."""
+    source = torch.empty(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * size / clock(lambda: target.copy_(source)).median / 1e3
+    a = torch.randn(side, side, dtype=torch.bfloat16, device=device)
+    return Limits(copy, 2 * side**3 / clock(lambda: a @ a).median / 1e6, cache)
+
+
+def bytes_moved(op: Op, inputs: tuple[Tensor, ...], *, backward: bool, cache: int) -> int:
+    """What the op cannot do without: inputs read and outputs written once, and see below."""
+    shapes = [x.to("meta") for x in inputs]
+    read, written = _size(shapes), _size([op.reference(*shapes)])
+    total = read + written
+    # a mean comes before what is done with it
+    if op.name == "group_norm_silu" and _size(inputs[:1]) > cache:
+        total += _size(inputs[:1])
+    if backward:
+        # the upstream gradient read, the inputs' written
+        total += written + _size(inputs[: op.leaves])
+        # others are linear in what is large, and do not see it again
+        if op.name == "content_frame":
+            total += read
+    return total
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def flops(sizes: Sizes, *, backward: bool) -> int:
+    """(B, N, L, D, M) -> of FAVOR+: four products of L M D forward, eight backward."""
+    return (12 if backward else 4) * 2 * math.prod(sizes)
+
+
+def caller(
+    op: Op, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], *, backward: bool
+) -> Callable[[], object]:
+    """One call as it is timed: forward, or forward and backward."""
+    if not backward:
+        return lambda: run(*inputs)
+    leaves, rest = [x.detach().requires_grad_() for x in inputs[: op.leaves]], inputs[op.leaves :]
+    upstream = torch.randn_like(run(*leaves, *rest))
+    return lambda: torch.autograd.grad(run(*leaves, *rest), leaves, upstream)
+
+
+def _check(
+    bench: Bench, op: Op, sizes: Sizes, *, backward: bool
+) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+    """() -> a row so far, which counts if the op is a kernel here and a right one; the inputs."""
+    inputs = op.inputs(sizes, bench.dtype, bench.device)
+    found = errors(op, inputs, backward=backward)
+    worst = max(found, key=lambda error: (not error.agrees, error.size))
+    row = {"sizes": sizes, "pass": "training" if backward else "forward", **worst._asdict()}
+    row |= {"parity": worst.agrees, "obstacle": op.obstacle(*inputs)}
+    return row | {"counts": worst.agrees and row["obstacle"] is None}, inputs
+
+
+def measure(
+    bench: Bench, name: str, preset: str, place: str, sizes: Sizes, *, backward: bool
+) -> dict[str, Any]:
+    """A row of the table of ops."""
+    op = NAMED[name]
+    row, inputs = _check(bench, op, sizes, backward=backward)
+    row = {"op": name, "preset": preset, "place": place, **row}
+    runs = {"reference": op.reference, "compiled": bench.compile(op.reference), "ours": op.run}
+    for who, run in runs.items():
+        row[who] = bench.clock(caller(op, run, inputs, backward=backward))._asdict()
+    ours = row["ours"]["median"]
+    if op.name == "gated_attention":
+        row |= {"unit": "TFLOP/s", "limit": bench.limits.product}
+        row["rate"] = flops(sizes, backward=backward) / ours / 1e6
+    else:
+        row |= {"unit": "GB/s", "limit": bench.limits.copy}
+        row["bytes"] = bytes_moved(op, inputs, backward=backward, cache=bench.limits.cache)
+        row["rate"] = row["bytes"] / ours / 1e3
+    row["percent"] = 100 * row["rate"] / row["limit"]
+    for other in ("reference", "compiled"):
+        row[f"over_{other}"] = row[other]["median"] / ours if row["counts"] else None
+    return row
+
+
+def measure_attention(bench: Bench, sizes: Sizes, *, backward: bool) -> dict[str, Any]:
+    """A row of the table of attentions: FAVOR+ beside cuDNN's and flash softmax attention."""
+    op = NAMED["gated_attention"]
+    row, inputs = _check(bench, op, sizes, backward=backward)
+    row["ours"] = bench.clock(caller(op, op.run, inputs, backward=backward))._asdict()
+    ours = row["ours"]["median"]
+    row["rate"] = flops(sizes, backward=backward) / ours / 1e6
+    row["softmax"] = {}
+    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
+        with sdpa_kernel(getattr(SDPBackend, name)):
+            try:
+                time = bench.clock(caller(op, _softmax, inputs, backward=backward))
+            except RuntimeError as error:
+                # PyTorch's words where a backend does not take these
+                if "kernel" not in str(error):
+                    raise
+            else:
+                row["softmax"][name] = time._asdict()
+    best = min((time["median"] for time in row["softmax"].values()), default=None)
+    row["over_softmax"] = best / ours if best and row["counts"] else None
+    return row
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def crossovers(rows: list[dict[str, Any]]) -> dict[int, float | None]:
+    """Rows of `measure_attention` -> for each D the least L / M from which FAVOR+ keeps winning.
+
+    None where it never does. Not falling with D: widths between two rows go by the wider one.
+    """
+    table: dict[int, float] = {}
+    for width in sorted({row["sizes"][3] for row in rows}):
+        least = math.inf
+        for row in sorted(rows, key=lambda row: -row["sizes"][2]):
+            if row["sizes"][3] == width:
+                if not row["over_softmax"] or row["over_softmax"] <= 1:
+                    break
+                least = row["sizes"][2] / row["sizes"][4]
+        table[width] = max([least, *table.values()])
+    return {width: least if math.isfinite(least) else None for width, least in table.items()}
+
+
+def summarise(rows: list[dict[str, Any]], batch: int) -> dict[str, Any]:
+    """The figures that a reader looks for first."""
+    gains = [row["over_compiled"] for row in rows if row["over_compiled"]]
+    bound = [row for row in rows if row["unit"] == "GB/s" and row["preset"] == TRAINED]
+    return {
+        "geometric_mean_over_compiled": statistics.geometric_mean(gains) if gains else None,
+        "wrong": [_name(row) for row in rows if not row["parity"]],
+        "slower_than_compiled": [_name(r) for r in rows if (r["over_compiled"] or 1) < 1],
+        "below_80_percent_of_copy": [
+            _name(row) for row in bound if batch >= BATCH and row["percent"] < 80
+        ],
+    }
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['op']} {row['preset']} {row['place']} {row['pass']}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table of ops."""
+    text = "".join(_show(row[name]) for name in ("reference", "compiled", "ours"))
+    text += "".join(_gain(row[key]) for key in ("over_reference", "over_compiled"))
+    text += f"{row['rate']:9.0f} {row['unit']:8}{row['percent']:4.0f} %"
+    return f"{_name(row):54}{text}{_trouble(row)}"
+
+
+def attention_line(row: dict[str, Any]) -> str:
+    """A row of the table of attentions."""
+    batch, heads, length, width, features = row["sizes"]
+    text = f"B={batch} N={heads} L={length:<6}D={width:<4}M={features:<5}{row['pass']:9}"
+    text += f"FAVOR+ {_show(row['ours'])}{row['rate']:6.0f} TFLOP/s"
+    for name, time in row["softmax"].items():
+        text += f"  {name.split('_')[0].lower()}{_show(time)}"
+    return text + _gain(row["over_softmax"]) + _trouble(row)
+
+
+def _show(time: dict[str, float]) -> str:
+    spread = 50 * (time["high"] - time["low"]) / time["median"]
+    return f"{time['median']:10.1f} ±{spread:4.1f}%"
+
+
+def _gain(gain: float | None) -> str:
+    return f"{gain:8.2f}x" if gain else f"{'-':>9}"
+
+
+def _trouble(row: dict[str, Any]) -> str:
+    wrong = "" if row["parity"] else f"  WRONG: error {row['size']:.1e} > {row['allowed']:.1e}"
+    return wrong + (f"  no kernel: {row['obstacle']}" if row["obstacle"] else "")
+
+
+def compile_anew(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile for these sizes alone."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def run(
+    bench: Bench, *, op: str | None, batch: int, cross: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """All rows that are asked for, and what they come to."""
+    result: dict[str, Any] = {"rows": [], "attention": []}
+    for name, place, *columns in () if cross else CASES:
+        for preset, sizes in zip(PRESETS, columns, strict=True):
+            trained = preset == TRAINED and NAMED[name].leaves > 0
+            for backward in (False, True)[: 1 + trained] if op in (None, name) else ():
+                sized = batch, *sizes
+                row = measure(bench, name, preset, place, sized, backward=backward)
+                result["rows"].append(row)
+                say(line(row))
+    for width, length in product(WIDTHS if cross else ATTENTION[2:3], LENGTHS):
+        for backward in (False, True)[: 2 - cross] if op in (None, "gated_attention") else ():
+            sized = *ATTENTION[:2], length, width, ATTENTION[3]
+            result["attention"].append(measure_attention(bench, sized, backward=backward))
+            say(attention_line(result["attention"][-1]))
+    if cross:
+        result["crossovers"] = crossovers(result["attention"])
+        say(f"L / M by D, for CROSSOVERS: {result['crossovers']}")
+    else:
+        result["summary"] = summarise(result["rows"], batch)
+        say("\n".join(f"{name}: {value}" for name, value in result["summary"].items()))
+    return result
+
+
+def main() -> None:
+    """Time what is asked for; where there is no GPU, say so."""
+    parser = argparse.ArgumentParser(description="Time the kernels on this machine's GPU.")
+    parser.add_argument("--op", choices=list(NAMED))
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"clips at a time [{BATCH}]")
+    parser.add_argument("--crossovers", action="store_true", help="the table of mode auto instead")
+    parser.add_argument("--json", action="store_true", help="one object on stdout")
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("there is no GPU here: nothing to time", file=sys.stderr)
+        return
+
+    say = partial(print, file=sys.stderr if asked.json else sys.stdout, flush=True)
+    torch.manual_seed(0)
+    gpu, clock = torch.cuda.get_device_properties(0), GpuClock()
+    limits = measure_limits(clock, size=2**30, side=8192, cache=gpu.L2_cache_size, device="cuda")
+    about = {"device": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "clocks": "as found"}
+    about |= {name: version(name) for name in ("torch", "triton")}
+    about["cuda"] = str(torch.version.cuda)
+    say(", ".join(f"{name} {value}" for name, value in about.items()))
+    say(f"copy {limits.copy:.0f} GB/s, product {limits.product:.0f} TFLOP/s, batch {asked.batch}")
+    say("microseconds, ± half of what lies between the fastest and the slowest tenth\n")
+    columns = "".join(f"{name:>17}" for name in ("reference", "torch.compile", "ours"))
+    say(f"{'':54}{columns}   times as fast as both   rate, of the limit")
+    bench = Bench(clock, compile_anew, limits)
+    result = run(bench, op=asked.op, batch=asked.batch, cross=asked.crossovers, say=say)
+    if asked.json:
+        print(json.dumps({**about, "batch": asked.batch, "limits": limits._asdict(), **result}))
+
+
+if __name__ == "__main__":
+    main()

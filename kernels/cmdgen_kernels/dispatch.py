@@ -1,0 +1,88 @@
+"""Which tensors go through a Triton kernel, and, of those that do not, why not."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from cmdgen_kernels.language import INSTALLED, LOADED
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+OLDEST = (8, 0)
+
+# Triton's interpreter is thousands of times slower than PyTorch: nothing but a test asks for it
+_interpreting = False
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Within, tensors on a CPU go through the kernels: TRITON_INTERPRET=1 was set at import."""
+    global _interpreting
+    assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 is not set"
+    before, _interpreting = _interpreting, True
+    try:
+        yield
+    finally:
+        _interpreting = before
+
+
+def obstacle(*tensors: Tensor) -> str | None:
+    """Why a kernel cannot take these tensors, in a few words; None where it can."""
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return f"no kernel computes in {str(tensor.dtype).removeprefix('torch.')}"
+        if tensor.device != tensors[0].device:
+            return "tensors on several devices"
+    device = tensors[0].device
+    if device.type == "cpu" and _interpreting:
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, not on a GPU"
+    return machine_obstacle(device)
+
+
+def inference_obstacle(*tensors: Tensor) -> str | None:
+    """`obstacle`, for an op that has no kernel for its gradient."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "a gradient is wanted, for which there is no kernel"
+    return obstacle(*tensors)
+
+
+def machine_obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot launch on this GPU; None where it can."""
+    if not INSTALLED:
+        return "Triton is not installed"
+    if not LOADED or torch.version.hip is not None:
+        return "this PyTorch is not built with CUDA"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    capability = _capability(index)
+    if capability < OLDEST:
+        return "compute capability {}.{} is below {}.{}".format(*capability, *OLDEST)
+    if not _compiler():
+        return "no C compiler, which Triton needs to launch kernels: install gcc, or set CC"
+    return None
+
+
+# what torch.compiler.assume_constant_result does, but for importing Triton and all of dynamo
+machine_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+_capabilities: dict[int, tuple[int, int]] = {}
+_compilers: list[bool] = []
+
+
+def _capability(index: int) -> tuple[int, int]:
+    """A GPU's compute capability, asked for once: the question costs microseconds each time."""
+    if index not in _capabilities:
+        _capabilities[index] = torch.cuda.get_device_capability(index)
+    return _capabilities[index]
+
+
+def _compiler() -> bool:
+    """Whether Triton will find a C compiler, looked for once."""
+    if not _compilers:
+        names = (os.environ.get("CC"), "gcc", "clang")
+        _compilers.append(any(name and shutil.which(name) for name in names))
+    return _compilers[0]

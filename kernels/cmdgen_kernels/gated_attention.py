@@ -1,0 +1,715 @@
+"""Threshold-gated attention: linear in the length L where L > threshold * D, softmax elsewhere.
+
+The gate is eq. 14 of EVDM (ACM MM 2023), on shapes alone. The linear attention is FAVOR+
+(Choromanski et al. 2021, arXiv:2009.14794): with positive features
+phi_m(x) = exp(w_m . x' - |x'|^2 / 2) of x' = x / D^(1/4),
+
+    out_l = sum_m phi_m(q_l) (sum_j phi_m(k_j) v_j) / sum_m phi_m(q_l) (sum_j phi_m(k_j))
+
+estimates softmax(q k / sqrt(D)) v without bias in numerator and denominator. Both sums over m are
+the same expectation under weights phi_m(q_l) z_m, z_m = sum_j phi_m(k_j), so the fraction is two
+softmax attentions, through M features in the middle:
+
+    u_m = softmax_j(w_m . k'_j - |k'_j|^2 / 2) v        the features attend over the tokens
+    out_l = softmax_m(w_m . q'_l + log z_m) u           the tokens attend over the features
+
+|q'|^2 cancels. In this form, which is exact, each softmax subtracts its own maximum: nothing
+overflows, no denominator is below 1, and the stabilising epsilon of other implementations, which
+mixes in the mean of v, is not needed.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cmdgen_kernels.dispatch import obstacle
+from cmdgen_kernels.language import tl, triton
+
+# wider heads do not fit the registers
+WIDEST = 256
+
+MODES = ("paper", "linear", "softmax", "auto")
+
+# L / M from which FAVOR+ was measured to be faster than softmax attention, by device and D
+CROSSOVERS: dict[str, dict[int, float]] = {}
+
+
+def orthogonal_features(
+    features: int, width: int, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """() -> (M, D) float32: rows as long as Gaussian ones, orthogonal in blocks of D.
+
+    Sec. 2.4 of arXiv:2009.14794. The sign of R's diagonal makes Q uniform among rotations.
+    """
+    blocks = math.ceil(features / width)
+    q, r = torch.linalg.qr(torch.randn(blocks, width, width, generator=generator))
+    q = q * r.diagonal(dim1=1, dim2=2).sign()[:, None]
+    lengths = torch.randn(features, width, generator=generator).norm(dim=1, keepdim=True)
+    return q.flatten(0, 1)[:features] * lengths
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, N, L, D), (B, N, M, D) x 2 -> (B, N, L, D): softmax of the scaled scores over M."""
+    # on a CPU the fused kernel loses on short rows. Forward and backward, fused against plain:
+    # float32 30:13 ms at L = 16, 29:29 at 64, 115:202 at 512; bfloat16 141:14, 88:20, 111:111
+    short = 256 if q.dtype.itemsize == 2 else 32
+    if q.device.type == "cpu" and q.shape[-2] <= short:
+        scores = q @ k.transpose(-1, -2)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * q.shape[-1] ** -0.5
+        return scores.softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
+    """(B, N, L, D) x 3, (M, D) -> (B, N, L, D): FAVOR+ as two softmax attentions.
+
+    Products in the dtype of q, everything between them in float32 at least.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.25
+    features = projection.to(q.dtype).T
+    length = (k.to(wide) * scale).square().sum(dim=-1, keepdim=True) / 2
+    scores = (k @ features).to(wide) * scale - length  # (B, N, L, M)
+    u = scores.softmax(dim=-2).to(v.dtype).transpose(-1, -2) @ v  # (B, N, M, D)
+    log_z = scores.logsumexp(dim=-2, keepdim=True)  # (B, N, 1, M)
+    scores = (q @ features).to(wide) * scale + log_z
+    return scores.softmax(dim=-1).to(v.dtype) @ u
+
+
+@triton.jit
+def _summary_fwd_kernel(
+    k_ptr,
+    v_ptr,
+    projection_ptr,
+    partial_ptr,
+    max_ptr,
+    sum_ptr,
+    N,
+    L,
+    k_b,
+    k_n,
+    k_l,
+    v_b,
+    v_n,
+    v_l,
+    SPLIT,
+    scale,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # one program: BLOCK_M features of one head attend over SPLIT tokens
+    n_blocks = tl.cdiv(M, BLOCK_M)
+    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
+    i_s = tl.program_id(1)
+    o_m = (tl.program_id(0) % n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = o_m < M
+    m_d = o_d < D
+    k_ptr += i_h // N * k_b + i_h % N * k_n
+    v_ptr += i_h // N * v_b + i_h % N * v_n
+    m_w = m_m[:, None] & m_d[None, :]
+    b_w = tl.load(projection_ptr + o_m[:, None] * D + o_d[None, :], mask=m_w, other=0.0)
+
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(i_s * SPLIT, tl.minimum((i_s + 1) * SPLIT, L), BLOCK_L):
+        o_l = start + tl.arange(0, BLOCK_L)
+        m_l = o_l < L
+        m_x = m_l[:, None] & m_d[None, :]
+        o_x = o_l.to(tl.int64)[:, None]
+        b_k = tl.load(k_ptr + o_x * k_l + o_d[None, :], mask=m_x, other=0.0)
+        b_v = tl.load(v_ptr + o_x * v_l + o_d[None, :], mask=m_x, other=0.0)
+        b_wide = b_k.to(tl.float32) * scale
+        b_length = tl.sum(b_wide * b_wide, axis=1) / 2
+        b_s = tl.dot(b_w, tl.trans(b_k), input_precision="ieee") * scale - b_length[None, :]
+        b_s = tl.where(m_l[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+        b_p = tl.exp(b_s - b_new[:, None])
+        b_scale = tl.exp(b_max - b_new)
+        b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
+        b_acc *= b_scale[:, None]
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+        b_max = b_new
+
+    o_out = (i_h * tl.num_programs(1) + i_s) * M + o_m
+    tl.store(partial_ptr + o_out[:, None] * D + o_d[None, :], b_acc, mask=m_w)
+    tl.store(max_ptr + o_out, b_max, mask=m_m)
+    tl.store(sum_ptr + o_out, b_sum, mask=m_m)
+
+
+@triton.jit
+def _summary_combine_kernel(
+    partial_ptr,
+    max_ptr,
+    sum_ptr,
+    u_ptr,
+    z_max_ptr,
+    z_sum_ptr,
+    SPLITS,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # one program: BLOCK_M features of one head, their splits in order
+    n_blocks = tl.cdiv(M, BLOCK_M)
+    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
+    o_m = (tl.program_id(0) % n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = o_m < M
+    m_w = m_m[:, None] & (o_d < D)[None, :]
+
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for i_s in range(0, SPLITS):
+        o_in = (i_h * SPLITS + i_s) * M + o_m
+        b_part = tl.load(partial_ptr + o_in[:, None] * D + o_d[None, :], mask=m_w, other=0.0)
+        b_part_max = tl.load(max_ptr + o_in, mask=m_m, other=0.0)
+        b_new = tl.maximum(b_max, b_part_max)
+        b_old, b_scale = tl.exp(b_max - b_new), tl.exp(b_part_max - b_new)
+        b_sum = b_sum * b_old + tl.load(sum_ptr + o_in, mask=m_m, other=1.0) * b_scale
+        b_acc = b_acc * b_old[:, None] + b_part * b_scale[:, None]
+        b_max = b_new
+    b_acc /= b_sum[:, None]
+
+    o_out = i_h * M + o_m
+    o_u = o_out[:, None] * D + o_d[None, :]
+    tl.store(u_ptr + o_u, b_acc.to(u_ptr.dtype.element_ty), mask=m_w)
+    tl.store(z_max_ptr + o_out, b_max, mask=m_m)
+    tl.store(z_sum_ptr + o_out, b_sum, mask=m_m)
+
+
+@triton.jit
+def _readout_fwd_kernel(
+    q_ptr,
+    projection_ptr,
+    u_ptr,
+    z_max_ptr,
+    z_sum_ptr,
+    out_ptr,
+    max_ptr,
+    sum_ptr,
+    N,
+    L,
+    q_b,
+    q_n,
+    q_l,
+    scale,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    # one program: BLOCK_L tokens of one head attend over the features
+    n_blocks = tl.cdiv(L, BLOCK_L)
+    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
+    o_l = (tl.program_id(0) % n_blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_d = tl.arange(0, BLOCK_D)
+    m_l = o_l < L
+    m_d = o_d < D
+    m_x = m_l[:, None] & m_d[None, :]
+    q_ptr += i_h // N * q_b + i_h % N * q_n
+    o_q = o_l.to(tl.int64)[:, None] * q_l + o_d[None, :]
+    b_q = tl.load(q_ptr + o_q, mask=m_x, other=0.0)
+
+    b_max = tl.full([BLOCK_L], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_L], tl.float32)
+    b_acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    for start in range(0, M, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        m_m = o_m < M
+        m_w = m_m[:, None] & m_d[None, :]
+        o_w = o_m[:, None] * D + o_d[None, :]
+        b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
+        b_u = tl.load(u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
+        b_log_z = tl.load(z_max_ptr + i_h * M + o_m, mask=m_m, other=float("-inf"))
+        b_log_z += tl.log(tl.load(z_sum_ptr + i_h * M + o_m, mask=m_m, other=1.0))
+        b_s = tl.dot(b_q, tl.trans(b_w), input_precision="ieee") * scale + b_log_z[None, :]
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+        b_p = tl.exp(b_s - b_new[:, None])
+        b_scale = tl.exp(b_max - b_new)
+        b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
+        b_acc *= b_scale[:, None]
+        b_acc = tl.dot(b_p.to(b_u.dtype), b_u, b_acc, input_precision="ieee")
+        b_max = b_new
+    b_acc /= b_sum[:, None]
+
+    o_out = (i_h * L + o_l)[:, None] * D + o_d[None, :]
+    tl.store(out_ptr + o_out, b_acc.to(out_ptr.dtype.element_ty), mask=m_x)
+    if SAVE:
+        tl.store(max_ptr + i_h * L + o_l, b_max, mask=m_l)
+        tl.store(sum_ptr + i_h * L + o_l, b_sum, mask=m_l)
+
+
+@triton.jit
+def _readout_bwd_kernel(
+    q_ptr,
+    projection_ptr,
+    u_ptr,
+    z_max_ptr,
+    z_sum_ptr,
+    max_ptr,
+    sum_ptr,
+    out_ptr,
+    grad_ptr,
+    grad_q_ptr,
+    delta_ptr,
+    N,
+    L,
+    q_b,
+    q_n,
+    q_l,
+    scale,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # one program: d q of BLOCK_L tokens of one head, and their delta = out . d out
+    n_blocks = tl.cdiv(L, BLOCK_L)
+    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
+    o_l = (tl.program_id(0) % n_blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_d = tl.arange(0, BLOCK_D)
+    m_l = o_l < L
+    m_d = o_d < D
+    m_x = m_l[:, None] & m_d[None, :]
+    q_ptr += i_h // N * q_b + i_h % N * q_n
+    o_q = o_l.to(tl.int64)[:, None] * q_l + o_d[None, :]
+    o_x = (i_h * L + o_l)[:, None] * D + o_d[None, :]
+    b_q = tl.load(q_ptr + o_q, mask=m_x, other=0.0)
+    b_grad = tl.load(grad_ptr + o_x, mask=m_x, other=0.0)
+    b_out = tl.load(out_ptr + o_x, mask=m_x, other=0.0)
+    b_max = tl.load(max_ptr + i_h * L + o_l, mask=m_l, other=0.0)
+    b_sum = tl.load(sum_ptr + i_h * L + o_l, mask=m_l, other=1.0)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), axis=1)
+    tl.store(delta_ptr + i_h * L + o_l, b_delta, mask=m_l)
+
+    b_acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    for start in range(0, M, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        m_m = o_m < M
+        m_w = m_m[:, None] & m_d[None, :]
+        o_w = o_m[:, None] * D + o_d[None, :]
+        b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
+        b_u = tl.load(u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
+        b_log_z = tl.load(z_max_ptr + i_h * M + o_m, mask=m_m, other=float("-inf"))
+        b_log_z += tl.log(tl.load(z_sum_ptr + i_h * M + o_m, mask=m_m, other=1.0))
+        b_s = tl.dot(b_q, tl.trans(b_w), input_precision="ieee") * scale + b_log_z[None, :]
+        b_p = tl.exp(b_s - b_max[:, None]) / b_sum[:, None]
+        b_ds = tl.dot(b_grad, tl.trans(b_u), input_precision="ieee") - b_delta[:, None]
+        b_ds *= b_p
+        b_acc = tl.dot(b_ds.to(b_w.dtype), b_w, b_acc, input_precision="ieee")
+    tl.store(grad_q_ptr + o_x, (b_acc * scale).to(grad_q_ptr.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def _summary_bwd_kernel(
+    q_ptr,
+    projection_ptr,
+    u_ptr,
+    z_max_ptr,
+    z_sum_ptr,
+    max_ptr,
+    sum_ptr,
+    delta_ptr,
+    grad_ptr,
+    grad_u_ptr,
+    grad_log_z_ptr,
+    N,
+    L,
+    q_b,
+    q_n,
+    q_l,
+    SPLIT,
+    scale,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # one program: d u and d log z of BLOCK_M features of one head, by SPLIT tokens
+    n_blocks = tl.cdiv(M, BLOCK_M)
+    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
+    i_s = tl.program_id(1)
+    o_m = (tl.program_id(0) % n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.arange(0, BLOCK_D)
+    m_m = o_m < M
+    m_d = o_d < D
+    m_w = m_m[:, None] & m_d[None, :]
+    q_ptr += i_h // N * q_b + i_h % N * q_n
+    o_w = o_m[:, None] * D + o_d[None, :]
+    b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
+    b_u = tl.load(u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
+    b_log_z = tl.load(z_max_ptr + i_h * M + o_m, mask=m_m, other=float("-inf"))
+    b_log_z += tl.log(tl.load(z_sum_ptr + i_h * M + o_m, mask=m_m, other=1.0))
+
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_grad_log_z = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(i_s * SPLIT, tl.minimum((i_s + 1) * SPLIT, L), BLOCK_L):
+        o_l = start + tl.arange(0, BLOCK_L)
+        m_l = o_l < L
+        m_x = m_l[:, None] & m_d[None, :]
+        o_q = o_l.to(tl.int64)[:, None] * q_l + o_d[None, :]
+        o_x = (i_h * L + o_l)[:, None] * D + o_d[None, :]
+        b_q = tl.load(q_ptr + o_q, mask=m_x, other=0.0)
+        b_grad = tl.load(grad_ptr + o_x, mask=m_x, other=0.0)
+        # past the end every weight is zero
+        b_max = tl.load(max_ptr + i_h * L + o_l, mask=m_l, other=float("inf"))
+        b_sum = tl.load(sum_ptr + i_h * L + o_l, mask=m_l, other=1.0)
+        b_delta = tl.load(delta_ptr + i_h * L + o_l, mask=m_l, other=0.0)
+        b_s = tl.dot(b_w, tl.trans(b_q), input_precision="ieee") * scale + b_log_z[:, None]
+        b_p = tl.exp(b_s - b_max[None, :]) / b_sum[None, :]
+        b_acc = tl.dot(b_p.to(b_grad.dtype), b_grad, b_acc, input_precision="ieee")
+        b_ds = tl.dot(b_u, tl.trans(b_grad), input_precision="ieee") - b_delta[None, :]
+        b_grad_log_z += tl.sum(b_p * b_ds, axis=1)
+
+    o_out = (i_h * tl.num_programs(1) + i_s) * M + o_m
+    tl.store(grad_u_ptr + o_out[:, None] * D + o_d[None, :], b_acc, mask=m_w)
+    tl.store(grad_log_z_ptr + o_out, b_grad_log_z, mask=m_m)
+
+
+@triton.jit
+def _tokens_bwd_kernel(
+    k_ptr,
+    v_ptr,
+    projection_ptr,
+    z_max_ptr,
+    z_sum_ptr,
+    grad_u_ptr,
+    shift_ptr,
+    grad_k_ptr,
+    grad_v_ptr,
+    N,
+    L,
+    k_b,
+    k_n,
+    k_l,
+    v_b,
+    v_n,
+    v_l,
+    scale,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # one program: d k and d v of BLOCK_L tokens of one head, by all features; weights are L times
+    # too large and what they multiply as much too small, to stay clear of float16's subnormals
+    n_blocks = tl.cdiv(L, BLOCK_L)
+    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
+    o_l = (tl.program_id(0) % n_blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    m_x = (o_l < L)[:, None] & m_d[None, :]
+    k_ptr += i_h // N * k_b + i_h % N * k_n
+    v_ptr += i_h // N * v_b + i_h % N * v_n
+    o_x = o_l.to(tl.int64)[:, None]
+    b_k = tl.load(k_ptr + o_x * k_l + o_d[None, :], mask=m_x, other=0.0)
+    b_v = tl.load(v_ptr + o_x * v_l + o_d[None, :], mask=m_x, other=0.0)
+    b_wide = b_k.to(tl.float32) * scale
+    b_length = tl.sum(b_wide * b_wide, axis=1) / 2
+
+    b_grad_k = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    b_grad_v = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
+    b_sum = tl.zeros([BLOCK_L], tl.float32)
+    for start in range(0, M, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        m_m = o_m < M
+        m_w = m_m[:, None] & m_d[None, :]
+        o_w = o_m[:, None] * D + o_d[None, :]
+        b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
+        b_grad_u = tl.load(grad_u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
+        # past the end every weight is zero
+        b_max = tl.load(z_max_ptr + i_h * M + o_m, mask=m_m, other=float("inf"))
+        b_mean = tl.load(z_sum_ptr + i_h * M + o_m, mask=m_m, other=1.0) / L
+        b_shift = tl.load(shift_ptr + i_h * M + o_m, mask=m_m, other=0.0)
+        b_s = tl.dot(b_k, tl.trans(b_w), input_precision="ieee") * scale - b_length[:, None]
+        b_p = tl.exp(b_s - b_max[None, :]) / b_mean[None, :]
+        b_grad_v = tl.dot(b_p.to(b_v.dtype), b_grad_u, b_grad_v, input_precision="ieee")
+        b_ds = tl.dot(b_v, tl.trans(b_grad_u), input_precision="ieee") + b_shift[None, :]
+        b_ds *= b_p
+        b_sum += tl.sum(b_ds, axis=1)
+        b_grad_k = tl.dot(b_ds.to(b_w.dtype), b_w, b_grad_k, input_precision="ieee")
+
+    # the score is w . k' - |k'|^2 / 2: its gradient w - k'
+    b_grad_k = (b_grad_k - b_wide * b_sum[:, None]) * scale
+    o_out = (i_h * L + o_l)[:, None] * D + o_d[None, :]
+    tl.store(grad_k_ptr + o_out, b_grad_k.to(grad_k_ptr.dtype.element_ty), mask=m_x)
+    tl.store(grad_v_ptr + o_out, b_grad_v.to(grad_v_ptr.dtype.element_ty), mask=m_x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, N, L, D) -> the same, with the D of a token one after another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# by BLOCK_D: features and tokens of a block, warps, stages. Chosen by compiling ahead of time: more
+# of anything spills registers on sm_80 or sm_90; 256 features at once spill at any width
+_SUMMARY_FWD = {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)}
+_SUMMARY_COMBINE = {64: (64, 1, 8, 1), 128: (64, 1, 8, 1), 256: (32, 1, 8, 1)}
+_READOUT_FWD = {64: (64, 128, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)}
+_READOUT_BWD = {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)}
+_SUMMARY_BWD = {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 2)}
+_TOKENS_BWD = {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)}
+
+
+def _options(table: dict[int, tuple[int, int, int, int]], projection: Tensor) -> dict[str, int]:
+    """(M, D) -> how one of the kernels is launched."""
+    features, width = projection.shape
+    block_d = max(16, triton.next_power_of_2(width))
+    block_m, block_l, warps, stages = table[max(64, block_d)]
+    return {
+        "M": features,
+        "D": width,
+        "BLOCK_M": min(block_m, max(16, triton.next_power_of_2(features))),
+        "BLOCK_L": block_l,
+        "BLOCK_D": block_d,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def _split(length: int, programs: int, block: int) -> tuple[int, int]:
+    """Tokens that one program walks, and how many programs: some 500 in all, 4 blocks at least."""
+    splits = max(1, min(512 // programs, length // (4 * block)))
+    tokens = triton.cdiv(triton.cdiv(length, splits), block) * block
+    return tokens, triton.cdiv(length, tokens)
+
+
+class LinearAttention(torch.autograd.Function):
+    """FAVOR+: in the summary the features attend over the tokens, in the readout the reverse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, projection: Tensor, grad_enabled: bool
+    ) -> Tensor:
+        """(B, N, L, D) x 3, (M, D) -> (B, N, L, D)."""
+        batch, heads, length, width = q.shape
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        projection = projection.to(q.dtype).contiguous()
+        features, rows = projection.shape[0], batch * heads
+        scale = width**-0.25
+        # an input may want a gradient where none is recorded
+        save = grad_enabled and any(ctx.needs_input_grad)
+
+        options = _options(_SUMMARY_FWD, projection)
+        programs = rows * triton.cdiv(features, options["BLOCK_M"])
+        split, splits = _split(length, programs, options["BLOCK_L"])
+        partial = q.new_empty(rows, splits, features, width, dtype=torch.float32)
+        partial_z = q.new_empty(2, rows, splits, features, dtype=torch.float32)
+        _summary_fwd_kernel[(programs, splits)](
+            k,
+            v,
+            projection,
+            partial,
+            *partial_z,
+            heads,
+            length,
+            *k.stride()[:3],
+            *v.stride()[:3],
+            split,
+            scale,
+            **options,
+        )
+        u = q.new_empty(rows, features, width)
+        z = q.new_empty(2, rows, features, dtype=torch.float32)
+        options = _options(_SUMMARY_COMBINE, projection)
+        _summary_combine_kernel[(rows * triton.cdiv(features, options["BLOCK_M"]),)](
+            partial, *partial_z, u, *z, splits, **options
+        )
+        out = q.new_empty(q.shape)
+        saved = q.new_empty((2, rows, length) if save else (2, 0), dtype=torch.float32)
+        options = _options(_READOUT_FWD, projection)
+        _readout_fwd_kernel[(rows * triton.cdiv(length, options["BLOCK_L"]),)](
+            q,
+            projection,
+            u,
+            *z,
+            out,
+            *saved,
+            heads,
+            length,
+            *q.stride()[:3],
+            scale,
+            SAVE=save,
+            **options,
+        )
+        if save:
+            ctx.save_for_backward(q, k, v, projection, u, z, out, saved)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """(B, N, L, D) -> (B, N, L, D) x 3, nothing for the others."""
+        q, k, v, projection, u, z, out, saved = ctx.saved_tensors
+        batch, heads, length, width = q.shape
+        grad = grad.contiguous()
+        features, rows = projection.shape[0], batch * heads
+        scale = width**-0.25
+
+        grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
+        delta = torch.empty_like(saved[0])
+        options = _options(_READOUT_BWD, projection)
+        _readout_bwd_kernel[(rows * triton.cdiv(length, options["BLOCK_L"]),)](
+            q,
+            projection,
+            u,
+            *z,
+            *saved,
+            out,
+            grad,
+            grad_q,
+            delta,
+            heads,
+            length,
+            *q.stride()[:3],
+            scale,
+            **options,
+        )
+        options = _options(_SUMMARY_BWD, projection)
+        programs = rows * triton.cdiv(features, options["BLOCK_M"])
+        split, splits = _split(length, programs, options["BLOCK_L"])
+        grad_u = q.new_empty(rows, splits, features, width, dtype=torch.float32)
+        grad_log_z = q.new_empty(rows, splits, features, dtype=torch.float32)
+        _summary_bwd_kernel[(programs, splits)](
+            q,
+            projection,
+            u,
+            *z,
+            *saved,
+            delta,
+            grad,
+            grad_u,
+            grad_log_z,
+            heads,
+            length,
+            *q.stride()[:3],
+            split,
+            scale,
+            **options,
+        )
+        # u and log z are the value and the normaliser of one softmax: both gradients meet in it
+        grad_u = grad_u.sum(dim=1) / length
+        shift = grad_log_z.sum(dim=1) / length - (grad_u * u).sum(dim=-1)
+        options = _options(_TOKENS_BWD, projection)
+        _tokens_bwd_kernel[(rows * triton.cdiv(length, options["BLOCK_L"]),)](
+            k,
+            v,
+            projection,
+            *z,
+            grad_u.to(q.dtype),
+            shift,
+            grad_k,
+            grad_v,
+            heads,
+            length,
+            *k.stride()[:3],
+            *v.stride()[:3],
+            scale,
+            **options,
+        )
+        return grad_q, grad_k, grad_v, None, None
+
+
+def is_linear(
+    q: Tensor, projection: Tensor, *, threshold: float = 2.0, mode: str = "paper"
+) -> bool:
+    """(B, N, L, D), (M, D) -> whether attention of these shapes goes through the features.
+
+    "paper" where L > threshold * D; "linear" and "softmax" always and never; "auto" where it was
+    measured to be faster on this device, and never on one that was not measured.
+    """
+    length, width = q.shape[-2:]
+    match mode:
+        case "paper":
+            return length > threshold * width
+        case "auto":
+            rows = CROSSOVERS.get(_device_name(q.device), {})
+            least = [ratio for row, ratio in sorted(rows.items()) if row >= width]
+            return bool(least) and length >= least[0] * projection.shape[0]
+        case "linear" | "softmax":
+            return mode == "linear"
+        case _:
+            raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+
+
+def _device_name(device: torch.device) -> str:
+    """() -> "cpu", or for example "sm_90": what CROSSOVERS is keyed by."""
+    if device.type != "cuda":
+        return device.type
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def gated_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    threshold: float = 2.0,
+    mode: str = "paper",
+) -> Tensor:
+    """(B, N, L, D) x 3, (M, D) -> (B, N, L, D): the definition of `gated_attention`."""
+    if is_linear(q, projection, threshold=threshold, mode=mode):
+        return linear_attention_reference(q, k, v, projection)
+    return softmax_attention(q, k, v)
+
+
+def gated_attention_obstacle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    threshold: float = 2.0,
+    mode: str = "paper",
+) -> str | None:
+    """Why `gated_attention` takes no kernel of ours for these; None where it does."""
+    if not is_linear(q, projection, threshold=threshold, mode=mode):
+        return "softmax attention is PyTorch's"
+    if not q.dtype == k.dtype == v.dtype:
+        return "q, k and v differ in dtype"
+    if q.shape[-1] > WIDEST:
+        return f"heads of width {q.shape[-1]} are wider than {WIDEST}"
+    return obstacle(q, k, v, projection)
+
+
+def gated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    *,
+    threshold: float = 2.0,
+    mode: str = "paper",
+) -> Tensor:
+    """(B, N, L, D) x 3, (M, D) -> (B, N, L, D): FAVOR+ where L > threshold * D, else softmax.
+
+    Self-attention, not causal; differentiable in q, k and v; `projection` is `orthogonal_features`,
+    kept with the weights. `mode`: see `is_linear`. Raises ValueError where shapes do not agree.
+    """
+    if q.dim() != 4 or not q.shape == k.shape == v.shape or projection.shape[1:] != q.shape[3:]:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and projection "
+            f"{tuple(projection.shape)} are not (B, N, L, D) x 3 and (M, D)"
+        )
+    obstructed = gated_attention_obstacle(q, k, v, projection, threshold=threshold, mode=mode)
+    if obstructed is None:
+        return LinearAttention.apply(q, k, v, projection, torch.is_grad_enabled())
+    return gated_attention_reference(q, k, v, projection, threshold=threshold, mode=mode)

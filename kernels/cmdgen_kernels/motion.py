@@ -1,0 +1,664 @@
+"""Motion latents: what of a video's tokens depends on time, in rows and columns; and the way back.
+
+    motion_latents   y[b, k, t, w]     = f(weight_w mean_h u[b, t, h, w, :] + bias_w)
+                     y[b, k, t, W + h] = f(weight_h mean_w u[b, t, h, w, :] + bias_h)
+    motion_tokens    u[b, t, h, w, :]  = content[b, h, w, :]
+                                       + weight_w z[b, :, t, w] + bias_w
+                                       + weight_h z[b, :, t, W + h] + bias_h
+
+Eq. 4 (f = tanh) and Eq. 6 of Yu et al. 2024 (arXiv:2403.14148). But for f, constants and content
+each is the other's adjoint, so one file holds both: the backward of each is a launch of the other's
+kernel, with the weights transposed.
+
+`motion_latents` reads u once. A program adds up some rows of one frame, for a block of D, into
+column sums and row sums. A projection is linear, so it projects these unfinished sums at once and
+writes K numbers for each in place of D; a second, small kernel adds them in a fixed order.
+
+`motion_tokens` writes u once. A thread keeps its channels' projected columns and weights in
+registers and goes down the rows. Threads of one warp share the content and differ in t, so that the
+content is read once for (up to) 16 frames.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cmdgen_kernels.dispatch import obstacle
+from cmdgen_kernels.language import tl, triton
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# enough to occupy a GPU to the end: some thirty for each of some 130 multiprocessors
+WARPS = 4096
+# fewer rows than this would not be worth what a program computes once for its columns
+LEAST_ROWS = 4
+# consecutive bytes of one token's channels: a line of the cache
+LINE = 128
+# beyond, the weights that a thread of `_motion_tokens_kernel` holds would leave the registers
+MOST_CHANNELS = 16
+
+
+def motion_latents_reference(
+    u: Tensor,
+    weight_w: Tensor,
+    bias_w: Tensor,
+    weight_h: Tensor,
+    bias_h: Tensor,
+    *,
+    activation: str = "tanh",
+) -> Tensor:
+    """(B, T, H, W, D), (K, D), (K,), (K, D), (K,) -> (B, K, T, W + H): the definition."""
+    wide = torch.promote_types(u.dtype, torch.float32)
+    means = u.mean(dim=2, dtype=wide), u.mean(dim=3, dtype=wide)
+    across = F.linear(means[0], weight_w.to(wide), bias_w.to(wide))  # (B, T, W, K)
+    down = F.linear(means[1], weight_h.to(wide), bias_h.to(wide))  # (B, T, H, K)
+    motion = torch.cat((across, down), dim=2)
+    if activation == "tanh":
+        motion = motion.tanh()
+    return motion.permute(0, 3, 1, 2).to(u.dtype)
+
+
+def motion_tokens_reference(
+    content: Tensor,
+    motion: Tensor,
+    weight_w: Tensor,
+    bias_w: Tensor,
+    weight_h: Tensor,
+    bias_h: Tensor,
+) -> Tensor:
+    """(B, H, W, D), (B, K, T, W + H), (D, K), (D,), (D, K), (D,) -> (B, T, H, W, D)."""
+    wide = torch.promote_types(content.dtype, torch.float32)
+    height, width = content.shape[1:3]
+    latents = motion.to(wide).permute(2, 0, 3, 1)  # (T, B, W + H, K)
+    across, down = latents.split((width, height), dim=2)
+    # autocast may have its way with the small products; the sums are wide
+    across = F.linear(across, weight_w.to(wide), bias_w.to(wide)).to(wide)  # (T, B, W, D)
+    down = F.linear(down, weight_h.to(wide), bias_h.to(wide)).to(wide)  # (T, B, H, D)
+    tokens = across[:, :, None] + content.to(wide)
+    tokens += down[:, :, :, None]
+    return tokens.to(content.dtype).transpose(0, 1)
+
+
+@triton.jit
+def _tanh(x):
+    # both as a main term less a small one, whose roundings do not count: near zero by five steps of
+    # Lambert's continued fraction, elsewhere by the exponential, which would cancel near zero
+    z = x * x
+    near = x - x * (z * (315.0 + 14.0 * z) / (945.0 + z * (420.0 + 15.0 * z)))
+    b_exp = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = tl.where(x < 0, -1.0, 1.0) * (1.0 - 2.0 * b_exp / (1.0 + b_exp))
+    return tl.where(z < 0.5, near, far)
+
+
+@triton.jit
+def _motion_sums_kernel(
+    u_ptr,
+    weight_w_ptr,
+    weight_h_ptr,
+    partial_ptr,
+    columns_ptr,
+    rows_ptr,
+    T,
+    H,
+    W,
+    D,
+    u_b,
+    u_t,
+    u_h,
+    u_w,
+    weight_w_k,
+    weight_w_d,
+    weight_h_k,
+    weight_h_d,
+    ROWS,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    # one program: ROWS rows by BLOCK_W columns of one frame (b, t), BLOCK_D of D
+    n_d, n_w = tl.cdiv(D, BLOCK_D), tl.cdiv(W, BLOCK_W)
+    i_d = tl.program_id(0) % n_d
+    i_w = tl.program_id(0) // n_d % n_w
+    i_frame = (tl.program_id(0) // (n_d * n_w)).to(tl.int64)
+    i_split, n_splits = tl.program_id(1), tl.num_programs(1)
+    n_frames = tl.num_programs(0) // (n_d * n_w)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_w = i_w * BLOCK_W + tl.arange(0, BLOCK_W)
+    o_k = tl.arange(0, BLOCK_K)
+    m_d, m_w, m_k = o_d < D, o_w < W, o_k < K
+    u_ptr += i_frame // T * u_b + i_frame % T * u_t + (i_split * ROWS).to(tl.int64) * u_h
+    o_u = o_w.to(tl.int64)[:, None] * u_w + o_d[None, :]
+    m_u = m_w[:, None] & m_d[None, :]
+
+    # partial sums are (parts, B, K, T, W + H): column w of part p, row h of part q
+    o_partial = (i_frame // T * K * T + i_frame % T) * (W + H)
+    part = n_frames * K * (W + H)
+    column_ptr = partial_ptr + (i_d * n_splits + i_split).to(tl.int64) * part + o_partial
+    row_ptr = partial_ptr + (i_d * n_w + i_w).to(tl.int64) * part + o_partial + W
+    b_weight_h = tl.load(
+        weight_h_ptr + o_k[:, None] * weight_h_k + o_d[None, :] * weight_h_d,
+        mask=m_k[:, None] & m_d[None, :],
+        other=0.0,
+    ).to(tl.float32)
+
+    b_columns = tl.zeros([BLOCK_W, BLOCK_D], tl.float32)
+    for h in range(i_split * ROWS, tl.minimum((i_split + 1) * ROWS, H)):
+        b_u = tl.load(u_ptr + o_u, mask=m_u, other=0.0).to(tl.float32)
+        b_columns += b_u
+        b_row = tl.sum(b_u, axis=0)
+        b_down = tl.sum(b_row[None, :] * b_weight_h, axis=1)
+        tl.store(row_ptr + o_k * (T * (W + H)) + h, b_down, mask=m_k)
+        if SAVE:
+            o_row = ((i_w * n_frames + i_frame) * H + h) * D
+            tl.store(rows_ptr + o_row + o_d, b_row, mask=m_d)
+        u_ptr += u_h
+
+    for k in range(K):
+        b_weight = tl.load(
+            weight_w_ptr + k * weight_w_k + o_d * weight_w_d, mask=m_d, other=0.0
+        ).to(tl.float32)
+        b_across = tl.sum(b_columns * b_weight[None, :], axis=1)
+        tl.store(column_ptr + k * (T * (W + H)) + o_w, b_across, mask=m_w)
+    if SAVE:
+        tl.store(
+            columns_ptr + ((i_split * n_frames + i_frame) * W + o_w[:, None]) * D + o_d[None, :],
+            b_columns,
+            mask=m_u,
+        )
+
+
+@triton.jit
+def _motion_combine_kernel(
+    partial_ptr,
+    bias_w_ptr,
+    bias_h_ptr,
+    motion_ptr,
+    N,
+    T,
+    W,
+    S,
+    count_w,
+    count_h,
+    parts_w,
+    parts_h,
+    K: tl.constexpr,
+    TANH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # one program: BLOCK_N of the N = B K T S latents
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    o_k = o_n // (T * S) % K
+    m_across = o_n % S < W
+    n_parts = tl.where(m_across, parts_w, parts_h)
+    b_motion = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, tl.maximum(parts_w, parts_h), BLOCK_P):
+        o_p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)[:, None]
+        mask = (o_p < n_parts[None, :]) & m_n[None, :]
+        b_part = tl.load(partial_ptr + o_p * N + o_n[None, :], mask=mask, other=0.0)
+        b_motion += tl.sum(b_part, axis=0)
+    b_motion /= tl.where(m_across, count_w, count_h)
+    if bias_w_ptr is not None:
+        b_bias_w = tl.load(bias_w_ptr + o_k, mask=m_n & m_across, other=0.0).to(tl.float32)
+        b_bias_h = tl.load(bias_h_ptr + o_k, mask=m_n & ~m_across, other=0.0).to(tl.float32)
+        b_motion += b_bias_w + b_bias_h
+    if TANH:
+        b_motion = _tanh(b_motion)
+    tl.store(motion_ptr + o_n, b_motion.to(motion_ptr.dtype.element_ty), mask=m_n)
+
+
+@triton.jit
+def _motion_tokens_kernel(
+    content_ptr,
+    motion_ptr,
+    weights_ptr,
+    bias_w_ptr,
+    bias_h_ptr,
+    tokens_ptr,
+    B,
+    T,
+    H,
+    W,
+    D,
+    content_b,
+    content_h,
+    content_w,
+    ROWS,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # one program: ROWS rows by COLUMNS columns of BLOCK_T frames, BLOCK_D of D
+    n_d, n_w, n_t = tl.cdiv(D, BLOCK_D), tl.cdiv(W, COLUMNS), tl.cdiv(T, BLOCK_T)
+    i_d = tl.program_id(0) % n_d
+    i_w = tl.program_id(0) // n_d % n_w * COLUMNS
+    i_t = tl.program_id(0) // (n_d * n_w) % n_t
+    i_b = (tl.program_id(0) // (n_d * n_w * n_t)).to(tl.int64)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_d, m_t = o_d < D, o_t < T
+    motion_ptrs = motion_ptr + i_b * K * T * (W + H) + o_t * (W + H)
+    # (2, K, D): of the columns, of the rows
+    weights_ptrs = weights_ptr + o_d
+
+    # the projected columns, a tuple of tiles: of a tile with a third dimension, which of the outer
+    # two the threads of a warp divide would differ between versions of Triton
+    b_bias = tl.load(bias_w_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_bias += tl.load(bias_h_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_columns = (tl.zeros([BLOCK_T, BLOCK_D], tl.float32) + b_bias[None, :],) * COLUMNS
+    for k in tl.static_range(K):
+        b_weight = tl.load(weights_ptrs + k * D, mask=m_d, other=0.0).to(tl.float32)
+        b_sums = ()
+        for i in tl.static_range(COLUMNS):
+            m_latent = o_t < tl.where(i_w + i < W, T, 0)
+            o_latent = k * T * (W + H) + i_w + i
+            b_latent = tl.load(motion_ptrs + o_latent, mask=m_latent, other=0.0)
+            b_across = b_latent.to(tl.float32)[:, None] * b_weight[None, :]
+            b_sums += (b_columns[i] + b_across,)  # type: ignore[assignment]
+        b_columns = b_sums
+    b_weights = ()
+    for k in tl.static_range(K):
+        b_weight = tl.load(weights_ptrs + (K + k) * D, mask=m_d, other=0.0)
+        b_weights += (b_weight.to(tl.float32),)  # type: ignore[assignment]
+
+    first = tl.program_id(1) * ROWS
+    tokens_ptr += ((i_b * H + first) * W + i_w) * D
+    o_tokens = o_t[:, None].to(tl.int64) * B * H * W * D + o_d[None, :]
+    # every frame reads it: in the tokens' layout, without a passage through shared memory
+    content_ptr += i_b * content_b + first.to(tl.int64) * content_h
+    content_ptr += tl.cast(i_w, tl.int64) * content_w
+    o_content = tl.broadcast_to(o_d[None, :], [BLOCK_T, BLOCK_D])
+    for h in range(first, tl.minimum(first + ROWS, H)):
+        b_down = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for k in tl.static_range(K):
+            o_latent = k * T * (W + H) + W + h
+            b_latent = tl.load(motion_ptrs + o_latent, mask=m_t, other=0.0)
+            b_down += b_latent.to(tl.float32)[:, None] * b_weights[k][None, :]
+        for i in tl.static_range(COLUMNS):
+            m_tokens = m_t[:, None] & (o_d < tl.where(i_w + i < W, D, 0))[None, :]
+            b_still = tl.load(content_ptr + i * content_w + o_content, mask=m_tokens, other=0.0)
+            b_tokens = b_still.to(tl.float32) + b_columns[i] + b_down
+            b_tokens = b_tokens.to(tokens_ptr.dtype.element_ty)
+            tl.store(tokens_ptr + i * D + o_tokens, b_tokens, mask=m_tokens)
+        tokens_ptr += W * D
+        content_ptr += content_h
+
+
+def _rows_per_program(height: int, warps: int) -> int:
+    """A power of two; `warps` is how many would run if each program had all rows."""
+    share = max(LEAST_ROWS, height * warps // WARPS)
+    return min(1 << (share.bit_length() - 1), triton.next_power_of_2(height))
+
+
+def _block_of_channels(width: int, itemsize: int) -> int:
+    return min(LINE // itemsize, max(16, triton.next_power_of_2(width)))
+
+
+def _sums_options(frames: int, size: tuple[int, int, int], itemsize: int) -> dict[str, int]:
+    """Rows in which each thread has up to four loads of 16 bytes in flight."""
+    height, width, channels = size
+    block_d = _block_of_channels(channels, itemsize)
+    block_w = min(triton.next_power_of_2(width), 64)
+    warps = max(1, block_w * block_d * itemsize // (4 * 32 * 16))
+    programs = frames * triton.cdiv(width, block_w) * triton.cdiv(channels, block_d)
+    return {
+        "ROWS": _rows_per_program(height, programs * warps),
+        "BLOCK_W": block_w,
+        "BLOCK_D": block_d,
+        "num_warps": warps,
+    }
+
+
+def _latents(
+    u: Tensor,
+    weight_w: Tensor,
+    weight_h: Tensor,
+    biases: tuple[Tensor | None, Tensor | None],
+    *,
+    counts: tuple[int, int] = (1, 1),
+    tanh: bool = False,
+    save: bool = False,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, H, W, D), (K, D) x 2 -> (B, K, T, W + H), column sums, row sums.
+
+    f(weight sum(u) / count + bias). If saved, the sums are (parts, B, T, W or H, D) in float32,
+    still to be added over the parts.
+    """
+    batch, frames, height, width, channels = u.shape
+    latents, length = weight_w.shape[0], width + height
+    u = u if u.stride(-1) == 1 else u.contiguous()
+    options = _sums_options(batch * frames, (height, width, channels), u.element_size())
+    n_d = triton.cdiv(channels, options["BLOCK_D"])
+    n_w = triton.cdiv(width, options["BLOCK_W"])
+    splits = triton.cdiv(height, options["ROWS"])
+    motion = u.new_empty((batch, latents, frames, length), dtype=dtype)
+    partial = motion.new_empty((n_d * max(splits, n_w), *motion.shape), dtype=torch.float32)
+    columns, rows = (
+        partial.new_empty((parts, batch, frames, side, channels) if save else 0)
+        for parts, side in ((splits, width), (n_w, height))
+    )
+    if motion.numel():
+        _motion_sums_kernel[(batch * frames * n_w * n_d, splits)](
+            u,
+            weight_w,
+            weight_h,
+            partial,
+            columns,
+            rows,
+            frames,
+            height,
+            width,
+            channels,
+            *u.stride()[:4],
+            *weight_w.stride(),
+            *weight_h.stride(),
+            K=latents,
+            BLOCK_K=triton.next_power_of_2(latents),
+            SAVE=save,
+            **options,
+        )
+        count = motion.numel()
+        _motion_combine_kernel[(triton.cdiv(count, 64),)](
+            partial,
+            *biases,
+            motion,
+            count,
+            frames,
+            width,
+            length,
+            *counts,
+            n_d * splits,
+            n_d * n_w,
+            K=latents,
+            TANH=tanh,
+            BLOCK_P=min(16, triton.next_power_of_2(n_d * max(splits, n_w))),
+            BLOCK_N=64,
+            num_warps=2,
+        )
+    return motion, columns, rows
+
+
+def _tokens_options(batch: int, size: tuple[int, int, int, int], itemsize: int) -> dict[str, int]:
+    """Tiles in which each thread writes 16 bytes of one frame, for four columns in turn."""
+    frames, height, width, channels = size
+    block_d = _block_of_channels(channels, itemsize)
+    block_t = min(triton.next_power_of_2(frames), 16)
+    columns = min(triton.next_power_of_2(width), 4)
+    warps = max(1, block_t * block_d * itemsize // (32 * 16))
+    programs = batch * triton.cdiv(frames, block_t)
+    programs *= triton.cdiv(width, columns) * triton.cdiv(channels, block_d)
+    return {
+        "ROWS": _rows_per_program(height, programs * warps),
+        "COLUMNS": columns,
+        "BLOCK_T": block_t,
+        "BLOCK_D": block_d,
+        "num_warps": warps,
+    }
+
+
+def _tokens(
+    content: Tensor,
+    motion: Tensor,
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor, Tensor],
+) -> Tensor:
+    """(B, H, W, D), (B, K, T, W + H), (K, D) x 2, (D,) x 2 -> (B, T, H, W, D).
+
+    A view of memory in which time comes first.
+    """
+    batch, height, width, channels = content.shape
+    latents, frames = motion.shape[1:3]
+    motion = motion.contiguous()
+    content = content if content.stride(-1) == 1 else content.contiguous()
+    tokens = content.new_empty((frames, batch, height, width, channels))
+    options = _tokens_options(batch, (frames, height, width, channels), tokens.element_size())
+    blocks = batch * triton.cdiv(frames, options["BLOCK_T"])
+    blocks *= triton.cdiv(width, options["COLUMNS"]) * triton.cdiv(channels, options["BLOCK_D"])
+    if tokens.numel():
+        _motion_tokens_kernel[(blocks, triton.cdiv(height, options["ROWS"]))](
+            content,
+            motion,
+            # one small copy, so that 16 bytes hold the weights of neighbouring channels
+            torch.stack(weights),
+            *biases,
+            tokens,
+            batch,
+            frames,
+            height,
+            width,
+            channels,
+            *content.stride()[:3],
+            K=latents,
+            **options,
+        )
+    return tokens.transpose(0, 1)
+
+
+def _weight_gradients(motion: Tensor, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, K, T, W + H), sums as `_latents` saves them -> (K, D) x 2, in float32."""
+    columns, rows = columns.sum(dim=0), rows.sum(dim=0)
+    across, down = motion.float().split((columns.shape[2], rows.shape[2]), dim=3)
+    return (
+        torch.einsum("bkts,btsd->kd", across, columns),
+        torch.einsum("bkts,btsd->kd", down, rows),
+    )
+
+
+class MotionLatents(torch.autograd.Function):
+    """`_motion_sums_kernel` and `_motion_combine_kernel`; backward, `_motion_tokens_kernel`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        u: Tensor,
+        weight_w: Tensor,
+        bias_w: Tensor,
+        weight_h: Tensor,
+        bias_h: Tensor,
+        tanh: bool,
+    ) -> Tensor:
+        """(B, T, H, W, D), (K, D), (K,), (K, D), (K,) -> (B, K, T, W + H)."""
+        height, width = u.shape[2:4]
+        trained = any(ctx.needs_input_grad)
+        motion, columns, rows = _latents(
+            u,
+            weight_w,
+            weight_h,
+            (bias_w.contiguous(), bias_h.contiguous()),
+            counts=(height, width),
+            # backward takes the derivative where tanh was taken: 1 - tanh^2 would cancel
+            tanh=tanh and not trained,
+            save=ctx.needs_input_grad[1] or ctx.needs_input_grad[3],
+            dtype=torch.float32 if trained else u.dtype,
+        )
+        if trained:
+            ctx.save_for_backward(weight_w, weight_h, columns, rows, motion)
+            ctx.tanh, ctx.size = tanh, (height, width)
+            ctx.dtypes = u.dtype, bias_w.dtype, bias_h.dtype
+            motion = motion.tanh() if tanh else motion
+        return motion.to(u.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """(B, K, T, W + H) -> a gradient for each input."""
+        weight_w, weight_h, columns, rows, motion = ctx.saved_tensors
+        height, width = ctx.size
+        u_dtype, bias_w_dtype, bias_h_dtype = ctx.dtypes
+        grad = grad.float()
+        if ctx.tanh:
+            grad = grad / motion.cosh().square()
+        # few numbers: their sums may as well be exact
+        grad_bias_w, grad_bias_h = (
+            part.sum(dim=(0, 2, 3), dtype=torch.float64)
+            for part in grad.split((width, height), dim=3)
+        )
+        # the mean of a column is over its height, that of a row over its width
+        counts = grad.new_full((width + height,), width)
+        counts[:width] = height
+        grad = grad / counts
+        grad_u = None
+        if ctx.needs_input_grad[0]:
+            # one row of zeros, which is cached, instead of a second kernel that adds no content
+            zeros = grad.new_zeros(weight_w.shape[1], dtype=u_dtype)
+            still = zeros.expand(grad.shape[0], height, width, -1)
+            grad_u = _tokens(still, grad, (weight_w, weight_h), (zeros, zeros))
+        grad_weight_w = grad_weight_h = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+            grad_weight_w, grad_weight_h = _weight_gradients(grad, columns, rows)
+            grad_weight_w = grad_weight_w.to(weight_w.dtype)
+            grad_weight_h = grad_weight_h.to(weight_h.dtype)
+        return (
+            grad_u,
+            grad_weight_w,
+            grad_bias_w.to(bias_w_dtype),
+            grad_weight_h,
+            grad_bias_h.to(bias_h_dtype),
+            None,
+        )
+
+
+class MotionTokens(torch.autograd.Function):
+    """`_motion_tokens_kernel`; backward, `_motion_sums_kernel` and `_motion_combine_kernel`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        content: Tensor,
+        motion: Tensor,
+        weight_w: Tensor,
+        bias_w: Tensor,
+        weight_h: Tensor,
+        bias_h: Tensor,
+    ) -> Tensor:
+        """(B, H, W, D), (B, K, T, W + H), (D, K), (D,), (D, K), (D,) -> (B, T, H, W, D)."""
+        ctx.save_for_backward(motion, weight_w, weight_h)
+        ctx.dtypes = content.dtype, bias_w.dtype, bias_h.dtype
+        return _tokens(
+            content,
+            motion,
+            (weight_w.T, weight_h.T),
+            (bias_w.contiguous(), bias_h.contiguous()),
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """(B, T, H, W, D) -> a gradient for each input."""
+        motion, weight_w, weight_h = ctx.saved_tensors
+        content_dtype, bias_w_dtype, bias_h_dtype = ctx.dtypes
+        grad_content = None
+        if ctx.needs_input_grad[0]:
+            grad_content = grad.sum(dim=1, dtype=torch.float32).to(content_dtype)
+        if not any(ctx.needs_input_grad[1:]):
+            return grad_content, None, None, None, None, None
+        trained = any(ctx.needs_input_grad[2:])
+        grad_motion, columns, rows = _latents(
+            grad,
+            weight_w.T,
+            weight_h.T,
+            (None, None),
+            save=trained,
+            dtype=motion.dtype,
+        )
+        if not trained:
+            return grad_content, grad_motion, None, None, None, None
+        grad_weight_w, grad_weight_h = _weight_gradients(motion, columns, rows)
+        grad_bias = columns.sum(dim=(0, 1, 2, 3))
+        return (
+            grad_content,
+            grad_motion,
+            grad_weight_w.T.to(weight_w.dtype),
+            grad_bias.to(bias_w_dtype),
+            grad_weight_h.T.to(weight_h.dtype),
+            grad_bias.to(bias_h_dtype),
+        )
+
+
+def motion_latents_obstacle(u: Tensor, weight_w: Tensor, *others: Tensor) -> str | None:
+    """Why `motion_latents` takes the reference for these; None where it takes the kernel."""
+    if weight_w.shape[0] > MOST_CHANNELS:
+        return f"{weight_w.shape[0]} latent channels are more than {MOST_CHANNELS}"
+    return obstacle(u, weight_w, *others)
+
+
+def motion_latents(
+    u: Tensor,
+    weight_w: Tensor,
+    bias_w: Tensor,
+    weight_h: Tensor,
+    bias_h: Tensor,
+    *,
+    activation: str = "tanh",
+) -> Tensor:
+    """(B, T, H, W, D), (K, D), (K,), (K, D), (K,) -> (B, K, T, W + H): the columns, then the rows.
+
+    `activation` is "tanh" or "linear", which is none. Differentiable in all; in the dtype of u,
+    computed in float32 at least. Raises ValueError where the shapes do not fit.
+    """
+    if activation not in ("tanh", "linear"):
+        raise ValueError(f"activation {activation!r} is not one of tanh, linear")
+    if u.dim() != 5:
+        raise ValueError(f"u {tuple(u.shape)} is not (B, T, H, W, D)")
+    latents = weight_w.shape[0]
+    _check_projections((weight_w, bias_w, weight_h, bias_h), (latents, u.shape[-1]), "(K, D)")
+    if motion_latents_obstacle(u, weight_w, bias_w, weight_h, bias_h) is not None:
+        return motion_latents_reference(
+            u, weight_w, bias_w, weight_h, bias_h, activation=activation
+        )
+    return MotionLatents.apply(u, weight_w, bias_w, weight_h, bias_h, activation == "tanh")
+
+
+def motion_tokens_obstacle(content: Tensor, motion: Tensor, *others: Tensor) -> str | None:
+    """Why `motion_tokens` takes the reference for these; None where it takes the kernel."""
+    if motion.shape[1] > MOST_CHANNELS:
+        return f"{motion.shape[1]} latent channels are more than {MOST_CHANNELS}"
+    return obstacle(content, motion, *others)
+
+
+def motion_tokens(
+    content: Tensor,
+    motion: Tensor,
+    weight_w: Tensor,
+    bias_w: Tensor,
+    weight_h: Tensor,
+    bias_h: Tensor,
+) -> Tensor:
+    """(B, H, W, D), (B, K, T, W + H), (D, K), (D,), (D, K), (D,) -> (B, T, H, W, D).
+
+    Content + projected columns + projected rows. Differentiable in all; in the dtype of the
+    content, computed in float32 at least; in memory time comes first. Raises ValueError where the
+    shapes do not fit.
+    """
+    if content.dim() != 4 or motion.dim() != 4:
+        raise ValueError(
+            f"content {tuple(content.shape)} and motion {tuple(motion.shape)} are not "
+            "(B, H, W, D) and (B, K, T, W + H)"
+        )
+    batch, height, width, channels = content.shape
+    if motion.shape[0] != batch or motion.shape[3] != width + height:
+        raise ValueError(
+            f"motion {tuple(motion.shape)} does not fit content {tuple(content.shape)}: "
+            f"expected ({batch}, K, T, {width} + {height})"
+        )
+    _check_projections((weight_w, bias_w, weight_h, bias_h), (channels, motion.shape[1]), "(D, K)")
+    if motion_tokens_obstacle(content, motion, weight_w, bias_w, weight_h, bias_h) is not None:
+        return motion_tokens_reference(content, motion, weight_w, bias_w, weight_h, bias_h)
+    return MotionTokens.apply(content, motion, weight_w, bias_w, weight_h, bias_h)
+
+
+def _check_projections(tensors: tuple[Tensor, ...], shape: tuple[int, int], letters: str) -> None:
+    for name, tensor in zip(("weight_w", "bias_w", "weight_h", "bias_h"), tensors, strict=True):
+        expected = shape if name.startswith("weight") else shape[:1]
+        if tensor.shape != expected:
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} is not {expected}: weights are {letters}"
+            )

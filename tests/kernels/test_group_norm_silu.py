@@ -1,0 +1,143 @@
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cmdgen_kernels import group_norm_silu
+from cmdgen_kernels.group_norm_silu import group_norm_silu_obstacle, group_norm_silu_reference
+
+# the package gives the function that name
+MODULE = sys.modules[group_norm_silu.__module__]
+
+
+def inputs(shape, dtype, device, *, mean=1.0, seed=0):
+    """x channels_last, weight, bias, shift."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator) + mean
+    weight, bias, shift = (
+        torch.randn(size, generator=generator) for size in (shape[1], shape[1], shape[:2])
+    )
+    x = x.to(device, dtype).contiguous(memory_format=torch.channels_last)
+    return x, weight.to(device, dtype), bias.to(device, dtype), shift.to(device, dtype)
+
+
+@torch.no_grad()
+def op(x, weight, bias, shift=None, *, groups, activation="silu"):
+    """The op, which has to take a kernel."""
+    if x.dtype != torch.float64:
+        assert group_norm_silu_obstacle(x, weight, bias, shift=shift) is None
+    out = group_norm_silu(x, weight, bias, groups, 1e-5, shift=shift, activation=activation)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    return out
+
+
+@torch.no_grad()
+def reference(x, weight, bias, shift=None, *, groups, activation="silu"):
+    return group_norm_silu_reference(
+        x, weight, bias, groups, 1e-5, shift=shift, activation=activation
+    )
+
+
+@pytest.fixture(params=["whole", "parts"])
+def way(request, monkeypatch):
+    """Groups in one program's registers, or in a few parts of several tiles each."""
+    if request.param == "parts":
+        monkeypatch.setattr(MODULE, "LARGEST_WHOLE", 0)
+        monkeypatch.setattr(MODULE, "PROGRAMS", 6)
+
+
+# groups of 10 and of 3 channels, of 1, one position, tails of positions and of channels
+SHAPES = [((2, 40, 7, 9), 4), ((5, 6, 11, 13), 2), ((3, 6, 9, 5), 6), ((9, 48, 1, 1), 4)]
+SHAPES += [((1, 24, 33, 19), 2), ((1, 72, 17, 11), 3), ((1, 3, 101, 61), 1)]
+
+
+@pytest.mark.parametrize(("shape", "groups"), SHAPES)
+def test_group_norm_silu_matches_the_reference(way, shape, groups, dtype, device, assert_parity):
+    x, weight, bias, shift = inputs(shape, dtype, device)
+    check = partial(assert_parity, partial(op, groups=groups), partial(reference, groups=groups))
+    check(x, weight, bias)
+    check(x, weight, bias, shift)
+
+
+# the second has more parts than `combine` takes at once
+@pytest.mark.parametrize(("shape", "groups"), [((1, 24, 61, 46), 2), ((1, 72, 25, 25), 1)])
+def test_large_groups_are_taken_in_parts(shape, groups, dtype, device, assert_parity):
+    assert shape[1] // groups * shape[2] * shape[3] > MODULE.LARGEST_WHOLE
+    check = partial(assert_parity, partial(op, groups=groups), partial(reference, groups=groups))
+    check(*inputs(shape, dtype, device))
+
+
+def test_without_activation_it_is_group_norm(way, dtype, device, assert_parity):
+    settings = {"groups": 2, "activation": "none"}
+    x, weight, bias, shift = inputs((2, 32, 9, 11), dtype, device)
+    assert_parity(partial(op, **settings), partial(reference, **settings), x, weight, bias, shift)
+    wide = (x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(
+        reference(*wide, **settings), F.group_norm(wide[0], 2, *wide[1:], eps=1e-5)
+    )
+
+
+def test_a_large_mean_does_not_cancel_the_deviations(way, device, assert_parity):
+    x, weight, bias, _ = inputs((1, 8, 64, 32), torch.float32, device, mean=3000.0)
+    check = partial(assert_parity, partial(op, groups=2), partial(reference, groups=2))
+    check(x, weight, bias)
+    # nor where the first positions say little of the others
+    x[:, :, 5:] -= 6000.0
+    check(x, weight, bias)
+
+
+# where a tile ends, positions that are not there overflow in the interpreter
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_a_constant_map_is_the_activation_of_the_bias(way, dtype, device, assert_parity):
+    _, weight, bias, _ = inputs((2, 8, 6, 10), dtype, device)
+    x = torch.ones((2, 8, 6, 10), device=device, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = op(0 * x, weight, bias, groups=2)
+    expected = F.silu(bias)[:, None, None].expand(out.shape)
+    torch.testing.assert_close(out, expected.contiguous(memory_format=torch.channels_last))
+    # 1 / sqrt(eps) magnifies the rounding of the mean, here as in torch
+    check = partial(assert_parity, partial(op, groups=2), partial(reference, groups=2))
+    check(500.3 * x, weight, bias)
+
+
+def test_extreme_values_stay_finite(way, dtype, device, assert_parity):
+    x, weight, bias, _ = inputs((1, 4, 25, 26), dtype, device, mean=0.0)
+    x = x.sign() * torch.finfo(torch.float16).max
+    assert_parity(partial(op, groups=2), partial(reference, groups=2), x, 60 * weight, bias)
+
+
+def test_a_batch_of_two_is_two_batches_of_one(way, device):
+    x, weight, bias, shift = inputs((2, 32, 13, 11), torch.float32, device)
+    both = op(x, weight, bias, shift, groups=2)
+    each = [op(x[i : i + 1], weight, bias, shift[i : i + 1], groups=2) for i in range(2)]
+    torch.testing.assert_close(both, torch.cat(each), rtol=1e-5, atol=1e-5)
+    assert torch.equal(both, op(x, weight, bias, shift, groups=2))
+
+
+def test_the_reference_runs_where_there_is_no_kernel(device):
+    x, weight, bias, shift = inputs((1, 8, 4, 4), torch.float32, device)
+    contiguous = x.contiguous()
+    assert group_norm_silu_obstacle(contiguous, weight, bias) == "the input is not channels_last"
+    shift.requires_grad_()
+    assert "gradient" in (group_norm_silu_obstacle(x, weight, bias, shift=shift) or "")
+    with torch.inference_mode():
+        assert group_norm_silu_obstacle(x, weight, bias, shift=shift) is None
+    for one in (x, contiguous):
+        out = group_norm_silu(one, weight, bias, 2, 1e-5, shift=shift)
+        assert torch.equal(out, group_norm_silu_reference(one, weight, bias, 2, 1e-5, shift=shift))
+        (grad,) = torch.autograd.grad(out.square().sum(), shift)
+        assert grad.isfinite().all() and grad.any()
+
+
+def test_arguments_that_do_not_agree_are_refused(device):
+    x, weight, bias, shift = inputs((2, 8, 4, 4), torch.float32, device)
+    with pytest.raises(ValueError, match=r"x \(2, 8, 4, 4\), weight \(7,\) and bias \(8,\)"):
+        group_norm_silu(x, weight[:7], bias, 2, 1e-5)
+    with pytest.raises(ValueError, match=r"shift \(1, 8\) is not \(B, C\) of x \(2, 8, 4, 4\)"):
+        group_norm_silu(x, weight, bias, 2, 1e-5, shift=shift[:1])
+    with pytest.raises(ValueError, match="channels 8 are not a multiple of groups 3"):
+        group_norm_silu(x, weight, bias, 3, 1e-5)
+    with pytest.raises(ValueError, match="activation 'gelu' is not one of silu, none"):
+        group_norm_silu(x, weight, bias, 2, 1e-5, activation="gelu")
