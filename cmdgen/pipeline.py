@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -139,14 +140,16 @@ class TextToVideo:
         report("load", 0, 1)
         parts = self.parts
         report("load", 1, 1)
-        text, empty = self._encode(prompts, config.negative)
-        content = self._sample_content(asked, text, empty, content_seeds, report)
-        motion = self._sample_motion(asked, text, empty, content, motion_seeds, report)
-        latents = parts.autoencoder.decode(
-            content.to(self.dtype), parts.autoencoder.destandardise(motion).to(self.dtype)
-        )
-        frames = self._decode(latents, report)
-        still = self._to_pixels(content.to(self.dtype))
+        # kernels are launched on the current GPU
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            text, empty = self._encode(prompts, config.negative)
+            content = self._sample_content(asked, text, empty, content_seeds, report)
+            motion = self._sample_motion(asked, text, empty, content, motion_seeds, report)
+            latents = parts.autoencoder.decode(
+                content.to(self.dtype), parts.autoencoder.destandardise(motion).to(self.dtype)
+            )
+            frames = self._decode(latents, report)
+            still = self._to_pixels(content.to(self.dtype))
 
         recorded = asdict(asked)
         for part in ("text", "content", "vae", "autoencoder", "motion", "noise", "name"):

@@ -31,6 +31,9 @@ def doctor(
     from cmdgen_kernels import samples
 
     chosen = choose_device(device)
+    if chosen.index is not None:
+        # kernels are launched on the current GPU
+        torch.cuda.set_device(chosen)
     torch.manual_seed(0)
     report: dict[str, Any] = {
         "cmdgen": __version__,

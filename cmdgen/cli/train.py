@@ -179,6 +179,7 @@ def _train(
 
     import torch
 
+    from cmdgen.pipeline import choose_device
     from cmdgen.training.data import TrainingData, open_source
     from cmdgen.training.run import run_stage, settle
 
@@ -186,9 +187,10 @@ def _train(
         torch.set_num_threads(threads)
     shared = {"preset": PRESET, "data": DATA} | settle(output, asked)
     model = _model(shared)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name
-    )
+    device = choose_device(device_name)
+    if device.index is not None:
+        # kernels are launched on the current GPU
+        torch.cuda.set_device(device)
     source, name = open_source(shared["data"])
     data = TrainingData(source, name, clips, model.frames, (model.height, model.width), device)
     with _Stop() as stop, _Progress(config.minutes, started) as progress:

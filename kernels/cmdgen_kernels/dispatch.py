@@ -57,7 +57,10 @@ def machine_obstacle(device: torch.device) -> str | None:
         return "Triton is not installed"
     if not LOADED or torch.version.hip is not None:
         return "this PyTorch is not built with CUDA"
-    index = torch.cuda.current_device() if device.index is None else device.index
+    current = torch.cuda.current_device()
+    index = current if device.index is None else device.index
+    if index != current:
+        return f"Triton launches on the current device, cuda:{current}, not on cuda:{index}"
     capability = _capability(index)
     if capability < OLDEST:
         return "compute capability {}.{} is below {}.{}".format(*capability, *OLDEST)

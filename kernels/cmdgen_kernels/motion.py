@@ -493,18 +493,17 @@ class MotionLatents(torch.autograd.Function):
         weight_w, weight_h, columns, rows, motion = ctx.saved_tensors
         height, width = ctx.size
         u_dtype, bias_w_dtype, bias_h_dtype = ctx.dtypes
-        grad = grad.float()
+        # these are few numbers: float64 makes them as good as exact
+        grad = grad.double()
         if ctx.tanh:
-            grad = grad / motion.cosh().square()
-        # few numbers: their sums may as well be exact
+            grad = grad / motion.double().cosh().square()
         grad_bias_w, grad_bias_h = (
-            part.sum(dim=(0, 2, 3), dtype=torch.float64)
-            for part in grad.split((width, height), dim=3)
+            part.sum(dim=(0, 2, 3)) for part in grad.split((width, height), dim=3)
         )
         # the mean of a column is over its height, that of a row over its width
         counts = grad.new_full((width + height,), width)
         counts[:width] = height
-        grad = grad / counts
+        grad = (grad / counts).float()
         grad_u = None
         if ctx.needs_input_grad[0]:
             # one row of zeros, which is cached, instead of a second kernel that adds no content
