@@ -14,7 +14,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cmdgen_kernels.gated_attention import WIDEST
+from cmdgen_kernels.language import triton
 from cmdgen_kernels.samples import OPS, Op, Sizes, errors
 
 BATCH = 8
@@ -71,8 +71,9 @@ class GpuClock:
     """Times calls by CUDA events, 0.2 seconds of them."""
 
     def __init__(self) -> None:
-        # far more than any L2 cache: while it is overwritten the host queues the call
+        # far more than any L2 cache
         self.cache = torch.empty(2**30, dtype=torch.int8, device="cuda")
+        self.lines = self.cache.view(torch.int64)
 
     def __call__(self, run: Callable[[], object]) -> Time:
         """The first calls, which compile, do not count."""
@@ -89,6 +90,10 @@ class GpuClock:
         for _ in range(count):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.cache.zero_()
+            # read too: lines that wait to be written back would be, in the time of the call
+            self.lines.amax()
+            # a millisecond in which the host queues all of the call
+            torch.cuda._sleep(2_000_000)
             start.record()
             run()
             end.record()
@@ -205,15 +210,16 @@ def measure_attention(bench: Bench, sizes: Sizes, *, backward: bool) -> dict[str
     row["ours"] = bench.clock(caller(op, op.run, inputs, backward=backward))._asdict()
     ours = row["ours"]["median"]
     row["rate"] = flops(sizes, backward=backward) / ours / 1e6
-    row["softmax"] = {}
+    row |= {"softmax": {}, "refused": {}}
     for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION"):
         with sdpa_kernel(getattr(SDPBackend, name)):
             try:
                 time = bench.clock(caller(op, _softmax, inputs, backward=backward))
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
-                # PyTorch's words where a backend does not take these
-                if "kernel" not in str(error):
-                    raise
+                # a backend that does not take these says so in many ways
+                row["refused"][name] = str(error).splitlines()[0]
             else:
                 row["softmax"][name] = time._asdict()
     best = min((time["median"] for time in row["softmax"].values()), default=None)
@@ -342,7 +348,7 @@ def main() -> None:
     gpu, clock = torch.cuda.get_device_properties(0), GpuClock()
     limits = measure_limits(clock, size=2**30, side=8192, cache=gpu.L2_cache_size, device="cuda")
     about = {"device": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "clocks": "as found"}
-    about |= {name: version(name) for name in ("torch", "triton")}
+    about |= {"torch": torch.__version__, "triton": triton.__version__}
     about["cuda"] = str(torch.version.cuda)
     say(", ".join(f"{name} {value}" for name, value in about.items()))
     say(f"copy {limits.copy:.0f} GB/s, product {limits.product:.0f} TFLOP/s, batch {asked.batch}")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmdgen_kernels.dispatch import obstacle
-from cmdgen_kernels.language import tl, triton
+from cmdgen_kernels.language import power_of_two, tl, triton
 
 
 def content_frame_reference(frames: Tensor, logits: Tensor) -> Tensor:
@@ -141,9 +141,9 @@ def _launch_options(planes: int, pixels: int, frames: int, itemsize: int) -> dic
     warp = 32 * 16 // itemsize
     # four blocks for each of some 130 multiprocessors, or else the smallest blocks there are
     warps = 4 if planes * triton.cdiv(pixels, 4 * warp) >= 512 else 1
-    block = min(warp * warps, max(16, triton.next_power_of_2(pixels)))
+    block = min(warp * warps, max(16, power_of_two(pixels)))
     return {
-        "BLOCK_T": min(triton.next_power_of_2(frames), 8),
+        "BLOCK_T": min(power_of_two(frames), 8),
         "BLOCK_P": block,
         "num_warps": warps,
     }

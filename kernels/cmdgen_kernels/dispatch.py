@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -65,12 +67,26 @@ def machine_obstacle(device: torch.device) -> str | None:
     if capability < OLDEST:
         return "compute capability {}.{} is below {}.{}".format(*capability, *OLDEST)
     if not _compiler():
-        return "no C compiler, which Triton needs to launch kernels: install gcc, or set CC"
+        return "no C compiler or no Python.h, which Triton needs: install gcc and python3-dev"
     return None
 
 
-# what torch.compiler.assume_constant_result does, but for importing Triton and all of dynamo
-machine_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one block of threads may have on this GPU."""
+    gpu = torch.cuda.get_device_properties(device)
+    return int(gpu.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def device_name(device: torch.device) -> str:
+    """The type, "cpu" for example; of an Nvidia GPU its architecture, such as "sm_90"."""
+    if device.type != "cuda":
+        return device.type
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+for _function in (machine_obstacle, shared_memory, device_name):
+    # what torch.compiler.assume_constant_result does, but for importing Triton and all of dynamo
+    _function.__dict__["_dynamo_marked_constant"] = True
 
 _capabilities: dict[int, tuple[int, int]] = {}
 _compilers: list[bool] = []
@@ -84,8 +100,9 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def _compiler() -> bool:
-    """Whether Triton will find a C compiler, looked for once."""
+    """Whether Triton will find a C compiler and Python's header, looked for once."""
     if not _compilers:
         names = (os.environ.get("CC"), "gcc", "clang")
-        _compilers.append(any(name and shutil.which(name) for name in names))
+        header = Path(sysconfig.get_paths(scheme="posix_prefix")["include"], "Python.h")
+        _compilers.append(any(name and shutil.which(name) for name in names) and header.exists())
     return _compilers[0]

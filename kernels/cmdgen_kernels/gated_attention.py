@@ -26,11 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cmdgen_kernels.dispatch import obstacle
-from cmdgen_kernels.language import tl, triton
+from cmdgen_kernels.dispatch import device_name, obstacle, shared_memory
+from cmdgen_kernels.language import power_of_two, tl, triton
 
 # wider heads do not fit the registers
 WIDEST = 256
+# bytes of shared memory for heads wider than 128: compute capabilities 8.0 and 9.0 have them
+WIDE_ROOM = 160 * 1024
 
 MODES = ("paper", "linear", "softmax", "auto")
 
@@ -403,6 +405,7 @@ def _tokens_bwd_kernel(
     v_b,
     v_n,
     v_l,
+    RAISE,
     scale,
     M: tl.constexpr,
     D: tl.constexpr,
@@ -410,8 +413,8 @@ def _tokens_bwd_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # one program: d k and d v of BLOCK_L tokens of one head, by all features; weights are L times
-    # too large and what they multiply as much too small, to stay clear of float16's subnormals
+    # one program: d k and d v of BLOCK_L tokens of one head, by all features; weights are RAISE
+    # times too large and what they multiply as much too small: float16's subnormals are coarse
     n_blocks = tl.cdiv(L, BLOCK_L)
     i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
     o_l = (tl.program_id(0) % n_blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -438,7 +441,7 @@ def _tokens_bwd_kernel(
         b_grad_u = tl.load(grad_u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
         # past the end every weight is zero
         b_max = tl.load(z_max_ptr + i_h * M + o_m, mask=m_m, other=float("inf"))
-        b_mean = tl.load(z_sum_ptr + i_h * M + o_m, mask=m_m, other=1.0) / L
+        b_mean = tl.load(z_sum_ptr + i_h * M + o_m, mask=m_m, other=1.0) / RAISE
         b_shift = tl.load(shift_ptr + i_h * M + o_m, mask=m_m, other=0.0)
         b_s = tl.dot(b_k, tl.trans(b_w), input_precision="ieee") * scale - b_length[:, None]
         b_p = tl.exp(b_s - b_max[None, :]) / b_mean[None, :]
@@ -468,17 +471,21 @@ _READOUT_FWD = {64: (64, 128, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)}
 _READOUT_BWD = {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)}
 _SUMMARY_BWD = {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 64, 8, 2)}
 _TOKENS_BWD = {64: (32, 64, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)}
+# in float32, which has no tensor cores
+_FLOAT32 = {64: (32, 32, 8, 2), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)}
 
 
 def _options(table: dict[int, tuple[int, int, int, int]], projection: Tensor) -> dict[str, int]:
     """(M, D) -> how one of the kernels is launched."""
     features, width = projection.shape
-    block_d = max(16, triton.next_power_of_2(width))
+    if projection.dtype == torch.float32 and table is not _SUMMARY_COMBINE:
+        table = _FLOAT32
+    block_d = max(16, power_of_two(width))
     block_m, block_l, warps, stages = table[max(64, block_d)]
     return {
         "M": features,
         "D": width,
-        "BLOCK_M": min(block_m, max(16, triton.next_power_of_2(features))),
+        "BLOCK_M": min(block_m, max(16, power_of_two(features))),
         "BLOCK_L": block_l,
         "BLOCK_D": block_d,
         "num_warps": warps,
@@ -607,8 +614,9 @@ class LinearAttention(torch.autograd.Function):
             **options,
         )
         # u and log z are the value and the normaliser of one softmax: both gradients meet in it
-        grad_u = grad_u.sum(dim=1) / length
-        shift = grad_log_z.sum(dim=1) / length - (grad_u * u).sum(dim=-1)
+        raised = min(length, 2**14)
+        grad_u = grad_u.sum(dim=1) / raised
+        shift = grad_log_z.sum(dim=1) / raised - (grad_u * u).sum(dim=-1)
         options = _options(_TOKENS_BWD, projection)
         _tokens_bwd_kernel[(rows * triton.cdiv(length, options["BLOCK_L"]),)](
             k,
@@ -623,6 +631,7 @@ class LinearAttention(torch.autograd.Function):
             length,
             *k.stride()[:3],
             *v.stride()[:3],
+            raised,
             scale,
             **options,
         )
@@ -642,20 +651,13 @@ def is_linear(
         case "paper":
             return length > threshold * width
         case "auto":
-            rows = CROSSOVERS.get(_device_name(q.device), {})
+            rows = CROSSOVERS.get(device_name(q.device), {})
             least = [ratio for row, ratio in sorted(rows.items()) if row >= width]
             return bool(least) and length >= least[0] * projection.shape[0]
         case "linear" | "softmax":
             return mode == "linear"
         case _:
             raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
-
-
-def _device_name(device: torch.device) -> str:
-    """() -> "cpu", or for example "sm_90": what CROSSOVERS is keyed by."""
-    if device.type != "cuda":
-        return device.type
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def gated_attention_reference(
@@ -689,7 +691,12 @@ def gated_attention_obstacle(
         return "q, k and v differ in dtype"
     if q.shape[-1] > WIDEST:
         return f"heads of width {q.shape[-1]} are wider than {WIDEST}"
-    return obstacle(q, k, v, projection)
+    if q.numel() == 0:
+        return "there is nothing to attend to"
+    reason = obstacle(q, k, v, projection)
+    if reason is None and q.is_cuda and q.shape[-1] > 128 and shared_memory(q.device) < WIDE_ROOM:
+        return f"heads of width {q.shape[-1]} need more shared memory than this GPU has"
+    return reason
 
 
 def gated_attention(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmdgen_kernels.dispatch import inference_obstacle
-from cmdgen_kernels.language import tl, triton
+from cmdgen_kernels.language import power_of_two, tl, triton
 
 ACTIVATIONS = ("silu", "none")
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -85,6 +85,8 @@ def _group_norm_silu_whole_kernel(
         b_shift = tl.load(shift_ptr + i_b * C + o_c, mask=m_g, other=0.0).to(tl.float32)
         b_x = tl.where(mask, b_x + b_shift[None, :], 0.0)
 
+    b_x = tl.where(mask, b_x - tl.sum(b_x) / (P * GROUP), 0.0)
+    # once more: of a large mean the rounding is left, which a small deviation would magnify
     b_x = tl.where(mask, b_x - tl.sum(b_x) / (P * GROUP), 0.0)
     deviation = tl.sqrt(tl.sum(b_x * b_x) / (P * GROUP) + eps)
     b_scale = tl.load(weight_ptr + o_c, mask=m_g, other=0.0).to(tl.float32) / deviation
@@ -230,7 +232,7 @@ def _group_norm_silu_apply_kernel(
 
 def _tile(channels: int, itemsize: int) -> dict[str, int]:
     """Tiles in which each of 128 threads holds four times 16 bytes, at most 64 channels wide."""
-    block = min(64, triton.next_power_of_2(channels))
+    block = min(64, power_of_two(channels))
     return {"BLOCK_P": 128 * 4 * 16 // itemsize // block, "BLOCK_C": block, "num_warps": 4}
 
 
@@ -261,7 +263,7 @@ def _launch(
     weight, bias = weight.contiguous(), bias.contiguous()
     shift = None if shift is None else shift.contiguous()
 
-    block_p, block_g = triton.next_power_of_2(positions), triton.next_power_of_2(group)
+    block_p, block_g = power_of_two(positions), power_of_two(group)
     # a group narrower than 8 channels costs more accesses, and wastes what it reads beside it
     if block_p * max(block_g, 8) <= LARGEST_WHOLE:
         _group_norm_silu_whole_kernel[(batch, groups)](
@@ -286,7 +288,7 @@ def _launch(
         *(mean, square, weight, bias, shift, scale, offset),
         *(channels, positions, part, parts, eps),
         GROUP=group,
-        BLOCK_S=min(max(2048 // block_g, 1), triton.next_power_of_2(parts)),
+        BLOCK_S=min(max(2048 // block_g, 1), power_of_two(parts)),
         BLOCK_G=block_g,
         num_warps=4,
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cmdgen_kernels.dispatch import inference_obstacle
-from cmdgen_kernels.language import tl, triton
+from cmdgen_kernels.language import power_of_two, tl, triton
 
 
 def guided_ddim_step_reference(
@@ -64,7 +64,7 @@ def _launch(sample: Tensor, output: Tensor, *, guidance: float, keep: float, mov
         return after
     batch, size = sample.shape[0], sample[0].numel()
     # 16 bytes of a half-precision output for each thread
-    block = min(1024, max(256, triton.next_power_of_2(size)))
+    block = min(1024, max(256, power_of_two(size)))
     _guided_ddim_step_fwd_kernel[(batch * triton.cdiv(size, block),)](
         *(sample, output, after, batch, size, output[0].numel(), guidance, keep, move),
         BLOCK=block,
@@ -75,6 +75,8 @@ def _launch(sample: Tensor, output: Tensor, *, guidance: float, keep: float, mov
 
 def guided_ddim_step_obstacle(sample: Tensor, output: Tensor) -> str | None:
     """Why `guided_ddim_step` takes the reference for these; None where it takes the kernel."""
+    if torch.compiler.is_compiling():
+        return "torch.compile would compile it anew for the numbers of each step"
     return inference_obstacle(sample, output)
 
 

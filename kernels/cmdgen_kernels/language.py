@@ -22,4 +22,12 @@ else:
     triton = SimpleNamespace(jit=lambda kernel: kernel)
     tl = SimpleNamespace(constexpr=lambda value: value)
 
-__all__ = ["INSTALLED", "LOADED", "tl", "triton"]
+__all__ = ["INSTALLED", "LOADED", "power_of_two", "tl", "triton"]
+
+
+def power_of_two(least: int) -> int:
+    """The smallest that is not less, by comparisons: dynamo traces them for unknown sizes."""
+    power = 1
+    while power < least:
+        power *= 2
+    return power

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmdgen_kernels.dispatch import obstacle
-from cmdgen_kernels.language import tl, triton
+from cmdgen_kernels.language import power_of_two, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -293,19 +293,21 @@ def _motion_tokens_kernel(
 
 def _rows_per_program(height: int, warps: int) -> int:
     """A power of two; `warps` is how many would run if each program had all rows."""
-    share = max(LEAST_ROWS, height * warps // WARPS)
-    return min(1 << (share.bit_length() - 1), triton.next_power_of_2(height))
+    share, rows = max(LEAST_ROWS, height * warps // WARPS), 1
+    while 2 * rows <= share:
+        rows *= 2
+    return min(rows, power_of_two(height))
 
 
 def _block_of_channels(width: int, itemsize: int) -> int:
-    return min(LINE // itemsize, max(16, triton.next_power_of_2(width)))
+    return min(LINE // itemsize, max(16, power_of_two(width)))
 
 
 def _sums_options(frames: int, size: tuple[int, int, int], itemsize: int) -> dict[str, int]:
     """Rows in which each thread has up to four loads of 16 bytes in flight."""
     height, width, channels = size
     block_d = _block_of_channels(channels, itemsize)
-    block_w = min(triton.next_power_of_2(width), 64)
+    block_w = min(power_of_two(width), 64)
     warps = max(1, block_w * block_d * itemsize // (4 * 32 * 16))
     programs = frames * triton.cdiv(width, block_w) * triton.cdiv(channels, block_d)
     return {
@@ -361,7 +363,7 @@ def _latents(
             *weight_w.stride(),
             *weight_h.stride(),
             K=latents,
-            BLOCK_K=triton.next_power_of_2(latents),
+            BLOCK_K=power_of_two(latents),
             SAVE=save,
             **options,
         )
@@ -379,7 +381,7 @@ def _latents(
             n_d * n_w,
             K=latents,
             TANH=tanh,
-            BLOCK_P=min(16, triton.next_power_of_2(n_d * max(splits, n_w))),
+            BLOCK_P=min(16, power_of_two(n_d * max(splits, n_w))),
             BLOCK_N=64,
             num_warps=2,
         )
@@ -390,8 +392,8 @@ def _tokens_options(batch: int, size: tuple[int, int, int, int], itemsize: int) 
     """Tiles in which each thread writes 16 bytes of one frame, for four columns in turn."""
     frames, height, width, channels = size
     block_d = _block_of_channels(channels, itemsize)
-    block_t = min(triton.next_power_of_2(frames), 16)
-    columns = min(triton.next_power_of_2(width), 4)
+    block_t = min(power_of_two(frames), 16)
+    columns = min(power_of_two(width), 4)
     warps = max(1, block_t * block_d * itemsize // (32 * 16))
     programs = batch * triton.cdiv(frames, block_t)
     programs *= triton.cdiv(width, columns) * triton.cdiv(channels, block_d)
@@ -464,10 +466,12 @@ class MotionLatents(torch.autograd.Function):
         weight_h: Tensor,
         bias_h: Tensor,
         tanh: bool,
+        grad_enabled: bool,
     ) -> Tensor:
         """(B, T, H, W, D), (K, D), (K,), (K, D), (K,) -> (B, K, T, W + H)."""
         height, width = u.shape[2:4]
-        trained = any(ctx.needs_input_grad)
+        # an input may want a gradient where none is recorded
+        trained = grad_enabled and any(ctx.needs_input_grad)
         motion, columns, rows = _latents(
             u,
             weight_w,
@@ -476,7 +480,7 @@ class MotionLatents(torch.autograd.Function):
             counts=(height, width),
             # backward takes the derivative where tanh was taken: 1 - tanh^2 would cancel
             tanh=tanh and not trained,
-            save=ctx.needs_input_grad[1] or ctx.needs_input_grad[3],
+            save=trained and (ctx.needs_input_grad[1] or ctx.needs_input_grad[3]),
             dtype=torch.float32 if trained else u.dtype,
         )
         if trained:
@@ -521,7 +525,7 @@ class MotionLatents(torch.autograd.Function):
             grad_bias_w.to(bias_w_dtype),
             grad_weight_h,
             grad_bias_h.to(bias_h_dtype),
-            None,
+            *(None, None),
         )
 
 
@@ -613,7 +617,8 @@ def motion_latents(
         return motion_latents_reference(
             u, weight_w, bias_w, weight_h, bias_h, activation=activation
         )
-    return MotionLatents.apply(u, weight_w, bias_w, weight_h, bias_h, activation == "tanh")
+    tanh, grad_enabled = activation == "tanh", torch.is_grad_enabled()
+    return MotionLatents.apply(u, weight_w, bias_w, weight_h, bias_h, tanh, grad_enabled)
 
 
 def motion_tokens_obstacle(content: Tensor, motion: Tensor, *others: Tensor) -> str | None:

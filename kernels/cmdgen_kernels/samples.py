@@ -203,10 +203,13 @@ OPS = (
 
 def errors(op: Op, inputs: tuple[Tensor, ...], *, backward: bool = False) -> list[Error]:
     """One for the output and, with `backward`, one for the gradient of each input that has one."""
-    exact = results(op, op.reference, tuple(x.double() for x in inputs), backward=backward)
-    plain = results(op, op.reference, inputs, backward=backward)
+    wide = tuple(x.double() for x in inputs)
+    ours, plain, exact = (
+        results(op, run, tensors, backward=backward, dtype=inputs[0].dtype)
+        for run, tensors in ((op.run, inputs), (op.reference, inputs), (op.reference, wide))
+    )
     found = []
-    for x, y, z in zip(results(op, op.run, inputs, backward=backward), plain, exact, strict=True):
+    for x, y, z in zip(ours, plain, exact, strict=True):
         # a NaN or an infinity anywhere makes an error that nothing allows
         size, reference = (float((part - z).abs().max()) for part in (x, y))
         ulp = torch.finfo(x.dtype).eps * float(z.abs().max())
@@ -215,14 +218,21 @@ def errors(op: Op, inputs: tuple[Tensor, ...], *, backward: bool = False) -> lis
 
 
 def results(
-    op: Op, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], *, backward: bool
+    op: Op,
+    run: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    *,
+    backward: bool,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The output of `run` and, with `backward`, the gradients of its product with noise."""
+    """The output of `run` and, with `backward`, the gradients of its product with noise.
+
+    The noise is the same for all dtypes of the inputs: rounded to `dtype`, the one that is tested.
+    """
     if not backward:
         with torch.no_grad():
             return [run(*inputs)]
     leaves = [x.detach().requires_grad_() for x in inputs[: op.leaves]]
     output = run(*leaves, *inputs[op.leaves :])
-    # the same for every dtype
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output))]

@@ -69,7 +69,7 @@ def test_motion_latents_are_the_same_where_no_gradient_is_asked_for(dtype, devic
     inputs = latents_inputs((2, 3, 4, 5, 16, 4), dtype, device)
     trained = motion_latents(inputs[0].clone().requires_grad_(), *inputs[1:])
     torch.testing.assert_close(
-        motion_latents(*inputs), trained.detach(), rtol=2 * torch.finfo(dtype).eps, atol=0
+        motion_latents(*inputs), trained.detach(), rtol=4 * torch.finfo(dtype).eps, atol=0
     )
 
 
