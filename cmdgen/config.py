@@ -324,6 +324,19 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """What `cmdgen profile` measures: `runs` times `batch` clips, after one run to warm up."""
+
+    runs: int = 5
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("runs", "batch"):
+            if not 1 <= getattr(self, name) <= 1000:
+                raise ValueError(f"{name} {getattr(self, name)} is not between 1 and 1000")
+
+
+@dataclass(frozen=True)
 class WorldConfig:
     """What the rendered world shows; an empty tuple means everything there is of that kind."""
 

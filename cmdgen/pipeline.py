@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +29,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 # stage, how much of it is done, of how much
 OnProgress = Callable[[str, int, int], None]
+# stage to what is entered around it: a clock, a name in a trace
+OnStage = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class TextToVideo:
         seeds: Sequence[int],
         *,
         on_progress: OnProgress | None = None,
+        on_stage: OnStage = nullcontext,
     ) -> list[Clip]:
         """A clip for each prompt and seed, as it would be alone; `config.seed` is not used.
 
@@ -133,23 +136,32 @@ class TextToVideo:
         if asked.sampler == "ddpm" and len(prompts) > 1:
             # its noise at each step comes from one generator: one clip at a time has its own
             pairs = zip(prompts, seeds, strict=True)
-            return [self.sample_batch([p], config, [s], on_progress=report)[0] for p, s in pairs]
+            return [
+                self.sample_batch([p], config, [s], on_progress=report, on_stage=on_stage)[0]
+                for p, s in pairs
+            ]
         content_seeds = [s if config.content_seed is None else config.content_seed for s in seeds]
         motion_seeds = [s if config.motion_seed is None else config.motion_seed for s in seeds]
 
         report("load", 0, 1)
-        parts = self.parts
+        with on_stage("load"):
+            parts, _ = self.parts, self.tokenizer
         report("load", 1, 1)
         # kernels are launched on the current GPU
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            text, empty = self._encode(prompts, config.negative)
-            content = self._sample_content(asked, text, empty, content_seeds, report)
-            motion = self._sample_motion(asked, text, empty, content, motion_seeds, report)
-            latents = parts.autoencoder.decode(
-                content.to(self.dtype), parts.autoencoder.destandardise(motion).to(self.dtype)
-            )
-            frames = self._decode(latents, report)
-            still = self._to_pixels(content.to(self.dtype))
+            with on_stage("text"):
+                text, empty = self._encode(prompts, config.negative)
+            with on_stage("content"):
+                content = self._sample_content(asked, text, empty, content_seeds, report)
+            with on_stage("motion"):
+                motion = self._sample_motion(asked, text, empty, content, motion_seeds, report)
+            with on_stage("frame decode"):
+                latents = parts.autoencoder.decode(
+                    content.to(self.dtype), parts.autoencoder.destandardise(motion).to(self.dtype)
+                )
+            with on_stage("VAE decode"):
+                frames = self._decode(latents, report)
+                still = self._to_pixels(content.to(self.dtype))
 
         recorded = asdict(asked)
         for part in ("text", "content", "vae", "autoencoder", "motion", "noise", "name"):

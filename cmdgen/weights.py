@@ -7,6 +7,7 @@ ValueError that names the file. What is written appears whole or not at all.
 import json
 import math
 import os
+import shutil
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -148,6 +149,22 @@ def replace_with(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def create_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder, which becomes `path` if the block ends well; ValueError if taken."""
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is there already: give another folder")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"folder {path.absolute().parent} does not exist")
+    temporary = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def read_config(folder: Folder, cls: type[C]) -> C:
     """Read the configuration of one part of a model.
 
@@ -193,7 +210,7 @@ def load_weights(
     """
     expected = module.state_dict()
     state: dict[str, torch.Tensor] = {}
-    paths = _weight_paths(Path(folder), filename)
+    paths = weight_paths(Path(folder), filename)
     for path in paths:
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
@@ -251,6 +268,12 @@ class _NoInitialisation(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+def build_empty(build: Callable[[C], M], config: C) -> M:
+    """Build a module on the meta device: its names and shapes, no values and no memory."""
+    with torch.device("meta"), _NoInitialisation():
+        return build(config)
+
+
 def load_model(
     build: Callable[[C], M],
     config_type: type[C],
@@ -264,8 +287,7 @@ def load_model(
     """Build a module from its folder, in evaluation mode; nothing is initialised first."""
     config = read_config(folder, config_type)
     try:
-        with torch.device("meta"), _NoInitialisation():
-            model = build(config)
+        model = build_empty(build, config)
     except ValueError as error:
         raise ValueError(f"{Path(folder) / _config_name(config_type)}: {error}") from error
     load_weights(model, folder, filename, dtype=dtype, device=device, rename=rename)
@@ -285,11 +307,16 @@ def save_model(
     write_config(config, folder)
 
 
+def packaged_models() -> dict[str, Path]:
+    """The folders of the models that ship with cmdgen, by name."""
+    assets = Path(__file__).parent / "assets"
+    return {path.parent.name: path.parent for path in sorted(assets.glob("*/model_index.json"))}
+
+
 def resolve_model(name: Folder) -> Path:
     """The folder of a model given by the name of a packaged one or by its path."""
-    assets = Path(__file__).parent / "assets"
-    packaged = sorted(path.parent.name for path in assets.glob("*/model_index.json"))
-    folder = assets / name if str(name) in packaged else Path(name)
+    packaged = packaged_models()
+    folder = packaged.get(str(name), Path(name))
     if not (folder / "model_index.json").is_file():
         known = ", ".join(packaged) or "no packaged model"
         raise ValueError(
@@ -378,7 +405,11 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _weight_paths(folder: Path, filename: str) -> list[Path]:
+def weight_paths(folder: Path, filename: str) -> list[Path]:
+    """The files that hold a part's weights: one, its "fp16" variant or its shards.
+
+    Without any of them the one that is missing.
+    """
     variant = f"{filename.removesuffix('.safetensors')}.fp16.safetensors"
     for path in (folder / filename, folder / variant):
         if path.is_file():

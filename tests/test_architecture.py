@@ -14,7 +14,7 @@ LAYERS = (
     ("cli", "__main__"),
     ("pipeline", "training", "evaluation"),
     ("acceleration", "compression"),
-    ("diffusion", "models", "data", "video", "weights"),
+    ("catalogue", "diffusion", "hub", "models", "data", "video", "weights"),
     ("config", "__init__"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
@@ -77,7 +77,10 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_answers_without_torch():
     code = "import sys; from cmdgen.cli.app import main\ntry: main(sys.argv[1:])\nfinally: "
     code += "print(sorted({'torch', 'numpy', 'imageio_ffmpeg'} & set(sys.modules)))"
-    for arguments in (["--help"], ["sample", "--help"], ["doctor", "--help"], ["--version"]):
+    for arguments in (
+        *(["--help"], ["--version"]),
+        *([verb, "--help"] for verb in ("sample", "doctor", "profile", "models")),
+    ):
         done = run(code, *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("\n[]\n"), done.stdout

@@ -1,6 +1,7 @@
 """Figures beside their targets: one Markdown table, or JSON. Never imports torch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,14 +79,19 @@ class Report:
 
     def to_markdown(self) -> str:
         """A title, a table that is readable as plain text too, and the notes."""
-        rows = [_HEADER, *(figure.cells() for figure in self.figures)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-            for row in rows
-        ]
-        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        lines = table([_HEADER, *(figure.cells() for figure in self.figures)])
         return "\n".join([self.title, "", *lines, "", *(f"- {note}" for note in self.notes)])
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, the first row its header, aligned for reading as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return lines
 
 
 def _number(value: float, unit: str) -> str:

@@ -1,0 +1,209 @@
+"""`cmdgen models`: what there is, what it consists of, where to get more."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cmdgen.cli.errors import EXIT_CODES, Failure, describe
+from cmdgen.config import PRESETS
+
+if TYPE_CHECKING:
+    from cmdgen.catalogue import Model
+
+app = typer.Typer(no_args_is_help=True, help="List, describe, pull and create models.")
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of lines.")]
+
+
+@app.command("list", epilog=EXIT_CODES)
+def list_models(as_json: AsJson = False) -> None:
+    """List packaged models, presets, and models of the hub in the local cache."""
+    from cmdgen.catalogue import describe_folder, describe_preset
+    from cmdgen.hub import find_cached
+    from cmdgen.weights import packaged_models
+
+    rows: list[dict[str, Any]] = []
+    for name, folder in packaged_models().items():
+        rows.append({"kind": "packaged", **_row(describe_folder(folder, name))})
+    for preset in PRESETS.values():
+        rows.append({"kind": "preset", **_row(describe_preset(preset))})
+    for snapshot in find_cached():
+        refs = sorted(snapshot.refs)
+        name = f"{snapshot.repo}@{refs[0] if refs else snapshot.commit[:12]}"
+        try:
+            rows.append({"kind": "cached", **_row(describe_folder(snapshot.folder, name))})
+        except ValueError as error:
+            # one that is broken must not hide the others
+            rows.append({"kind": "cached", "name": name, "error": describe(error)})
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    cells = [("", "", "parameters", "size", "")]
+    for row in rows:
+        if "error" in row:
+            cells.append((row["kind"], row["name"], "", "", f"not usable: {row['error']}"))
+        else:
+            place = row["folder"] or f"cmdgen models init {row['name']} -o DIR"
+            numbers = f"{row['parameters'] / 1e6:.1f} M", _size(row["bytes"])
+            cells.append((row["kind"], row["name"], *numbers, place))
+    _print_columns(cells)
+
+
+@app.command(epilog=EXIT_CODES)
+def show(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|DIR",
+            help="A packaged model, a preset, a folder, or OWNER/NAME in the local cache.",
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a model consists of, its licence, and which presets it fits.
+
+    A part fits a preset where it has the preset's configuration. The size of a preset is that
+    which `cmdgen models init` writes.
+    """
+    from cmdgen.catalogue import describe_preset
+
+    folder = _find(model)
+    found = describe_preset(PRESETS[model]) if folder is None else _describe_files(folder, model)
+    if as_json:
+        parts = [{**vars(part), "presets": list(part.presets)} for part in found.parts]
+        report = {**_row(found), "licence": found.licence, "parts": parts}
+        typer.echo(json.dumps(report, indent=2))
+        return
+    licence = found.licence or ("none: no weights" if folder is None else "not stated")
+    place = f"a preset: cmdgen models init {found.name} -o DIR" if folder is None else str(folder)
+    typer.echo(f"{'model':16}{found.name}\n{'where':16}{place}\n{'licence':16}{licence}")
+    typer.echo(f"{'fits':16}{', '.join(found.presets) or 'no preset as a whole'}\n")
+    cells = [("", "parameters", "size", "", "fits")]
+    for part in found.parts:
+        fits = ", ".join(part.presets) or "no preset"
+        cells.append((part.name, f"{part.parameters:,}", _size(part.bytes), part.dtype, fits))
+    cells.append(("total", f"{found.parameters:,}", _size(found.bytes), "", ""))
+    _print_columns(cells, right=(1, 2))
+
+
+@app.command(epilog=EXIT_CODES)
+def init(
+    preset: Annotated[str, typer.Argument(metavar="PRESET", help=f"One of {', '.join(PRESETS)}.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder to write.", show_default=False)
+    ],
+    seed: Annotated[int, typer.Option(help="Same seed, same weights.", min=0)] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float16",
+) -> None:
+    """Write a model with random weights, to run and time a preset with no download.
+
+    What it makes is noise. The folder's path goes to stdout.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    if seed >= 2**63:
+        raise ValueError(f"seed {seed} is not between 0 and 2^63 - 1")
+    from cmdgen.catalogue import create_model
+    from cmdgen.pipeline import DTYPES
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    create_model(PRESETS[preset], output, seed=seed, dtype=DTYPES[dtype])
+    note = "random weights: what it makes is noise"
+    if PRESETS[preset].text is not None:
+        note += "; the tokenizer is cmdgen's own, not CLIP's"
+    typer.echo(f"note: {note}", err=True)
+    typer.echo(output)
+
+
+@app.command(epilog=EXIT_CODES)
+def pull(
+    repository: Annotated[
+        str, typer.Argument(metavar="REPO[@REV]", help="OWNER/NAME on the Hugging Face hub.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A folder to copy it to.  [default: the cache alone]"),
+    ] = None,
+) -> None:
+    """Download a model from the Hugging Face hub and print its folder.
+
+    Takes configurations, tokenizer and safetensors alone. Its place is the hub's cache (HF_HOME);
+    HF_TOKEN opens what is gated or private; with HF_HUB_OFFLINE=1 the cache alone is asked.
+    """
+    from cmdgen import hub
+
+    repo, revision = hub.parse_name(repository)
+    if output is not None and (output.exists() or output.is_symlink()):
+        raise ValueError(f"{output} is there already: give another folder")
+    folder = hub.pull(repo, revision)
+    found = _describe_files(folder, repository)
+    typer.echo(f"licence: {found.licence or 'not stated'}", err=True)
+    typer.echo(f"{found.parameters / 1e6:.1f} M parameters, {_size(found.bytes)}", err=True)
+    if output is not None:
+        hub.copy_snapshot(folder, output)
+    typer.echo(output or folder)
+
+
+def _find(model: str) -> Path | None:
+    """The folder of a name or path; None for a preset that no packaged model has the name of."""
+    from cmdgen import hub
+    from cmdgen.weights import packaged_models
+
+    packaged = packaged_models()
+    if model in packaged:
+        return packaged[model]
+    if model in PRESETS:
+        return None
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        repo, revision = hub.parse_name(model)
+    except ValueError:
+        cached = None
+    else:
+        cached = hub.cached_folder(repo, revision)
+    if cached is None:
+        known = ", ".join(dict.fromkeys((*packaged, *PRESETS)))
+        raise ValueError(
+            f"unknown model {model!r}: expected {known}, a folder, or OWNER/NAME in the local cache"
+        )
+    return cached
+
+
+def _describe_files(folder: Path, name: str) -> "Model":
+    """What a folder holds; its being there, what is wrong with it is no fault of the question."""
+    from cmdgen.catalogue import describe_folder
+
+    try:
+        return describe_folder(folder, name)
+    except ValueError as error:
+        raise Failure(describe(error)) from error
+
+
+def _row(model: "Model") -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "folder": None if model.folder is None else str(model.folder),
+        "parameters": model.parameters,
+        "bytes": model.bytes,
+        "presets": list(model.presets),
+    }
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def _print_columns(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = (2, 3)) -> None:
+    """Cells in aligned columns; those of numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        typer.echo("  ".join(cells).rstrip())

@@ -1,0 +1,158 @@
+"""Counted operations: the published figures, and what the pipeline really multiplies."""
+
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, DiTConfig, SampleConfig
+from cmdgen.evaluation.flops import (
+    TABLE_8,
+    TABLE_9,
+    compare_with_paper,
+    count_forwards,
+    count_products,
+    count_sampling,
+)
+from cmdgen.models.dit import DiT
+from cmdgen.pipeline import TextToVideo
+from cmdgen.weights import build_empty
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def test_a_product_is_counted_once_for_each_multiply_add():
+    weight = meta(5, 7)
+    linear = count_products(lambda: F.linear(meta(2, 3, 7), weight))
+    assert (linear.multiply_adds, linear.attention, linear.flops) == (210, 0, 420)
+    convolution = count_products(lambda: F.conv2d(meta(1, 2, 8, 6), meta(3, 2, 3, 3), padding=1))
+    assert convolution.multiply_adds == 3 * 2 * 9 * 48
+
+
+def test_attention_alone_is_told_apart_from_other_batched_products():
+    q, k, v = meta(2, 3, 4, 5), meta(2, 3, 7, 5), meta(2, 3, 7, 6)
+
+    def run():
+        F.scaled_dot_product_attention(q, k, v)
+        torch.bmm(meta(2, 3, 4), meta(2, 4, 5))
+
+    counted = count_products(run)
+    assert counted.attention == 2 * 3 * 4 * 7 * (5 + 6)
+    assert counted.multiply_adds == counted.attention + 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "name", "giga", "published"),
+    [
+        # without attention's products: what DeepCache and T-GATE report for Stable Diffusion 1.5
+        (CMD_SD15, 512, "content", 401.6, 338.6),
+        (CMD_SD15, 1024, "content", 924.3, None),
+        (CMD_SD21, 512, "content", 402.1, 339.1),
+        (CMD_SD21, 1024, "content", 924.8, None),
+        (CMD_SD15, 512, "vae_decode", 1257.3, None),
+        (CMD_SD21, 1024, "vae_decode", 2548.9, None),
+        (CMD_SD15, 512, "text", 6.65, None),
+        (CMD_SD21, 1024, "text", 22.56, None),
+        # 20 d^2 for each of 16 x 32 x 64 tokens and 8 layers, either way
+        (CMD_SD21, 1024, "frame_encode", None, 773.5),
+        (CMD_SD21, 1024, "frame_decode", None, 773.3),
+        # 12 d^2 for each of 28 layers and 512, 320 and 512 tokens
+        (CMD_SD15, 512, "motion", None, 228.6),
+        (CMD_SD21, 512, "motion", None, 143.0),
+        (CMD_SD21, 1024, "motion", None, 228.6),
+    ],
+)
+def test_a_forward_takes_the_known_multiply_adds(forwards, model, width, name, giga, published):
+    counted = getattr(forwards[model.name, width], name)
+    if giga is not None:
+        assert counted.multiply_adds / 1e9 == pytest.approx(giga, rel=5e-4)
+    if published is not None:
+        assert counted.published / 1e9 == pytest.approx(published, rel=5e-4)
+
+
+@pytest.fixture(scope="module")
+def forwards():
+    return {
+        (model.name, width): count_forwards(replace(model, height=512, width=width))
+        for model in (CMD_SD15, CMD_SD21)
+        for width in (512, 1024)
+    }
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "heads", "giga"),
+    [(12, 768, 12, 23.01), (24, 1024, 16, 80.71), (28, 1152, 16, 118.64)],
+)
+def test_dit_takes_what_its_paper_says(depth, width, heads, giga):
+    # Table 4 of Peebles & Xie 2023: 256 tokens, class-conditional
+    config = DiTConfig(
+        *(4, 2, width, depth, heads), text_width=None, num_classes=1000, context_channels=None
+    )
+    model = build_empty(DiT, config)
+    labels = torch.empty(1, dtype=torch.long, device="meta")
+    counted = count_products(lambda: model(meta(1, 4, 32, 32), meta(1), labels=labels))
+    assert counted.multiply_adds / 1e9 == pytest.approx(giga, rel=1e-3)
+
+
+def test_tables_8_and_9_are_the_papers():
+    tables = compare_with_paper()
+    assert {entry.label: entry.published for entry in tables.table_8} == TABLE_8
+    for entry in tables.table_8:
+        # the paper gives two digits
+        assert round(entry.ours, 2) == entry.published
+    assert [entry.label for entry in tables.table_9] == [f"{steps} steps" for steps in TABLE_9]
+    for entry in tables.table_9:
+        assert entry.ours == pytest.approx(entry.published, rel=1e-3)
+
+
+def test_the_honest_count_has_guidance_attention_and_the_vae():
+    tables = compare_with_paper()
+    assert [entry.honest for entry in tables.table_8] == pytest.approx(
+        [2 * (0.491441 + 0.491347), 2 * 0.402129, 2 * 0.149572], rel=1e-4
+    )
+    assert tables.stages == pytest.approx(
+        {
+            "text": 2 * 2 * 0.022564,
+            # two forwards a step
+            "content": 50 * 2 * 2 * 0.924756,
+            "motion": 50 * 2 * 0.245524,
+            "frame decode": 2 * 1.188851,
+            # sixteen frames and the content frame
+            "VAE decode": 17 * 2 * 2.548879,
+        },
+        rel=1e-4,
+    )
+    assert tables.table_9[0].honest == pytest.approx(sum(tables.stages.values()))
+    more = tables.table_9[1].honest - tables.table_9[0].honest
+    assert more == pytest.approx(tables.stages["content"] + tables.stages["motion"])
+
+
+def test_a_model_without_text_is_refused():
+    with pytest.raises(ValueError, match="cmd-ucf makes no video from text"):
+        count_forwards(CMD_UCF)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        SampleConfig(),
+        SampleConfig(steps=3, motion_steps=2, guidance=1, motion_guidance=2, sampler="ddim"),
+        SampleConfig(sampler="ddpm", frames=2, height=16, width=16),
+    ],
+)
+def test_what_is_counted_is_what_the_pipeline_multiplies(tiny_model, asked):
+    def attention(q, k, v, *arguments, out_shape=None, **options):
+        return 2 * prod(q[:-1]) * k[-2] * (k[-1] + v[-1])
+
+    # PyTorch's counter does not know the fused attention of its CPUs
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    model = TextToVideo.load(tiny_model, device="cpu")
+    with FlopCounterMode(display=False, custom_mapping={fused: attention}) as counter:
+        model.sample_batch(["a dog", "a cat"], asked, [1, 2])
+    counted = count_sampling(asked.apply(model.config), batch=2)
+    assert sum(each.flops for each in counted.values()) == counter.get_total_flops()
