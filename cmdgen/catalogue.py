@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cmdgen.config import (
@@ -29,9 +28,11 @@ from cmdgen.config import (
 from cmdgen.data.world import World
 from cmdgen.models import autoencoder, dit, text, unet, vae
 from cmdgen.weights import (
+    FLOATS,
     build_empty,
     create_folder,
     load_model_index,
+    open_weights,
     read_config,
     weight_paths,
     write_model_index,
@@ -48,7 +49,6 @@ PARTS: dict[str, tuple[type, Callable[[Any], nn.Module], str]] = {
 }
 # of the data or of older files, not of the network: they may differ from a preset's
 _FREE = ("sample_size", "scaling_factor", "eos_token_id", "motion_mean", "motion_std")
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # captions that the tokenizer of a random model learns from, each in so many wordings
 _CAPTIONS, _WORDINGS = 2048, 2
 
@@ -205,9 +205,9 @@ def _describe_part(place: Path, name: str, config: Any) -> Part:
     for path in paths:
         for kind, shape in _read_header(path):
             # old text encoders keep their positions, whole numbers, among the weights
-            if kind in _DTYPES:
+            if kind in FLOATS:
                 count += torch.Size(shape).numel()
-                dtypes.add(_DTYPES[kind])
+                dtypes.add(FLOATS[kind])
     if count != expected:
         raise ValueError(
             f"{paths[0]}: {count:,} parameters, {place / 'config.json'} means {expected:,}"
@@ -218,16 +218,9 @@ def _describe_part(place: Path, name: str, config: Any) -> Part:
 
 def _read_header(path: Path) -> list[tuple[str, list[int]]]:
     """Type and shape of each tensor in a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
-            return [(part.get_dtype(), part.get_shape()) for part in slices]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: No such file or directory") from error
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    with open_weights(path) as file:
+        slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+        return [(part.get_dtype(), part.get_shape()) for part in slices]
 
 
 @cache

@@ -70,7 +70,10 @@ class VaeConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Diffusion noise schedule and parametrisation; the defaults are Stable Diffusion's."""
+    """Diffusion noise schedule and parametrisation; the defaults are Stable Diffusion's.
+
+    All but the last, which its folders give: absent, it is diffusers' own default for DDIM.
+    """
 
     num_train_timesteps: int = 1000
     beta_schedule: str = "scaled_linear"
@@ -79,6 +82,8 @@ class NoiseConfig:
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     steps_offset: int = 1
+    # where DDIM's last step leads: to the clean sample, or to the little noise of timestep 0
+    set_alpha_to_one: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,15 +134,19 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One text-to-video model: its parts, the clip it makes, how it is sampled by default."""
+    """One text-to-video model: its parts, the clip it makes, how it is sampled by default.
+
+    Without autoencoder and motion model it makes stills, clips of one frame, as Stable Diffusion
+    does; every other model makes them too, of the content frame alone.
+    """
 
     name: str
     text: TextConfig | None
     content: UNetConfig | DiTConfig
     vae: VaeConfig | None
-    autoencoder: AutoencoderConfig
-    motion: DiTConfig
-    noise: NoiseConfig = NoiseConfig()
+    autoencoder: AutoencoderConfig | None
+    motion: DiTConfig | None
+    noise: NoiseConfig = NoiseConfig(set_alpha_to_one=False)
     frames: int = 16
     height: int = 512
     width: int = 512
@@ -155,8 +164,10 @@ class ModelConfig:
             content = self.content.patch
         else:
             content = 2 ** (len(self.content.block_out_channels) - 1)
-        motion = self.autoencoder.patch * self.motion.patch
-        latent = math.lcm(content, motion, self.motion.context_patch)
+        latent = content
+        if self.autoencoder is not None and self.motion is not None:
+            motion = self.autoencoder.patch * self.motion.patch
+            latent = math.lcm(content, motion, self.motion.context_patch)
         return latent * (1 if self.vae is None else self.vae.stride)
 
 
@@ -310,9 +321,16 @@ class SampleConfig:
                 f"size {model.width}x{model.height}: both sides must be multiples of {multiple}, "
                 f"such as {nearest[0]}x{nearest[1]}"
             )
-        if model.frames % model.motion.patch:
-            raise ValueError(f"frames {model.frames} is not a multiple of {model.motion.patch}")
-        for name, noise in (("steps", model.noise), ("motion_steps", model.motion.noise)):
+        if model.frames > 1 and model.motion is None:
+            raise ValueError(
+                f"frames {model.frames}: {model.name} has no motion model, it makes stills of 1"
+            )
+        if model.frames > 1 and model.motion is not None and model.frames % model.motion.patch:
+            raise ValueError(
+                f"frames {model.frames} is neither 1 nor a multiple of {model.motion.patch}"
+            )
+        noises = {"steps": model.noise, "motion_steps": (model.motion or model).noise}
+        for name, noise in noises.items():
             if getattr(model, name) > noise.num_train_timesteps:
                 raise ValueError(
                     f"{name.replace('_', ' ')} {getattr(model, name)} is not between 1 and "

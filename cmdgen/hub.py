@@ -174,9 +174,17 @@ def _explain(error: Exception, repo: str, revision: str | None) -> ValueError | 
 def _choose_weights(names: list[str], filename: str) -> list[str]:
     """The files of one part's weights; none where there are none that we read."""
     stem = filename.removesuffix(".safetensors")
-    for name in (filename, f"{stem}.fp16.safetensors"):
+    half = f"{stem}.fp16"
+    for name in (filename, f"{half}.safetensors"):
         if name in names:
             return [name]
-    index = f"{filename}.index.json"
-    shards = [n for n in names if re.fullmatch(rf"{stem}-\d+-of-\d+\.safetensors", n)]
-    return [index, *shards] if index in names and shards else []
+    for prefix, indices in (
+        (stem, [f"{filename}.index.json"]),
+        # the index of a variant has been named either way
+        (half, [f"{filename}.index.fp16.json", f"{half}.safetensors.index.json"]),
+    ):
+        index = [name for name in indices if name in names][:1]
+        shards = [n for n in names if re.fullmatch(rf"{prefix}-\d+-of-\d+\.safetensors", n)]
+        if index and shards:
+            return index + shards
+    return []

@@ -17,6 +17,7 @@ from torch import Tensor
 from cmdgen import __version__
 from cmdgen.config import ModelConfig, SampleConfig, UNetConfig
 from cmdgen.diffusion.guidance import guide
+from cmdgen.diffusion.parametrisation import recognise_prediction
 from cmdgen.diffusion.samplers import SAMPLERS
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
@@ -50,8 +51,9 @@ class Parts:
     text: ClipTextModel
     content: UNet
     vae: KlVae
-    autoencoder: CmdAutoencoder
-    motion: DiT
+    # of a model that makes stills: none
+    autoencoder: CmdAutoencoder | None
+    motion: DiT | None
 
 
 class TextToVideo:
@@ -92,15 +94,40 @@ class TextToVideo:
     @cached_property
     def parts(self) -> Parts:
         """The networks; reading them raises ValueError, naming the file that is wrong."""
-        folder = self.folder
+        folder, moves = self.folder, self.config.motion is not None
         on: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-        return Parts(
+        parts = Parts(
             text=ClipTextModel.from_pretrained(folder / "text_encoder", **on),
             content=UNet.from_pretrained(folder / "unet", **on),
             vae=KlVae.from_pretrained(folder / "vae", **on),
-            autoencoder=CmdAutoencoder.from_pretrained(folder / "autoencoder", **on),
-            motion=DiT.from_pretrained(folder / "motion", **on),
+            autoencoder=(
+                CmdAutoencoder.from_pretrained(folder / "autoencoder", **on) if moves else None
+            ),
+            motion=DiT.from_pretrained(folder / "motion", **on) if moves else None,
         )
+        self._check_prediction(parts)
+        return parts
+
+    @torch.inference_mode()
+    def _check_prediction(self, parts: Parts) -> None:
+        """ValueError where the UNet predicts something else than the schedule says."""
+        said = self.config.noise.prediction_type
+        ids = self.tokenizer([""], parts.text.config.max_position_embeddings).to(self.device)
+        text = parts.text(ids).last_hidden_state
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            output: Tensor = parts.content(x.to(self.dtype), t, text.expand(len(x), -1, -1))
+            return output
+
+        # a few positions do: what is told apart is noise
+        side = 2 ** len(parts.content.config.block_out_channels)
+        noise, _ = self._noise("check", (parts.content.config.in_channels, side, side), [0])
+        predicts = recognise_prediction(predict, noise, self.config.noise)
+        if predicts not in (said, None):
+            path = self.folder / "scheduler" / "scheduler_config.json"
+            raise ValueError(
+                f"{path}: prediction_type is {said}, but unet/ predicts {predicts}: correct it"
+            )
 
     def fits(self, prompt: str) -> bool:
         """Whether the text encoder reads the prompt to its end."""
@@ -127,7 +154,8 @@ class TextToVideo:
     ) -> list[Clip]:
         """A clip for each prompt and seed, as it would be alone; `config.seed` is not used.
 
-        `config.content_seed` and `config.motion_seed`, where given, hold for all.
+        `config.content_seed` and `config.motion_seed`, where given, hold for all. A clip of one
+        frame is a still: the content frame, without motion.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds")
@@ -153,29 +181,33 @@ class TextToVideo:
                 text, empty = self._encode(prompts, config.negative)
             with on_stage("content"):
                 content = self._sample_content(asked, text, empty, content_seeds, report)
-            with on_stage("motion"):
-                motion = self._sample_motion(asked, text, empty, content, motion_seeds, report)
-            with on_stage("frame decode"):
-                latents = parts.autoencoder.decode(
-                    content.to(self.dtype), parts.autoencoder.destandardise(motion).to(self.dtype)
-                )
+            latents = None
+            if asked.frames > 1:
+                with on_stage("motion"):
+                    motion = self._sample_motion(asked, text, empty, content, motion_seeds, report)
+                with on_stage("frame decode"):
+                    assert parts.autoencoder is not None
+                    motion = parts.autoencoder.destandardise(motion).to(self.dtype)
+                    latents = parts.autoencoder.decode(content.to(self.dtype), motion)
             with on_stage("VAE decode"):
-                frames = self._decode(latents, report)
-                still = self._to_pixels(content.to(self.dtype))
+                still = self._to_pixels(content.to(self.dtype)).numpy()
+                frames = still[:, None] if latents is None else self._decode(latents, report)
 
         recorded = asdict(asked)
-        for part in ("text", "content", "vae", "autoencoder", "motion", "noise", "name"):
-            del recorded[part]
+        unused = () if asked.frames > 1 else ("motion_steps", "motion_guidance")
+        for name in ("text", "content", "vae", "autoencoder", "motion", "noise", "name", *unused):
+            del recorded[name]
         recorded |= {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type}
         return [
             Clip(
                 frames=frames[i],
-                content=still[i].numpy(),
+                content=still[i],
                 fps=asked.fps,
                 metadata={
                     **{"cmdgen": __version__, "model": asked.name},
                     **{"prompt": prompts[i], "negative": config.negative, "seed": seeds[i]},
-                    **{"content_seed": content_seeds[i], "motion_seed": motion_seeds[i]},
+                    "content_seed": content_seeds[i],
+                    **({"motion_seed": motion_seeds[i]} if asked.frames > 1 else {}),
                     **recorded,
                 },
             )
@@ -204,7 +236,7 @@ class TextToVideo:
             return output
 
         noise, generator = self._noise("content", shape, seeds)
-        return SAMPLERS[asked.sampler](
+        content = SAMPLERS[asked.sampler](
             guide(predict, asked.guidance, (text,), (empty,)),
             noise,
             asked.noise,
@@ -212,6 +244,13 @@ class TextToVideo:
             generator=generator,
             on_step=partial(report, "content"),
         )
+        if not content.isfinite().all():
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{self.folder / 'unet'} overflows in {dtype}: its weights are damaged"
+                " or need float32"
+            )
+        return content
 
     def _sample_motion(
         self,
@@ -224,6 +263,7 @@ class TextToVideo:
     ) -> Tensor:
         """(B, L, D) x 2, (B, C, h, w) -> (B, K, T, W' + H'): standardised motion, in float32."""
         motion = self.parts.motion
+        assert motion is not None and asked.autoencoder is not None
         rows, columns = (side // asked.autoencoder.patch for side in content.shape[-2:])
         shape = (asked.autoencoder.motion_channels, asked.frames, columns + rows)
         context = content.to(self.dtype)
@@ -240,7 +280,7 @@ class TextToVideo:
         return SAMPLERS[asked.sampler](
             denoise,
             noise,
-            asked.motion.noise,
+            motion.config.noise,
             steps=asked.motion_steps,
             generator=generator,
             on_step=partial(report, "motion"),

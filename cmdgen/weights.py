@@ -34,6 +34,10 @@ from cmdgen.config import (
 )
 
 Folder = str | os.PathLike[str]
+# what weights are stored in
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# tensors that are copied before their file is mapped anew
+_AT_ONCE = 8
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,7 +95,7 @@ _FIXED: dict[type, dict[str, Any]] = {
 # written for diffusers and transformers, never read
 _WRITTEN: dict[type, dict[str, Any]] = {
     TextConfig: {"architectures": ["CLIPTextModel"], "bos_token_id": None, "pad_token_id": None},
-    NoiseConfig: {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False},
+    NoiseConfig: {"_class_name": "DDIMScheduler", "clip_sample": False},
 }
 # ours alone: written only where they are used, so that diffusers need not warn of them
 _GATE = ("attention", "attention_features", "attention_threshold")
@@ -204,32 +208,19 @@ def load_weights(
 ) -> None:
     """Replace all tensors of a module, maybe on the meta device, by those of a safetensors file.
 
-    `dtype` None keeps the module's own. `rename` maps a stored name to the module's, or to None
-    where the tensor is not wanted. A file named as diffusers' "fp16" variant, or in shards, is
-    found too.
+    `dtype` None keeps the module's own; filters of convolutions become channels-last. On a CPU what
+    is stored as wanted is not read but mapped, and only what differs is copied. `rename` maps a
+    stored name to the module's, or to None where the tensor is not wanted. A file named as
+    diffusers' "fp16" variant, or in shards, is found too.
     """
     expected = module.state_dict()
     state: dict[str, torch.Tensor] = {}
     paths = weight_paths(Path(folder), filename)
     for path in paths:
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for stored in file.keys():  # noqa: SIM118
-                    name = rename(stored) if rename else stored
-                    if name is None:
-                        continue
-                    if name not in expected:
-                        raise ValueError(f"{path}: tensor {short(stored)} is not part of the model")
-                    got, wanted = file.get_slice(stored).get_shape(), list(expected[name].shape)
-                    if got != wanted:
-                        raise ValueError(f"{path}: {name} has shape {got}, expected {wanted}")
-                    state[name] = file.get_tensor(stored).to(dtype or expected[name].dtype)
-        except FileNotFoundError as error:
-            raise ValueError(f"{path}: No such file or directory") from error
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror or error}") from error
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+        names = _match(path, expected, rename or str)
+        dtypes = {stored: dtype or expected[name].dtype for stored, name in names.items()}
+        for stored, tensor in _read_tensors(path, dtypes, device):
+            state[names[stored]] = tensor
     missing = [name for name in expected if name not in state]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -238,6 +229,59 @@ def load_weights(
     assert not any(buffer.is_meta for buffer in module.buffers()), (
         "a buffer was left without values"
     )
+
+
+@contextmanager
+def open_weights(path: Path, device: torch.device | str = "cpu") -> Iterator[safe_open]:
+    """Give an open safetensors file; ValueError names one that is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: No such file or directory") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _match(
+    path: Path, expected: dict[str, torch.Tensor], rename: Callable[[str], str | None]
+) -> dict[str, str]:
+    """The names of a file's tensors to those of the module's, which have their shapes."""
+    names = {}
+    with open_weights(path) as file:
+        for stored in file.keys():  # noqa: SIM118
+            name = rename(stored)
+            if name is None:
+                continue
+            if name not in expected:
+                raise ValueError(f"{path}: tensor {short(stored)} is not part of the model")
+            got, wanted = file.get_slice(stored).get_shape(), list(expected[name].shape)
+            if got != wanted:
+                raise ValueError(f"{path}: {name} has shape {got}, expected {wanted}")
+            kind = file.get_slice(stored).get_dtype()
+            if kind not in FLOATS and expected[name].is_floating_point():
+                raise ValueError(f"{path}: {name} has type {kind}, not one of {', '.join(FLOATS)}")
+            names[stored] = name
+    return names
+
+
+def _read_tensors(
+    path: Path, dtypes: dict[str, torch.dtype], device: torch.device | str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a file in the types asked for, filters channels-last."""
+    names = list(dtypes)
+    with open_weights(path) as mapped:
+        for start in range(0, len(names), _AT_ONCE):
+            # closing it unmaps what was copied from it
+            with open_weights(path, device) as file:
+                for name in names[start : start + _AT_ONCE]:
+                    read = file.get_tensor(name)
+                    layout = torch.channels_last if read.ndim == 4 else torch.preserve_format
+                    tensor = read.to(dtypes[name], memory_format=layout)
+                    stays = tensor is read and read.device.type == "cpu"
+                    yield name, mapped.get_tensor(name) if stays else tensor
 
 
 def save_weights(
@@ -291,7 +335,6 @@ def load_model(
     except ValueError as error:
         raise ValueError(f"{Path(folder) / _config_name(config_type)}: {error}") from error
     load_weights(model, folder, filename, dtype=dtype, device=device, rename=rename)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval()
 
 
@@ -333,31 +376,43 @@ def load_model_index(folder: Folder) -> dict[str, Any]:
 def read_model(folder: Folder) -> ModelConfig:
     """Read what a whole model is from model_index.json and the config.json of its parts.
 
-    The content model is a UNet in unet/, or a class-conditional DiT in transformer/.
+    The content model is a UNet in unet/, or a class-conditional DiT in transformer/. A folder that
+    is not ours, without autoencoder/ and motion/, is Stable Diffusion: a model of stills.
     """
     folder = Path(folder)
     path = folder / "model_index.json"
-    ours = load_model_index(folder).get("cmdgen", {})
+    index = load_model_index(folder)
+    ours = index.get("cmdgen", {})
     if not isinstance(ours, dict):
         raise ValueError(f"{path}: cmdgen {short(ours)} is not an object")
+    moves = "cmdgen" in index or any((folder / part).is_dir() for part in ("autoencoder", "motion"))
     content: UNetConfig | DiTConfig
     if (folder / "transformer").is_dir():
         content = read_config(folder / "transformer", DiTConfig)
     else:
         content = read_config(folder / "unet", UNetConfig)
     has_text, has_vae = (folder / "text_encoder").is_dir(), (folder / "vae").is_dir()
-    parts = {
+    vae = read_config(folder / "vae", VaeConfig) if has_vae else None
+    parts: dict[str, Any] = {
         "name": folder.resolve().name,
         "text": read_config(folder / "text_encoder", TextConfig) if has_text else None,
         "content": content,
-        "vae": read_config(folder / "vae", VaeConfig) if has_vae else None,
-        "autoencoder": read_config(folder / "autoencoder", AutoencoderConfig),
-        "motion": read_config(folder / "motion", DiTConfig),
+        "vae": vae,
+        "autoencoder": read_config(folder / "autoencoder", AutoencoderConfig) if moves else None,
+        "motion": read_config(folder / "motion", DiTConfig) if moves else None,
         "noise": read_config(folder / "scheduler", NoiseConfig),
     }
+    if not moves:
+        # the size that it was trained at; a snapshot of the hub's cache lies in its repository
+        side = content.sample_size if isinstance(content, UNetConfig) else 0
+        side *= 1 if vae is None else vae.stride
+        place = folder.absolute()
+        repository = place.parent.parent.name if place.parent.name == "snapshots" else place.name
+        name = repository.rpartition("--")[2]
+        parts |= {"name": name, "frames": 1, "height": side, "width": side}
     hints = get_type_hints(ModelConfig)
     parts |= {key: _check(ours[key], hints[key], key, path) for key in _OURS if key in ours}
-    model = ModelConfig(**parts)  # type: ignore[arg-type]
+    model = ModelConfig(**parts)
     _check_fit(model, folder)
     return model
 
@@ -414,8 +469,10 @@ def weight_paths(folder: Path, filename: str) -> list[Path]:
     for path in (folder / filename, folder / variant):
         if path.is_file():
             return [path]
-    index = folder / f"{filename}.index.json"
-    if not index.is_file():
+    # the index of a variant has been named either way
+    indices = (f"{filename}.index.json", f"{filename}.index.fp16.json", f"{variant}.index.json")
+    index = next((path for name in indices if (path := folder / name).is_file()), None)
+    if index is None:
         return [folder / filename]
     shards = read_json(index).get("weight_map")
     names = shards.values() if isinstance(shards, dict) else [None]
@@ -466,29 +523,27 @@ def _check(value: Any, hint: Any, key: str, path: Path) -> Any:
 def _check_fit(model: ModelConfig, folder: Path) -> None:
     """The parts of a model agree where they meet."""
     text, vae, content, motion = model.text, model.vae, model.content, model.motion
-    channels = model.autoencoder.channels
-    facts: list[tuple[str, int, str, int]] = [
-        (
-            "motion",
-            motion.in_channels,
-            "autoencoder's motion_channels",
-            model.autoencoder.motion_channels,
-        ),
-        ("content", content.in_channels, "autoencoder's channels", channels),
-    ]
-    if motion.context_channels is not None:
-        facts.append(
-            ("motion context", motion.context_channels, "autoencoder's channels", channels)
-        )
-    if vae is not None:
-        facts.append(("vae", vae.latent_channels, "autoencoder's channels", channels))
+    # what takes so many channels, how many, whose, how many those are
+    facts: list[tuple[str, int | None, str, int]] = []
+    if (autoencoder := model.autoencoder) is not None:
+        facts += [("content", content.in_channels, "autoencoder's channels", autoencoder.channels)]
+        if vae is not None:
+            facts += [("vae", vae.latent_channels, "autoencoder's channels", autoencoder.channels)]
+        if motion is not None:
+            between = autoencoder.motion_channels, autoencoder.channels
+            facts += [
+                ("motion", motion.in_channels, "autoencoder's motion_channels", between[0]),
+                ("motion context", motion.context_channels, "autoencoder's channels", between[1]),
+            ]
+    elif vae is not None:
+        facts += [("content", content.in_channels, "vae's latent_channels", vae.latent_channels)]
     if text is not None:
         if isinstance(content, UNetConfig):
-            facts.append(
+            facts += [
                 ("content", content.cross_attention_dim, "text hidden_size", text.hidden_size)
-            )
-        if motion.text_width is not None:
-            facts.append(("motion", motion.text_width, "text hidden_size", text.hidden_size))
+            ]
+        if motion is not None:
+            facts += [("motion", motion.text_width, "text hidden_size", text.hidden_size)]
     for part, got, other, expected in facts:
-        if got != expected:
+        if got not in (expected, None):
             raise ValueError(f"{folder}: {part} takes {got} channels, {other} is {expected}")

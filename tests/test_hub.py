@@ -138,6 +138,16 @@ def test_of_a_stock_repository_one_form_of_each_weight_is_chosen() -> None:
 
 
 @pytest.mark.parametrize(
+    "index",
+    ["model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"],
+)
+def test_shards_of_a_variant_are_chosen_with_their_index(index: str) -> None:
+    shards = [f"text_encoder/model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    names = ["model_index.json", "text_encoder/config.json", f"text_encoder/{index}", *shards]
+    assert choose_files(names, "sd")[1:] == [*names[1:]]
+
+
+@pytest.mark.parametrize(
     ("names", "message"),
     [
         (["a.ckpt", "README.md"], "a: pickled weights are refused, reading them could run any"),
@@ -191,6 +201,11 @@ def test_a_pulled_model_is_usable_later_without_the_hub(
         code, out, _ = models("show", name, "--json")
         assert code == 0
         assert json.loads(out)["licence"] == "acme-1"
+    still = tmp_path / "still.png"
+    with pytest.raises(SystemExit) as end:
+        main(["sample", "a dog", "-o", str(still), "--model", "acme/model@main"])
+    assert not end.value.code
+    assert still.is_file()
     _, out, _ = models("list")
     assert out.splitlines()[-1].split()[:2] == ["cached", "acme/model@main"]
     code, out, last = models("pull", "acme/model@v2")

@@ -1,3 +1,4 @@
+import json
 import shutil
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import torch
 
 from cmdgen.config import SampleConfig
 from cmdgen.pipeline import TextToVideo, seeded
+from cmdgen.weights import resolve_model
 
 PROMPT = "a dog swimming in the ocean"
 
@@ -29,6 +31,42 @@ def test_clip_has_the_size_and_rate_of_the_model(model):
 def test_clip_has_the_size_asked_for(model, frames, height, width):
     clip = model.sample(PROMPT, SampleConfig(frames=frames, height=height, width=width))
     assert clip.frames.shape == (frames, height, width, 3)
+
+
+def test_one_frame_is_the_content_frame_and_runs_no_motion(model):
+    seen: dict[str, int] = {}
+    still = model.sample(
+        PROMPT,
+        SampleConfig(seed=5, frames=1),
+        on_progress=lambda stage, done, total: seen.update({stage: total}),
+    )
+    assert still.frames.shape == (1, 32, 48, 3)
+    assert np.array_equal(still.frames[0], model.sample(PROMPT, SampleConfig(seed=5)).content)
+    assert not any("motion" in name for name in (*still.metadata, *seen))
+
+
+def test_a_picture_that_is_no_number_is_not_shown(tiny_model):
+    model = TextToVideo.load(tiny_model)
+    with torch.no_grad():
+        model.parts.content.conv_out.bias[0] = torch.nan
+    with pytest.raises(ValueError, match=r"unet overflows in float32: its weights are damaged"):
+        model.sample(PROMPT, SampleConfig())
+
+
+@pytest.mark.parametrize("said", ["epsilon", "v_prediction"])
+def test_a_unet_that_predicts_otherwise_than_its_schedule_says_is_refused(tmp_path, said):
+    shutil.copytree(resolve_model("mini"), tmp_path / "mini")
+    path = tmp_path / "mini" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": said}))
+    model = TextToVideo.load(tmp_path / "mini")
+    if said == "v_prediction":
+        assert model.parts.content.config == model.config.content
+    else:
+        with pytest.raises(ValueError) as error:
+            model.sample(PROMPT, SampleConfig())
+        assert str(error.value) == (
+            f"{path}: prediction_type is epsilon, but unet/ predicts v_prediction: correct it"
+        )
 
 
 def test_same_seed_gives_the_same_frames_and_another_seed_others(model, tiny_model):
@@ -98,7 +136,7 @@ def test_progress_reaches_the_end_of_every_stage(model):
     [
         (SampleConfig(width=50), "multiples of 16, such as 48x32"),
         (SampleConfig(height=9000), "multiples of 16"),
-        (SampleConfig(frames=5), "frames 5 is not a multiple of 2"),
+        (SampleConfig(frames=5), "frames 5 is neither 1 nor a multiple of 2"),
         (SampleConfig(steps=1001), "steps 1001 is not between 1 and 1000"),
         (SampleConfig(motion_steps=1001), "motion steps 1001 is not between 1 and 1000"),
         (SampleConfig(fps=1000), "fps 1000 is not between 1 and 240"),

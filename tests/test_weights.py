@@ -3,6 +3,8 @@
 import json
 import os
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,10 +118,17 @@ def test_shards_and_the_fp16_variant_are_found(vae_folder: Path) -> None:
     names = {name: f"part{i % 2}.safetensors" for i, name in enumerate(state)}
     for part in set(names.values()):
         save_file({n: state[n].clone() for n in state if names[n] == part}, vae_folder / part)
-    index = vae_folder / f"{FILENAME}.index.json"
-    index.write_text(json.dumps({"weight_map": names}))
-    loaded = KlVae.from_pretrained(vae_folder).state_dict()
-    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    # of a variant it has had two names
+    for index in (
+        *(f"{FILENAME}.index.json", f"{FILENAME}.index.fp16.json"),
+        "diffusion_pytorch_model.fp16.safetensors.index.json",
+    ):
+        index = vae_folder / index
+        index.write_text(json.dumps({"weight_map": names}))
+        loaded = KlVae.from_pretrained(vae_folder).state_dict()
+        assert all(torch.equal(loaded[name], state[name]) for name in state)
+        index.rename(index.with_name("other.json"))
+    index.with_name("other.json").rename(index)
     index.write_text(json.dumps({"weight_map": {"a": "../part0.safetensors"}}))
     assert "names of files in the folder" in error_of(vae_folder)
 
@@ -164,6 +173,8 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(vae_folder: Path) ->
     assert error_of(vae_folder) == f"{path}: tensor 'extra' is not part of the model"
     save_file({**state, name: torch.zeros(2)}, path)
     assert error_of(vae_folder) == f"{path}: {name} has shape [2], expected [8, 8, 1, 1]"
+    save_file({**state, name: state[name].to(torch.int8)}, path)
+    assert error_of(vae_folder) == f"{path}: {name} has type I8, not one of F64, F32, F16, BF16"
     path.unlink()
     assert error_of(vae_folder) == f"{path}: No such file or directory"
 
@@ -268,3 +279,45 @@ def test_weights_load_into_a_built_module_without_sharing(tmp_path: Path) -> Non
         target.weight.add_(1)
     load_weights(source, tmp_path, "linear.safetensors")
     assert torch.equal(source.weight + 1, target.weight)
+
+
+LOAD = """
+import sys, torch
+from torch import nn
+from cmdgen.weights import build_empty, load_weights
+
+def memory(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+def build(width):
+    layers = [nn.Conv2d(width, width, 3) for _ in range(16)]
+    return nn.ModuleList([*layers, *(nn.Linear(width, 9 * width) for _ in range(16))])
+
+model = build_empty(build, 512)
+before = memory("VmRSS")
+load_weights(model, sys.argv[1], "model.safetensors", dtype=getattr(torch, sys.argv[2]))
+# what is mapped takes memory once it is used
+right = {bool((tensor == 0.5).all()) for tensor in model.state_dict().values()}
+size = sum(tensor.nbytes for tensor in model.state_dict().values())
+layouts = {part.weight.is_contiguous(memory_format=torch.channels_last) for part in model[:16]}
+print((memory("VmHWM") - before) / size, right == layouts == {True})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path, dtype: str) -> None:
+    """Half filters, half matrices, 151 MB in half precision."""
+    width = 512
+    shapes = {f"{i}.weight": (width, width, 3, 3) for i in range(16)}
+    shapes |= {f"{i}.weight": (9 * width, width) for i in range(16, 32)}
+    shapes |= {f"{i}.bias": (width if i < 16 else 9 * width,) for i in range(32)}
+    state = {name: torch.full(shape, 0.5, dtype=torch.float16) for name, shape in shapes.items()}
+    save_file(state, tmp_path / "model.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, tmp_path, dtype], capture_output=True, text=True, check=True
+    )
+    share, right = done.stdout.split()
+    assert right == "True"
+    assert float(share) < 1.2

@@ -13,7 +13,7 @@ from cmdgen.cli.doctor import doctor
 from cmdgen.cli.errors import EXIT_CODES, FAILED, USAGE, Failure, describe
 from cmdgen.cli.evaluate import evaluate
 from cmdgen.cli.models import app as models
-from cmdgen.cli.profile import profile
+from cmdgen.cli.profile import JSON_KEYS, profile
 from cmdgen.cli.sample import sample
 from cmdgen.cli.train import app as train
 
@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 app.command(epilog=EXIT_CODES)(sample)
 app.command("eval", epilog=EXIT_CODES)(evaluate)
-app.command(epilog=EXIT_CODES)(profile)
+app.command(epilog=f"{JSON_KEYS}\n\n{EXIT_CODES}")(profile)
 app.command(epilog=EXIT_CODES)(doctor)
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")

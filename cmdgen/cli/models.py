@@ -70,7 +70,7 @@ def show(
     """
     from cmdgen.catalogue import describe_preset
 
-    folder = _find(model)
+    folder = None if _is_bare_preset(model) else find_model(model)
     found = describe_preset(PRESETS[model]) if folder is None else _describe_files(folder, model)
     if as_json:
         parts = [{**vars(part), "presets": list(part.presets)} for part in found.parts]
@@ -148,18 +148,27 @@ def pull(
     typer.echo(output or folder)
 
 
-def _find(model: str) -> Path | None:
-    """The folder of a name or path; None for a preset that no packaged model has the name of."""
-    from cmdgen import hub
+def _is_bare_preset(model: str) -> bool:
+    from cmdgen.weights import packaged_models
+
+    return model in PRESETS and model not in packaged_models()
+
+
+def find_model(model: str) -> Path:
+    """The folder of a packaged model's name, of a path, or of OWNER/NAME in the local cache."""
     from cmdgen.weights import packaged_models
 
     packaged = packaged_models()
     if model in packaged:
         return packaged[model]
-    if model in PRESETS:
-        return None
     if Path(model).is_dir():
         return Path(model)
+    if model in PRESETS:
+        raise ValueError(
+            f"{model} is a preset, its weights are random: cmdgen models init {model} -o DIR"
+        )
+    from cmdgen import hub
+
     try:
         repo, revision = hub.parse_name(model)
     except ValueError:
@@ -167,9 +176,9 @@ def _find(model: str) -> Path | None:
     else:
         cached = hub.cached_folder(repo, revision)
     if cached is None:
-        known = ", ".join(dict.fromkeys((*packaged, *PRESETS)))
         raise ValueError(
-            f"unknown model {model!r}: expected {known}, a folder, or OWNER/NAME in the local cache"
+            f"unknown model {model!r}: expected a folder, OWNER/NAME that was pulled, or one of "
+            "cmdgen models list"
         )
     return cached
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -18,11 +19,54 @@ from cmdgen.evaluation.report import table
 
 if TYPE_CHECKING:
     from cmdgen.evaluation.flops import PaperTables
-    from cmdgen.evaluation.profile import Profile, StageProfile
+    from cmdgen.evaluation.profile import Profile
 
 OWN = "  [default: the model's own]"
 # characters of the longest bar
-BAR = 30
+BAR = 25
+
+# click keeps the lines of a paragraph that starts with this
+_AS_IT_IS = "\b\n"
+# what `--json` prints; the help ends with it
+JSON_KEYS = (
+    _AS_IT_IS
+    + """\
+--json prints one object, and these keys stay as they are. Of the run:
+  model, frames, height, width, sampler, steps, guidance, batch, runs,
+  device, dtype, torch
+  motion_steps, motion_guidance   null for stills, which have no motion
+  matmul_flops_per_second         measured: a product of square matrices
+  copy_bytes_per_second           measured: a large copy, read + written
+  stages                          an object for each stage that ran: load,
+                                  text, content, motion, frame decode,
+                                  VAE decode, video encode
+  total                           the same object of a whole run
+Of each stage and of total:
+  parameters, weight_bytes        of what runs; of load and total: of all
+  forwards                        of its network; in total: of all of them
+  flops                           two for each multiply-add
+  bytes_read                      the weights, once for each forward; of
+                                  load once; of video encode the frames;
+                                  activations are not counted
+  seconds                         {median, fastest, slowest} of the runs
+  flops_per_second, bytes_per_second   in the median run
+  share_of_matmul, share_of_copy       of the measured limits, 1 is all
+  memory_bytes                    highest: {resident} on a CPU, {} where
+                                  that cannot be told, {allocated,
+                                  reserved} on a GPU"""
+)
+
+NOTES = """\
+- Seconds: the median of {runs} after one run to warm up; the total has what is between stages too.
+- Memory: the highest; resident is of the whole process, allocated and reserved are PyTorch's on the
+  GPU.
+- Parameters and weights: of what runs, so the decoders of the autoencoder and the VAE; of load and
+  total, of everything that is loaded.
+- Read: the weights once for each forward (of the token table, the rows of one prompt), to load all
+  of them once, to encode the frames. Activations are not counted, and weights that stay in a cache
+  can pass the limit.
+- Limits: products of square matrices in this dtype, copies of more than caches hold (read + write).
+  The fastest of a few, before and after the runs."""
 
 
 def profile(
@@ -52,7 +96,7 @@ def profile(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
-    """Measure each stage of sampling: time, arithmetic, memory.
+    """Measure each stage of sampling: time, memory, arithmetic, bytes.
 
     The report goes to stdout, progress to stderr.
     """
@@ -131,42 +175,95 @@ def _paper_lines(tables: "PaperTables") -> list[str]:
 
 
 def _lines(measured: "Profile") -> list[str]:
-    """Markdown, with a bar for each stage's time."""
-    settings = measured.settings
-    giant = measured.matmul_rate >= 1e12
-    unit, prefix = (1e12, "T") if giant else (1e9, "G")
-    longest = max(median(stage.seconds) for stage in measured.stages.values())
-    rows: list[tuple[str, ...]] = [
-        (
-            *("stage", "parameters", "weights", f"{prefix}FLOP", "seconds", "fastest-slowest"),
-            *(f"{prefix}FLOP/s", "of matmul", "peak memory", "time"),
-        )
-    ]
-    for name, stage in (*measured.stages.items(), ("total", measured.total)):
-        bar = "" if name == "total" else "█" * round(BAR * median(stage.seconds) / longest)
-        rows.append((name, *_cells(stage, unit, measured.matmul_rate), bar))
-    return [
-        "{model}, {frames} frames of {width}x{height}, {sampler} {steps} + {motion_steps} steps, "
-        "batch {batch}, {dtype} on {device}, torch {torch}".format(**settings),
-        "",
-        *table(rows),
-        "",
-        f"- Seconds are the median of {settings['runs']} after one run to warm up; the total has "
-        "what is between stages too.",
-        f"- Matmul: {measured.matmul_rate / unit:.1f} {prefix}FLOP/s, measured in this run.",
-        "- Parameters are of the whole part: the autoencoder and the VAE run one half of theirs.",
-    ]
-
-
-def _cells(stage: "StageProfile", unit: float, matmul_rate: float) -> tuple[str, ...]:
-    arithmetic = bool(stage.flops)
-    return (
-        f"{stage.parameters / 1e6:.2f} M" if stage.parameters else "",
-        f"{stage.weight_bytes / 2**20:.1f} MiB" if stage.weight_bytes else "",
-        f"{stage.flops / unit:.2f}" if arithmetic else "",
-        f"{median(stage.seconds):.4f}",
-        f"{min(stage.seconds):.4f}-{max(stage.seconds):.4f}",
-        f"{stage.rate / unit:.1f}" if arithmetic else "",
-        f"{stage.rate / matmul_rate:.1%}" if arithmetic else "",
-        ", ".join(f"{bytes_ / 2**20:.0f} MiB {name}" for name, bytes_ in stage.memory.items()),
+    """Markdown: what each stage took, with a bar for its time, and its work beside the limits."""
+    settings, limits = measured.settings, measured.limits
+    still = settings["frames"] == 1
+    title = (
+        "{model}, a still of {width}x{height}, {sampler} {steps} steps, batch {batch}"
+        if still
+        else "{model}, {frames} frames of {width}x{height}, {sampler} {steps} + {motion_steps} "
+        "steps, batch {batch}"
     )
+    matmul, flops = _prefix(limits.flops_per_second)
+    copy, byte = _prefix(limits.bytes_per_second)
+    return [
+        title.format(**settings),
+        "{dtype} on {device}, torch {torch}".format(**settings),
+        f"measured limits: matmul {limits.flops_per_second / matmul:.1f} {flops}FLOP/s, "
+        f"copy {limits.bytes_per_second / copy:.1f} {byte}B/s",
+        "",
+        *_table_of_cost(measured),
+        "",
+        *_table_of_work(measured),
+        "",
+        *NOTES.format(**settings).splitlines(),
+    ]
+
+
+def _table_of_cost(measured: "Profile") -> list[str]:
+    stages = [*measured.stages.values(), measured.total]
+    seconds = [median(stage.seconds) for stage in stages]
+    longest = max(seconds[:-1])
+    return table(
+        _rows(
+            ("stage", *measured.stages, "total"),
+            ("seconds", *(f"{each:.4f}" for each in seconds)),
+            ("fastest-slowest", *(f"{min(s.seconds):.4f}-{max(s.seconds):.4f}" for s in stages)),
+            ("share", *(f"{each / seconds[-1]:.1%}" for each in seconds)),
+            *(
+                _column(kind, "B", [stage.memory[kind] for stage in stages])
+                for kind in measured.total.memory
+            ),
+            bars=("time", *("█" * round(BAR * each / longest) for each in seconds[:-1]), ""),
+        )
+    )
+
+
+def _table_of_work(measured: "Profile") -> list[str]:
+    stages, limits = [*measured.stages.values(), measured.total], measured.limits
+    work = [stage.work for stage in stages]
+    arithmetic = [stage.flops_per_second for stage in stages]
+    reading = [stage.bytes_per_second for stage in stages]
+    return table(
+        _rows(
+            ("stage", *measured.stages, "total"),
+            _column("parameters", "", [each.parameters for each in work]),
+            _column("weights", "B", [each.weight_bytes for each in work]),
+            ("forwards", *(str(each.forwards or "") for each in work)),
+            _column("", "FLOP", [each.flops for each in work]),
+            _column("", "FLOP/s", arithmetic),
+            ("of matmul", *_shares(arithmetic, limits.flops_per_second)),
+            _column("read", "B", [each.bytes_read for each in work]),
+            _column("", "B/s", reading),
+            ("of copy", *_shares(reading, limits.bytes_per_second)),
+        )
+    )
+
+
+def _rows(
+    names: tuple[str, ...], *numbers: tuple[str, ...], bars: tuple[str, ...] | None = None
+) -> list[tuple[str, ...]]:
+    """Columns, numbers to the right, to rows."""
+    right = [tuple(cell.rjust(max(map(len, column))) for cell in column) for column in numbers]
+    return list(zip(names, *right, *([] if bars is None else [bars]), strict=True))
+
+
+def _column(name: str, unit: str, values: Sequence[float]) -> tuple[str, ...]:
+    """All in the unit of the largest, which the header says; zeros are left out."""
+    factor, prefix = _prefix(max(values))
+    digits = 1 if max(values) >= 100 * factor else 2
+    header = f"{name} {prefix}{unit}".strip()
+    return header, *(f"{value / factor:.{digits}f}" if value else "" for value in values)
+
+
+def _shares(rates: Sequence[float], limit: float) -> list[str]:
+    return [f"{rate / limit:.1%}" if rate else "" for rate in rates]
+
+
+def _prefix(value: float) -> tuple[float, str]:
+    """The unit in which the largest of a column has up to four digits before the point or so.
+
+    One step finer than usual: the smallest of it is often a thousandth.
+    """
+    scales = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
+    return next((scale for scale in scales if value >= 10 * scale[0]), scales[-1])

@@ -1,4 +1,4 @@
-"""`cmdgen sample`: a prompt to an mp4."""
+"""`cmdgen sample`: a prompt to an mp4, or to a still."""
 
 import os
 import re
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cmdgen.cli.errors import Failure, describe
+from cmdgen.cli.models import find_model
 from cmdgen.cli.progress import show_progress
 from cmdgen.cli.size import parse_size
 from cmdgen.config import SAMPLERS, SampleConfig
@@ -18,10 +19,13 @@ OWN = "  [default: the model's own]"
 def sample(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the video shows.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The mp4 to write.", show_default=False)
+        Path,
+        typer.Option(
+            "--output", "-o", help="The mp4 to write; a .png gets a still.", show_default=False
+        ),
     ],
     model: Annotated[
-        str, typer.Option(help="A packaged model's name or a folder in diffusers' layout.")
+        str, typer.Option(help="A packaged model's name, a folder, or OWNER/NAME that was pulled.")
     ] = "mini",
     seed: Annotated[
         int | None, typer.Option(help="Same seed, same frames.  [default: a random one]")
@@ -46,7 +50,9 @@ def sample(
     negative: Annotated[
         str, typer.Option(help="What guidance leads away from.", show_default=False)
     ] = SampleConfig.negative,
-    frames: Annotated[int | None, typer.Option(help="Length of the video." + OWN)] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Length of the video; 1 is the content frame alone." + OWN)
+    ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size of the video." + OWN)
     ] = None,
@@ -58,7 +64,7 @@ def sample(
 ) -> None:
     """Make a video from a text prompt.
 
-    The path of the video goes to stdout, everything else to stderr.
+    The path of the file goes to stdout, everything else to stderr.
     """
     for name, text in (("prompt", prompt), ("negative prompt", negative)):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -66,6 +72,12 @@ def sample(
     if not prompt.strip():
         raise ValueError('the prompt is empty: say what to show, such as "a corgi swimming"')
     height, width = (None, None) if size is None else parse_size(size)
+    from cmdgen.video.write import STILL, check_output, write_still, write_video
+
+    check_output(output)
+    still = output.suffix.lower() == STILL
+    if still and frames not in (None, 1):
+        raise ValueError(f"{output} holds one frame, not {frames}: give the name of an mp4")
     config = SampleConfig(
         seed=int.from_bytes(os.urandom(4), "big") if seed is None else seed,
         content_seed=content_seed,
@@ -76,23 +88,19 @@ def sample(
         guidance=guidance,
         motion_guidance=motion_guidance,
         negative=negative,
-        frames=frames,
+        frames=1 if still else frames,
         height=height,
         width=width,
         fps=fps,
     )
-    from cmdgen.video.write import check_output, write_video
-
-    check_output(output)
-
     from cmdgen.pipeline import TextToVideo
 
-    pipeline = TextToVideo.load(model, device=device, dtype=dtype)
+    pipeline = TextToVideo.load(find_model(model), device=device, dtype=dtype)
     asked, own = config.apply(pipeline.config), pipeline.config
     _say(f"seed {config.seed}")
     if (asked.width, asked.height) != (own.width, own.height):
         _say(f"note: {own.name} was trained at {own.width}x{own.height}")
-    if asked.frames != own.frames:
+    if asked.frames not in (own.frames, 1):
         _say(f"note: {own.name} was trained on {own.frames} frames")
 
     # what was asked is possible: what is wrong from here on is a file or the machine
@@ -110,7 +118,10 @@ def sample(
         if not re.search("allocate|overflow", str(error)):
             raise
         raise Failure("not enough memory: ask for a smaller --size or fewer --frames") from error
-    write_video(output, clip.frames, clip.fps, clip.metadata)
+    if still:
+        write_still(output, clip.content, clip.metadata)
+    else:
+        write_video(output, clip.frames, clip.fps, clip.metadata)
     typer.echo(output)
 
 

@@ -37,11 +37,10 @@ def ddim(
 ) -> Tensor:
     """(B, C, ...) of unit noise -> (B, C, ...). Eq. 12 of Song et al. 2021 (arXiv:2010.02502).
 
-    `eta` 0 is deterministic, 1 as noisy as DDPM. Leading timesteps with an offset end at timestep
-    0, as Stable Diffusion does (`set_alpha_to_one` false); all others end without noise.
+    `eta` 0 is deterministic, 1 as noisy as DDPM. The last step ends without noise, or, where
+    `set_alpha_to_one` is false as in Stable Diffusion, with that of timestep 0.
     """
-    ends_at_zero = config.timestep_spacing == "leading" and config.steps_offset > 0
-    end = float(alphas_cumprod(config)[0]) if ends_at_zero else 1.0
+    end = 1.0 if config.set_alpha_to_one else float(alphas_cumprod(config)[0])
     x = noise
     for t, alpha, after in _walk(config, timesteps(config, steps), end, on_step):
         sigma = eta * math.sqrt((1 - after) / (1 - alpha) * (1 - alpha / after))

@@ -1,8 +1,8 @@
-"""How much arithmetic a model takes, counted on the meta device: no weights, no GPU, no waiting.
+"""How much a model computes, and reads of its weights: counted on the meta device, no GPU needed.
 
-Two accountings. The honest one: every matrix product and convolution, two operations for each
-multiply-add. That of CMD's Tables 8 and 9 (Yu et al. 2024, arXiv:2403.14148), whose counter took a
-multiply-add for one operation and did not see inside fused attention.
+Two accountings of arithmetic. The honest one: every matrix product and convolution, two operations
+for each multiply-add. That of CMD's Tables 8 and 9 (Yu et al. 2024, arXiv:2403.14148), whose
+counter took a multiply-add for one operation and did not see inside fused attention.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmdgen.config import CMD_SD21, ModelConfig, UNetConfig
@@ -86,16 +88,63 @@ def count_products(run: Callable[[], object]) -> Products:
     return Products(counter.get_total_flops() // 2, attention.multiply_adds)
 
 
+NOTHING = Products(0, 0)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a forward takes of a part's weights, in numbers, not bytes."""
+
+    # of the half that runs, where a part has two
+    parameters: int
+    # those and the buffers
+    numbers: int
+    # once each; of a table that is looked up, the rows of one sample
+    read: int
+
+
+class _WeightCounter(TorchDispatchMode):
+    """Which tensors of a part are operands, and how many of their numbers are read."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(tensor): name for name, tensor in part.state_dict(keep_vars=True).items()}
+        self.read: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        looked_up = function is torch.ops.aten.embedding.default
+        for operand in tree_leaves((args, kwargs)):
+            if (name := self.names.get(id(operand))) is not None:
+                self.read[name] = (result if looked_up else operand).numel()
+        return result
+
+
+def count_weights(part: nn.Module, run: Callable[[], object]) -> Weights:
+    """What a function of tensors on the meta device would take of a part's weights."""
+    with torch.inference_mode(), _WeightCounter(part) as counter:
+        run()
+    state = part.state_dict(keep_vars=True)
+    taken = {name: state[name] for name in counter.read}
+    return Weights(
+        parameters=sum(t.numel() for t in taken.values() if isinstance(t, nn.Parameter)),
+        numbers=sum(t.numel() for t in taken.values()),
+        read=sum(counter.read.values()),
+    )
+
+
 @dataclass(frozen=True)
 class Forwards:
-    """One forward of each network on one sample; of the VAE, one frame."""
+    """One forward of each network on one sample; of the VAE, one frame. Stills need no motion."""
 
     text: Products
     content: Products
-    motion: Products
-    frame_encode: Products
-    frame_decode: Products
     vae_decode: Products
+    motion: Products = NOTHING
+    frame_encode: Products = NOTHING
+    frame_decode: Products = NOTHING
 
 
 def build_parts(model: ModelConfig) -> Parts:
@@ -106,17 +155,27 @@ def build_parts(model: ModelConfig) -> Parts:
         text=build_empty(ClipTextModel, model.text),
         content=build_empty(UNet, model.content),
         vae=build_empty(KlVae, model.vae),
-        autoencoder=build_empty(CmdAutoencoder, model.autoencoder),
-        motion=build_empty(DiT, model.motion),
+        autoencoder=(
+            None if model.autoencoder is None else build_empty(CmdAutoencoder, model.autoencoder)
+        ),
+        motion=None if model.motion is None else build_empty(DiT, model.motion),
     )
 
 
 def count_forwards(model: ModelConfig, parts: Parts | None = None) -> Forwards:
     """Count each network of a model at its size and length."""
     parts = build_parts(model) if parts is None else parts
+    return Forwards(
+        **{name: count_products(run) for name, (_, run) in _forwards(model, parts).items()}
+    )
+
+
+def _forwards(
+    model: ModelConfig, parts: Parts
+) -> dict[str, tuple[nn.Module, Callable[[], object]]]:
+    """The fields of `Forwards` that sampling and training run: the part, and one forward of it."""
     assert model.text is not None and model.vae is not None
     height, width = (side // model.vae.stride for side in (model.height, model.width))
-    rows, columns = (side // model.autoencoder.patch for side in (height, width))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")
@@ -125,19 +184,26 @@ def count_forwards(model: ModelConfig, parts: Parts | None = None) -> Forwards:
     ids = torch.empty((1, length), dtype=torch.long, device="meta")
     states, when = empty(1, length, model.text.hidden_size), empty(1)
     still = empty(1, model.vae.latent_channels, height, width)
+    forwards: dict[str, tuple[nn.Module, Callable[[], object]]] = {
+        "text": (parts.text, lambda: parts.text(ids)),
+        "content": (parts.content, lambda: parts.content(still, when, states)),
+        "vae_decode": (parts.vae, lambda: parts.vae.decode(still)),
+    }
+    if parts.autoencoder is None or parts.motion is None or model.frames == 1:
+        return forwards
+    autoencoder, mover = parts.autoencoder, parts.motion
     clip = still.unsqueeze(2).expand(-1, -1, model.frames, -1, -1)
-    motion = empty(1, model.autoencoder.motion_channels, model.frames, columns + rows)
-    given = None if model.motion.text_width is None else states
-    return Forwards(
-        text=count_products(lambda: parts.text(ids)),
-        content=count_products(lambda: parts.content(still, when, states)),
-        motion=count_products(
-            lambda: parts.motion(motion, when, text=given, context=still, split=columns)
+    rows, columns = (side // autoencoder.config.patch for side in (height, width))
+    motion = empty(1, autoencoder.config.motion_channels, model.frames, columns + rows)
+    given = None if mover.config.text_width is None else states
+    return forwards | {
+        "motion": (
+            mover,
+            lambda: mover(motion, when, text=given, context=still, split=columns),
         ),
-        frame_encode=count_products(lambda: parts.autoencoder.encode(clip)),
-        frame_decode=count_products(lambda: parts.autoencoder.decode(still, motion)),
-        vae_decode=count_products(lambda: parts.vae.decode(still)),
-    )
+        "frame_encode": (autoencoder, lambda: autoencoder.encode(clip)),
+        "frame_decode": (autoencoder, lambda: autoencoder.decode(still, motion)),
+    }
 
 
 def count_sampling(
@@ -146,15 +212,50 @@ def count_sampling(
     """Each stage of `TextToVideo.sample_batch`, with the model's own steps and guidance."""
     each = count_forwards(model) if forwards is None else forwards
     content, motion = (1 if scale == 1 else 2 for scale in (model.guidance, model.motion_guidance))
-    return {
+    stages = {
         # the negative prompt is one for all, except where clips are made one at a time
         "text": each.text * (batch + (batch if model.sampler == "ddpm" else 1)),
         "content": each.content * (batch * model.steps * content),
-        "motion": each.motion * (batch * model.motion_steps * motion),
-        "frame decode": each.frame_decode * batch,
-        # the frames of the clip and the content frame
-        "VAE decode": each.vae_decode * (batch * (model.frames + 1)),
     }
+    if model.frames > 1:
+        stages["motion"] = each.motion * (batch * model.motion_steps * motion)
+        stages["frame decode"] = each.frame_decode * batch
+    return stages | {"VAE decode": each.vae_decode * (batch * _pictures(model))}
+
+
+@dataclass(frozen=True)
+class Reads:
+    """How often a stage runs its network, and what each forward takes of the weights."""
+
+    forwards: int
+    weights: Weights
+
+
+def count_reads(model: ModelConfig, *, batch: int = 1) -> dict[str, Reads]:
+    """Each stage of `TextToVideo.sample_batch`: its forwards, and the weights of one.
+
+    The clips of a batch, and the two branches of guidance, share a forward.
+    """
+    runs = _forwards(model, build_parts(model))
+    # this sampler makes clips one at a time
+    times = batch if model.sampler == "ddpm" else 1
+    forwards = {
+        "text": ("text", 1),
+        "content": ("content", model.steps),
+        "motion": ("motion", model.motion_steps),
+        "frame decode": ("frame_decode", 1),
+        "VAE decode": ("vae_decode", _pictures(model)),
+    }
+    return {
+        stage: Reads(times * count, count_weights(*runs[name]))
+        for stage, (name, count) in forwards.items()
+        if name in runs
+    }
+
+
+def _pictures(model: ModelConfig) -> int:
+    # the content frame is decoded too, and is all there is of a still
+    return model.frames + 1 if model.frames > 1 else 1
 
 
 @dataclass(frozen=True)

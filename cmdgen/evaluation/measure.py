@@ -94,7 +94,9 @@ def evaluate(
     *,
     on_progress: OnProgress,
 ) -> Report:
-    """Every figure; ValueError where the probe was trained for another world."""
+    """Every figure; ValueError for stills and where the probe was trained for another world."""
+    if model.config.motion is None:
+        raise ValueError(f"{model.config.name} makes stills: videos alone are evaluated")
     for head, names in zip(HEADS, (world.subjects, world.motions, world.scenes), strict=True):
         if getattr(probe.config, head) != names:
             raise ValueError(f"the probe knows {head}s of another world: train it again")
@@ -148,6 +150,7 @@ def _measure_reconstruction(
         pixels = rearrange(real, "b t c h w -> (b t) c h w").to(model.device, model.dtype)
         latents = parts.vae.to_latents(pixels * 2 - 1)
         by_clip = rearrange(latents, "(b t) c h w -> b c t h w", b=len(rows))
+        assert parts.autoencoder is not None
         decoded = parts.autoencoder.decode(*parts.autoencoder.encode(by_clip))
         predictions = {
             "vae": _pixels(model, latents).view_as(real),

@@ -1,57 +1,75 @@
-"""Where the time of sampling goes, stage by stage, beside what this machine's arithmetic can do."""
+"""Where the time of sampling goes, stage by stage, beside what this machine can do at most."""
 
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from cmdgen.config import ProfileConfig, SampleConfig
-from cmdgen.evaluation.flops import count_sampling
+from cmdgen.config import ModelConfig, ProfileConfig, SampleConfig
+from cmdgen.evaluation.flops import count_reads, count_sampling
 from cmdgen.pipeline import OnStage, Parts, TextToVideo
-from cmdgen.video.write import write_video
+from cmdgen.video.write import write_still, write_video
 from cmdgen.weights import replace_with
 
 PROMPT = "a corgi swimming"
-# in the order in which they run; the part of a model that each of them runs
-STAGES = {
-    "load": None,
-    "text": "text",
-    "content": "content",
-    "motion": "motion",
-    "frame decode": "autoencoder",
-    "VAE decode": "vae",
-    "video encode": None,
-}
-# of the square matrices whose product tells what the machine can do, and how often it is taken
+# what tells what the machine can do: the product of two square matrices, and copying a buffer that
+# no cache holds
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
-MATMUL_RUNS = 5
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
+# how often each is timed, and repeated in between: a GPU's clock is also that of its launches
+LIMIT_RUNS = 5
+LIMIT_REPEATS = {"cpu": 1, "cuda": 5}
+
+
+class Limits(NamedTuple):
+    """What the machine can do at most, measured."""
+
+    # of a matrix product
+    flops_per_second: float
+    # of a copy, read and written
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage, or all of them, has to do, counted."""
+
+    # of the half of a part that runs; of "load", of everything that is loaded
+    parameters: int = 0
+    weight_bytes: int = 0
+    forwards: int = 0
+    flops: int = 0
+    # its weights once for each forward; of "load", all weights; of "video encode", the frames
+    bytes_read: int = 0
 
 
 @dataclass(frozen=True)
 class StageProfile:
-    """One stage, or all of them: what it holds, computes and takes."""
+    """One stage, or all of them: its work, and what that took."""
 
-    parameters: int
-    weight_bytes: int
-    flops: int
+    work: Work
     # of each run
     seconds: tuple[float, ...]
     # highest bytes: "resident" on a CPU, "allocated" and "reserved" on a GPU; empty: cannot be told
     memory: dict[str, int]
 
     @property
-    def rate(self) -> float:
-        """Operations per second in the median run."""
-        return self.flops / median(self.seconds)
+    def flops_per_second(self) -> float:
+        """In the median run."""
+        return self.work.flops / median(self.seconds)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """In the median run."""
+        return self.work.bytes_read / median(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -59,20 +77,16 @@ class Profile:
     """One model on one machine."""
 
     settings: dict[str, Any]
-    # operations per second of a matrix product
-    matmul_rate: float
+    limits: Limits
     stages: dict[str, StageProfile]
     total: StageProfile
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: settings, "matmul_flops_per_second", "stages" by name, and "total".
-
-        Of each stage: "parameters", "weight_bytes", "flops", "seconds" (median, fastest, slowest),
-        "flops_per_second", "share_of_matmul", "memory_bytes".
-        """
+        """For JSON: the keys that `cmdgen profile --help` explains."""
         return {
             **self.settings,
-            "matmul_flops_per_second": self.matmul_rate,
+            "matmul_flops_per_second": self.limits.flops_per_second,
+            "copy_bytes_per_second": self.limits.bytes_per_second,
             "stages": {name: self._entry(stage) for name, stage in self.stages.items()},
             "total": self._entry(self.total),
         }
@@ -80,25 +94,18 @@ class Profile:
     def _entry(self, stage: StageProfile) -> dict[str, Any]:
         seconds = stage.seconds
         return {
-            "parameters": stage.parameters,
-            "weight_bytes": stage.weight_bytes,
-            "flops": stage.flops,
+            **asdict(stage.work),
             "seconds": {
                 "median": median(seconds),
                 "fastest": min(seconds),
                 "slowest": max(seconds),
             },
-            "flops_per_second": stage.rate,
-            "share_of_matmul": stage.rate / self.matmul_rate,
+            "flops_per_second": stage.flops_per_second,
+            "share_of_matmul": stage.flops_per_second / self.limits.flops_per_second,
+            "bytes_per_second": stage.bytes_per_second,
+            "share_of_copy": stage.bytes_per_second / self.limits.bytes_per_second,
             "memory_bytes": stage.memory,
         }
-
-
-class Size(NamedTuple):
-    """Parameters of a part, and the bytes of all its tensors."""
-
-    parameters: int
-    bytes: int
 
 
 @dataclass
@@ -172,8 +179,7 @@ def profile_sampling(
     report("run", 0, runs)
     model = load()
     device, dtype, own = model.device, model.dtype, asked.apply(model.config)
-    counted = count_sampling(own, batch=config.batch)
-    rate = matmul_rate(device, dtype)
+    before = measure_limits(device, dtype)
 
     watches, totals = [], []
     with TemporaryDirectory() as name:
@@ -194,57 +200,108 @@ def profile_sampling(
             model = load()
             _trace(model, asked, config.batch, folder, trace)
             report("run", runs, runs)
-    # others may have had the machine before or after: its limit is the faster of the two
-    rate = max(rate, matmul_rate(device, dtype))
+    # others may have had the machine before or after: its limits are the higher of the two
+    after = measure_limits(device, dtype)
+    limits = Limits(*map(max, before, after))
 
-    sizes = {name: _size(part) for name, part in _modules(model.parts).items()}
-    parameters = sum(size.parameters for size in sizes.values())
-    weights = sum(size.bytes for size in sizes.values())
-    held = {stage: sizes[part] if part else Size(0, 0) for stage, part in STAGES.items()}
-    held["load"] = Size(parameters, weights)
+    counted = count_work(own, model.parts, dtype, batch=config.batch)
     stages = {
         stage: StageProfile(
-            parameters=size.parameters,
-            weight_bytes=size.bytes,
-            flops=counted[stage].flops if stage in counted else 0,
+            work=work,
             seconds=tuple(watch.seconds[stage] for watch in watches),
             memory=_highest([watch.memory[stage] for watch in watches]),
         )
-        for stage, size in held.items()
+        for stage, work in counted.items()
     }
+    moves = own.frames > 1
     return Profile(
         settings={
             **{"model": own.name, "frames": own.frames, "height": own.height, "width": own.width},
-            **{"sampler": own.sampler, "steps": own.steps, "motion_steps": own.motion_steps},
-            **{"guidance": own.guidance, "motion_guidance": own.motion_guidance},
+            **{"sampler": own.sampler, "steps": own.steps, "guidance": own.guidance},
+            "motion_steps": own.motion_steps if moves else None,
+            "motion_guidance": own.motion_guidance if moves else None,
             **{"batch": config.batch, "runs": config.runs, "torch": torch.__version__},
             **{"device": _device_name(device), "dtype": str(dtype).removeprefix("torch.")},
         },
-        matmul_rate=rate,
+        limits=limits,
         stages=stages,
         total=StageProfile(
-            parameters=parameters,
-            weight_bytes=weights,
-            flops=sum(stage.flops for stage in stages.values()),
+            work=replace(
+                counted["load"],
+                forwards=sum(work.forwards for work in counted.values()),
+                flops=sum(work.flops for work in counted.values()),
+                bytes_read=sum(work.bytes_read for work in counted.values()),
+            ),
             seconds=tuple(totals),
             memory=_highest([stage.memory for stage in stages.values()]),
         ),
     )
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a square matrix product on random data: the fastest of a few."""
+def count_work(
+    model: ModelConfig, parts: Parts, dtype: torch.dtype, *, batch: int
+) -> dict[str, Work]:
+    """The stages that run, in their order; all weights of `parts` are of one dtype."""
+    loaded = [part for part in vars(parts).values() if part is not None]
+    weights = sum(each.nbytes for part in loaded for each in part.state_dict().values())
+    products = count_sampling(model, batch=batch)
+    return {
+        "load": Work(
+            parameters=sum(each.numel() for part in loaded for each in part.parameters()),
+            weight_bytes=weights,
+            bytes_read=weights,
+        ),
+        **{
+            stage: Work(
+                parameters=reads.weights.parameters,
+                weight_bytes=reads.weights.numbers * dtype.itemsize,
+                forwards=reads.forwards,
+                flops=products[stage].flops,
+                bytes_read=reads.forwards * reads.weights.read * dtype.itemsize,
+            )
+            for stage, reads in count_reads(model, batch=batch).items()
+        },
+        "video encode": Work(bytes_read=batch * model.frames * model.height * model.width * 3),
+    }
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """The fastest of a few square matrix products of random data, and of a few copies."""
+    limits = Limits(_matmul_rate(device, dtype), _copy_rate(device))
+    if device.type == "cuda":
+        # what is kept for reuse would count as reserved by the stages
+        torch.cuda.empty_cache()
+    return limits
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = MATMUL_SIZE[device.type]
     # float16 is not drawn on every CPU
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / _fastest(lambda: torch.mm(a, b), device)
+
+
+def _copy_rate(device: torch.device) -> float:
+    length = COPY_BYTES[device.type]
+    # written first: pages of memory that never were are all one and the same
+    source = torch.ones(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * length / _fastest(lambda: target.copy_(source), device)
+
+
+def _fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the first of which warms up."""
+    work()
+    repeats = LIMIT_REPEATS[device.type]
     seconds = []
-    for _ in range(1 + MATMUL_RUNS):
+    for _ in range(LIMIT_RUNS):
         _wait(device)
         started = time.perf_counter()
-        torch.mm(a, b)
+        for _ in range(repeats):
+            work()
         _wait(device)
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds[1:])
+        seconds.append((time.perf_counter() - started) / repeats)
+    return min(seconds)
 
 
 def _run(
@@ -260,7 +317,10 @@ def _run(
     )
     with on_stage("video encode"):
         for i, clip in enumerate(clips):
-            write_video(folder / f"{i}.mp4", clip.frames, clip.fps, clip.metadata)
+            if len(clip.frames) == 1:
+                write_still(folder / f"{i}.png", clip.content, clip.metadata)
+            else:
+                write_video(folder / f"{i}.mp4", clip.frames, clip.fps, clip.metadata)
 
 
 def _trace(model: TextToVideo, asked: SampleConfig, batch: int, folder: Path, path: Path) -> None:
@@ -272,17 +332,6 @@ def _trace(model: TextToVideo, asked: SampleConfig, batch: int, folder: Path, pa
         _run(model, asked, batch, folder, names.on_stage, names.on_progress)
     with replace_with(path) as temporary:
         recorded.export_chrome_trace(str(temporary))
-
-
-def _modules(parts: Parts) -> dict[str, nn.Module]:
-    return {name: getattr(parts, name) for name in STAGES.values() if name is not None}
-
-
-def _size(part: nn.Module) -> Size:
-    return Size(
-        sum(parameter.numel() for parameter in part.parameters()),
-        sum(tensor.nbytes for tensor in part.state_dict().values()),
-    )
 
 
 def _wait(device: torch.device) -> None:

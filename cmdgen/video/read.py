@@ -1,4 +1,4 @@
-"""Any video file that ffmpeg knows to frames, and the metadata that `write_video` put in."""
+"""Any video file that ffmpeg knows to frames, and the metadata that `video.write` put in."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe, read_frames
+from PIL import Image
 
 
 def read_video(
@@ -36,23 +37,32 @@ def read_video(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A file of `write_video` -> its metadata; ValueError, in one line, for any other file."""
+    """An mp4 or PNG of ours -> its metadata; ValueError, in one line, for any other file."""
+    file = _existing(path)
+    try:
+        metadata = json.loads(_png_comment(file) if file.suffix == ".png" else _comment(file))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} holds no metadata of cmdgen") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} holds no metadata of cmdgen")
+    return metadata
+
+
+def _png_comment(file: Path) -> str:
+    with Image.open(file, formats=("PNG",)) as image:
+        comment = image.info.get("comment")
+    return comment if isinstance(comment, str) else ""
+
+
+def _comment(file: Path) -> bytes:
     done = subprocess.run(
-        [get_ffmpeg_exe(), "-v", "error", "-i", f"file:{_existing(path)}", "-f", "ffmetadata", "-"],
+        [get_ffmpeg_exe(), "-v", "error", "-i", f"file:{file}", "-f", "ffmetadata", "-"],
         capture_output=True,
         stdin=subprocess.DEVNULL,
     )
     # an ffmetadata value ends at the first newline that no backslash precedes
     found = re.search(rb"^comment=((?:\\.|[^\\\n])*)$", done.stdout, re.MULTILINE | re.DOTALL)
-    try:
-        metadata = json.loads(
-            re.sub(rb"\\(.)", rb"\1", found[1], flags=re.DOTALL) if found else b""
-        )
-    except ValueError as error:
-        raise ValueError(f"{path} holds no metadata of cmdgen") from error
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{path} holds no metadata of cmdgen")
-    return metadata
+    return re.sub(rb"\\(.)", rb"\1", found[1], flags=re.DOTALL) if found else b""
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

@@ -1,17 +1,23 @@
-"""Frames to an mp4 that plays everywhere: h264, yuv420p, BT.709, never resized, whole or absent."""
+"""Frames to an mp4 that plays everywhere, h264, yuv420p, BT.709, or one to a PNG.
+
+Nothing is resized, and a file appears whole or not at all.
+"""
 
 import json
 import os
 import secrets
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-SUFFIXES = (".mp4",)
+VIDEO, STILL = ".mp4", ".png"
 
 # the matrix is tagged as well as used: players else guess it from the frame's size
 BT709 = (
@@ -22,10 +28,10 @@ BT709 = (
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
-    """Raise ValueError, saying what is possible, where `write_video` could not write to `path`."""
+    """Raise ValueError, saying what is possible, where no file could be written to `path`."""
     target = Path(path)
-    if target.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"{target}: the name of a video must end in {' or '.join(SUFFIXES)}")
+    if target.suffix.lower() not in (VIDEO, STILL):
+        raise ValueError(f"{target}: the name must end in {VIDEO}, or in {STILL} for a still")
     try:
         if target.is_dir():
             raise ValueError(f"{target} is a folder: give the name of a file in it")
@@ -52,7 +58,7 @@ def write_video(
     """uint8 (T, H, W, 3) -> an mp4 with `metadata` as JSON in its comment; `crf` 0 best, 51 worst.
 
     Raises ValueError for frames that h264 in yuv420p cannot hold or a path that cannot be written,
-    OSError where the encoder fails. The file appears whole or not at all.
+    OSError where the encoder fails.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(
@@ -63,17 +69,14 @@ def write_video(
         raise ValueError(f"size {width}x{height} is odd: h264 in yuv420p needs even sides")
     if not 0 < fps <= 1000:
         raise ValueError(f"fps {fps} is not above 0 and at most 1000")
-    check_output(path)
-    target = Path(path).resolve()
-    temporary = target.with_name(f".cmdgen-{secrets.token_hex(8)}{target.suffix.lower()}")
-    command = [
-        *(get_ffmpeg_exe(), "-v", "error", "-y"),
-        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)),
-        *("-i", "-", *BT709, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(crf)),
-        *("-metadata", f"comment={json.dumps(metadata, ensure_ascii=False)}"),
-        *("-movflags", "+faststart", f"file:{temporary}"),
-    ]
-    try:
+    with _replace(path, VIDEO) as temporary:
+        command = [
+            *(get_ffmpeg_exe(), "-v", "error", "-y"),
+            *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)),
+            *("-i", "-", *BT709, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(crf)),
+            *("-metadata", f"comment={json.dumps(metadata, ensure_ascii=False)}"),
+            *("-movflags", "+faststart", f"file:{temporary}"),
+        ]
         # in a session of its own: Ctrl-C reaches the encoder through us, which then remove its file
         done = subprocess.run(
             command,
@@ -83,7 +86,32 @@ def write_video(
         )
         if done.returncode:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
-            raise OSError(f"{target} was not written: {lines[-1] if lines else 'ffmpeg failed'}")
+            raise OSError(f"{path} was not written: {lines[-1] if lines else 'ffmpeg failed'}")
+
+
+def write_still(
+    path: str | os.PathLike[str], frame: np.ndarray, metadata: Mapping[str, object]
+) -> None:
+    """uint8 (H, W, 3) -> a PNG with `metadata` as JSON in its text field "comment".
+
+    Raises ValueError for a path that cannot be written.
+    """
+    fields = PngInfo()
+    fields.add_itxt("comment", json.dumps(metadata, ensure_ascii=False))
+    with _replace(path, STILL) as temporary:
+        Image.fromarray(frame).save(temporary, pnginfo=fields)
+
+
+@contextmanager
+def _replace(path: str | os.PathLike[str], suffix: str) -> Iterator[Path]:
+    """Give a temporary path; what was written there replaces `path` if the block ends well."""
+    check_output(path)
+    target = Path(path).resolve()
+    if target.suffix.lower() != suffix:
+        raise ValueError(f"{path}: the name must end in {suffix}")
+    temporary = target.with_name(f".cmdgen-{secrets.token_hex(8)}{suffix}")
+    try:
+        yield temporary
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

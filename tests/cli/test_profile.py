@@ -1,19 +1,46 @@
+import inspect
 import json
 import shutil
+import time
 
 import pytest
 import torch
 
 from cmdgen.cli.app import main
 from cmdgen.config import SampleConfig
-from cmdgen.evaluation.flops import count_sampling
-from cmdgen.evaluation.profile import STAGES, Stopwatch
+from cmdgen.evaluation import profile as profiling
+from cmdgen.evaluation.flops import count_reads, count_sampling
+from cmdgen.evaluation.profile import (
+    Limits,
+    Profile,
+    StageProfile,
+    Stopwatch,
+    Work,
+    measure_limits,
+)
 from cmdgen.pipeline import TextToVideo
+from cmdgen.weights import load_model_index
+
+STAGES = ["load", "text", "content", "motion", "frame decode", "VAE decode", "video encode"]
+# what reads `--json` relies on
+RUN_KEYS = {
+    *("model", "frames", "height", "width", "sampler", "steps", "guidance", "batch", "runs"),
+    *("device", "dtype", "torch", "motion_steps", "motion_guidance"),
+    *("matmul_flops_per_second", "copy_bytes_per_second", "stages", "total"),
+}
+STAGE_KEYS = {
+    *("parameters", "weight_bytes", "forwards", "flops", "bytes_read", "seconds"),
+    *("flops_per_second", "share_of_matmul", "bytes_per_second", "share_of_copy", "memory_bytes"),
+}
+SECONDS_KEYS = {"median", "fastest", "slowest"}
 
 
 @pytest.fixture
-def profile(capsys):
+def profile(capsys, monkeypatch):
     """Runs the command in this process: its exit code, stdout and stderr."""
+    # what the limits are is of no matter here, and takes seconds
+    monkeypatch.setitem(profiling.MATMUL_SIZE, "cpu", 64)
+    monkeypatch.setitem(profiling.COPY_BYTES, "cpu", 2**16)
 
     def run(*arguments: object):
         with pytest.raises(SystemExit) as end:
@@ -50,12 +77,18 @@ def test_every_stage_and_the_total_are_measured(profile, tiny_model, tmp_path):
     assert code == 0
     assert (report["steps"], report["motion_steps"], report["batch"]) == (3, 3, 2)
     assert (report["height"], report["width"], report["dtype"]) == (16, 32, "float32")
-    assert report["matmul_flops_per_second"] > 0
-    assert list(report["stages"]) == list(STAGES)
+    assert report.keys() == RUN_KEYS
+    matmul, copy = report["matmul_flops_per_second"], report["copy_bytes_per_second"]
+    assert list(report["stages"]) == STAGES
     for stage in (*report["stages"].values(), report["total"]):
         seconds = stage["seconds"]
+        assert (stage.keys(), seconds.keys()) == (STAGE_KEYS, SECONDS_KEYS)
+        assert set(stage["memory_bytes"]) <= {"resident"}
         assert 0 < seconds["fastest"] <= seconds["median"] <= seconds["slowest"]
         assert stage["flops_per_second"] == pytest.approx(stage["flops"] / seconds["median"])
+        assert stage["bytes_per_second"] == pytest.approx(stage["bytes_read"] / seconds["median"])
+        assert stage["share_of_matmul"] == pytest.approx(stage["flops_per_second"] / matmul)
+        assert stage["share_of_copy"] == pytest.approx(stage["bytes_per_second"] / copy)
     total = report["total"]
     assert total["seconds"]["slowest"] > sum(
         s["seconds"]["fastest"] for s in report["stages"].values()
@@ -63,15 +96,25 @@ def test_every_stage_and_the_total_are_measured(profile, tiny_model, tmp_path):
 
     model = TextToVideo.load(tiny_model)
     asked = SampleConfig(steps=3, motion_steps=3, height=16, width=32).apply(model.config)
+    stages, reads = report["stages"], count_reads(asked, batch=2)
     for name, products in count_sampling(asked, batch=2).items():
-        assert report["stages"][name]["flops"] == products.flops
-    sizes = {
-        name: sum(parameter.numel() for parameter in getattr(model.parts, name).parameters())
+        assert stages[name]["flops"] == products.flops
+        assert stages[name]["parameters"] == reads[name].weights.parameters
+        assert stages[name]["weight_bytes"] == 4 * reads[name].weights.numbers
+        assert stages[name]["forwards"] == reads[name].forwards
+        assert stages[name]["bytes_read"] == 4 * reads[name].forwards * reads[name].weights.read
+    everything = sum(
+        parameter.numel()
         for name in ("text", "content", "motion", "autoencoder", "vae")
-    }
-    assert report["stages"]["frame decode"]["parameters"] == sizes["autoencoder"]
-    assert report["stages"]["load"]["parameters"] == total["parameters"] == sum(sizes.values())
-    assert total["weight_bytes"] >= 4 * total["parameters"]
+        for parameter in getattr(model.parts, name).parameters()
+    )
+    for entry in (stages["load"], total):
+        assert (entry["parameters"], entry["weight_bytes"]) == (everything, 4 * everything)
+    assert stages["load"]["bytes_read"] == 4 * everything
+    # two clips of four frames
+    assert stages["video encode"]["bytes_read"] == 2 * 4 * 16 * 32 * 3
+    for key in ("forwards", "flops", "bytes_read"):
+        assert total[key] == sum(stage[key] for stage in stages.values())
 
     events = json.loads(trace.read_text())["traceEvents"]
     names = {event["name"] for event in events}
@@ -84,16 +127,133 @@ def test_every_stage_and_the_total_are_measured(profile, tiny_model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["trace.json"]
 
 
+def test_every_key_of_the_json_is_in_the_help(profile):
+    code, out, _ = profile("--help")
+    words = out.replace(",", " ").replace("{", " ").replace("}", " ").split()
+    documented = {*STAGE_KEYS, *RUN_KEYS, *SECONDS_KEYS, "resident", "allocated", "reserved"}
+    assert code == 0
+    assert documented <= set(words)
+    for name in STAGES:
+        assert name in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_still_has_neither_motion_nor_frame_decode(profile, tiny_model, tmp_path):
+    # what diffusers writes: the parts of Stable Diffusion alone
+    folder = tmp_path / "stable"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("autoencoder", "motion"))
+    index = load_model_index(folder)
+    del index["cmdgen"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    arguments = ("--model", folder, "--steps", 2, "--size", "32x16", "--runs", 1)
+    code, out, _ = profile(*arguments, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report.keys() == RUN_KEYS
+    assert (report["frames"], report["steps"]) == (1, 2)
+    assert (report["motion_steps"], report["motion_guidance"]) == (None, None)
+    assert list(report["stages"]) == ["load", "text", "content", "VAE decode", "video encode"]
+    forwards = {name: stage["forwards"] for name, stage in report["stages"].items()}
+    assert forwards == {"load": 0, "text": 1, "content": 2, "VAE decode": 1, "video encode": 0}
+    assert report["total"]["bytes_read"] == sum(s["bytes_read"] for s in report["stages"].values())
+    assert report["stages"]["video encode"]["bytes_read"] == 16 * 32 * 3
+
+    code, out, _ = profile(*arguments)
+    assert code == 0
+    assert "a still of 32x16, ddim 2 steps" in out.splitlines()[0]
+    assert "motion" not in out
+
+
+def cells(lines):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+
+
+def test_the_tables_of_a_large_model_fit_a_screen(profile, tiny_model, monkeypatch):
+    def stage(parameters, forwards, flops, seconds):
+        return StageProfile(
+            Work(parameters, 2 * parameters, forwards, flops, 2 * parameters * forwards),
+            (0.9 * seconds, seconds, 1.1 * seconds),
+            {"allocated": int(41.5e9), "reserved": int(60e9)},
+        )
+
+    content = stage(865_910_724, 1000, 184_951_200_000_000, 100.0)
+    decode = stage(49_490_199, 17, 86_661_886_000_000, 25.0)
+    settings = {
+        **{"model": "cmd-sd21", "frames": 16, "height": 512, "width": 1024},
+        **{"sampler": "dpm++", "steps": 1000, "guidance": 7.5, "batch": 1, "runs": 3},
+        **{"motion_steps": 1000, "motion_guidance": 1.0, "torch": "2.13.0"},
+        **{"device": "NVIDIA H200", "dtype": "bfloat16"},
+    }
+    measured = Profile(
+        settings,
+        Limits(700e12, 4e12),
+        {"content": content, "VAE decode": decode},
+        stage(1_634_000_000, 2117, 271_613_086_000_000, 130.0),
+    )
+    monkeypatch.setattr(profiling, "profile_sampling", lambda *_, **__: measured)
+    code, out, _ = profile("--model", tiny_model)
+    lines = out.splitlines()
+    assert code == 0
+    assert max(map(len, lines)) <= 120
+    assert lines[2] == "measured limits: matmul 700.0 TFLOP/s, copy 4000.0 GB/s"
+    rows = cells(lines)
+    assert rows[0][:-1] == [
+        *("stage", "seconds", "fastest-slowest", "share", "allocated GB", "reserved GB")
+    ]
+    assert [rows[2][:-1], rows[4][:-1]] == [
+        ["content", "100.0000", "90.0000-110.0000", "76.9%", "41.50", "60.00"],
+        ["total", "130.0000", "117.0000-143.0000", "100.0%", "41.50", "60.00"],
+    ]
+    # a quarter of the longest bar
+    assert [len(row[-1]) for row in rows[2:5]] == [25, 6, 0]
+    assert [row[1:] for row in (rows[5], rows[7], rows[8])] == [
+        [
+            *("parameters M", "weights MB", "forwards", "TFLOP", "GFLOP/s", "of matmul"),
+            *("read GB", "GB/s", "of copy"),
+        ],
+        # two bytes for each parameter and forward: 1731.8 GB in 100 s, of 4 TB/s
+        ["865.9", "1731.8", "1000", "185.0", "1849.5", "0.3%", "1731.8", "17.32", "0.4%"],
+        ["49.5", "99.0", "17", "86.7", "3466.5", "0.5%", "1.7", "0.07", "0.0%"],
+    ]
+
+
 def test_the_longest_stage_has_the_longest_bar(profile, tiny_model):
     code, out, _ = profile("--model", tiny_model, "--runs", 1, "--device", "cpu")
     assert code == 0
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
-    seconds = {row[0]: float(row[4]) for row in rows[2:]}
-    bars = {row[0]: len(row[-1]) for row in rows[2:]}
-    assert list(seconds) == [*STAGES, "total"]
-    del seconds["total"]
-    longest = max(seconds, key=seconds.__getitem__)
-    assert bars[longest] == 30 == max(bars.values())
+    rows = cells(out.splitlines())[2 : 2 + len(STAGES)]
+    seconds = {row[0]: float(row[1]) for row in rows}
+    bars = {row[0]: len(row[-1]) for row in rows}
+    assert list(seconds) == STAGES
+    assert bars[max(seconds, key=seconds.__getitem__)] == 25 == max(bars.values())
+
+
+def test_the_limits_are_of_two_operations_and_of_bytes_read_and_written(monkeypatch):
+    ticks = iter(range(1000))
+    # a second for whatever is timed
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setitem(profiling.MATMUL_SIZE, "cpu", 10)
+    monkeypatch.setitem(profiling.COPY_BYTES, "cpu", 1000)
+    assert measure_limits(torch.device("cpu"), torch.float32) == (2 * 10**3, 2 * 1000)
+
+
+def test_profiling_costs_less_than_a_hundredth_when_it_is_off(tiny_model):
+    model = TextToVideo.load(tiny_model, device="cpu")
+    parameters = inspect.signature(TextToVideo.sample_batch).parameters
+    off = parameters["on_stage"].default
+
+    def seconds(work):
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    def enter_all():
+        for stage in STAGES:
+            with off(stage):
+                pass
+
+    model.sample("a dog", SampleConfig())
+    sampling = min(seconds(lambda: model.sample("a dog", SampleConfig())) for _ in range(3))
+    assert min(seconds(enter_all) for _ in range(3)) < sampling / 100
 
 
 def test_a_stage_that_is_entered_again_adds_its_time_and_keeps_its_peak():

@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cmdgen.cli.app import main
+from cmdgen.config import SampleConfig
+from cmdgen.pipeline import TextToVideo
 from cmdgen.video.read import read_metadata, read_video
 
 PROMPT = "a dog swimming in the ocean"
@@ -60,6 +63,21 @@ def test_video_is_written_with_its_path_on_stdout_and_all_else_on_stderr(
     assert metadata["prompt"] == PROMPT
     assert metadata["seed"] == metadata["content_seed"] == metadata["motion_seed"] == 7
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_png_gets_the_content_frame_with_its_settings(cmdgen, tiny_model, tmp_path):
+    path = tmp_path / "still.png"
+    result = cmdgen("sample", PROMPT, "-o", path, "--model", tiny_model, "--seed", 7)
+    assert (result.code, result.out) == (0, f"{path}\n")
+    clip = TextToVideo.load(tiny_model).sample(PROMPT, SampleConfig(seed=7))
+    with Image.open(path) as image:
+        assert np.array_equal(np.asarray(image), clip.content)
+    metadata = read_metadata(path)
+    assert (metadata["prompt"], metadata["content_seed"], metadata["frames"]) == (PROMPT, 7, 1)
+    assert list(tmp_path.iterdir()) == [path]
+    result = cmdgen("sample", PROMPT, "-o", path, "--model", tiny_model, "--frames", 4)
+    assert result.code == 2
+    assert "still.png holds one frame, not 4: give the name of an mp4" in result.err
 
 
 def test_options_reach_the_video(cmdgen, tiny_model, tmp_path):
@@ -116,7 +134,7 @@ def test_words_never_seen_and_a_prompt_too_long_are_noted_in_a_line_each(
         (["a dog", "--size", "33x32"], "multiples of 16, such as 32x32"),
         (["a dog", "--size", "0x32"], "width 0 is not at least 1"),
         (["a dog", "--size", "big"], "'big' is not WIDTHxHEIGHT, such as"),
-        (["a dog", "--frames", "3"], "frames 3 is not a multiple of 2"),
+        (["a dog", "--frames", "3"], "frames 3 is neither 1 nor a multiple of 2"),
         (["a dog", "--steps", "0"], "steps 0 is not at least 1"),
         (["a dog", "--steps", "many"], "'--steps'"),
         (["a dog", "--motion-steps", "2000"], "not between 1 and 1000"),

@@ -8,8 +8,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
+from cmdgen.config import CMD_SD15, PRESETS, DiTConfig, NoiseConfig
 from cmdgen.config import SAMPLERS as NAMES
-from cmdgen.config import DiTConfig, NoiseConfig
 from cmdgen.diffusion.guidance import Denoise, guide
 from cmdgen.diffusion.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp
 from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, velocity
@@ -17,9 +17,13 @@ from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, velocity
 Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
 Sampler = Callable[..., Tensor]
 
-STABLE_DIFFUSION = NoiseConfig()
+STABLE_DIFFUSION = CMD_SD15.noise
 MOTION = DiTConfig().noise
-MINI = replace(STABLE_DIFFUSION, prediction_type="v_prediction", timestep_spacing="trailing")
+MINI = PRESETS["mini"].noise
+SPACINGS = [
+    replace(STABLE_DIFFUSION, timestep_spacing=spacing, steps_offset=offset, set_alpha_to_one=one)
+    for spacing, offset, one in itertools.product(("leading", "trailing"), (0, 1), (False, True))
+]
 
 # the data of the Gaussian tests
 MEAN, DEVIATION = 1.5, 0.4
@@ -101,7 +105,7 @@ def test_second_order_converges_faster_than_first() -> None:
 def network(x: Tensor, t: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 2 C, H, W): nonlinear, mixing channels, dependent on the time."""
     mixing = torch.randn(2 * x.shape[1], x.shape[1], generator=torch.Generator().manual_seed(1))
-    mixed = torch.einsum("oc,bchw->bohw", 0.4 * mixing, x)
+    mixed = torch.einsum("oc,bchw->bohw", 0.4 * mixing.to(x), x)
     return mixed.sin() * (1 + t.view(-1, 1, 1, 1) / 1000)
 
 
@@ -121,42 +125,87 @@ def peer(kind: type[Scheduler], config: NoiseConfig, **settings: bool | str) -> 
     )
 
 
-# of learned variance diffusers adds noise even after the last step, unless that is at timestep 0
+def scheduler_of(name: str, config: NoiseConfig) -> Scheduler:
+    """diffusers' scheduler for one of our samplers."""
+    match name:
+        case "ddim" | "ddim noisy":
+            end = config.set_alpha_to_one
+            return peer(DDIMScheduler, config, clip_sample=False, set_alpha_to_one=end)
+        case "dpm++":
+            return peer(DPMSolverMultistepScheduler, config)
+        case "ddpm":
+            return peer(DDPMScheduler, config, clip_sample=False)
+    return peer(DDPMScheduler, config, clip_sample=False, variance_type="learned_range")
+
+
+# of learned variance diffusers adds noise even after the last step, unless that is at timestep 0.
+# its DDIM takes equal strides, which miss trailing timesteps that do not divide 1000: so many steps
+# are not compared
 @pytest.mark.parametrize(
     ("name", "config"),
     [
         *itertools.product(("ddim", "dpm++", "ddpm"), (STABLE_DIFFUSION, MOTION, MINI)),
+        *itertools.product(("ddim", "ddim noisy", "dpm++"), SPACINGS),
         ("dpm++", replace(STABLE_DIFFUSION, timestep_spacing="linspace")),
         ("ddpm learned", MOTION),
     ],
 )
-@pytest.mark.parametrize("steps", [1, 2, 10, 25])
-def test_trajectories_are_those_of_diffusers(name: str, config: NoiseConfig, steps: int) -> None:
-    stable = config is STABLE_DIFFUSION
-    scheduler = {
-        "ddim": lambda: peer(DDIMScheduler, config, clip_sample=False, set_alpha_to_one=not stable),
-        "dpm++": lambda: peer(DPMSolverMultistepScheduler, config),
-        "ddpm": lambda: peer(DDPMScheduler, config, clip_sample=False),
-        "ddpm learned": lambda: peer(
-            DDPMScheduler, config, clip_sample=False, variance_type="learned_range"
-        ),
-    }[name]()
+@pytest.mark.parametrize("steps", [1, 2, 10, 25, 50])
+def test_every_sample_on_the_way_is_that_of_diffusers(
+    name: str, config: NoiseConfig, steps: int
+) -> None:
+    scheduler = scheduler_of(name, config)
     denoise = network if name == "ddpm learned" else half
     noise = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
 
-    expected = noise
+    expected, theirs = [noise], []
     scheduler.set_timesteps(steps)
     generator = torch.Generator().manual_seed(2)
     settings = {} if name == "dpm++" else {"generator": generator}
+    if name == "ddim noisy":
+        settings["eta"] = 0.5
     for t in scheduler.timesteps:
-        output = denoise(expected, t.expand(2))
-        expected = scheduler.step(output, t, expected, **settings).prev_sample
+        output = denoise(expected[-1], t.expand(2))
+        theirs.append(int(t))
+        expected.append(scheduler.step(output, t, expected[-1], **settings).prev_sample)
 
-    sampler = SAMPLERS[name.split()[0]]
+    actual, ours = [], []
+
+    def watched(x: Tensor, t: Tensor) -> Tensor:
+        actual.append(x)
+        ours.append(int(t[0]))
+        return denoise(x, t)
+
+    settings = {"eta": 0.5} if name == "ddim noisy" else {}
     generator = torch.Generator().manual_seed(2)
-    actual = sampler(denoise, noise, config, steps=steps, generator=generator)
-    scale = expected.abs().max()
-    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
+    sampler = SAMPLERS[name.split()[0]]
+    actual.append(sampler(watched, noise, config, steps=steps, generator=generator, **settings))
+    assert ours == theirs
+    for before, after in zip(actual, expected, strict=True):
+        scale = after.abs().max()
+        torch.testing.assert_close(before / scale, after / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [3, 7, 30, 333])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("one", [False, True])
+def test_leading_ddim_is_that_of_diffusers_in_any_number_of_steps(
+    steps: int, offset: int, one: bool
+) -> None:
+    """With our powers in place of their float32 ones, what is left is the update, in float64."""
+    config = replace(STABLE_DIFFUSION, steps_offset=offset, set_alpha_to_one=one)
+    scheduler = scheduler_of("ddim", config)
+    scheduler.alphas_cumprod = alphas_cumprod(config)
+    if not one:
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    noise = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0)).double()
+
+    expected = noise
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        expected = scheduler.step(half(expected, t.expand(2)), t, expected).prev_sample
+    actual = ddim(half, noise, config, steps=steps)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("predict", [half, network])

@@ -1,10 +1,12 @@
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler
 
-from cmdgen.config import DiTConfig, NoiseConfig
+from cmdgen.config import CMD_SD15, CMD_SD21, PRESETS, DiTConfig, NoiseConfig
 from cmdgen.diffusion.schedule import (
     add_noise,
     alphas_cumprod,
@@ -14,8 +16,9 @@ from cmdgen.diffusion.schedule import (
     to_x0_eps,
     velocity,
 )
+from cmdgen.weights import read_config, write_config
 
-STABLE_DIFFUSION = NoiseConfig()
+STABLE_DIFFUSION = CMD_SD15.noise
 TRAILING = replace(STABLE_DIFFUSION, timestep_spacing="trailing")
 LINSPACE = replace(STABLE_DIFFUSION, timestep_spacing="linspace")
 MOTION = DiTConfig().noise
@@ -37,6 +40,44 @@ def test_signal_powers_are_those_of_diffusers(config: NoiseConfig) -> None:
     powers = alphas_cumprod(config)
     assert powers.dtype == torch.float64 and powers.shape == (1000,)
     torch.testing.assert_close(powers.float(), peer(config).alphas_cumprod, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("config", [STABLE_DIFFUSION, TRAILING, LINSPACE, MOTION])
+@pytest.mark.parametrize("one", [False, True])
+def test_scheduler_folders_go_both_ways(config: NoiseConfig, one: bool, tmp_path: Path) -> None:
+    config = replace(config, set_alpha_to_one=one, prediction_type="v_prediction")
+    write_config(config, tmp_path / "ours")
+    theirs = DDIMScheduler.from_pretrained(tmp_path / "ours")
+    assert asdict(config).items() <= theirs.config.items()
+    assert not theirs.config.clip_sample and not theirs.config.thresholding
+    for kind in (DDIMScheduler, PNDMScheduler):
+        kind.from_config(theirs.config).save_pretrained(tmp_path / kind.__name__)
+        assert read_config(tmp_path / kind.__name__, NoiseConfig) == config
+
+
+def test_the_presets_are_stable_diffusions_schedule() -> None:
+    """As the scheduler folders of SD 1.5 and SD 2.1-base have it."""
+    stock = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    stock |= {"steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True}
+    theirs = PNDMScheduler(**stock)
+    for model in (CMD_SD15, CMD_SD21):
+        assert asdict(model.noise).items() <= theirs.config.items()
+
+
+def test_ddim_ends_where_the_folder_says(tmp_path: Path) -> None:
+    write_config(STABLE_DIFFUSION, tmp_path)
+    assert read_config(tmp_path, NoiseConfig).set_alpha_to_one is False
+    path = tmp_path / "scheduler_config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "set_alpha_to_one": 1}))
+    with pytest.raises(ValueError, match="set_alpha_to_one 1 is not true or false"):
+        read_config(tmp_path, NoiseConfig)
+    del stored["set_alpha_to_one"]
+    path.write_text(json.dumps(stored))
+    theirs = DDIMScheduler.from_pretrained(tmp_path)
+    assert read_config(tmp_path, NoiseConfig).set_alpha_to_one is theirs.config.set_alpha_to_one
+    # mini's files stay what they were made with: until the end, without noise
+    assert PRESETS["mini"].noise.set_alpha_to_one and PRESETS["mini"].motion.noise.set_alpha_to_one
 
 
 @pytest.mark.parametrize("config", [STABLE_DIFFUSION, TRAILING, LINSPACE, MOTION])

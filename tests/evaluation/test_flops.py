@@ -1,4 +1,4 @@
-"""Counted operations: the published figures, and what the pipeline really multiplies."""
+"""Counted operations: the published figures, and what the pipeline really multiplies and reads."""
 
 from dataclasses import replace
 from math import prod
@@ -15,6 +15,7 @@ from cmdgen.evaluation.flops import (
     compare_with_paper,
     count_forwards,
     count_products,
+    count_reads,
     count_sampling,
 )
 from cmdgen.models.dit import DiT
@@ -137,14 +138,15 @@ def test_a_model_without_text_is_refused():
         count_forwards(CMD_UCF)
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        SampleConfig(),
-        SampleConfig(steps=3, motion_steps=2, guidance=1, motion_guidance=2, sampler="ddim"),
-        SampleConfig(sampler="ddpm", frames=2, height=16, width=16),
-    ],
-)
+ASKED = [
+    SampleConfig(),
+    SampleConfig(steps=3, motion_steps=2, guidance=1, motion_guidance=2, sampler="ddim"),
+    SampleConfig(sampler="ddpm", frames=2, height=16, width=16),
+    SampleConfig(frames=1, steps=3),
+]
+
+
+@pytest.mark.parametrize("asked", ASKED)
 def test_what_is_counted_is_what_the_pipeline_multiplies(tiny_model, asked):
     def attention(q, k, v, *arguments, out_shape=None, **options):
         return 2 * prod(q[:-1]) * k[-2] * (k[-1] + v[-1])
@@ -152,7 +154,89 @@ def test_what_is_counted_is_what_the_pipeline_multiplies(tiny_model, asked):
     # PyTorch's counter does not know the fused attention of its CPUs
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     model = TextToVideo.load(tiny_model, device="cpu")
+    # reading the weights tries them out
+    assert model.parts
     with FlopCounterMode(display=False, custom_mapping={fused: attention}) as counter:
         model.sample_batch(["a dog", "a cat"], asked, [1, 2])
     counted = count_sampling(asked.apply(model.config), batch=2)
     assert sum(each.flops for each in counted.values()) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_forwards_are_as_many_as_the_pipeline_makes(tiny_model, asked, batch):
+    model = TextToVideo.load(tiny_model, device="cpu")
+    parts = model.parts
+    # of the two that are not called as a whole, a module that each decoding runs once
+    watched = {
+        **{"text": parts.text, "content": parts.content, "motion": parts.motion},
+        **{"frame decode": parts.autoencoder.output, "VAE decode": parts.vae.decoder},
+    }
+    made = dict.fromkeys(watched, 0)
+
+    def count(stage):
+        def hook(*_):
+            made[stage] += 1
+
+        return hook
+
+    for stage, module in watched.items():
+        module.register_forward_hook(count(stage))
+    model.sample_batch(["a dog"] * batch, asked, range(batch))
+    counted = count_reads(asked.apply(model.config), batch=batch)
+    assert {stage: each.forwards for stage, each in counted.items()} == {
+        stage: times for stage, times in made.items() if times
+    }
+    assert list(counted) == list(count_sampling(asked.apply(model.config)))
+
+
+def test_the_weights_of_a_forward_are_those_that_a_gradient_reaches(tiny_model):
+    model = TextToVideo.load(tiny_model, device="cpu")
+    config, parts = model.config, model.parts
+    still = torch.randn(1, 8, 8, 12)
+    when, ids = torch.ones(1), torch.arange(16)[None]
+    states = torch.randn(1, 16, 16)
+    # two parts of 6 and 4 columns
+    motion = torch.randn(1, 8, 4, 10)
+    ran = {
+        "text": (parts.text, parts.text(ids).last_hidden_state),
+        "content": (parts.content, parts.content(still, when, states)),
+        "motion": (
+            parts.motion,
+            parts.motion(motion, when, text=states, context=still, split=6),
+        ),
+        "frame decode": (parts.autoencoder, parts.autoencoder.decode(still, motion)),
+        "VAE decode": (parts.vae, parts.vae.decode(still)),
+    }
+    counted = count_reads(config)
+    assert list(counted) == list(ran)
+    for stage, (part, output) in ran.items():
+        output.sum().backward()
+        reached = sum(p.numel() for p in part.parameters() if p.grad is not None)
+        weights = counted[stage].weights
+        assert weights.parameters == weights.numbers == reached
+        halves = stage in ("frame decode", "VAE decode")
+        assert (reached < sum(p.numel() for p in part.parameters())) is halves
+    # of 560 tokens, those of one prompt
+    text = counted["text"].weights
+    assert text.read == text.parameters - (560 - 16) * 16
+
+
+def test_known_models_read_their_known_parameters():
+    # Stable Diffusion 1.5's: CLIP ViT-L, the UNet, the decoder of the VAE with its convolution
+    stable = replace(CMD_SD15, frames=1, autoencoder=None, motion=None)
+    counted = count_reads(stable)
+    assert {stage: each.weights.parameters for stage, each in counted.items()} == {
+        **{"text": 123_060_480, "content": 859_520_964, "VAE decode": 49_490_199},
+    }
+    assert counted["text"].weights.read == 123_060_480 - (49408 - 77) * 768
+    assert [each.forwards for each in counted.values()] == [1, 50, 1]
+    assert list(count_sampling(stable)) == list(counted)
+    gated = replace(CMD_SD15.autoencoder, attention="gated", attention_features=3)
+    plain = count_reads(CMD_SD15)["frame decode"].weights
+    assert plain.parameters == plain.numbers
+    # the random features of time and space in each of 8 blocks: a buffer, not parameters; space is
+    # long enough to use them, time is not
+    gate = count_reads(replace(CMD_SD15, autoencoder=gated))["frame decode"].weights
+    assert gate.parameters == plain.parameters
+    assert gate.numbers == gate.read == plain.numbers + 8 * 3 * 48

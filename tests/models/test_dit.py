@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmdgen.config import DiTConfig
+from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, DiTConfig, ModelConfig
 from cmdgen.models.dit import DiT, grid_positions
 
 MOTION = DiTConfig(
@@ -50,20 +50,29 @@ def test_papers_sizes_have_their_parameter_counts(
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "context_patch", "tokens"),
-    [(64, 64, 4, 512), (64, 64, 8, 320), (64, 128, 8, 512), (32, 32, 4, 192), (32, 32, 8, 144)],
+    ("preset", "size", "motion", "content"),
+    [
+        (CMD_SD21, (64, 128), 384, 128),
+        (CMD_SD21, (64, 64), 256, 64),
+        (CMD_SD15, (64, 64), 256, 256),
+        (CMD_SD15, (32, 32), 128, 64),
+        (CMD_UCF, (64, 64), 256, 256),
+    ],
 )
 def test_papers_settings_have_their_token_counts(
-    rows: int, columns: int, context_patch: int, tokens: int
+    preset: ModelConfig, size: tuple[int, int], motion: int, content: int
 ) -> None:
-    counts: list[int] = []
-    model = DiT(DiTConfig(width=16, heads=1, depth=1, text_width=None, context_patch=context_patch))
-    model.blocks[0].register_forward_hook(lambda _, args, __: counts.append(args[0].shape[1]))
-    z = torch.zeros(1, 8, 16, columns // 2 + rows // 2)
-    context = torch.zeros(1, 4, rows, columns)
-    output = model(z, torch.zeros(1), context=context, split=columns // 2)
-    assert counts == [tokens]
-    assert output.shape == (1, 16, *z.shape[2:])
+    assert preset.motion is not None and preset.autoencoder is not None
+    config = replace(preset.motion, width=16, heads=1, depth=1, text_width=None)
+    model, counts = DiT(config), []
+    for part in (model.embed_sample, model.embed_context, model.blocks[0]):
+        part.register_forward_hook(lambda *arguments: counts.append(arguments[2].shape[1]))
+    rows, columns = (side // preset.autoencoder.patch for side in size)
+    z = torch.zeros(1, config.in_channels, preset.frames, columns + rows)
+    context = torch.zeros(1, preset.autoencoder.channels, *size)
+    output = model(z, torch.zeros(1), context=context, split=columns)
+    assert counts == [motion, content, motion + content]
+    assert output.shape == (1, 2 * config.in_channels, *z.shape[2:])
 
 
 def test_new_model_outputs_zero() -> None:
