@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from cmdgen.config import CMD_UCF, MINI, ModelConfig, NoiseConfig, UNetConfig, VaeConfig
+from cmdgen.config import CMD_SD15, CMD_UCF, MINI, ModelConfig, NoiseConfig, UNetConfig, VaeConfig
 from cmdgen.models.text import ClipTextModel, Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import FILENAME, KlVae
@@ -239,8 +239,9 @@ def test_a_stock_scheduler_is_read_and_an_unsupported_one_refused(tmp_path: Path
     path = tmp_path / "scheduler_config.json"
     stock = {"_class_name": "PNDMScheduler", "beta_end": 0.012, "beta_start": 0.00085}
     stock |= {"beta_schedule": "scaled_linear", "skip_prk_steps": True, "steps_offset": 1}
+    stock |= {"set_alpha_to_one": False}
     path.write_text(json.dumps({**stock, "trained_betas": None, "clip_sample": False}))
-    assert read_config(tmp_path, NoiseConfig) == NoiseConfig()
+    assert read_config(tmp_path, NoiseConfig) == CMD_SD15.noise
     edit(path, prediction_type="sample")
     with pytest.raises(ValueError, match="prediction_type 'sample' is not supported, expected"):
         read_config(tmp_path, NoiseConfig)

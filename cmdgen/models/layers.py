@@ -20,8 +20,9 @@ def timestep_embedding(t: Tensor, width: int, *, dtype: torch.dtype = torch.floa
     """
     assert width % 2 == 0, f"width {width} is odd"
     precise = torch.promote_types(dtype, torch.float32)
-    exponent = torch.arange(width // 2, device=t.device, dtype=precise) / (width // 2)
-    angle = t[:, None].to(precise) * torch.exp(-math.log(10000) * exponent)  # (B, width / 2)
+    # the order of operations is diffusers', whose float32 it gives to the last bit
+    exponent = -math.log(10000) * torch.arange(width // 2, device=t.device, dtype=precise)
+    angle = t[:, None].to(precise) * torch.exp(exponent / (width // 2))  # (B, width / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
 
 

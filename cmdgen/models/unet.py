@@ -37,7 +37,8 @@ class TimeEmbedding(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
         weight = self.linear_1.weight
-        sinusoids = timestep_embedding(timestep, weight.shape[1], dtype=weight.dtype)
+        # Stable Diffusion's are float32 whatever the weights are, also where these are float64
+        sinusoids = timestep_embedding(timestep, weight.shape[1]).to(weight.dtype)
         return self.linear_2(F.silu(self.linear_1(sinusoids)))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
-from cmdgen.config import CMD_SD15, CMD_SD21, PRESETS, DiTConfig, NoiseConfig
+from cmdgen.config import CMD_SD15, CMD_SD21, MINI, DiTConfig, NoiseConfig
 from cmdgen.diffusion.schedule import (
     add_noise,
     alphas_cumprod,
@@ -16,7 +16,7 @@ from cmdgen.diffusion.schedule import (
     to_x0_eps,
     velocity,
 )
-from cmdgen.weights import read_config, write_config
+from cmdgen.weights import read_config, read_model, resolve_model, write_config
 
 STABLE_DIFFUSION = CMD_SD15.noise
 TRAILING = replace(STABLE_DIFFUSION, timestep_spacing="trailing")
@@ -64,6 +64,13 @@ def test_the_presets_are_stable_diffusions_schedule() -> None:
         assert asdict(model.noise).items() <= theirs.config.items()
 
 
+def test_mini_ends_without_noise() -> None:
+    """As it always has: a stray `false` in its files would change every video of DDIM."""
+    mini = read_model(resolve_model("mini"))
+    assert mini.noise == MINI.noise and mini.noise.set_alpha_to_one
+    assert mini.motion == MINI.motion and mini.motion.noise.set_alpha_to_one
+
+
 def test_ddim_ends_where_the_folder_says(tmp_path: Path) -> None:
     write_config(STABLE_DIFFUSION, tmp_path)
     assert read_config(tmp_path, NoiseConfig).set_alpha_to_one is False
@@ -76,8 +83,6 @@ def test_ddim_ends_where_the_folder_says(tmp_path: Path) -> None:
     path.write_text(json.dumps(stored))
     theirs = DDIMScheduler.from_pretrained(tmp_path)
     assert read_config(tmp_path, NoiseConfig).set_alpha_to_one is theirs.config.set_alpha_to_one
-    # mini's files stay what they were made with: until the end, without noise
-    assert PRESETS["mini"].noise.set_alpha_to_one and PRESETS["mini"].motion.noise.set_alpha_to_one
 
 
 @pytest.mark.parametrize("config", [STABLE_DIFFUSION, TRAILING, LINSPACE, MOTION])

@@ -1,7 +1,13 @@
 """The text encoder is transformers' CLIPTextModel, the tokenizer its CLIPTokenizer."""
 
+import gzip
 import json
+import random
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -33,6 +39,130 @@ TEXTS = [
     "word " * 3_000,
     "<|endoftext|> hi <|startoftext|> <|EndOfText|> <|endoftext",
 ]
+
+
+# one of each is a word, or a piece of one
+SCRIPTS = [
+    *("à-ÿ", "Ā-ž", "Ά-ώ", "А-я", "Ա-և", "א-ת", "ء-ي", "܀-ܯ", "ऄ-ह", "অ-হ", "அ-ஹ", "ക-ഹ", "ก-ฮ"),
+    *("ກ-ຮ", "ཀ-ཬ", "က-အ", "Ა-Ჰ", "ა-ჰ", "ᄀ-ᇿ", "가-힣", "ሀ-ፚ", "Ꭰ-Ᏼ", "ក-អ", "ᠠ-ᡷ", "ぁ-ん"),
+    *("ァ-ヺ", "一-龥", "𠀀-𠿿", "𐌰-𐍊", "𐐀-𐑏", "𝐀-𝟋", "Ａ-ｚ", "ᵃ-ᵿ", "Ǆ-ǌ", "ẞ-ỿ", "ﬀ-ﬆ"),
+]
+SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2000\u2003\u2009\u2028\u2029\u202f\u205f\u3000"
+CONTROLS = [
+    *map(chr, chain(range(32), range(127, 160))),
+    *("\u200b", "\u200c", "\u200d", "\u200e", "\u202e", "\u2060", "\ufeff", "\ufffc", "\ufffd"),
+    *("\xad", "\u034f", "\u061c", "\ue000", "\U000e0061", "\U0010fffd", "\ufffe"),
+]
+EMOJI = [
+    *(
+        "🐶",
+        "👩🏽‍🚀",
+        "👨‍👩‍👧‍👦",
+        "🏳️‍🌈",
+        "🇳🇱",
+        "🇺",
+        "1️⃣",
+        "❤️",
+        "☺",
+        "👍🏿",
+        "🏴󠁧󠁢󠁳󠁣󠁴󠁿",
+        "🧑🏻‍❤️‍💋‍🧑🏾",
+        "‍",
+        "️",
+        "🫠",
+    ),
+]
+PIECES = [
+    *("a photo of", "astronaut", "riding", "horse", "4k", "trending on artstation", "Rembrandt"),
+    *("don't", "we'LL", "it’s", "I'm", "they'd've", "'s", "''t", "rock'n'roll", "y'all're", "'"),
+    *("<|startoftext|>", "<|endoftext|>", "<|EndOfText|>", "<|endoftext", "|>", "<|", "</w>", "!"),
+    *("!!", "a!b", "1234567890", "3.14e-10", "½", "Ⅻ", "x²", "٣٤٥", "１２３", "①", "1,000,000th"),
+    *("İstanbul", "ΣΊΣΥΦΟΣ", "Straße", "ẞ", "ǅ", "ﬁn", "Å", "e\u0301", "한", "\u1112\u1161\u11ab"),
+    *(
+        "http://x.org/?q=a&b#c",
+        "snake_case",
+        "C++",
+        "(((masked:1.3)))",
+        "[a|b]",
+        "--ar 16:9",
+        "#tag",
+    ),
+    *("…", "“quoted”", "¿qué?", "„so“", "€5", "™", "\\n", "&amp;", "a—b", "x" * 30, "ha" * 40),
+]
+
+
+def varied_texts(count: int) -> list[str]:
+    """Texts of every kind that a tokenizer may trip over, the same at each call."""
+    draw = random.Random(0)
+
+    def character(span: str) -> str:
+        return chr(draw.randint(ord(span[0]), ord(span[2])))
+
+    def marked() -> str:
+        marks = (
+            chr(draw.choice((0x300, 0x483, 0x591, 0x64B, 0x93C, 0x20D0)) + i) for i in range(9)
+        )
+        return draw.choice("aEoñяא각") + "".join(draw.sample(list(marks), draw.randint(1, 4)))
+
+    def cased() -> str:
+        word = draw.choice(PIECES)
+        return "".join(draw.choice((letter.upper(), letter.lower())) for letter in word)
+
+    def anything() -> str:
+        point = draw.choice((draw.randrange(0x3000), draw.randrange(0x110000)))
+        # halves of characters are no text
+        return chr(point) if not 0xD800 <= point < 0xE000 else "\ud7ff"
+
+    kinds: list[Callable[[], str]] = [
+        lambda: draw.choice(PIECES),
+        lambda: "".join(character(span) for span in [draw.choice(SCRIPTS)] * draw.randint(1, 8)),
+        lambda: "".join(draw.choices(EMOJI, k=draw.randint(1, 4))),
+        lambda: "".join(draw.choices(CONTROLS, k=draw.randint(1, 4))),
+        lambda: str(draw.randrange(10 ** draw.randint(1, 12))),
+        *(marked, cased, anything),
+    ]
+    texts = ["", " ", SPACES, "!", *PIECES, *EMOJI, *CONTROLS]
+    texts += ["word " * 3_000, "a" * 10_000, "🐶" * 500, "e" + "\u0301" * 2_000, "日本" * 2_000]
+    while len(texts) < count:
+        # of one kind, or mixed; run together, or with spaces of any kind between
+        chosen = draw.choices(kinds, k=draw.choice((1, 1, 3)))
+        gaps = draw.choice(("", " ", SPACES))
+        size = draw.choice((1, 3, 10, 60))
+        parts = (
+            draw.choice(chosen)() + "".join(draw.sample(gaps, min(1, len(gaps))))
+            for _ in range(size)
+        )
+        texts.append("".join(parts))
+    return texts[:count]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP's own vocabulary, as the tokenizer folder that Stable Diffusion has."""
+    package, name = "open_clip_torch", "bpe_simple_vocab_16e6.txt.gz"
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    found = [
+        path for file in files if file.name == name and (path := Path(file.locate())).is_file()
+    ]
+    if not found:
+        pytest.skip(f"no {name}: pip install --no-deps {package}")
+    # the list of merges is cut where the vocabulary of 49,408 is full
+    lines = gzip.decompress(found[0].read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    # every other byte is shown by a letter from 256 on
+    shown = [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]
+    tokens = [*shown, *(letter + "</w>" for letter in shown)]
+    tokens += [line.replace(" ", "") for line in lines]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    assert len(tokens) == len(set(tokens)) == TextConfig().vocab_size
+    folder = tmp_path_factory.mktemp("clip")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]) + "\n")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +221,37 @@ def test_tokens_are_those_of_transformers(tokenizer: Tokenizer, pad: str, tmp_pa
         expected = theirs(TEXTS, padding="max_length", truncation=True, max_length=length)
         assert ours(TEXTS, length).tolist() == expected.input_ids
         assert again(TEXTS, length).tolist() == expected.input_ids
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_a_thousand_texts_have_the_ids_of_transformers_in_clips_vocabulary(
+    clip_folder: Path, pad: str, tmp_path: Path
+) -> None:
+    """Stable Diffusion 1 pads with the end of the text, 2 with an exclamation mark."""
+    folder = shutil.copytree(clip_folder, tmp_path / "tokenizer")
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = Tokenizer.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+    texts = varied_texts(1000)
+    assert len(set(texts)) > 900
+    for length in (77, 2, 8, 256):
+        expected = theirs(texts, padding="max_length", truncation=True, max_length=length)
+        actual = ours(texts, length).tolist()
+        different = [
+            text for text, a, b in zip(texts, actual, expected.input_ids, strict=True) if a != b
+        ]
+        assert different == []
+    assert ours([""], 4).tolist() == [[49406, 49407, *[0 if pad == "!" else 49407] * 2]]
+
+
+def test_clips_ids_are_the_known_ones(clip_folder: Path) -> None:
+    tokenizer = Tokenizer.from_pretrained(clip_folder)
+    for text, ids in {
+        "a photo of an astronaut riding a horse": [320, 1125, 539, 550, 18376, 6765, 320, 4558],
+        "A  photo of a CAT": [320, 1125, 539, 320, 2368],
+        "hello world!": [3306, 1002, 256],
+    }.items():
+        assert tokenizer([text], len(ids) + 2).tolist() == [[49406, *ids, 49407]]
 
 
 def test_no_text_ends_early_or_fails(tokenizer: Tokenizer) -> None:
