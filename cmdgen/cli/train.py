@@ -1,21 +1,37 @@
 """`cmdgen train vae|autoencoder|content|motion` and `cmdgen train export`."""
 
-import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from cmdgen.cli.size import parse_size
+from cmdgen.cli.stop import Stop
 from cmdgen.config import ATTENTIONS, PRESETS, WORLDS, ModelConfig, SampleConfig, UNetConfig
-from cmdgen.training.config import AutoencoderLoss, StageConfig, TrainConfig, VaeLoss
+from cmdgen.training.config import (
+    STAGES,
+    AutoencoderLoss,
+    DenoisingLoss,
+    Recipe,
+    StageConfig,
+    TrainConfig,
+    VaeLoss,
+    recipe,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from cmdgen.training.data import TrainingData
+
+C = TypeVar("C", TrainConfig, StageConfig, VaeLoss, AutoencoderLoss, DenoisingLoss)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,29 +40,44 @@ app = typer.Typer(
 # what is shared by all stages of a run, unless the first one is told otherwise
 PRESET = "mini"
 DATA = "world"
+# of a world, which has no end
 CLIPS = 12_000
+DATA_HELP = f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.  [default: {DATA}]"
+CLIPS_HELP = f"Clips to learn from.  [default: all of a folder, {CLIPS} of a world]"
+# stages that some options are for alone
+VAE, AUTOENCODER, CONTENT, MOTION = ((stage,) for stage in STAGES)
+DENOISING = CONTENT + MOTION
 # what the UNet and the autoencoder of a run have in common
 GATE = ("attention", "attention_threshold", "attention_features")
 # between two lines of progress where there is no terminal
 LINE_SECONDS = 30
 
 
-def _option(help: str, panel: str | None = None) -> Any:
-    return typer.Option(help=help, rich_help_panel=panel)
+def _option(help: str, *, hidden: bool = False) -> Any:
+    return typer.Option(help=help, hidden=hidden)
 
 
 def _command(stage: str) -> Callable[..., None]:
+    def tuned(setting: str, help: str, only: tuple[str, ...] = STAGES) -> Any:
+        """An option of these stages whose default is the recipe's, by preset."""
+        read, presets = attrgetter(setting), dict[str, list[str]]()
+        for preset in PRESETS:
+            presets.setdefault(_show(read(recipe(preset, stage))), []).append(preset)
+        value, *others = presets
+        texts = [value, *(f"{other} for {', '.join(presets[other])}" for other in others)]
+        return _option(f"{help}  [default: {'; '.join(texts)}]", hidden=stage not in only)
+
     def command(
         output: Annotated[
             Path, typer.Option("--output", "-o", help="Folder of the run; all stages share it.")
         ],
-        preset: Annotated[str | None, _option("Model to build.")] = None,
-        data: Annotated[
-            str | None,
-            _option(f"A rendered world ({', '.join(WORLDS)}) or a folder of videos."),
-        ] = None,
+        preset: Annotated[str | None, _option(f"Model to build.  [default: {PRESET}]")] = None,
+        data: Annotated[str | None, _option(DATA_HELP)] = None,
         size: Annotated[str | None, _option("Frame size, WIDTHxHEIGHT.")] = None,
         frames: Annotated[int | None, _option("Frames of a clip.")] = None,
+        latents: Annotated[
+            Path | None, _option("What `cmdgen data precompute` wrote for these clips and VAE.")
+        ] = None,
         attention: Annotated[
             str | None,
             _option("softmax, or gated: linear where tokens > threshold * head width."),
@@ -55,93 +86,183 @@ def _command(stage: str) -> Callable[..., None]:
         attention_features: Annotated[
             int | None, _option("Random features of gated attention.")
         ] = None,
-        clips: Annotated[int, _option("Clips to learn from.")] = CLIPS,
-        init: Annotated[Path | None, _option("Model folder to start from.")] = None,
+        clips: Annotated[int | None, _option(CLIPS_HELP)] = None,
+        init: Annotated[
+            Path | None, _option("Model folder to start from, such as a Stable Diffusion.")
+        ] = None,
         restart: Annotated[bool, _option("Forget this stage's checkpoint.")] = StageConfig.restart,
-        steps: Annotated[int, _option("Updates in all.")] = TrainConfig.steps,
-        minutes: Annotated[
-            float | None, _option("Stop cleanly within this time.")
-        ] = TrainConfig.minutes,
-        batch: Annotated[int, _option("Clips (vae: frames) an update.")] = TrainConfig.batch,
+        steps: Annotated[int | None, tuned("train.steps", "Updates in all.")] = None,
+        minutes: Annotated[float | None, _option("Stop cleanly within this time.")] = None,
+        batch: Annotated[int | None, tuned("train.batch", "Clips (vae: frames) an update.")] = None,
         accumulate: Annotated[
-            int, _option("Parts that a batch is computed in.")
-        ] = TrainConfig.accumulate,
-        lr: Annotated[float, _option("Learning rate.")] = TrainConfig.lr,
-        warmup: Annotated[int, _option("Steps of linear warm-up.")] = TrainConfig.warmup,
+            int | None, tuned("train.accumulate", "Parts that a batch is computed in.")
+        ] = None,
+        lr: Annotated[float | None, tuned("train.lr", "Learning rate.")] = None,
+        warmup: Annotated[int | None, tuned("train.warmup", "Steps of linear warm-up.")] = None,
         final_lr: Annotated[
-            float, _option("Fraction of lr that a cosine ends at; 1: constant.")
-        ] = TrainConfig.final_lr,
-        weight_decay: Annotated[float, _option("Of matrices.")] = TrainConfig.weight_decay,
-        ema: Annotated[float, _option("Decay of the averaged weights.")] = TrainConfig.ema,
+            float | None,
+            tuned("train.final_lr", "Fraction of lr that a cosine ends at; 1: constant."),
+        ] = None,
+        weight_decay: Annotated[
+            float | None, tuned("train.weight_decay", "Of matrices; 0: Adam.")
+        ] = None,
+        betas: Annotated[
+            tuple[float, float] | None, tuned("train.betas", "Decays of Adam's moments.")
+        ] = None,
+        ema: Annotated[float | None, tuned("train.ema", "Decay of the averaged weights.")] = None,
+        gradient_checkpointing: Annotated[
+            bool | None,
+            tuned(
+                "train.gradient_checkpointing",
+                "Compute activations again in the backward pass: slower, much less memory.",
+            ),
+        ] = None,
         precision: Annotated[
-            str, _option("auto, bf16 or fp32; auto is bf16 on a GPU.")
-        ] = TrainConfig.precision,
-        seed: Annotated[int, _option("Of everything drawn.")] = TrainConfig.seed,
+            str | None, tuned("train.precision", "auto, bf16 or fp32; auto is bf16 on a GPU.")
+        ] = None,
+        seed: Annotated[int | None, tuned("train.seed", "Of everything drawn.")] = None,
         device: Annotated[str, _option("auto, cpu, cuda, cuda:1 ...")] = "auto",
         threads: Annotated[int | None, _option("CPU threads.")] = None,
         save_every: Annotated[
-            float, _option("Seconds between checkpoints.")
-        ] = TrainConfig.save_seconds,
-        log_every: Annotated[int, _option("Steps between log lines.")] = TrainConfig.log_steps,
+            float | None, tuned("train.save_seconds", "Seconds between checkpoints.")
+        ] = None,
+        log_every: Annotated[
+            int | None, tuned("train.log_steps", "Steps between log lines.")
+        ] = None,
         evaluate_every: Annotated[
-            int, _option("Steps between evaluations and sample sheets.")
-        ] = TrainConfig.evaluate_steps,
+            int | None,
+            tuned("train.evaluate_steps", "Steps between evaluations and sample sheets."),
+        ] = None,
+        held_out: Annotated[
+            int | None, tuned("train.held_out", "Clips to evaluate on, never trained on.")
+        ] = None,
         mask: Annotated[
-            float, _option("Extra weight of the subject's pixels.", "Only for vae")
-        ] = VaeLoss.mask,
+            float | None,
+            tuned("stage.vae.mask", "Extra weight of the subject's pixels.", VAE),
+        ] = None,
         edges: Annotated[
-            float, _option("Weight of image gradients.", "Only for vae")
-        ] = VaeLoss.edges,
-        kl: Annotated[float, _option("Weight of the KL of a frame.", "Only for vae")] = VaeLoss.kl,
+            float | None, tuned("stage.vae.edges", "Weight of image gradients.", VAE)
+        ] = None,
+        kl: Annotated[
+            float | None, tuned("stage.vae.kl", "Weight of the KL of a frame.", VAE)
+        ] = None,
+        l1: Annotated[
+            float | None,
+            tuned("stage.autoencoder.l1", "Weight of |d| beside d².", AUTOENCODER),
+        ] = None,
         moving: Annotated[
-            float, _option("Extra weight of what moves.", "Only for autoencoder")
-        ] = AutoencoderLoss.moving,
+            float | None,
+            tuned("stage.autoencoder.moving", "Extra weight of what moves.", AUTOENCODER),
+        ] = None,
         motion_l2: Annotated[
-            float, _option("Weight of z squared.", "Only for autoencoder")
-        ] = AutoencoderLoss.motion,
+            float | None,
+            tuned("stage.autoencoder.motion_l2", "Weight of an unbounded z squared.", AUTOENCODER),
+        ] = None,
         content_pull: Annotated[
-            float,
-            _option("Pulls content to a real frame.", "Only for autoencoder"),
-        ] = AutoencoderLoss.content_pull,
+            float | None,
+            tuned("stage.autoencoder.content_pull", "Pulls content to a real frame.", AUTOENCODER),
+        ] = None,
         freeze_text: Annotated[
-            bool, _option("Train the UNet alone.", "Only for content")
-        ] = StageConfig.freeze_text,
+            bool | None, tuned("stage.freeze_text", "Train the UNet alone.", CONTENT)
+        ] = None,
+        min_snr: Annotated[
+            float | None,
+            tuned(
+                "stage.denoising.min_snr",
+                "Gamma of min-SNR weights, unless a variance is learned; 0: plain mean.",
+                DENOISING,
+            ),
+        ] = None,
+        text_dropout: Annotated[
+            float | None,
+            tuned(
+                "stage.denoising.text_dropout",
+                "Share of captions left empty, for guidance.",
+                DENOISING,
+            ),
+        ] = None,
+        content_noise: Annotated[
+            float | None,
+            tuned(
+                "stage.denoising.content_noise",
+                "Deviation, at most, of noise on the content frame.",
+                MOTION,
+            ),
+        ] = None,
     ) -> None:
-        config = TrainConfig(
-            steps=steps,
-            batch=batch,
-            accumulate=accumulate,
-            lr=lr,
-            warmup=warmup,
-            final_lr=final_lr,
-            weight_decay=weight_decay,
-            ema=ema,
-            precision=precision,
-            seed=seed,
-            minutes=minutes,
-            save_seconds=save_every,
-            log_steps=log_every,
-            evaluate_steps=evaluate_every,
-        )
-        options = StageConfig(
-            init,
-            restart,
-            freeze_text,
-            VaeLoss(mask, edges, kl),
-            AutoencoderLoss(moving, motion_l2, content_pull),
-        )
+        loop = {
+            "steps": steps,
+            "batch": batch,
+            "accumulate": accumulate,
+            "lr": lr,
+            "warmup": warmup,
+            "final_lr": final_lr,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "ema": ema,
+            "gradient_checkpointing": gradient_checkpointing,
+            "precision": precision,
+            "seed": seed,
+            "minutes": minutes,
+            "save_seconds": save_every,
+            "log_steps": log_every,
+            "evaluate_steps": evaluate_every,
+            "held_out": held_out,
+        }
+        own: dict[tuple[str, ...], dict[str, Any]] = {
+            VAE: {"mask": mask, "edges": edges, "kl": kl},
+            AUTOENCODER: {
+                "l1": l1,
+                "moving": moving,
+                "motion_l2": motion_l2,
+                "content_pull": content_pull,
+            },
+            CONTENT: {"freeze_text": freeze_text},
+            DENOISING: {"min_snr": min_snr, "text_dropout": text_dropout},
+            MOTION: {"content_noise": content_noise},
+        }
+        for only, told in own.items():
+            for name, value in told.items():
+                if value is not None and stage not in only:
+                    raise ValueError(f"{name.replace('_', ' ')} is only for {' and '.join(only)}")
+
+        def settle_recipe(preset: str) -> Recipe:
+            config, options = recipe(preset, stage)
+            options = replace(
+                _replace(options, own[CONTENT]),
+                init=init,
+                restart=restart,
+                vae=_replace(options.vae, own[VAE]),
+                autoencoder=_replace(options.autoencoder, own[AUTOENCODER]),
+                denoising=_replace(options.denoising, own[DENOISING] | own[MOTION]),
+            )
+            return Recipe(_replace(config, loop), options)
+
         shared = {
             "preset": preset,
             "data": data,
             "size": size,
             "frames": frames,
+            "latents": None if latents is None else str(latents),
             "attention": attention,
             "attention_threshold": attention_threshold,
             "attention_features": attention_features,
         }
-        _train(stage, output, config, options, shared, clips, device, threads)
+        _train(stage, output, settle_recipe, init, shared, clips, device, threads)
 
     return command
+
+
+def _show(value: object) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _replace(config: C, told: dict[str, Any]) -> C:
+    """A configuration with what was asked for; None asks for nothing."""
+    return replace(config, **{name: value for name, value in told.items() if value is not None})
 
 
 for _stage, _help in {
@@ -156,50 +277,47 @@ for _stage, _help in {
 def _train(
     stage: str,
     output: Path,
-    config: TrainConfig,
-    options: StageConfig,
+    settle_recipe: Callable[[str], Recipe],
+    init: Path | None,
     asked: dict[str, Any],
-    clips: int,
+    clips: int | None,
     device_name: str,
     threads: int | None,
 ) -> None:
     started = time.monotonic()
     if asked["size"] is not None:
         parse_size(asked["size"])
-    if options.init is not None and not options.init.is_dir():
-        raise ValueError(f"init {options.init} is not a folder")
+    if init is not None and not init.is_dir():
+        raise ValueError(f"init {init} is not a folder")
     # a part that is given has been trained with the attention that it has
     part = {"content": "unet"}.get(stage, stage)
-    if options.init is not None and (options.init / part).is_dir():
+    if init is not None and (init / part).is_dir():
         for name in GATE:
             if asked[name] is not None:
-                raise ValueError(f"{options.init / part} brings its own {name.replace('_', ' ')}")
-    if clips < 1:
-        raise ValueError(f"clips {clips} is not at least 1")
+                raise ValueError(f"{init / part} brings its own {name.replace('_', ' ')}")
 
     import torch
 
     from cmdgen.pipeline import choose_device
-    from cmdgen.training.data import TrainingData, open_source
     from cmdgen.training.run import run_stage, settle
 
     if threads is not None:
         torch.set_num_threads(threads)
     shared = {"preset": PRESET, "data": DATA} | settle(output, asked)
-    model = _model(shared)
+    model = build_config(shared)
+    config, options = settle_recipe(model.name)
     device = choose_device(device_name)
     if device.index is not None:
         # kernels are launched on the current GPU
         torch.cuda.set_device(device)
-    source, name = open_source(shared["data"])
-    data = TrainingData(source, name, clips, model.frames, (model.height, model.width), device)
-    with _Stop() as stop, _Progress(config.minutes, started) as progress:
+    data = open_data(shared["data"], clips, model, device)
+    with Stop("this step") as stop, _Progress(config.minutes, started) as progress:
 
         def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
             progress.report(phase, done, total, figures)
             late = progress.deadline is not None and time.monotonic() > progress.deadline
             if phase.startswith("encode") and (stop() or late):
-                # shards that are done are on disk: the next run goes on after them
+                # what is encoded is on disk: the next run goes on after it
                 progress.console.print(f"{stage}: stopped with {done} of {total} clips encoded")
                 raise typer.Exit(0 if stop.signal is None else 128 + stop.signal)
 
@@ -222,12 +340,29 @@ def _train(
         raise typer.Exit(128 + stop.signal)
 
 
-def _model(shared: dict[str, Any]) -> ModelConfig:
+def open_data(
+    name: str, clips: int | None, model: ModelConfig, device: "torch.device"
+) -> "TrainingData":
+    """The clips of a world or a folder, as a model takes them; None: as many as CLIPS_HELP says."""
+    from cmdgen.training.data import TrainingData, open_source
+
+    if clips is not None and clips < 1:
+        raise ValueError(f"clips {clips} is not at least 1")
+    source, key = open_source(name)
+    if clips is None:
+        clips = CLIPS if name in WORLDS else len(source.indices("train", sys.maxsize))
+    return TrainingData(source, key, clips, model.frames, (model.height, model.width), device)
+
+
+def build_config(shared: dict[str, Any]) -> ModelConfig:
+    """The model that what a run shares describes."""
     preset = PRESETS.get(shared["preset"])
     if preset is None:
         raise ValueError(f"preset {shared['preset']!r} is not one of {', '.join(PRESETS)}")
     height, width = parse_size(shared["size"]) if "size" in shared else (None, None)
     model = SampleConfig(frames=shared.get("frames"), height=height, width=width).apply(preset)
+    if model.frames == 1:
+        raise ValueError("frames 1: nothing moves in a clip of one frame")
     side = min(model.height, model.width)
     vae = model.vae and replace(model.vae, sample_size=side)
     stride = 1 if vae is None else vae.stride
@@ -240,33 +375,9 @@ def _model(shared: dict[str, Any]) -> ModelConfig:
     content = model.content
     if isinstance(content, UNetConfig):
         content = replace(content, sample_size=side // stride, **gate)
+    assert model.autoencoder is not None
     autoencoder = replace(model.autoencoder, **gate)
     return replace(model, vae=vae, content=content, autoencoder=autoencoder)
-
-
-class _Stop:
-    """Whether a signal has come; the first ends the run after a step, the second at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> "_Stop":
-        self.former = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.former.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = number
-        self.__exit__()
-        print("stopping after this step", file=sys.stderr)
-
-    def __call__(self) -> bool:
-        return self.signal is not None
 
 
 class _Progress:

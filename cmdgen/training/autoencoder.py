@@ -1,4 +1,4 @@
-"""Training the CMD autoencoder on cached latents: moving pixels count more, z is kept small."""
+"""Training the CMD autoencoder on cached latents: what moves may count more, z is kept small."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cmdgen.evaluation.metrics import psnr
 from cmdgen.models.autoencoder import CmdAutoencoder
+from cmdgen.training.cache import Rows
 from cmdgen.training.config import AutoencoderLoss
 from cmdgen.training.data import TrainingData
 from cmdgen.training.latents import Codec
@@ -17,12 +18,13 @@ from cmdgen.training.sheets import grid
 
 
 class AutoencoderStage:
-    """Clips of scaled VAE latents, all in memory."""
+    """Clips of scaled VAE latents; `held_out` are those of clips that training never sees."""
 
     def __init__(
         self,
         autoencoder: CmdAutoencoder,
-        latents: Tensor,
+        latents: Rows,
+        held_out: Tensor,
         codec: Codec,
         data: TrainingData,
         weights: AutoencoderLoss,
@@ -30,15 +32,14 @@ class AutoencoderStage:
         batch: int,
         seed: int,
         device: torch.device,
-        held_out: int = 32,
     ) -> None:
         self.autoencoder, self.latents, self.codec = autoencoder, latents, codec
         self.modules: dict[str, nn.Module] = {"autoencoder": autoencoder}
         self.weights, self.size, self.device = weights, batch, device
         self.order = Order(len(latents), seed)
-        clips = data.clips(data.held_out(held_out))
+        clips = data.clips(data.held_out(len(held_out)))
         self.frames, self.mask = clips.frames, clips.mask
-        self.held_out = codec.encode(clips.frames)
+        self.held_out = held_out
         self.mean_frame = codec.decode(self.held_out.mean(dim=2, keepdim=True)).expand_as(
             self.frames
         )
@@ -52,11 +53,12 @@ class AutoencoderStage:
         latents = batch["latents"]
         content, motion = self.autoencoder.encode(latents)
         output = self.autoencoder.decode(content, motion).float()
-        loss = l1_plus_l2(output, latents, moving_weights(latents, self.weights.moving))
+        weights = moving_weights(latents, self.weights.moving)
+        loss = l1_plus_l2(output, latents, weights, l1=self.weights.l1)
         parts = {"reconstruction": loss}
         if self.autoencoder.config.motion_activation == "linear":
             parts["z2"] = motion.float().square().mean()
-            loss = loss + self.weights.motion * parts["z2"]
+            loss = loss + self.weights.motion_l2 * parts["z2"]
         if self.weights.content_pull:
             middle = latents[:, :, latents.shape[2] // 2]
             parts["pull"] = (content.float() - middle).square().mean()

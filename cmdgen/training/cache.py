@@ -1,73 +1,126 @@
-"""Encoded clips on disk: shards written once, whole or not at all, and read back into memory.
+"""Encoded clips on disk: shards that are written once and memory-mapped, row by row.
 
-One mechanism for both encodings, frames -> latents by the VAE and latents -> (content, motion) by
-the CMD autoencoder. A cache is named after everything that it depends on, so one of other weights,
-data or size is another cache; the outdated ones of the same kind are removed.
+One mechanism for frames -> latents by the VAE and latents -> (content, motion) by the CMD
+autoencoder. A cache is named after everything that it depends on, so one of other weights, data or
+size is another cache.
 """
 
 import hashlib
 import shutil
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmdgen.training.loop import Report
 from cmdgen.weights import replace_with
 
-SHARD = 256
+# rows of a file: 64 MB of latents at 512x1024
+SHARD = 64
+# files that one tensor's reader keeps mapped: a process may have 65,530 maps
+_OPEN = 4096
 
 
-def fingerprint(module: nn.Module, *more: str) -> str:
-    """Hex digest of weights and whatever else an encoding depends on."""
+def fingerprint(weights: list[Path], *more: str) -> str:
+    """Hex digest of files of weights and of what else an encoding depends on."""
     digest = hashlib.blake2b("\n".join(more).encode(), digest_size=8)
-    for name, tensor in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    for path in weights:
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
     return digest.hexdigest()
 
 
-def cached(
-    folder: Path,
-    kind: str,
-    key: str,
+class Rows:
+    """One tensor of an encoding, (N, ...) float16, left on disk until rows of it are asked for."""
+
+    def __init__(self, place: Path, name: str, count: int, shard: int) -> None:
+        self.shard = shard
+        self.paths = [_path(place, start) for start in range(0, count, shard)]
+        # mapped, not read: memory holds what was gathered, and whatever pages there is room for
+        self.map = lru_cache(_OPEN)(lambda i: _load(self.paths[i])[name])
+        self.shape = (count, *self.map(0).shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """(B,) int64 -> (B, ...) float16."""
+        return torch.stack([self.map(row // self.shard)[row % self.shard] for row in rows.tolist()])
+
+
+def fill(
+    place: Path,
     count: int,
     encode: Callable[[range], dict[str, Tensor]],
     report: Report,
     *,
+    step: int,
     shard: int = SHARD,
-) -> dict[str, Tensor]:
-    """Rows 0 .. count - 1 of every tensor of an encoding, in float16.
+) -> None:
+    """Encodes what a folder lacks of rows 0 .. count - 1, at most `step` of them at once.
 
-    `encode` gives the rows of a range; what is on disk is not encoded again. All shards but the
-    last are whole, so that a larger count later reuses them.
+    However it ends, whole steps are kept, and what is on disk is not encoded again.
     """
-    place = folder / f"{kind}-{key}"
-    for other in folder.glob(f"{kind}-*"):
+    phase = f"encode {place.name.rpartition('-')[0]}"
+    for start in range(0, count, shard):
+        path, stop = _path(place, start), min(start + shard, count)
+        known = _rows(path)
+        parts = [_load(path)] if known else []
+        try:
+            for first in range(start + known, stop, step):
+                report(phase, first, count, {})
+                encoded = encode(range(first, min(first + step, stop)))
+                parts.append({name: t.half().cpu().contiguous() for name, t in encoded.items()})
+        finally:
+            if len(parts) > bool(known):
+                tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                with replace_with(path) as temporary:
+                    save_file(tensors, temporary)
+    report(phase, count, count, {})
+
+
+def read(place: Path, names: tuple[str, ...], count: int, *, shard: int = SHARD) -> dict[str, Rows]:
+    """Rows 0 .. count - 1 of each tensor; ValueError where not all are there."""
+    for start in range(0, count, shard):
+        known = _rows(_path(place, start))
+        if known < min(shard, count - start):
+            raise ValueError(f"{place} holds {start + known} of {count} clips")
+    return {name: Rows(place, name, count, shard) for name in names}
+
+
+def remove_others(place: Path) -> None:
+    """Removes caches of the same kind beside this one: encodings of former weights or data."""
+    for other in place.parent.glob(f"{place.name.rpartition('-')[0]}-*"):
         if other != place:
             shutil.rmtree(other)
-    place.mkdir(parents=True, exist_ok=True)
-    shards = []
-    for start in range(0, count, shard):
-        rows = range(start, min(start + shard, count))
-        report(f"encode {kind}", start, count, {})
-        shards.append(_shard(place / f"{rows.start:07d}-{rows.stop:07d}.safetensors", rows, encode))
-    report(f"encode {kind}", count, count, {})
-    return {name: torch.cat([part[name] for part in shards]) for name in shards[0]}
 
 
-def _shard(
-    path: Path, rows: range, encode: Callable[[range], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    if path.exists():
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not readable: remove it, and it is made again") from error
-    tensors = {name: t.to("cpu", torch.float16).contiguous() for name, t in encode(rows).items()}
-    with replace_with(path) as temporary:
-        save_file(tensors, temporary)
-    return tensors
+def _path(place: Path, start: int) -> Path:
+    return place / f"{start:09d}.safetensors"
+
+
+def _rows(path: Path) -> int:
+    """How many rows a shard holds."""
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            return min(file.get_slice(name).get_shape()[0] for name in file.keys())  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise _unreadable(path) from error
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _unreadable(path) from error
+
+
+def _unreadable(path: Path) -> ValueError:
+    return ValueError(f"{path} is not readable: remove it, and it is made again")

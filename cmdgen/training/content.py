@@ -1,4 +1,4 @@
-"""Training the content model: the UNet, and with it the text encoder."""
+"""Training the content model: the UNet, and with it the text encoder unless that is frozen."""
 
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import ddim
 from cmdgen.models.text import ClipTextModel, Tokenizer
 from cmdgen.models.unet import UNet
+from cmdgen.training.cache import Rows
+from cmdgen.training.config import DenoisingLoss
 from cmdgen.training.data import TrainingData
 from cmdgen.training.denoising import Captions, Denoising
 from cmdgen.training.latents import Codec
@@ -30,10 +32,11 @@ class ContentStage:
         text_encoder: ClipTextModel,
         tokenizer: Tokenizer,
         noise: NoiseConfig,
-        content: Tensor,
+        content: Rows,
         held_out: Tensor,
         codec: Codec,
         data: TrainingData,
+        options: DenoisingLoss,
         *,
         batch: int,
         seed: int,
@@ -49,9 +52,9 @@ class ContentStage:
         self.codec, self.size, self.seed, self.device = codec, batch, seed, device
         self.indices = data.training
         self.order = Order(len(content), seed)
-        self.denoising = Denoising(noise, device)
+        self.denoising = Denoising(noise, options, device)
         self.length = text_encoder.config.max_position_embeddings
-        self.captions = Captions(data, tokenizer, self.length)
+        self.captions = Captions(data, tokenizer, self.length, dropout=options.text_dropout)
         self.prompts = data.captions(data.held_out(len(held_out)), 0)
 
     def batch(self, step: int) -> Batch:
@@ -106,7 +109,8 @@ class ContentStage:
         return compare(frames[0], frames[1])
 
     def export(self, folder: Path) -> None:
-        """Writes unet/, text_encoder/ and tokenizer/."""
+        """Writes unet/ and, unless the text encoder is frozen, text_encoder/ and tokenizer/."""
         self.unet.save_pretrained(folder / "unet")
-        self.text_encoder.save_pretrained(folder / "text_encoder")
-        self.tokenizer.save_pretrained(folder / "tokenizer", length=self.length)
+        if "text_encoder" in self.modules:
+            self.text_encoder.save_pretrained(folder / "text_encoder")
+            self.tokenizer.save_pretrained(folder / "tokenizer", length=self.length)

@@ -6,17 +6,16 @@ from torch import Tensor
 from cmdgen.config import NoiseConfig
 from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, split_sigma, velocity
 from cmdgen.models.text import Tokenizer
+from cmdgen.training.config import DenoisingLoss
 from cmdgen.training.data import TrainingData
 from cmdgen.training.losses import min_snr_weights, variational_bound
-
-GAMMA = 5.0
-CAPTION_DROP = 0.1
 
 
 class Denoising:
     """Noising, and the loss of a raw output: min-SNR weights, or a learned variance's bound."""
 
-    def __init__(self, noise: NoiseConfig, device: torch.device) -> None:
+    def __init__(self, noise: NoiseConfig, options: DenoisingLoss, device: torch.device) -> None:
+        self.min_snr = options.min_snr
         self.prediction_type = noise.prediction_type
         self.alphas = alphas_cumprod(noise).to(device)
 
@@ -36,8 +35,11 @@ class Denoising:
         target = noise if self.prediction_type == "epsilon" else velocity(x0, noise, alpha)
         error = (prediction - target).square().flatten(1).mean(dim=1)
         if sigma is None:
-            weights = min_snr_weights(alpha, self.prediction_type, GAMMA).float()
-            return (weights * error).mean(), {"mse": error.mean()}
+            loss = error.mean()
+            if self.min_snr:
+                weights = min_snr_weights(alpha, self.prediction_type, self.min_snr).float()
+                loss = (weights * error).mean()
+            return loss, {"mse": error.mean()}
         noisy = self.noisy(x0, noise, timestep)
         bound = variational_bound(x0, noisy, output, timestep, self.alphas).mean()
         return error.mean() + bound, {"mse": error.mean(), "bound": bound}
@@ -46,13 +48,15 @@ class Denoising:
 class Captions:
     """Token ids of training captions: re-phrased at every step, some replaced by the empty one."""
 
-    def __init__(self, data: TrainingData, tokenizer: Tokenizer, length: int) -> None:
-        self.data, self.tokenizer, self.length = data, tokenizer, length
+    def __init__(
+        self, data: TrainingData, tokenizer: Tokenizer, length: int, *, dropout: float
+    ) -> None:
+        self.data, self.tokenizer, self.length, self.dropout = data, tokenizer, length, dropout
 
     def ids(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """() -> (B, L) int64."""
         variant = int(torch.randint(1000, (), generator=generator))
         texts = self.data.captions(indices, variant)
-        dropped = (torch.rand(len(indices), generator=generator) < CAPTION_DROP).tolist()
+        dropped = (torch.rand(len(indices), generator=generator) < self.dropout).tolist()
         texts = ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
         return self.tokenizer(texts, self.length)

@@ -1,31 +1,53 @@
 """Clips as the later stages see them: latents, and (content, motion) pairs, from the cache."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from cmdgen.config import VaeConfig
+from cmdgen.models import autoencoder as autoencoders
+from cmdgen.models import vae as vaes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
-from cmdgen.training.cache import cached, fingerprint
+from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
 from cmdgen.training.data import TrainingData
 from cmdgen.training.loop import Report
 from cmdgen.training.sheets import to_pixels, to_unit
+from cmdgen.weights import read_config, weight_paths
 
-# frames, and clips, that go through an encoder at once
-VAE_BATCH = 64
-AUTOENCODER_BATCH = 16
+# pixels that go through the VAE at once: 64 frames of 64x64, one of 512x512 or more
+VAE_PIXELS = 2**18
+# clips, at most, that are drawn or read, or go through the autoencoder, at once
+CLIPS = 16
 
 
 @dataclass(frozen=True)
 class Codec:
     """Frames to what the autoencoder works on, and back: scaled latents; pixels without a VAE."""
 
-    vae: KlVae | None
+    # of the VAE, which is read when first needed
+    folder: Path | None
     device: torch.device
     bf16: bool
+
+    @cached_property
+    def vae(self) -> KlVae | None:
+        """The VAE, frozen."""
+        if self.folder is None:
+            return None
+        return KlVae.from_pretrained(self.folder, device=self.device).requires_grad_(False)
+
+    @cached_property
+    def key(self) -> str:
+        """Tells what this VAE makes of frames from what others do."""
+        if self.folder is None:
+            return fingerprint([])
+        scale = read_config(self.folder, VaeConfig).scaling_factor
+        return fingerprint(weight_paths(self.folder, vaes.FILENAME), str(scale))
 
     def autocast(self) -> torch.autocast:
         """The precision that encoders and decoders run in."""
@@ -35,7 +57,7 @@ class Codec:
     def encode(self, frames: Tensor) -> Tensor:
         """(B, T, 3, H, W) uint8 -> (B, C, T, h, w) float32, posterior means."""
         count = len(frames)
-        parts = frames.flatten(0, 1).split(VAE_BATCH)
+        parts = frames.flatten(0, 1).split(_at_once(frames))
         with self.autocast():
             latents = torch.cat([self._encode(to_unit(part.to(self.device))) for part in parts])
         return rearrange(latents, "(b t) c h w -> b c t h w", b=count)
@@ -47,7 +69,8 @@ class Codec:
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, T, h, w) -> (B, T, 3, H, W) uint8."""
         count = len(latents)
-        parts = rearrange(latents, "b c t h w -> (b t) c h w").split(VAE_BATCH)
+        stride = 1 if self.vae is None else self.vae.config.stride
+        parts = rearrange(latents, "b c t h w -> (b t) c h w").split(_at_once(latents, stride))
         with self.autocast():
             frames = torch.cat([to_pixels(self._decode(part)) for part in parts])
         return frames.unflatten(0, (count, -1))
@@ -56,57 +79,90 @@ class Codec:
         return latents if self.vae is None else self.vae.from_latents(latents)
 
 
+def _at_once(frames: Tensor, stride: int = 1) -> int:
+    return max(1, VAE_PIXELS // (frames.shape[-2] * frames.shape[-1] * stride**2))
+
+
 @dataclass(frozen=True)
 class Encodings:
-    """The training clips, encoded; shards live in `folder`."""
+    """The clips of a run, encoded; shards live in `folder`, latents maybe in one for many runs."""
 
     data: TrainingData
     codec: Codec
     folder: Path
     report: Report
+    # of latents that were encoded before, see `precompute`; nothing is written there
+    shared: Path | None = None
 
     @property
     def key(self) -> str:
         """Tells the latents of these clips from others."""
-        vae = self.codec.vae or torch.nn.Identity()
-        scale = "" if self.codec.vae is None else str(self.codec.vae.config.scaling_factor)
-        return fingerprint(vae, scale, self.data.key)
+        return fingerprint([], self.codec.key, self.data.key)
 
-    def latents(self) -> Tensor:
-        """() -> (N, C, T, h, w) float16."""
-        indices = self.data.training
+    def latents(self) -> Rows:
+        """() -> (N, C, T, h, w) float16, of the clips to learn from."""
+        return self._latents("latents", self.data.training)
 
+    def held_out(self, count: int) -> Tensor:
+        """() -> (at most `count`, C, T, h, w) float32, of clips that training never sees."""
+        latents = self._latents("held-out", self.data.held_out(count))
+        return latents[torch.arange(len(latents))].to(self.codec.device).float()
+
+    def _latents(self, kind: str, indices: Tensor) -> Rows:
+        if self.shared is None:
+            place = self.folder / f"{kind}-{self.key}"
+            remove_others(place)
+            self._encode(place, indices)
+            return read(place, ("latents",), len(indices))["latents"]
+        height, width = self.data.size
+        wanted = f"{self.data.frames} frames of {width}x{height} of this data and VAE"
+        try:
+            return read(self.shared / f"{kind}-{self.key}", ("latents",), len(indices))["latents"]
+        except ValueError as error:
+            raise ValueError(
+                f"{error}, {wanted}: first run `cmdgen data precompute -o {self.shared}` for them"
+            ) from error
+
+    def precompute(self, held_out: int) -> None:
+        """Encodes what `folder` lacks of the clips to learn from and of those to evaluate on.
+
+        It may serve many runs: encodings of other data, sizes and VAEs stay.
+        """
+        self._encode(self.folder / f"held-out-{self.key}", self.data.held_out(held_out))
+        self._encode(self.folder / f"latents-{self.key}", self.data.training)
+
+    @property
+    def at_once(self) -> int:
+        """Clips to encode together: 16 of 64x64, one of 512x512 or more."""
+        height, width = self.data.size
+        return min(CLIPS, max(1, VAE_PIXELS * CLIPS // (self.data.frames * height * width)))
+
+    def _encode(self, place: Path, indices: Tensor) -> None:
         def encode(rows: range) -> dict[str, Tensor]:
-            parts = [
-                self.codec.encode(self.data.clips(indices[row : min(row + 16, rows.stop)]).frames)
-                for row in range(rows.start, rows.stop, 16)
-            ]
-            return {"latents": torch.cat(parts)}
+            frames = self.data.clips(indices[rows.start : rows.stop]).frames
+            return {"latents": self.codec.encode(frames)}
 
-        return cached(self.folder, "latents", self.key, len(indices), encode, self.report)[
-            "latents"
-        ]
+        fill(place, len(indices), encode, self.report, step=self.at_once)
 
-    def pairs(self, autoencoder: CmdAutoencoder) -> dict[str, Tensor]:
-        """() -> content (N, C, h, w) and raw motion (N, D, T, w' + h'), float16."""
-        key = fingerprint(autoencoder, self.key)
-        latents: list[Tensor] = []
+    def pairs(self, autoencoder: CmdAutoencoder, folder: Path) -> dict[str, Rows]:
+        """() -> content (N, C, h, w) and raw motion (N, D, T, w' + h'), float16.
+
+        `folder` is where the autoencoder was read from.
+        """
+        weights = weight_paths(folder, autoencoders.FILENAME)
+        place = self.folder / f"pairs-{fingerprint(weights, self.key)}"
+        remove_others(place)
+        latents: list[Rows] = []
 
         @torch.no_grad()
         def encode(rows: range) -> dict[str, Tensor]:
             if not latents:
                 latents.append(self.latents())
-            parts = latents[0][rows.start : rows.stop].split(AUTOENCODER_BATCH)
+            part = latents[0][torch.arange(rows.start, rows.stop)]
             with self.codec.autocast():
-                pairs = [autoencoder.encode(part.to(self.codec.device).float()) for part in parts]
-            content, motion = zip(*pairs, strict=True)
-            return {"content": torch.cat(content), "motion": torch.cat(motion)}
+                content, motion = autoencoder.encode(part.to(self.codec.device).float())
+            return {"content": content, "motion": motion}
 
-        return cached(
-            self.folder,
-            "pairs",
-            key,
-            len(self.data.training),
-            encode,
-            self.report,
-        )
+        count = len(self.data.training)
+        fill(place, count, encode, self.report, step=self.at_once)
+        return read(place, ("content", "motion"), count)

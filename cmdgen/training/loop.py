@@ -54,9 +54,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * warm * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def uses_bf16(config: TrainConfig, device: torch.device) -> bool:
+def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether forward passes run in bfloat16 autocast; by default on GPUs alone."""
-    return config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def train(
@@ -126,14 +126,14 @@ class _Run:
         self.step = 0
         self.sums: dict[str, Tensor] = {}
         self.summed = 0
-        self.device, self.bf16 = device, uses_bf16(config, device)
+        self.device, self.bf16 = device, uses_bf16(config.precision, device)
         parameters = [p for m in stage.modules.values() for p in m.parameters() if p.requires_grad]
         self.parameters = parameters
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.ema = Ema(stage.modules, config.ema)
         folder.mkdir(parents=True, exist_ok=True)
         self.checkpoint = folder / "checkpoint.pt"
@@ -225,6 +225,9 @@ class _Run:
             for name, module in self.stage.modules.items():
                 module.load_state_dict(state["modules"][name])
             self.optimizer.load_state_dict(state["optimizer"])
+            for moments in self.optimizer.state.values():
+                # off the file, which the next checkpoint replaces
+                moments |= {name: tensor.clone() for name, tensor in moments.items()}
         except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{self.checkpoint} is of a model of another shape: use --restart"

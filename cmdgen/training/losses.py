@@ -15,10 +15,10 @@ def moving_weights(frames: Tensor, strength: float) -> Tensor:
     return 1 + strength * motion
 
 
-def l1_plus_l2(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """x2 (...), broadcastable weights -> scalar: mean of weights * (|d| + d^2)."""
+def l1_plus_l2(prediction: Tensor, target: Tensor, weights: Tensor, *, l1: float = 1.0) -> Tensor:
+    """x2 (...), broadcastable weights -> scalar: mean of weights * (l1 |d| + d^2)."""
     difference = (prediction - target).abs()
-    return (weights * difference * (1 + difference)).mean()
+    return (weights * difference * (l1 + difference)).mean()
 
 
 def edge_difference(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training the motion model: motion latents given the text and a slightly noisy content frame."""
+"""Training the motion model: motion latents given the text and a maybe noisy content frame."""
 
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from cmdgen.diffusion.samplers import ddim
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.training.cache import Rows
+from cmdgen.training.config import DenoisingLoss
 from cmdgen.training.data import TrainingData
 from cmdgen.training.denoising import Captions, Denoising
 from cmdgen.training.latents import Codec
@@ -16,8 +18,6 @@ from cmdgen.training.loop import Batch
 from cmdgen.training.randomness import Order, seeded
 from cmdgen.training.sheets import grid
 
-# content frames get noise of a standard deviation up to this: at sampling they are generated ones
-CONTENT_NOISE = 0.2
 SHEET_STEPS = 20
 
 
@@ -30,14 +30,15 @@ class MotionStage:
         autoencoder: CmdAutoencoder,
         text_encoder: ClipTextModel,
         tokenizer: Tokenizer,
-        pairs: dict[str, Tensor],
+        pairs: dict[str, Rows],
+        held_out: Tensor,
         codec: Codec,
         data: TrainingData,
+        options: DenoisingLoss,
         *,
         batch: int,
         seed: int,
         device: torch.device,
-        held_out: int = 32,
     ) -> None:
         self.motion, self.autoencoder = motion, autoencoder
         self.modules: dict[str, nn.Module] = {"motion": motion}
@@ -46,13 +47,14 @@ class MotionStage:
         self.device = device
         self.indices = data.training
         self.order = Order(len(pairs["content"]), seed)
-        self.denoising = Denoising(motion.config.noise, device)
+        self.denoising = Denoising(motion.config.noise, options, device)
         self.length = text_encoder.config.max_position_embeddings
-        self.captions = Captions(data, tokenizer, self.length)
-        indices = data.held_out(held_out)
-        self.frames = data.clips(indices).frames
+        self.captions = Captions(data, tokenizer, self.length, dropout=options.text_dropout)
+        self.content_noise = options.content_noise
+        indices = data.held_out(len(held_out))
+        self.frames = data.clips(indices[:6]).frames
         self.prompts = data.captions(indices, 0)
-        self.held_out = codec.encode(self.frames)
+        self.held_out = held_out
         self.split = pairs["content"].shape[-1] // autoencoder.config.patch
 
     def batch(self, step: int) -> Batch:
@@ -61,7 +63,7 @@ class MotionStage:
         rows = self.order.rows(step, self.size)
         content = self.pairs["content"][rows].float()
         motion = self.autoencoder.standardise(self.pairs["motion"][rows].float())
-        blur = CONTENT_NOISE * torch.rand((self.size, 1, 1, 1), generator=generator)
+        blur = self.content_noise * torch.rand((self.size, 1, 1, 1), generator=generator)
         batch = {
             "motion": motion,
             "content": content + blur * torch.randn(content.shape, generator=generator),
@@ -120,8 +122,8 @@ class MotionStage:
 
     def sheet(self) -> Tensor:
         """Every second frame of held-out clips above the same content with sampled motion."""
-        sampled = self.codec.decode(self._sample(6))
-        rows = torch.stack((self.frames[:6].to(sampled.device), sampled), dim=1)
+        sampled = self.codec.decode(self._sample(len(self.frames)))
+        rows = torch.stack((self.frames.to(sampled.device), sampled), dim=1)
         return grid(rows.flatten(0, 1)[:, ::2])
 
     def export(self, folder: Path) -> None:

@@ -1,68 +1,98 @@
-"""Shards are made once, and again when what they depend on has changed."""
+"""Shards are made once, memory-mapped, and made again when what they depend on has changed."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
-from cmdgen.training.cache import cached, fingerprint
+from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
 
 
 class Encoder:
-    """Counts what it is asked for."""
+    """Counts what it is asked for; row i is [i, -i]."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.seen: list[int] = []
         self.fail_at = fail_at
 
     def __call__(self, rows: range) -> dict[str, Tensor]:
-        if rows.start == self.fail_at:
+        if self.fail_at in rows:
             raise KeyboardInterrupt
         self.seen += rows
-        return {"x": torch.tensor(rows).float()[:, None]}
+        values = torch.tensor(rows).float()
+        # as a GPU's or a transposed encoder's output: not contiguous
+        return {"x": torch.stack((values, -values)).T}
 
 
-def read(folder: Path, encoder: Encoder, count: int = 10, key: str = "a") -> list[float]:
-    tensors = cached(folder, "latents", key, count, encoder, lambda *_: None, shard=4)
-    return tensors["x"].flatten().tolist()
+def encode(place: Path, encoder: Encoder, count: int = 10) -> Rows:
+    fill(place, count, encoder, lambda *_: None, step=2, shard=4)
+    return read(place, ("x",), count, shard=4)["x"]
 
 
-def test_interrupted_cache_continues_after_its_whole_shards(tmp_path: Path) -> None:
+def values(rows: Rows) -> list[float]:
+    return rows[torch.arange(len(rows))][:, 0].tolist()
+
+
+def test_gathered_rows_are_those_of_the_concatenation(tmp_path: Path) -> None:
+    rows = encode(tmp_path / "x-a", Encoder())
+    whole = torch.cat([load_file(path)["x"] for path in rows.paths])
+    assert len(rows.paths) == 3
+    assert rows.shape == whole.shape == (10, 2)
+    chosen = torch.tensor([9, 0, 3, 4, 4, 7])
+    assert rows[chosen].dtype == torch.float16
+    assert torch.equal(rows[chosen], whole[chosen])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the list of maps is Linux's")
+def test_rows_are_mapped_and_not_read(tmp_path: Path) -> None:
+    rows = encode(tmp_path / "x-a", Encoder())
+    rows[torch.tensor([0, 5])]
+    maps = Path("/proc/self/maps").read_text()
+    # the last shard has not been asked for
+    assert [str(path) in maps for path in rows.paths] == [True, True, False]
+
+
+def test_interrupted_encoding_keeps_every_step_that_is_done(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        read(tmp_path, Encoder(fail_at=8))
+        encode(tmp_path / "x-a", Encoder(fail_at=6))
+    with pytest.raises(ValueError, match="x-a holds 6 of 10 clips"):
+        read(tmp_path / "x-a", ("x",), 10, shard=4)
     encoder = Encoder()
-    assert read(tmp_path, encoder) == list(range(10))
-    assert encoder.seen == [8, 9]
+    assert values(encode(tmp_path / "x-a", encoder)) == list(range(10))
+    assert encoder.seen == [6, 7, 8, 9]
 
 
-def test_larger_count_reuses_whole_shards(tmp_path: Path) -> None:
-    read(tmp_path, Encoder())
+def test_larger_and_smaller_counts_share_what_is_there(tmp_path: Path) -> None:
+    encode(tmp_path / "x-a", Encoder(), count=9)
     encoder = Encoder()
-    assert read(tmp_path, encoder, count=12) == list(range(12))
-    assert encoder.seen == [8, 9, 10, 11]
+    assert values(encode(tmp_path / "x-a", encoder, count=12)) == list(range(12))
+    assert encoder.seen == [9, 10, 11]
+    assert values(encode(tmp_path / "x-a", encoder, count=5)) == list(range(5))
+    assert encoder.seen == [9, 10, 11]
 
 
-def test_another_key_is_another_cache_and_the_outdated_one_goes(tmp_path: Path) -> None:
-    read(tmp_path, Encoder())
-    encoder = Encoder()
-    read(tmp_path, encoder, key="b")
-    assert encoder.seen == list(range(10))
-    assert [path.name for path in tmp_path.iterdir()] == ["latents-b"]
+def test_only_caches_of_the_same_kind_are_outdated(tmp_path: Path) -> None:
+    for name in ("latents-a", "latents-b", "pairs-a"):
+        encode(tmp_path / name, Encoder())
+    remove_others(tmp_path / "latents-b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latents-b", "pairs-a"]
 
 
-def test_fingerprint_follows_weights_and_data() -> None:
-    module = nn.Conv2d(2, 3, 1)
-    before = fingerprint(module, "world 64x64")
-    assert fingerprint(module, "world 64x64") == before
-    assert fingerprint(module, "world 64x48") != before
-    module.weight.data[0, 0] += 1e-3
-    assert fingerprint(module, "world 64x64") != before
+def test_fingerprint_follows_weights_and_data(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    before = fingerprint([file], "world 64x64")
+    assert fingerprint([file], "world 64x64") == before
+    assert fingerprint([file], "world 64x48") != before
+    file.write_bytes(b"Weights")
+    assert fingerprint([file], "world 64x64") != before
 
 
 def test_damaged_shard_is_named(tmp_path: Path) -> None:
-    read(tmp_path, Encoder())
-    shard = next((tmp_path / "latents-a").glob("0000004-*"))
-    shard.write_bytes(b"half")
-    with pytest.raises(ValueError, match=shard.name):
-        read(tmp_path, Encoder())
+    damaged = encode(tmp_path / "x-a", Encoder()).paths[1]
+    damaged.write_bytes(b"half")
+    with pytest.raises(ValueError, match=f"{damaged.name} is not readable"):
+        encode(tmp_path / "x-a", Encoder())

@@ -83,6 +83,15 @@ def test_kill_loses_at_most_the_steps_since_the_checkpoint(tmp_path: Path) -> No
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
 
 
+def test_the_optimizer_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    fit(tmp_path, replace(CONFIG, steps=1, betas=(0.5, 0.75), weight_decay=0.125))
+    matrices, vectors = checkpoint.load_checkpoint(tmp_path / "state/checkpoint.pt")["optimizer"][
+        "param_groups"
+    ]
+    assert matrices["betas"] == vectors["betas"] == (0.5, 0.75)
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.125, 0.0)
+
+
 def test_log_forgets_what_the_checkpoint_does_not_know(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 2}\n{"step": 5, "lo')

@@ -32,6 +32,7 @@ def test_l1_plus_l2_is_a_weighted_mean_of_both() -> None:
     prediction, target = torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0])
     weights = torch.tensor([1.0, 2.0])
     assert float(l1_plus_l2(prediction, target, weights)) == (1 * (1 + 1) + 2 * (2 + 4)) / 2
+    assert float(l1_plus_l2(prediction, target, weights, l1=0.0)) == (1 * 1 + 2 * 4) / 2
 
 
 def test_edge_difference_ignores_a_constant_offset() -> None:

@@ -1,0 +1,31 @@
+"""Ends long work cleanly: the first signal after what is being done, the second at once."""
+
+import signal
+import sys
+from types import FrameType
+
+
+class Stop:
+    """Whether a signal has come, within the block that it is entered for."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Stop":
+        self.former = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        self.__exit__()
+        print(f"stopping after {self.what}", file=sys.stderr)
+
+    def __call__(self) -> bool:
+        return self.signal is not None
