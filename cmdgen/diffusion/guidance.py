@@ -20,12 +20,21 @@ class Guided:
         scale: float,
         positive: tuple[Tensor, ...],
         negative: tuple[Tensor, ...],
+        interval: tuple[int, int] | None = None,
     ) -> None:
         if len(positive) != len(negative):
             raise ValueError(f"{len(positive)} positive conditions, {len(negative)} negative ones")
         self.predict = predict
         self.scale = scale
+        self.positive = positive
+        self.interval = interval
         self.both = tuple(torch.cat(pair) for pair in zip(negative, positive, strict=True))
+
+    def at(self, t: int) -> Denoise:
+        """The denoiser of a timestep: itself, or the positive branch alone out of the interval."""
+        if self.interval is None or self.interval[0] <= t <= self.interval[1]:
+            return self
+        return lambda x, t: self.predict(x, t, *self.positive)
 
     def branches(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, C, ...), (B,) -> (2 B, C or 2 C, ...): the raw output, negative branch first."""
@@ -47,13 +56,16 @@ def guide(
     scale: float,
     positive: tuple[Tensor, ...],
     negative: tuple[Tensor, ...],
+    *,
+    interval: tuple[int, int] | None = None,
 ) -> Denoise:
     """`predict(x, t, *conditions)`, its conditions -> a denoiser guided from negative to positive.
 
     The result is `negative + scale (positive - negative)` on every predicted channel; a learned
     variance is the positive branch's. What both tuples share, such as the content frame of the
-    motion model, is kept in both branches. Scale 1 runs the positive branch alone.
+    motion model, is kept in both branches. Scale 1 runs the positive branch alone; so do timesteps
+    outside of `interval`, its ends within (Kynkäänniemi et al. 2024, arXiv:2404.07724).
     """
     if scale == 1:
         return lambda x, t: predict(x, t, *positive)
-    return Guided(predict, scale, positive, negative)
+    return Guided(predict, scale, positive, negative, interval)

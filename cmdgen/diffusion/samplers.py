@@ -143,18 +143,24 @@ def _predict(
     denoise: Denoise, x: Tensor, t: int, alpha: float, config: NoiseConfig
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(B, C, ...) -> clean sample, noise, learned variance where there is one."""
-    output = denoise(x, _at(t, x))
+    output = _choose(denoise, t)(x, _at(t, x))
     prediction, learned = split_sigma(output, x.shape[1])
     return *to_x0_eps(prediction, x, alpha, config.prediction_type), learned
 
 
 def _linear_step(denoise: Denoise, x: Tensor, t: int, keep: float, move: float) -> Tensor:
     """(B, C, ...) -> (B, C, ...): weights of the sample and of what is predicted at timestep t."""
+    denoise = _choose(denoise, t)
     if isinstance(denoise, Guided):
         output = denoise.branches(x, _at(t, x))
         return guided_ddim_step(x, output, guidance=denoise.scale, keep=keep, move=move)
     prediction, _ = split_sigma(denoise(x, _at(t, x)), x.shape[1])
     return keep * x + move * prediction.to(x.dtype)
+
+
+def _choose(denoise: Denoise, t: int) -> Denoise:
+    """What denoises at a timestep."""
+    return denoise.at(t) if isinstance(denoise, Guided) else denoise
 
 
 def _at(t: int, x: Tensor) -> Tensor:

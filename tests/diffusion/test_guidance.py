@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cmdgen.config import NoiseConfig
 from cmdgen.diffusion.guidance import guide
+from cmdgen.diffusion.samplers import SAMPLERS
 
 POSITIVE, NEGATIVE = torch.full((2, 3), 2.0), torch.full((2, 3), -1.0)
 CONTEXT = torch.tensor([[10.0], [20.0]])
@@ -64,3 +66,26 @@ def test_guidance_combines_in_the_precision_of_the_sample() -> None:
 def test_unequal_numbers_of_conditions_are_rejected() -> None:
     with pytest.raises(ValueError, match="2 positive conditions, 1 negative"):
         guide(predict, 2.0, (POSITIVE, CONTEXT), (NEGATIVE,))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_outside_of_its_interval_guidance_is_off_and_costs_nothing(name: str) -> None:
+    noise = NoiseConfig(timestep_spacing="trailing")
+    seen: list[tuple[int, int]] = []
+
+    def model(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        seen.append((int(t[0]), len(x)))
+        return (x * text.mean(dim=1).view(-1, 1, 1, 1)).sin()
+
+    def run(interval: tuple[int, int] | None, scale: float = 3.0) -> Tensor:
+        denoise = guide(model, scale, (POSITIVE,), (NEGATIVE,), interval=interval)
+        return SAMPLERS[name](denoise, X, noise, steps=10, generator=torch.Generator())
+
+    everywhere, nowhere = run((0, 999)), run((1000, 1000))
+    assert torch.equal(everywhere, run(None))
+    assert torch.equal(nowhere, run(None, scale=1.0))
+    seen.clear()
+    between = run((299, 699))
+    # trailing: 999, 899 ... 99
+    assert seen == [(t, 4 if 299 <= t <= 699 else 2) for t in range(999, 0, -100)]
+    assert not torch.allclose(between, everywhere) and not torch.allclose(between, nowhere)
