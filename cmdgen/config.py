@@ -156,6 +156,8 @@ class ModelConfig:
     motion_steps: int = 100
     guidance: float = 7.5
     motion_guidance: float = 1.0
+    # where on the noise schedule guidance is on, from 0, clean, to 1, noise; None: everywhere
+    guidance_interval: tuple[float, float] | None = None
 
     @property
     def size_multiple(self) -> int:
@@ -270,6 +272,12 @@ PRESETS = {preset.name: preset for preset in (MINI, CMD_SD15, CMD_SD21, CMD_UCF)
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 
+# where the last up stage of a UNet can be cut for step rehash: before its last layer, after that
+# layer's residual block, after its attention; without attention the last two are one place
+CUTS = ("layer", "resnet", "attention")
+# how step rehash chooses the steps that run
+POLICIES = ("similarity", "uniform", "minimax")
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -283,16 +291,29 @@ class SampleConfig:
     sampler: str | None = None
     guidance: float | None = None
     motion_guidance: float | None = None
+    guidance_interval: tuple[float, float] | None = None
     negative: str = ""
     frames: int | None = None
     height: int | None = None
     width: int | None = None
     fps: int | None = None
+    # step rehash: how many of the content model's steps run in full, the motion model's in
+    # proportion; or the threshold of the similarity below which a step runs
+    rehash: int | None = None
+    rehash_threshold: float | None = None
+    rehash_policy: str | None = None
+    rehash_cut: str = CUTS[0]
+    # share of the content model's steps, the first ones, that always run
+    rehash_protect: float = 0.1
+    # of a calibration; None: the model's own
+    rehash_file: str | None = None
+    # bytes of tensors, beside the weights, that decoding may hold at once
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.sampler is not None and self.sampler not in SAMPLERS:
             raise ValueError(f"sampler {self.sampler!r} is not one of {', '.join(SAMPLERS)}")
-        for name in ("steps", "motion_steps", "frames", "height", "width", "fps"):
+        for name in ("steps", "motion_steps", "frames", "height", "width", "fps", "max_memory"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} {value} is not at least 1")
@@ -300,16 +321,40 @@ class SampleConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 100:
                 raise ValueError(f"{name.replace('_', ' ')} {value} is not between 0 and 100")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not 0 <= low <= high <= 1:
+                raise ValueError(
+                    f"guidance interval {low}-{high} is not within 0-1, lower end first"
+                )
         for name in ("seed", "content_seed", "motion_seed"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63:
                 raise ValueError(f"{name.replace('_', ' ')} {value} is not between 0 and 2^63 - 1")
+        self._check_rehash()
+
+    def _check_rehash(self) -> None:
+        policy, threshold = self.rehash_policy, self.rehash_threshold
+        if policy is not None and policy not in POLICIES:
+            raise ValueError(f"rehash policy {policy!r} is not one of {', '.join(POLICIES)}")
+        if self.rehash_cut not in CUTS:
+            raise ValueError(f"rehash cut {self.rehash_cut!r} is not one of {', '.join(CUTS)}")
+        for name, low in (("rehash_threshold", -1), ("rehash_protect", 0)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= 1:
+                raise ValueError(f"{name.replace('_', ' ')} {value} is not between {low} and 1")
+        if threshold is not None and self.rehash is not None:
+            raise ValueError("a rehash threshold says how many steps run: it takes no number")
+        if policy is not None and self.rehash is None and threshold is None:
+            raise ValueError(f"rehash policy {policy} chooses nothing: say how many steps run")
+        if threshold is not None and policy not in (None, "similarity"):
+            raise ValueError(f"rehash policy {policy} has no threshold, similarity has")
 
     def apply(self, model: ModelConfig) -> ModelConfig:
         """`model` with what is asked for in place of its own; ValueError where it cannot."""
         names = (
             *("sampler", "steps", "motion_steps", "guidance", "motion_guidance"),
-            *("frames", "height", "width", "fps"),
+            *("guidance_interval", "frames", "height", "width", "fps"),
         )
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         model = replace(model, **given)

@@ -25,6 +25,8 @@ from huggingface_hub.errors import (
 from cmdgen.catalogue import PARTS, read_configurations
 from cmdgen.weights import create_folder
 
+# of the whole model; the last is the calibration of step rehash
+_WHOLE = ("model_index.json", "README.md", "LICENSE.md", "rehash.json")
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -60,7 +62,7 @@ def choose_files(names: Iterable[str], repo: str) -> list[str]:
         if pickled and not any(name.endswith(".safetensors") for name in names):
             raise ValueError(f"{unsafe}; it has {pickled[0]} and no safetensors")
         raise ValueError(f"{repo} has no model_index.json: expected a folder in diffusers' layout")
-    chosen = [name for name in names if name in ("model_index.json", "README.md", "LICENSE.md")]
+    chosen = [name for name in names if name in _WHOLE]
     for folder in ("scheduler", "tokenizer", *PARTS):
         inside = [
             name.removeprefix(f"{folder}/")

@@ -15,10 +15,15 @@ from einops import rearrange
 from torch import Tensor
 
 from cmdgen import __version__
-from cmdgen.config import ModelConfig, SampleConfig, UNetConfig
+from cmdgen.acceleration.budget import choose_slices
+from cmdgen.acceleration.calibration import Calibration, Measurement, Plan, Predict, plan_rehash
+from cmdgen.acceleration.keysteps import count_protected
+from cmdgen.acceleration.rehash import CutDiT, CutUNet, Rehash
+from cmdgen.acceleration.slicer import Slices, decode_clip, decode_pictures, fetch
+from cmdgen.config import ModelConfig, NoiseConfig, SampleConfig, UNetConfig
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.parametrisation import recognise_prediction
-from cmdgen.diffusion.samplers import SAMPLERS
+from cmdgen.diffusion.samplers import SAMPLERS, OnStep
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.text import ClipTextModel, Tokenizer
@@ -30,8 +35,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 # stage, how much of it is done, of how much
 OnProgress = Callable[[str, int, int], None]
+# which clip, its next frames, uint8 (N, H, W, 3): as soon as they are decoded
+OnFrames = Callable[[int, np.ndarray], None]
 # stage to what is entered around it: a clock, a name in a trace
 OnStage = Callable[[str], AbstractContextManager[object]]
+
+
+def _ignore(*_: object) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -80,11 +91,7 @@ class TextToVideo:
         if config.text is None or config.vae is None or not isinstance(config.content, UNetConfig):
             raise ValueError(f"{folder} makes no video from text: it needs text_encoder, unet, vae")
         place = choose_device(device)
-        if dtype == "auto":
-            dtype = "float32" if place.type == "cpu" else "bfloat16"
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-        return cls(folder, config, place, DTYPES[dtype])
+        return cls(folder, config, place, choose_dtype(dtype, place))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -137,10 +144,17 @@ class TextToVideo:
         return int(ids[0, length - 1]) in (self.tokenizer.eos_id, self.tokenizer.pad_id)
 
     def sample(
-        self, prompt: str, config: SampleConfig, *, on_progress: OnProgress | None = None
+        self,
+        prompt: str,
+        config: SampleConfig,
+        *,
+        on_progress: OnProgress | None = None,
+        on_frames: OnFrames | None = None,
     ) -> Clip:
         """One clip. Raises ValueError where this model cannot do what `config` asks."""
-        return self.sample_batch([prompt], config, [config.seed], on_progress=on_progress)[0]
+        return self.sample_batch(
+            [prompt], config, [config.seed], on_progress=on_progress, on_frames=on_frames
+        )[0]
 
     @torch.inference_mode()
     def sample_batch(
@@ -150,6 +164,7 @@ class TextToVideo:
         seeds: Sequence[int],
         *,
         on_progress: OnProgress | None = None,
+        on_frames: OnFrames | None = None,
         on_stage: OnStage = nullcontext,
     ) -> list[Clip]:
         """A clip for each prompt and seed, as it would be alone; `config.seed` is not used.
@@ -159,17 +174,23 @@ class TextToVideo:
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds")
-        asked = config.apply(self.config)
+        asked, plan = config.apply(self.config), self.plan_rehash(config)
         report = on_progress or (lambda stage, done, total: None)
+        show = on_frames or _ignore
         if asked.sampler == "ddpm" and len(prompts) > 1:
             # its noise at each step comes from one generator: one clip at a time has its own
-            pairs = zip(prompts, seeds, strict=True)
             return [
-                self.sample_batch([p], config, [s], on_progress=report, on_stage=on_stage)[0]
-                for p, s in pairs
+                self.sample_batch(
+                    *([prompts[i]], config, [seeds[i]]),
+                    on_progress=report,
+                    on_frames=partial(lambda i, _, frames: show(i, frames), i),
+                    on_stage=on_stage,
+                )[0]
+                for i in range(len(prompts))
             ]
-        content_seeds = [s if config.content_seed is None else config.content_seed for s in seeds]
-        motion_seeds = [s if config.motion_seed is None else config.motion_seed for s in seeds]
+        slices = self.plan_decoding(config, batch=len(prompts))
+        pairs = [_seeds(config, seed) for seed in seeds]
+        content_seeds, motion_seeds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
         report("load", 0, 1)
         with on_stage("load"):
@@ -180,38 +201,136 @@ class TextToVideo:
             with on_stage("text"):
                 text, empty = self._encode(prompts, config.negative)
             with on_stage("content"):
-                content = self._sample_content(asked, text, empty, content_seeds, report)
+                content = self._sample_content(asked, text, empty, content_seeds, plan, report)
             latents = None
             if asked.frames > 1:
                 with on_stage("motion"):
-                    motion = self._sample_motion(asked, text, empty, content, motion_seeds, report)
+                    motion = self._sample_motion(
+                        asked, text, empty, content, motion_seeds, plan, report
+                    )
                 with on_stage("frame decode"):
                     assert parts.autoencoder is not None
                     motion = parts.autoencoder.destandardise(motion).to(self.dtype)
-                    latents = parts.autoencoder.decode(content.to(self.dtype), motion)
+                    given = content.to(self.dtype), motion
+                    latents = decode_clip(parts.autoencoder, *given, slices)
             with on_stage("VAE decode"):
-                still = self._to_pixels(content.to(self.dtype)).numpy()
-                frames = still[:, None] if latents is None else self._decode(latents, report)
+                still = content.to(self.dtype)[:, :, None]
+                if latents is None:
+                    frames = pictures = self._decode(still, slices, on_frames=show)
+                else:
+                    pictures = self._decode(still, slices)
+                    frames = self._decode(latents, slices, report, show)
 
-        recorded = asdict(asked)
-        unused = () if asked.frames > 1 else ("motion_steps", "motion_guidance")
-        for name in ("text", "content", "vae", "autoencoder", "motion", "noise", "name", *unused):
-            del recorded[name]
-        recorded |= {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type}
         return [
             Clip(
                 frames=frames[i],
-                content=still[i],
+                content=pictures[i, 0],
                 fps=asked.fps,
-                metadata={
-                    **{"cmdgen": __version__, "model": asked.name},
-                    **{"prompt": prompts[i], "negative": config.negative, "seed": seeds[i]},
-                    "content_seed": content_seeds[i],
-                    **({"motion_seed": motion_seeds[i]} if asked.frames > 1 else {}),
-                    **recorded,
-                },
+                metadata=self._describe(prompts[i], config, seeds[i], plan),
             )
             for i in range(len(prompts))
+        ]
+
+    def describe(self, prompt: str, config: SampleConfig) -> dict[str, Any]:
+        """The metadata of the clip that `sample` would make; reads no weights."""
+        return self._describe(prompt, config, config.seed, self.plan_rehash(config))
+
+    def _describe(
+        self, prompt: str, config: SampleConfig, seed: int, plan: Plan | None
+    ) -> dict[str, Any]:
+        asked = config.apply(self.config)
+        recorded = asdict(asked)
+        unused = [] if asked.frames > 1 else ["motion_steps", "motion_guidance"]
+        unused += [] if asked.guidance_interval else ["guidance_interval"]
+        for name in ("text", "content", "vae", "autoencoder", "motion", "noise", "name", *unused):
+            del recorded[name]
+        recorded |= {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type}
+        if plan is not None:
+            recorded["rehash"] = plan.to_dict()
+        content_seed, motion_seed = _seeds(config, seed)
+        return {
+            **{"cmdgen": __version__, "model": asked.name},
+            **{"prompt": prompt, "negative": config.negative, "seed": seed},
+            "content_seed": content_seed,
+            **({"motion_seed": motion_seed} if asked.frames > 1 else {}),
+            **recorded,
+        }
+
+    def plan_decoding(self, config: SampleConfig, *, batch: int = 1) -> Slices:
+        """How `config.max_memory` cuts the decoding of a batch of clips; reads no weights.
+
+        Raises ValueError, saying how much memory would do, where that is too little.
+        """
+        return choose_slices(
+            config.apply(self.config),
+            *(self.dtype, self.device),
+            batch=batch,
+            max_memory=config.max_memory,
+        )
+
+    def plan_rehash(self, config: SampleConfig) -> Plan | None:
+        """The steps that run in full where `config` asks for step rehash; reads no weights.
+
+        Raises ValueError where this model cannot do what is asked.
+        """
+        return plan_rehash(config, config.apply(self.config), self.folder)
+
+    @torch.inference_mode()
+    def calibrate(
+        self,
+        prompts: Sequence[str],
+        config: SampleConfig,
+        *,
+        batch: int = 8,
+        on_progress: OnProgress | None = None,
+    ) -> list[Calibration]:
+        """Measure what step rehash of `config`'s sampler and steps would change, for each network.
+
+        Prompts have the seeds 0, 1, ...; those of `config` are not used. Where P of the K steps are
+        protected, each network runs about (K - P)^3 / 6 times for each prompt.
+        """
+        asked = config.apply(self.config)
+        moves = asked.frames > 1
+        steps = {"content": asked.steps} | ({"motion": asked.motion_steps} if moves else {})
+        for part, count in steps.items():
+            if count < 2:
+                raise ValueError(f"{part} in {count} step has nothing to reuse: ask for 2 or more")
+        if not prompts:
+            raise ValueError("no prompts to calibrate on")
+        sums = {
+            part: Measurement(count, count_protected(part, count, config.rehash_protect))
+            for part, count in steps.items()
+        }
+        batches = range(0, len(prompts), batch)
+        totals = {part: len(batches) * each.runs for part, each in sums.items()}
+        done = dict.fromkeys(totals, 0)
+
+        def count_run(part: str) -> None:
+            done[part] += 1
+            if on_progress is not None:
+                on_progress(part, done[part], totals[part])
+
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            for start in batches:
+                some = prompts[start : start + batch]
+                seeds = list(range(start, start + len(some)))
+                text, empty = self._encode(some, config.negative)
+                content = sums["content"].add(
+                    CutUNet(self.parts.content, config.rehash_cut),
+                    partial(self._run_content, asked, text, empty, seeds),
+                    partial(count_run, "content"),
+                )
+                if moves:
+                    assert self.parts.motion is not None
+                    sums["motion"].add(
+                        CutDiT(self.parts.motion, self._columns(asked, content)),
+                        partial(self._run_motion, asked, text, empty, content, seeds),
+                        partial(count_run, "motion"),
+                    )
+        cuts = {"content": config.rehash_cut, "motion": None}
+        return [
+            each.finish(part, asked.sampler, cuts[part], len(prompts))
+            for part, each in sums.items()
         ]
 
     def _encode(self, prompts: Sequence[str], negative: str) -> tuple[Tensor, Tensor]:
@@ -225,24 +344,19 @@ class TextToVideo:
         return self.config.text.max_position_embeddings
 
     def _sample_content(
-        self, asked: ModelConfig, text: Tensor, empty: Tensor, seeds: list[int], report: OnProgress
+        self,
+        asked: ModelConfig,
+        text: Tensor,
+        empty: Tensor,
+        seeds: list[int],
+        plan: Plan | None,
+        report: OnProgress,
     ) -> Tensor:
         """(B, L, D) x 2 -> (B, C, h, w): the content frame, a scaled latent, in float32."""
-        unet, vae = self.parts.content, self.parts.vae.config
-        shape = (vae.latent_channels, asked.height // vae.stride, asked.width // vae.stride)
-
-        def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-            output: Tensor = unet(x.to(self.dtype), t, text)
-            return output
-
-        noise, generator = self._noise("content", shape, seeds)
-        content = SAMPLERS[asked.sampler](
-            guide(predict, asked.guidance, (text,), (empty,)),
-            noise,
-            asked.noise,
-            steps=asked.steps,
-            generator=generator,
-            on_step=partial(report, "content"),
+        unet = self.parts.content
+        predict = unet if plan is None else Rehash(CutUNet(unet, plan.cut), plan.content)
+        content = self._run_content(
+            asked, text, empty, seeds, predict, on_step=partial(report, "content")
         )
         if not content.isfinite().all():
             dtype = str(self.dtype).removeprefix("torch.")
@@ -252,6 +366,35 @@ class TextToVideo:
             )
         return content
 
+    def _run_content(
+        self,
+        asked: ModelConfig,
+        text: Tensor,
+        empty: Tensor,
+        seeds: list[int],
+        unet: Predict,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """(B, L, D) x 2 -> (B, C, h, w), by a predictor with the arguments of the UNet."""
+        vae = self.parts.vae.config
+        shape = (vae.latent_channels, asked.height // vae.stride, asked.width // vae.stride)
+
+        def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+            return unet(x.to(self.dtype), t, text)
+
+        noise, generator = self._noise("content", shape, seeds)
+        return SAMPLERS[asked.sampler](
+            guide(
+                *(predict, asked.guidance, (text,), (empty,)),
+                interval=_interval(asked, asked.noise),
+            ),
+            noise,
+            asked.noise,
+            steps=asked.steps,
+            generator=generator,
+            on_step=on_step,
+        )
+
     def _sample_motion(
         self,
         asked: ModelConfig,
@@ -259,32 +402,61 @@ class TextToVideo:
         empty: Tensor,
         content: Tensor,
         seeds: list[int],
+        plan: Plan | None,
         report: OnProgress,
     ) -> Tensor:
         """(B, L, D) x 2, (B, C, h, w) -> (B, K, T, W' + H'): standardised motion, in float32."""
         motion = self.parts.motion
-        assert motion is not None and asked.autoencoder is not None
-        rows, columns = (side // asked.autoencoder.patch for side in content.shape[-2:])
+        assert motion is not None
+        columns = self._columns(asked, content)
+
+        def run(x: Tensor, t: Tensor, text: Tensor, context: Tensor) -> Tensor:
+            given = None if motion.config.text_width is None else text
+            output: Tensor = motion(x, t, text=given, context=context, split=columns)
+            return output
+
+        predict = run if plan is None else Rehash(CutDiT(motion, columns), plan.motion)
+        on_step = partial(report, "motion")
+        return self._run_motion(asked, text, empty, content, seeds, predict, on_step)
+
+    def _run_motion(
+        self,
+        asked: ModelConfig,
+        text: Tensor,
+        empty: Tensor,
+        content: Tensor,
+        seeds: list[int],
+        motion: Predict,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """(B, L, D) x 2, (B, C, h, w) -> (B, K, T, W' + H'), by a predictor given text, content."""
+        assert asked.autoencoder is not None and asked.motion is not None
+        columns = self._columns(asked, content)
+        rows = content.shape[-2] // asked.autoencoder.patch
         shape = (asked.autoencoder.motion_channels, asked.frames, columns + rows)
         context = content.to(self.dtype)
 
         def predict(x: Tensor, t: Tensor, text: Tensor, context: Tensor) -> Tensor:
-            given = None if motion.config.text_width is None else text
-            sample = x.to(self.dtype)
-            output: Tensor = motion(sample, t, text=given, context=context, split=columns)
-            return output
+            return motion(x.to(self.dtype), t, text, context)
 
         # guidance is on the text alone: both branches see the content frame
-        denoise = guide(predict, asked.motion_guidance, (text, context), (empty, context))
+        positive, negative = (text, context), (empty, context)
+        interval = _interval(asked, asked.motion.noise)
+        denoise = guide(predict, asked.motion_guidance, positive, negative, interval=interval)
         noise, generator = self._noise("motion", shape, seeds)
         return SAMPLERS[asked.sampler](
             denoise,
             noise,
-            motion.config.noise,
+            asked.motion.noise,
             steps=asked.motion_steps,
             generator=generator,
-            on_step=partial(report, "motion"),
+            on_step=on_step,
         )
+
+    def _columns(self, asked: ModelConfig, content: Tensor) -> int:
+        """(B, C, h, w) -> W', how many columns the motion latents have of the picture's width."""
+        assert asked.autoencoder is not None
+        return content.shape[-1] // asked.autoencoder.patch
 
     def _noise(
         self, part: str, shape: tuple[int, ...], seeds: list[int]
@@ -294,20 +466,51 @@ class TextToVideo:
         noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
         return noise.to(self.device), generators[0]
 
-    def _decode(self, latents: Tensor, report: OnProgress) -> np.ndarray:
-        """(B, C, T, h, w) -> uint8 (B, T, H, W, 3), one frame of all clips at a time."""
-        frames = []
-        count = latents.shape[2]
-        for i in range(count):
-            frames.append(self._to_pixels(latents[:, :, i]))
-            report("decode", i + 1, count)
-        return torch.stack(frames, dim=1).numpy()
+    def _decode(
+        self,
+        latents: Tensor,
+        slices: Slices,
+        report: OnProgress = _ignore,
+        on_frames: OnFrames = _ignore,
+    ) -> np.ndarray:
+        """(B, C, T, h, w) -> uint8 (B, T, H, W, 3), the first frames of all clips first."""
+        batch, _, count, *size = latents.shape
+        height, width = (side * self.parts.vae.config.stride for side in size)
+        frames = np.empty((batch, count, height, width, 3), np.uint8)
+        parts = rearrange(latents, "b c t h w -> (t b) c h w").split(slices.pictures)
+        pictures = done = 0
+        for part in fetch(self._to_pixels(part, slices.strips) for part in parts):
+            for picture in part.numpy():
+                frames[pictures % batch, pictures // batch] = picture
+                pictures += 1
+            ready, done = slice(done, pictures // batch), pictures // batch
+            if ready.start < done:
+                for i in range(batch):
+                    on_frames(i, frames[i, ready])
+                report("decode", done, count)
+        return frames
 
-    def _to_pixels(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) -> uint8 (B, H, W, 3) on the CPU."""
-        pixels = self.parts.vae.from_latents(latents).float()
+    def _to_pixels(self, latents: Tensor, strips: int) -> Tensor:
+        """(B, C, h, w) -> uint8 (B, H, W, 3), on the device."""
+        pixels = decode_pictures(self.parts.vae, latents, strips).float()
         levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return rearrange(levels, "b c h w -> b h w c").cpu()
+        return rearrange(levels, "b c h w -> b h w c").contiguous()
+
+
+def _seeds(config: SampleConfig, seed: int) -> tuple[int, int]:
+    """The seeds of content and motion of a clip whose own is `seed`."""
+    return (
+        seed if config.content_seed is None else config.content_seed,
+        seed if config.motion_seed is None else config.motion_seed,
+    )
+
+
+def _interval(asked: ModelConfig, noise: NoiseConfig) -> tuple[float, float] | None:
+    """Where guidance is on, in timesteps."""
+    if asked.guidance_interval is None:
+        return None
+    low, high = (share * noise.num_train_timesteps for share in asked.guidance_interval)
+    return low, high
 
 
 def seeded(part: str, seed: int) -> torch.Generator:
@@ -329,3 +532,12 @@ def choose_device(name: str) -> torch.device:
     if name not in possible:
         raise ValueError(f"device {name!r} is not one of auto, {', '.join(possible)}")
     return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name, "auto" the fastest that is safe; ValueError names those there are."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -79,7 +79,7 @@ def test_help_answers_without_torch():
     code += "print(sorted({'torch', 'numpy', 'imageio_ffmpeg'} & set(sys.modules)))"
     for arguments in (
         *(["--help"], ["--version"]),
-        *([verb, "--help"] for verb in ("sample", "doctor", "profile", "models")),
+        *([verb, "--help"] for verb in ("sample", "doctor", "profile", "models", "rehash")),
     ):
         done = run(code, *arguments)
         assert done.returncode == 0, done.stderr

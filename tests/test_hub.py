@@ -19,7 +19,7 @@ from cmdgen.hub import cached_folder, choose_files, find_cached, parse_name
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SD = [
     *("README.md", "model_index.json", "v1-5-pruned.safetensors", "v1-5-pruned.ckpt"),
-    *("safety_checker/config.json", "safety_checker/model.safetensors"),
+    *("rehash.json", "safety_checker/config.json", "safety_checker/model.safetensors"),
     *("scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"),
     *("unet/config.json", "unet/diffusion_pytorch_model.bin"),
     *("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors"),
@@ -127,7 +127,7 @@ def models(capsys):
 
 def test_of_a_stock_repository_one_form_of_each_weight_is_chosen() -> None:
     assert choose_files(SD, "sd") == [
-        *("README.md", "model_index.json", "scheduler/scheduler_config.json"),
+        *("README.md", "model_index.json", "rehash.json", "scheduler/scheduler_config.json"),
         *("tokenizer/merges.txt", "tokenizer/vocab.json", "text_encoder/config.json"),
         *("text_encoder/model.safetensors.index.json",),
         *("text_encoder/model-00001-of-00002.safetensors",),

@@ -120,6 +120,22 @@ def test_prompt_and_negative_prompt_matter(model):
         assert not np.array_equal(base.frames, model.sample(prompt, config).frames)
 
 
+def test_guidance_may_be_on_in_an_interval_alone(model):
+    def frames(**asked):
+        # a schedule of 1000: steps at 999, 749, 499, 249
+        return model.sample(PROMPT, SampleConfig(steps=4, motion_guidance=2.0, **asked)).frames
+
+    assert np.array_equal(frames(), frames(guidance_interval=(0.0, 1.0)))
+    between = frames(guidance_interval=(0.4, 0.6))
+    assert not np.array_equal(between, frames())
+    plain = SampleConfig(steps=4, guidance=1.0, motion_guidance=1.0)
+    assert not np.array_equal(between, model.sample(PROMPT, plain).frames)
+    nowhere = model.sample(PROMPT, replace(plain, guidance=None, guidance_interval=(0.3, 0.4)))
+    assert np.array_equal(nowhere.frames, model.sample(PROMPT, plain).frames)
+    assert nowhere.metadata["guidance_interval"] == (0.3, 0.4)
+    assert "guidance_interval" not in model.sample(PROMPT, plain).metadata
+
+
 def test_progress_reaches_the_end_of_every_stage(model):
     seen: dict[str, list[tuple[int, int]]] = {}
     model.sample(
@@ -160,6 +176,58 @@ def test_load_says_what_is_possible(tiny_model, tmp_path):
     shutil.rmtree(tmp_path / "tiny" / "text_encoder")
     with pytest.raises(ValueError, match="makes no video from text"):
         TextToVideo.load(tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_frames_are_handed_on_as_they_are_decoded(model, sampler):
+    config = SampleConfig(sampler=sampler, frames=6, max_memory=300_000)
+    assert model.plan_decoding(config, batch=2).pictures < 6
+    events: list[tuple[str, int]] = []
+    parts: dict[int, list[np.ndarray]] = {}
+    clips = model.sample_batch(
+        [PROMPT, "a red car driving"],
+        config,
+        [1, 2],
+        on_progress=lambda stage, done, total: events.append((stage, done)),
+        on_frames=lambda clip, frames: (
+            events.append(("frames", clip)),
+            parts.setdefault(clip, []).append(frames.copy()),
+        ),
+    )
+    for i, clip in enumerate(clips):
+        assert len(parts[i]) > 1
+        assert np.array_equal(np.concatenate(parts[i]), clip.frames)
+    # the first frames are there before the last are made
+    assert events.index(("frames", 0)) < events.index(("decode", 6))
+
+
+def test_a_still_is_handed_on_too(model):
+    parts: list[np.ndarray] = []
+    still = model.sample(
+        PROMPT, SampleConfig(frames=1), on_frames=lambda clip, frames: parts.append(frames)
+    )
+    assert len(parts) == 1 and np.array_equal(parts[0], still.frames)
+
+
+@pytest.mark.parametrize("config", [SampleConfig(seed=3, motion_seed=4), SampleConfig(frames=1)])
+def test_metadata_is_known_before_anything_is_made(tiny_model, config):
+    model = TextToVideo.load(tiny_model)
+    metadata = model.describe(PROMPT, config)
+    assert "parts" not in vars(model)
+    assert model.sample(PROMPT, config).metadata == metadata
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_little_memory_gives_the_same_frames(model, batch):
+    prompts, seeds = [PROMPT] * batch, range(batch)
+    whole = model.sample_batch(prompts, SampleConfig(), seeds)
+    with pytest.raises(ValueError, match=r"max memory 0\.001 MB: .* takes at least 1 MB"):
+        model.sample_batch(prompts, SampleConfig(max_memory=1000), seeds)
+    config = SampleConfig(max_memory=200_000 if batch == 1 else 250_000)
+    assert model.plan_decoding(config, batch=batch).strips > 1
+    for clip, other in zip(whole, model.sample_batch(prompts, config, seeds), strict=True):
+        assert np.abs(clip.frames.astype(int) - other.frames).max() <= 1
+        assert clip.metadata == other.metadata
 
 
 def test_prompt_longer_than_the_text_encoder_is_noticed(model):

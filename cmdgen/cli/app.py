@@ -14,6 +14,7 @@ from cmdgen.cli.errors import EXIT_CODES, FAILED, USAGE, Failure, describe
 from cmdgen.cli.evaluate import evaluate
 from cmdgen.cli.models import app as models
 from cmdgen.cli.profile import JSON_KEYS, profile
+from cmdgen.cli.rehash import app as rehash
 from cmdgen.cli.sample import sample
 from cmdgen.cli.train import app as train
 
@@ -33,6 +34,7 @@ app.command(epilog=EXIT_CODES)(doctor)
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 app.add_typer(models, name="models")
+app.add_typer(rehash, name="rehash")
 
 
 def _show_version(wanted: bool) -> None:

@@ -14,7 +14,7 @@ import typer
 from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.progress import show_progress
 from cmdgen.cli.size import parse_size
-from cmdgen.config import ProfileConfig, SampleConfig
+from cmdgen.config import CMD_SD21, ProfileConfig, SampleConfig
 from cmdgen.evaluation.report import table
 
 if TYPE_CHECKING:
@@ -69,6 +69,16 @@ NOTES = """\
   The fastest of a few, before and after the runs."""
 
 
+DECODING_NOTES = """\
+- Whole: the clip through the autoencoder at once, single frames through the VAE. Default: the
+  slices of a run without --max-memory. Least: those of 40 % of the whole's memory.
+- Frames and positions that go through the autoencoder at a time, pictures through the VAE, and the
+  strips that each of these is cut into.
+- Memory: tensors beside the weights at once, predicted and found; live: counted on the same run of
+  shapes alone; allocated and reserved: PyTorch's on the GPU, reserved with the weights.
+- Seconds: the least of the runs; of the VAE, those of its first slice times their number."""
+
+
 def profile(
     context: typer.Context,
     model: Annotated[
@@ -94,6 +104,14 @@ def profile(
         bool,
         typer.Option("--paper", help="Count the paper's Tables 8 and 9 instead; runs no model."),
     ] = False,
+    decoding: Annotated[
+        bool,
+        typer.Option(
+            "--decoding",
+            help="Decode a clip of the paper's model, weights random, whole and in slices instead; "
+            "512x1024 unless --size says otherwise.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
     """Measure each stage of sampling: time, memory, arithmetic, bytes.
@@ -101,17 +119,20 @@ def profile(
     The report goes to stdout, progress to stderr.
     """
     if paper:
-        for name in context.params:
-            source = context.get_parameter_source(name)
-            given = source is not None and source.name == "COMMANDLINE"
-            if given and name not in ("paper", "as_json"):
-                raise ValueError(f"--paper counts the paper's own model: --{name} has no use there")
+        _refuse_others(context, "--paper counts", ("paper", "as_json"))
         from cmdgen.evaluation.flops import compare_with_paper
 
         tables = compare_with_paper()
         typer.echo(
             json.dumps(asdict(tables), indent=2) if as_json else "\n".join(_paper_lines(tables))
         )
+        return
+    if decoding:
+        allowed = ("decoding", "as_json", "size", "runs", "device", "dtype")
+        _refuse_others(context, "--decoding decodes with", allowed)
+        given = context.get_parameter_source("runs")
+        once = given is None or given.name == "DEFAULT"
+        _decode(size or "1024x512", device, dtype, 1 if once else runs, as_json=as_json)
         return
     if trace is not None and (trace.is_dir() or not os.access(trace.absolute().parent, os.W_OK)):
         raise ValueError(f"{trace}: not the name of a file in a folder that can be written to")
@@ -137,6 +158,69 @@ def profile(
             raise
         raise Failure("not enough memory: ask for a smaller --size or --batch") from error
     typer.echo(json.dumps(measured.to_dict(), indent=2) if as_json else "\n".join(_lines(measured)))
+
+
+def _refuse_others(context: typer.Context, what: str, allowed: tuple[str, ...]) -> None:
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in allowed:
+            raise ValueError(f"{what} the paper's own model: --{name} has no use there")
+
+
+def _decode(size: str, device: str, dtype: str, runs: int, *, as_json: bool) -> None:
+    """Compare ways to decode a clip, and print the table."""
+    height, width = parse_size(size)
+    model = SampleConfig(height=height, width=width).apply(CMD_SD21)
+    config = ProfileConfig(runs=runs)
+    from cmdgen.evaluation.decoding import compare_decoding
+    from cmdgen.pipeline import choose_device, choose_dtype
+
+    place = choose_device(device)
+    with show_progress() as show:
+        ways = compare_decoding(
+            model, place, choose_dtype(dtype, place), runs=config.runs, on_progress=show
+        )
+    if as_json:
+        entries = [{**asdict(way), "seconds": way.seconds} for way in ways]
+        typer.echo(json.dumps(entries, indent=2))
+        return
+    whole, *_ = ways
+    rows = [
+        (
+            *("way", "frames", "positions", "pictures", "strips", "predicted MB"),
+            *(f"{kind} MB" for kind in whole.memory),
+            *("of whole", "clip s", "VAE s", "total s", "of whole"),
+        )
+    ]
+    for name, way in zip(("whole", "default", "least"), ways, strict=True):
+        cut = way.slices
+        first, *_ = way.memory
+        rows.append(
+            (
+                name,
+                *(
+                    ("", "", "1", "")
+                    if cut is None
+                    else map(str, (cut.frames, cut.positions, cut.pictures, cut.strips))
+                ),
+                "" if way.predicted is None else f"{way.predicted / 1e6:.0f}",
+                *(f"{value / 1e6:.0f}" for value in way.memory.values()),
+                f"{way.memory[first] / whole.memory[first]:.1%}",
+                *(f"{each:.2f}" for each in (way.clip_seconds, way.vae_seconds, way.seconds)),
+                f"{way.seconds / whole.seconds:.1%}",
+            )
+        )
+    typer.echo(
+        "\n".join(
+            [
+                f"{model.name}, {model.frames} frames of {model.width}x{model.height}",
+                "",
+                *table(rows),
+                "",
+                *DECODING_NOTES.splitlines(),
+            ]
+        )
+    )
 
 
 def _paper_lines(tables: "PaperTables") -> list[str]:

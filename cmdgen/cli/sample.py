@@ -10,8 +10,8 @@ import typer
 from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.models import find_model
 from cmdgen.cli.progress import show_progress
-from cmdgen.cli.size import parse_size
-from cmdgen.config import SAMPLERS, SampleConfig
+from cmdgen.cli.size import parse_memory, parse_size
+from cmdgen.config import CUTS, POLICIES, SAMPLERS, SampleConfig
 
 OWN = "  [default: the model's own]"
 
@@ -47,6 +47,15 @@ def sample(
     motion_guidance: Annotated[
         float | None, typer.Option(help="How strictly motion follows the prompt; 1 is off." + OWN)
     ] = None,
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW-HIGH",
+            help="Guide only where noise is between these shares of the schedule, such as 0.1-0.8: "
+            "faster, not the same.",
+            show_default=False,
+        ),
+    ] = None,
     negative: Annotated[
         str, typer.Option(help="What guidance leads away from.", show_default=False)
     ] = SampleConfig.negative,
@@ -57,6 +66,47 @@ def sample(
         str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size of the video." + OWN)
     ] = None,
     fps: Annotated[int | None, typer.Option(help="Frames per second of the file." + OWN)] = None,
+    rehash: Annotated[
+        str,
+        typer.Option(
+            metavar="N|off",
+            help="Run N of the steps in full, and reuse features at all others: faster, not the "
+            "same. Of motion, as many in proportion.",
+        ),
+    ] = "off",
+    rehash_policy: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How those are chosen, one of {', '.join(POLICIES)}.  [default: minimax]",
+        ),
+    ] = None,
+    rehash_threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="G",
+            help="Run the steps in full that are less similar than G to the last one, instead of "
+            "N.",
+            show_default=False,
+        ),
+    ] = None,
+    rehash_cut: Annotated[
+        str, typer.Option(help=f"Where the UNet is cut, one of {', '.join(CUTS)}; earliest first.")
+    ] = SampleConfig.rehash_cut,
+    rehash_protect: Annotated[
+        float, typer.Option(help="Share of the content frame's steps, the first, that always run.")
+    ] = SampleConfig.rehash_protect,
+    rehash_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Made by `cmdgen rehash calibrate`." + OWN),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What decoding may hold beside the weights, such as 4GB: the result stays the "
+            "same.  [default: what is fastest]",
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto (float32 on a CPU), float32, float16 or bfloat16.")
@@ -72,7 +122,7 @@ def sample(
     if not prompt.strip():
         raise ValueError('the prompt is empty: say what to show, such as "a corgi swimming"')
     height, width = (None, None) if size is None else parse_size(size)
-    from cmdgen.video.write import STILL, check_output, write_still, write_video
+    from cmdgen.video.write import STILL, check_output, open_video, write_still
 
     check_output(output)
     still = output.suffix.lower() == STILL
@@ -87,21 +137,35 @@ def sample(
         sampler=sampler,
         guidance=guidance,
         motion_guidance=motion_guidance,
+        guidance_interval=None if guidance_interval is None else _parse_interval(guidance_interval),
         negative=negative,
         frames=1 if still else frames,
         height=height,
         width=width,
         fps=fps,
+        rehash=_parse_rehash(rehash),
+        rehash_threshold=rehash_threshold,
+        rehash_policy=rehash_policy,
+        rehash_cut=rehash_cut,
+        rehash_protect=rehash_protect,
+        rehash_file=None if rehash_file is None else str(rehash_file),
+        max_memory=None if max_memory is None else parse_memory(max_memory),
     )
     from cmdgen.pipeline import TextToVideo
 
     pipeline = TextToVideo.load(find_model(model), device=device, dtype=dtype)
     asked, own = config.apply(pipeline.config), pipeline.config
+    plan = pipeline.plan_rehash(config)
+    pipeline.plan_decoding(config)
     _say(f"seed {config.seed}")
     if (asked.width, asked.height) != (own.width, own.height):
         _say(f"note: {own.name} was trained at {own.width}x{own.height}")
     if asked.frames not in (own.frames, 1):
         _say(f"note: {own.name} was trained on {own.frames} frames")
+    if plan is not None:
+        _say(f"rehash: {plan.policy}, content in full at {_list_steps(plan.content, asked.steps)}")
+        if plan.motion:
+            _say(f"rehash: motion in full at {_list_steps(plan.motion, asked.motion_steps)}")
 
     # what was asked is possible: what is wrong from here on is a file or the machine
     try:
@@ -111,18 +175,47 @@ def sample(
         if not pipeline.fits(prompt):
             _say(f"note: {own.name} reads the start of this prompt only: it is too long")
         with show_progress() as show:
-            clip = pipeline.sample(prompt, config, on_progress=show)
+            if still:
+                clip = pipeline.sample(prompt, config, on_progress=show)
+                write_still(output, clip.content, clip.metadata)
+            else:
+                size_asked = asked.height, asked.width
+                metadata = pipeline.describe(prompt, config)
+                with open_video(output, size_asked, asked.fps, metadata) as write:
+                    pipeline.sample(
+                        *(prompt, config),
+                        on_progress=show,
+                        on_frames=lambda _, decoded: write(decoded),
+                    )
     except ValueError as error:
         raise Failure(describe(error)) from error
     except (RuntimeError, MemoryError) as error:
         if not re.search("allocate|overflow", str(error)):
             raise
-        raise Failure("not enough memory: ask for a smaller --size or fewer --frames") from error
-    if still:
-        write_still(output, clip.content, clip.metadata)
-    else:
-        write_video(output, clip.frames, clip.fps, clip.metadata)
+        raise Failure(
+            "not enough memory: say what decoding may take with --max-memory, or ask for a smaller"
+            " --size or fewer --frames"
+        ) from error
     typer.echo(output)
+
+
+def _parse_interval(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"([01](?:\.\d{1,6})?)-([01](?:\.\d{1,6})?)", text)
+    if match is None:
+        raise ValueError(f"guidance interval {text!r} is not LOW-HIGH, such as 0.1-0.8")
+    return float(match[1]), float(match[2])
+
+
+def _parse_rehash(text: str) -> int | None:
+    if text == "off":
+        return None
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise ValueError(f"rehash {text!r} is neither off nor a number of steps, such as 13")
+    return int(text)
+
+
+def _list_steps(steps: tuple[int, ...], total: int) -> str:
+    return f"{len(steps)} of {total} steps: {' '.join(map(str, steps))}"
 
 
 def _say(line: str) -> None:

@@ -20,7 +20,7 @@ class Guided:
         scale: float,
         positive: tuple[Tensor, ...],
         negative: tuple[Tensor, ...],
-        interval: tuple[int, int] | None = None,
+        interval: tuple[float, float] | None = None,
     ) -> None:
         if len(positive) != len(negative):
             raise ValueError(f"{len(positive)} positive conditions, {len(negative)} negative ones")
@@ -57,7 +57,7 @@ def guide(
     positive: tuple[Tensor, ...],
     negative: tuple[Tensor, ...],
     *,
-    interval: tuple[int, int] | None = None,
+    interval: tuple[float, float] | None = None,
 ) -> Denoise:
     """`predict(x, t, *conditions)`, its conditions -> a denoiser guided from negative to positive.
 

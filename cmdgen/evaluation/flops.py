@@ -7,7 +7,7 @@ counter took a multiply-add for one operation and did not see inside fused atten
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from cmdgen.acceleration.budget import choose_slices
 from cmdgen.config import CMD_SD21, ModelConfig, UNetConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
@@ -231,20 +232,26 @@ class Reads:
     weights: Weights
 
 
-def count_reads(model: ModelConfig, *, batch: int = 1) -> dict[str, Reads]:
+def count_reads(
+    model: ModelConfig, *, batch: int = 1, dtype: torch.dtype = torch.float32
+) -> dict[str, Reads]:
     """Each stage of `TextToVideo.sample_batch`: its forwards, and the weights of one.
 
-    The clips of a batch, and the two branches of guidance, share a forward.
+    The clips of a batch, and the two branches of guidance, share a forward; of the VAE, the frames
+    that are decoded together unless memory is short.
     """
     runs = _forwards(model, build_parts(model))
     # this sampler makes clips one at a time
     times = batch if model.sampler == "ddpm" else 1
+    together = choose_slices(model, dtype, torch.device("meta"), batch=batch // times).pictures
+    # beside the content frame
+    slices = ceil(batch // times * model.frames / together) if model.frames > 1 else 0
     forwards = {
         "text": ("text", 1),
         "content": ("content", model.steps),
         "motion": ("motion", model.motion_steps),
         "frame decode": ("frame_decode", 1),
-        "VAE decode": ("vae_decode", _pictures(model)),
+        "VAE decode": ("vae_decode", 1 + slices),
     }
     return {
         stage: Reads(times * count, count_weights(*runs[name]))

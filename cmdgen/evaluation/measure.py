@@ -12,6 +12,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+from cmdgen.acceleration.slicer import decode_clip, encode_clip
 from cmdgen.config import SampleConfig
 from cmdgen.data.world import World
 from cmdgen.evaluation.metrics import SquaredError, frechet_distance
@@ -151,7 +152,9 @@ def _measure_reconstruction(
         latents = parts.vae.to_latents(pixels * 2 - 1)
         by_clip = rearrange(latents, "(b t) c h w -> b c t h w", b=len(rows))
         assert parts.autoencoder is not None
-        decoded = parts.autoencoder.decode(*parts.autoencoder.encode(by_clip))
+        slices = model.plan_decoding(SampleConfig(), batch=len(rows))
+        content, motion = encode_clip(parts.autoencoder, by_clip, slices)
+        decoded = decode_clip(parts.autoencoder, content, motion, slices)
         predictions = {
             "vae": _pixels(model, latents).view_as(real),
             "autoencoder": _pixels(model, rearrange(decoded, "b c t h w -> (b t) c h w")).view_as(

@@ -1,9 +1,14 @@
-"""Peak signal-to-noise ratio, whole and masked, and the Frechet distance of two feature sets."""
+"""Peak signal-to-noise ratio, whole and masked, structural similarity, and Frechet distance."""
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# of structural similarity: the window, and what keeps its two ratios from 0 / 0
+_WINDOW, _DEVIATION = 11, 1.5
+_K1, _K2 = 0.01, 0.03
 
 
 class SquaredError:
@@ -41,6 +46,33 @@ def psnr(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> floa
     error = SquaredError()
     error.add(prediction, target, mask)
     return error.psnr()
+
+
+def structural_similarity(prediction: Tensor, target: Tensor) -> Tensor:
+    """(N, C, H, W) x2 in [0, 1] -> (N,) float64: SSIM, the mean over all windows and channels.
+
+    Wang et al. 2004: windows of 11x11 weighted by a Gaussian of deviation 1.5, each of them inside
+    of the picture; K1 = 0.01, K2 = 0.03; moments with the weights, so without a correction of bias.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"shapes {tuple(prediction.shape)} and {tuple(target.shape)} differ")
+    if min(target.shape[-2:]) < _WINDOW:
+        raise ValueError(f"a picture of {tuple(target.shape[-2:])} has no window of {_WINDOW}")
+    offsets = torch.arange(_WINDOW, dtype=torch.float64, device=target.device) - _WINDOW // 2
+    weights = (-offsets.square() / (2 * _DEVIATION**2)).exp()
+    weights = weights / weights.sum()
+
+    def average(x: Tensor) -> Tensor:
+        x = x.flatten(0, 1)[:, None]
+        return F.conv2d(F.conv2d(x, weights[None, None, None]), weights[None, None, :, None])
+
+    a, b = prediction.double(), target.double()
+    mean_a, mean_b = average(a), average(b)
+    variances = average(a * a) - mean_a**2 + average(b * b) - mean_b**2
+    covariance = average(a * b) - mean_a * mean_b
+    alike = (2 * mean_a * mean_b + _K1**2) * (2 * covariance + _K2**2)
+    alike = alike / ((mean_a**2 + mean_b**2 + _K1**2) * (variances + _K2**2))
+    return alike.view(*target.shape[:2], -1).mean(dim=(1, 2))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

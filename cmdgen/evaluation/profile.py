@@ -259,7 +259,7 @@ def count_work(
                 flops=products[stage].flops,
                 bytes_read=reads.forwards * reads.weights.read * dtype.itemsize,
             )
-            for stage, reads in count_reads(model, batch=batch).items()
+            for stage, reads in count_reads(model, batch=batch, dtype=dtype).items()
         },
         "video encode": Work(bytes_read=batch * model.frames * model.height * model.width * 3),
     }

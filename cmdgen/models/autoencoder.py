@@ -102,11 +102,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time_rotation: Tensor, space_rotation: Tensor) -> Tensor:
         """(T, B, N, D) -> (T, B, N, D)."""
-        frames, batch, tokens, _ = x.shape
-        attended = self.time(self.time_norm(x).flatten(1, 2), time_rotation)  # (T, B N, D)
-        x = x + attended.unflatten(1, (batch, tokens))
-        attended = self.space(self.space_norm(x).flatten(0, 1), space_rotation)  # (T B, N, D)
-        x = x + attended.unflatten(0, (frames, batch))
+        shape = x.shape
+        x = self.mix_time(x.flatten(1, 2), time_rotation).view(shape)
+        return self.mix_space(x.flatten(0, 1), space_rotation).view(shape)
+
+    def mix_time(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """(T, R, D) -> (T, R, D): what knows no other position; any part of the R alone will do."""
+        return x + self.time(self.time_norm(x), rotation)
+
+    def mix_space(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """(S, N, D) -> (S, N, D): what knows no other frame; any part of the S alone will do."""
+        x = x + self.space(self.space_norm(x), rotation)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -180,15 +186,23 @@ class CmdAutoencoder(nn.Module):
         Eq. 3-4; the width-indexed part of the motion comes first. Raises ValueError where a side is
         not a multiple of the patch.
         """
+        tokens = self.embed_clip(frames)
+        rows = frames.shape[-2] // self.config.patch
+        return self.summarise(frames, self._transform(self.encoder, tokens, rows))
+
+    def embed_clip(self, frames: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (T, B, N, D): what the encoder's blocks begin with."""
         patch = self.config.patch
         height, width = frames.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"frames {height}x{width} are not multiples of the patch {patch}")
-        rows = height // patch
-        tokens = self.embed_frames(
+        return self.embed_frames(
             rearrange(frames, "b c t (h p) (w q) -> t b (h w) (p q c)", p=patch, q=patch)
         )
-        tokens = self._transform(self.encoder, tokens, rows)  # (T, B, N, D)
+
+    def summarise(self, frames: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, T, H, W), (T, B, N, D) -> content (B, C, H, W), motion (B, K, T, W' + H')."""
+        rows = frames.shape[-2] // self.config.patch
         if isinstance(self.importance, Unpatch):
             content = content_frame(frames, self.importance(tokens, rows))
         else:
@@ -217,18 +231,19 @@ class CmdAutoencoder(nn.Module):
 
         Raises ValueError where the motion does not have the content frame's W' + H' positions.
         """
-        rows, columns = (side // self.config.patch for side in content.shape[-2:])
-        if motion.shape[-1] != columns + rows:
-            raise ValueError(
-                f"motion of {motion.shape[-1]} positions does not fit the content frame's "
-                f"{columns} + {rows}"
-            )
+        rows = content.shape[-2] // self.config.patch
         tokens = self._transform(self.decoder, self.embed(content, motion), rows)
         return self.output(tokens, rows).to(content.dtype)
 
     def embed(self, content: Tensor, motion: Tensor) -> Tensor:
         """(B, C, H, W), (B, K, T, W' + H') -> (T, B, N, D): content_hw + width_tw + height_th."""
         patch = self.config.patch
+        rows, columns = (side // patch for side in content.shape[-2:])
+        if motion.shape[-1] != columns + rows:
+            raise ValueError(
+                f"motion of {motion.shape[-1]} positions does not fit the content frame's "
+                f"{columns} + {rows}"
+            )
         still = self.embed_content(
             rearrange(content, "b c (h p) (w q) -> b h w (p q c)", p=patch, q=patch)
         )
@@ -241,16 +256,20 @@ class CmdAutoencoder(nn.Module):
         return rearrange(tokens, "b t h w d -> t b (h w) d")
 
     def _transform(self, blocks: nn.ModuleList, tokens: Tensor, rows: int) -> Tensor:
+        time, space = self.rotations(tokens, rows)
+        for block in blocks:
+            tokens = block(tokens, time, space)
+        return tokens
+
+    def rotations(self, tokens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """(T, B, N, D) -> complex (T, 1, D), (N, D): what the blocks turn time and space by."""
         frames, _, count, width = tokens.shape
         heads = self.config.heads
         head_dim = width // heads
         time = axial_rotation((frames,), head_dim, tokens)
         space = axial_rotation((rows, count // rows), head_dim, tokens)
         # one copy for each head of the queries and of the keys: rows as long as those they multiply
-        time, space = time.repeat(1, 2 * heads)[:, None], space.repeat(1, 2 * heads)
-        for block in blocks:
-            tokens = block(tokens, time, space)
-        return tokens
+        return time.repeat(1, 2 * heads)[:, None], space.repeat(1, 2 * heads)
 
     def standardise(self, motion: Tensor) -> Tensor:
         """(B, K, T, S) -> the same, zero mean and unit variance on the training data."""

@@ -148,6 +148,27 @@ class DiT(nn.Module):
         `text` (B, L, D) are token states, `labels` (B,) classes, `context` (B, C, H, W) the content
         frame. Of motion latents (B, K, T, W' + H'), `split` says W', the columns of the first part.
         """
+        tokens, condition = self.embed(
+            sample, timestep, text=text, labels=labels, context=context, split=split
+        )
+        rows = sample.shape[-2] // self.config.patch
+        columns = sample.shape[-1] // self.config.patch
+        return self.finish(self.trunk(tokens, condition), condition, rows, columns)
+
+    def embed(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        *,
+        text: Tensor | None = None,
+        labels: Tensor | None = None,
+        context: Tensor | None = None,
+        split: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W), (B,) -> tokens (B, L, D), those of the sample first; condition (B, 1, D).
+
+        What else is given is as in `forward`.
+        """
         config = self.config
         for name, value, wanted in (
             ("text", text, config.text_width),
@@ -171,13 +192,20 @@ class DiT(nn.Module):
         else:
             tokens = tokens + self._motion_positions(rows, count // rows, split)
             tokens = torch.cat((tokens, self._embed_context(context)), dim=1)
+        return tokens, condition
+
+    def trunk(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """(B, L, D), (B, 1, D) -> (B, L, D): all blocks."""
         for block in self.blocks:
             tokens = block(tokens, condition)
+        return tokens
+
+    def finish(self, tokens: Tensor, condition: Tensor, rows: int, columns: int) -> Tensor:
+        """(B, L, D), (B, 1, D) -> (B, C or 2 C, H, W), of the first rows * columns tokens."""
         shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
-        patches = self.final(modulate(tokens[:, :count], shift, scale))
-        return rearrange(
-            patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=config.patch, q=config.patch
-        )
+        patches = self.final(modulate(tokens[:, : rows * columns], shift, scale))
+        patch = self.config.patch
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         # like a weight, not like the tokens: under autocast the residual stream stays in float32

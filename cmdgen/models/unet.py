@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmdgen.config import UNetConfig
+from cmdgen.config import CUTS, UNetConfig
 from cmdgen.models.attention import self_attention
 from cmdgen.models.layers import (
     Attention,
@@ -239,15 +239,47 @@ class UNet(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """(B, C, h, w), (B,), (B, L, D) -> (B, C, h, w)."""
+        x, time = self.embed(sample, timestep)
+        feature = self.trunk(x, time, encoder_hidden_states, cut="layer")
+        return self.tail(feature, x, time, encoder_hidden_states, cut="layer")
+
+    def embed(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w), (B,) -> the first skip (B, C', h, w), the time (B, D)."""
         time = self.time_embedding(timestep.expand(sample.shape[0]))
-        x = self.conv_in(sample.contiguous(memory_format=torch.channels_last))
+        return self.conv_in(sample.contiguous(memory_format=torch.channels_last)), time
+
+    def trunk(self, x: Tensor, time: Tensor, context: Tensor, *, cut: str) -> Tensor:
+        """(B, C, h, w), (B, D), (B, L, D') -> the feature (B, C, h, w) at one of CUTS."""
         skips = [x]
         for block in self.down_blocks:
-            skips += block(skips[-1], time, encoder_hidden_states)
-        x = self.mid_block(skips[-1], time, encoder_hidden_states)
-        for block in self.up_blocks:
-            x = block(x, skips, time, encoder_hidden_states)
+            skips += block(skips[-1], time, context)
+        x = self.mid_block(skips[-1], time, context)
+        *earlier, last = self.up_blocks
+        assert isinstance(last, UpStage)
+        for block in earlier:
+            x = block(x, skips, time, context)
+        for i in range(len(last.resnets) - 1):
+            x = last.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+        return self._last_layer(x, skips.pop(), time, context, CUTS[: CUTS.index(cut)])
+
+    def tail(
+        self, feature: Tensor, first: Tensor, time: Tensor, context: Tensor, *, cut: str
+    ) -> Tensor:
+        """(B, C, h, w) x 2, (B, D), (B, L, D') -> (B, C', h, w): the output, from a cut on."""
+        x = self._last_layer(feature, first, time, context, CUTS[CUTS.index(cut) : -1])
         return self.conv_out(normalise(self.conv_norm_out, x))
+
+    def _last_layer(
+        self, x: Tensor, first: Tensor, time: Tensor, context: Tensor, cuts: tuple[str, ...]
+    ) -> Tensor:
+        """(B, C, h, w) x 2, (B, D), (B, L, D') -> (B, C, h, w): what follows each of `cuts`."""
+        last = self.up_blocks[-1]
+        assert isinstance(last, UpStage)
+        if "layer" in cuts:
+            x = last.resnets[-1](torch.cat([x, first], dim=1), time)
+        if "resnet" in cuts and hasattr(last, "attentions"):
+            x = last.attentions[-1](x, context)
+        return x
 
     @classmethod
     def from_pretrained(

@@ -1,4 +1,7 @@
-"""A finished run as the model folder that is shipped: parts alone, in half precision."""
+"""A finished run as the model folder that is shipped: parts alone, in half precision.
+
+Its calibration of step rehash goes along where there is one.
+"""
 
 import shutil
 from pathlib import Path
@@ -21,8 +24,9 @@ def export_model(run: Path, target: Path, dtype: torch.dtype) -> dict[str, int]:
     if target.resolve() == run.resolve():
         raise ValueError(f"{target} is the run itself: give another folder")
     parts = [run / part for part in PARTS if (run / part).is_dir()]
+    whole = [run / name for name in ("model_index.json", "rehash.json")]
     sources = [
-        run / "model_index.json",
+        *(path for path in whole if path.is_file()),
         *(path for part in parts for path in sorted(part.iterdir())),
     ]
     sizes = {}

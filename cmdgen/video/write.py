@@ -8,9 +8,12 @@ import os
 import secrets
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import IO
 
 import numpy as np
 from imageio_ffmpeg import get_ffmpeg_exe
@@ -18,6 +21,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 VIDEO, STILL = ".mp4", ".png"
+
+# parts of a video that wait for the encoder, before who makes them has to
+AHEAD = 8
 
 # the matrix is tagged as well as used: players else guess it from the frame's size
 BT709 = (
@@ -65,6 +71,26 @@ def write_video(
             f"frames are {frames.dtype} {frames.shape}, expected uint8 (T, H, W, 3), T at least 1"
         )
     height, width = frames.shape[1:3]
+    with open_video(path, (height, width), fps, metadata, crf=crf) as write:
+        write(frames)
+
+
+@contextmanager
+def open_video(
+    path: str | os.PathLike[str],
+    size: tuple[int, int],
+    fps: float,
+    metadata: Mapping[str, object],
+    *,
+    crf: int = 16,
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Give a function to write the next frames with, uint8 (N, H, W, 3); `size` is (H, W).
+
+    It returns before they are encoded: they may not change. The encoder starts at once; the file is
+    there when the block has ended, and only if it ended well. Raises ValueError for a video that
+    h264 in yuv420p cannot hold or a path that cannot be written, OSError where the encoder fails.
+    """
+    height, width = size
     if height % 2 or width % 2:
         raise ValueError(f"size {width}x{height} is odd: h264 in yuv420p needs even sides")
     if not 0 < fps <= 1000:
@@ -78,15 +104,68 @@ def write_video(
             *("-movflags", "+faststart", f"file:{temporary}"),
         ]
         # in a session of its own: Ctrl-C reaches the encoder through us, which then remove its file
-        done = subprocess.run(
+        with subprocess.Popen(
             command,
-            input=np.ascontiguousarray(frames).data.cast("B"),
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             start_new_session=True,
-        )
-        if done.returncode:
-            lines = done.stderr.decode(errors="replace").strip().splitlines()
+        ) as encoder:
+            assert encoder.stdin is not None and encoder.stderr is not None
+            waiting: Queue[np.ndarray | None] = Queue(AHEAD)
+            said: list[bytes] = []
+            threads = (
+                Thread(target=_feed, args=(encoder.stdin, waiting), daemon=True),
+                # a pipe that nobody reads would stop the encoder when it is full
+                Thread(target=said.extend, args=(encoder.stderr,), daemon=True),
+            )
+            for thread in threads:
+                thread.start()
+
+            def write(frames: np.ndarray) -> None:
+                if frames.dtype != np.uint8 or frames.shape[1:] != (height, width, 3):
+                    raise ValueError(
+                        f"frames are {frames.dtype} {frames.shape}, expected uint8 "
+                        f"(N, {height}, {width}, 3)"
+                    )
+                # the rest of a video that cannot be written need not be made
+                if encoder.poll() is not None:
+                    raise _EncoderEnded
+                waiting.put(frames)
+
+            try:
+                with suppress(_EncoderEnded):
+                    yield write
+                _finish(waiting, threads)
+            except BaseException:
+                encoder.kill()
+                _finish(waiting, threads)
+                raise
+        if encoder.returncode:
+            lines = b"".join(said).decode(errors="replace").strip().splitlines()
             raise OSError(f"{path} was not written: {lines[-1] if lines else 'ffmpeg failed'}")
+
+
+def _finish(waiting: "Queue[np.ndarray | None]", threads: Iterable[Thread]) -> None:
+    waiting.put(None)
+    for thread in threads:
+        thread.join()
+
+
+class _EncoderEnded(Exception):
+    """Before it was given all frames."""
+
+
+def _feed(pipe: IO[bytes], waiting: "Queue[np.ndarray | None]") -> None:
+    """Writes frames to an encoder until there is a None; takes them even where it has failed."""
+    frames = waiting.get()
+    # closing writes what is left
+    with suppress(BrokenPipeError), pipe:
+        while frames is not None:
+            pipe.write(np.ascontiguousarray(frames).data.cast("B"))
+            frames = waiting.get()
+    while frames is not None:
+        frames = waiting.get()
 
 
 def write_still(

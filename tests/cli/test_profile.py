@@ -2,12 +2,15 @@ import inspect
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from cmdgen.cli import profile as profiling_command
 from cmdgen.cli.app import main
 from cmdgen.config import SampleConfig
+from cmdgen.evaluation import decoding
 from cmdgen.evaluation import profile as profiling
 from cmdgen.evaluation.flops import count_reads, count_sampling
 from cmdgen.evaluation.profile import (
@@ -303,3 +306,30 @@ def test_what_is_impossible_is_one_line_before_anything_runs(
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert not list(tmp_path.iterdir())
+
+
+def test_ways_to_decode_stand_side_by_side(profile, monkeypatch):
+    paper = profiling_command.CMD_SD21
+    small = replace(
+        paper,
+        vae=replace(paper.vae, block_out_channels=(8, 8, 8, 8), norm_num_groups=4),
+        autoencoder=replace(paper.autoencoder, width=48, heads=2, depth=1),
+    )
+    monkeypatch.setattr(profiling_command, "CMD_SD21", small)
+    # of so small a model, what it decodes is a large part
+    monkeypatch.setattr(decoding, "TARGET", 0.6)
+    code, out, err = profile("--decoding", "--size", "256x256", "--runs", 2, "--json")
+    assert code == 0, err
+    whole, default, least = json.loads(out)
+    assert whole["slices"] is None and default["slices"]["strips"] == 1
+    assert least["slices"]["strips"] > 1
+    assert least["memory"]["live"] <= least["predicted"] <= 0.6 * whole["memory"]["live"]
+    assert default["memory"]["live"] <= whole["memory"]["live"]
+    assert all(0 < way["clip_seconds"] < way["seconds"] for way in (whole, default, least))
+    code, out, _ = profile("--decoding", "--size", "256x256")
+    assert code == 0 and out.startswith("cmd-sd21, 16 frames of 256x256\n")
+    code, _, err = profile("--decoding", "--steps", 3)
+    assert (code, err) == (
+        2,
+        "error: --decoding decodes with the paper's own model: --steps has no use there\n",
+    )

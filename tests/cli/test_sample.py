@@ -101,6 +101,16 @@ def test_options_reach_the_video(cmdgen, tiny_model, tmp_path):
     assert "note: tiny was trained on 4 frames" in result.err
 
 
+def test_little_memory_gives_the_same_video(cmdgen, tiny_model, tmp_path):
+    sample = ("sample", PROMPT, "--model", tiny_model, "--seed", 7, "-o")
+    assert cmdgen(*sample, tmp_path / "a.mp4").code == 0
+    # less than whole frames take: 0.4 MB
+    assert cmdgen(*sample, tmp_path / "b.mp4", "--max-memory", "0.2MiB").code == 0
+    videos = [read_video(tmp_path / name)[0].astype(int) for name in ("a.mp4", "b.mp4")]
+    assert np.abs(videos[0] - videos[1]).max() <= 2
+    assert read_metadata(tmp_path / "a.mp4") == read_metadata(tmp_path / "b.mp4")
+
+
 def test_reported_random_seed_gives_the_same_frames_again(cmdgen, tiny_model, tmp_path):
     sample = ("sample", PROMPT, "--model", tiny_model, "-o")
     first = cmdgen(*sample, tmp_path / "a.mp4")
@@ -136,6 +146,8 @@ def test_words_never_seen_and_a_prompt_too_long_are_noted_in_a_line_each(
         (["a dog", "--size", "big"], "'big' is not WIDTHxHEIGHT, such as"),
         (["a dog", "--frames", "3"], "frames 3 is neither 1 nor a multiple of 2"),
         (["a dog", "--steps", "0"], "steps 0 is not at least 1"),
+        (["a dog", "--guidance-interval", "some"], "'some' is not LOW-HIGH, such as 0.1-0.8"),
+        (["a dog", "--guidance-interval", "0.8-0.1"], "0.8-0.1 is not within 0-1"),
         (["a dog", "--steps", "many"], "'--steps'"),
         (["a dog", "--motion-steps", "2000"], "not between 1 and 1000"),
         (["a dog", "--guidance", "nan"], "guidance nan is not between 0 and 100"),
@@ -149,6 +161,9 @@ def test_words_never_seen_and_a_prompt_too_long_are_noted_in_a_line_each(
         (["a dog", "-o", "none/out.mp4"], "there is no folder"),
         (["a dog", "-o", "folder.mp4"], "is a folder"),
         (["a dog", "-o", "a" * 300 + ".mp4"], "too long"),
+        (["a dog", "--max-memory", "4"], "'4' is not a number of MB, MiB, GB or GiB"),
+        (["a dog", "--max-memory", "0GB"], "max memory 0 is not at least 1"),
+        (["a dog", "--max-memory", "0.01MB"], "4 frames of 48x32 takes at least 1 MB"),
         (["a dog", "--speed", "9"], "--speed"),
         (["a dog", "in the sky"], "in the sky"),
         ([], "PROMPT"),

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from cmdgen.evaluation.metrics import SquaredError, frechet_distance, psnr
+from cmdgen.evaluation.metrics import (
+    SquaredError,
+    frechet_distance,
+    psnr,
+    structural_similarity,
+)
 
 
 def gaussian_rows(mean: torch.Tensor, root: torch.Tensor, n: int = 64) -> torch.Tensor:
@@ -77,3 +82,20 @@ def test_frechet_distance_needs_two_rows_of_equal_width() -> None:
         frechet_distance(torch.zeros(1, 4), torch.zeros(5, 4))
     with pytest.raises(ValueError, match="not \\(N, D\\)"):
         frechet_distance(torch.zeros(5, 3), torch.zeros(5, 4))
+
+
+def test_structural_similarity_is_torchmetrics_inside_of_its_reflected_rim() -> None:
+    y, x = torch.meshgrid(torch.arange(24.0), torch.arange(17.0), indexing="ij")
+    target = torch.stack([(1 + torch.sin(x / (2 + k) + y / 3)) / 2 for k in range(3)]).double()
+    prediction = (target * 0.8 + 0.1 + 0.05 * torch.cos(x * y / 5)).clamp(0, 1)
+    found = structural_similarity(torch.stack((prediction, target)), torch.stack((target, target)))
+    # torchmetrics 1.9.0, full image without 5 pixels at each side, mean
+    assert found.tolist() == pytest.approx([0.934842055, 1], abs=1e-8)
+
+
+def test_structural_similarity_of_flat_pictures_is_that_of_their_levels() -> None:
+    a, b = torch.full((2, 1, 12, 15), 0.2), torch.full((2, 1, 12, 15), 0.6)
+    alike = (2 * 0.2 * 0.6 + 1e-4) / (0.2**2 + 0.6**2 + 1e-4)
+    assert structural_similarity(a, b).tolist() == pytest.approx([alike] * 2, abs=1e-6)
+    with pytest.raises(ValueError, match="no window of 11"):
+        structural_similarity(a[..., :10], b[..., :10])

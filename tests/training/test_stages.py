@@ -143,7 +143,10 @@ def test_stages_of_a_run_share_what_the_first_was_told(trained: Path) -> None:
 
 
 def test_export_is_the_model_alone_in_half_precision(trained: Path, tmp_path: Path) -> None:
+    (trained / "rehash.json").write_text("{}")
     sizes = export_model(trained, tmp_path / "tiny", torch.float16)
+    (trained / "rehash.json").unlink()
+    assert (tmp_path / "tiny" / "rehash.json").read_text() == "{}"
     assert not (tmp_path / "tiny" / "training").exists()
     assert all(
         tensor.dtype == torch.float16 for tensor in weights(tmp_path / "tiny", "vae").values()

@@ -7,8 +7,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
+from cmdgen.video import write
 from cmdgen.video.read import read_metadata, read_video
-from cmdgen.video.write import write_video
+from cmdgen.video.write import open_video, write_video
 
 
 def colours(frames: int = 8, height: int = 48, width: int = 80) -> np.ndarray:
@@ -95,6 +96,54 @@ def test_failed_encoding_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == b"old"
+
+
+def test_frames_written_one_after_another_are_the_same_video(tmp_path):
+    frames = colours(8)
+    write_video(tmp_path / "a.mp4", frames, 8, {"seed": 1})
+    with open_video(tmp_path / "b.mp4", frames.shape[1:3], 8, {"seed": 1}) as take:
+        for part in (frames[:1], frames[1:4], frames[4:]):
+            take(part)
+    assert np.array_equal(read_video(tmp_path / "a.mp4")[0], read_video(tmp_path / "b.mp4")[0])
+    assert read_metadata(tmp_path / "b.mp4") == {"seed": 1}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_error_between_frames_ends_the_encoder_and_leaves_nothing(tmp_path, error):
+    path = tmp_path / "a.mp4"
+    with pytest.raises(error, match="sampling"), open_video(path, (48, 80), 8, {}) as take:
+        take(colours(4))
+        raise error("sampling")
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_of_another_size_are_refused(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"uint8 \(2, 48, 80, 3\), expected uint8 \(N, 80, 48, 3\)"),
+        open_video(tmp_path / "a.mp4", (80, 48), 8, {}) as take,
+    ):
+        take(colours(2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_encoder_that_fails_on_the_way_is_one_line_and_stops_the_making(tmp_path, monkeypatch):
+    broken = tmp_path / "ffmpeg"
+    broken.write_text("#!/bin/sh\nread line\necho first >&2\necho no codec >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(write, "get_ffmpeg_exe", lambda: str(broken))
+    made = 0
+    with (
+        pytest.raises(OSError, match=r"a\.mp4 was not written: no codec$") as caught,
+        open_video(tmp_path / "a.mp4", (480, 800), 8, {}) as take,
+    ):
+        # newlines, for the shell that plays the encoder
+        frames = np.full((1, 480, 800, 3), 10, np.uint8)
+        while made < 10_000:
+            take(frames)
+            made += 1
+    assert "\n" not in str(caught.value)
+    assert made < 10_000
+    assert list(tmp_path.iterdir()) == [broken]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a video\n" * 100, json.dumps({}).encode()])

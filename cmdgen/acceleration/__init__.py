@@ -1,0 +1,1 @@
+"""Less work and less memory: Streamlined Inference (Zhan et al. 2024, arXiv:2411.01171)."""

@@ -1,0 +1,107 @@
+"""Step rehash: most of a network is skipped at most steps, and its last feature reused.
+
+Zhan et al. 2024 (arXiv:2411.01171), section 4.3. One feature is kept, for the length of one clip;
+both branches of guidance are in its batch. Nothing stays on the networks.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from cmdgen.models.dit import DiT
+from cmdgen.models.unet import UNet
+
+
+class Network(Protocol):
+    """A denoiser in two parts: a large one that makes a feature, a small one that ends on it."""
+
+    def run(self, x: Tensor, t: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, ...), (B,) -> the output (B, C or 2 C, ...), the feature."""
+
+    def resume(self, feature: Tensor, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """The feature of another step, (B, C, ...), (B,) -> the output (B, C or 2 C, ...)."""
+
+
+@dataclass(frozen=True)
+class CutUNet:
+    """A UNet whose feature is what crosses a cut in its last up stage.
+
+    No down, mid or earlier up block runs on a skipped step. Its output depends on the new sample
+    through the first convolution alone, and after the cut "resnet" not at all.
+    """
+
+    unet: UNet
+    cut: str
+
+    def run(self, x: Tensor, t: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w), (B,), (B, L, D) -> the output (B, C, h, w), the feature (B, C', h, w)."""
+        (text,) = conditions
+        first, time = self.unet.embed(x, t)
+        feature = self.unet.trunk(first, time, text, cut=self.cut)
+        return self.unet.tail(feature, first, time, text, cut=self.cut), feature
+
+    def resume(self, feature: Tensor, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """(B, C', h, w), (B, C, h, w), (B,), (B, L, D) -> (B, C, h, w)."""
+        (text,) = conditions
+        first, time = self.unet.embed(x, t)
+        return self.unet.tail(feature, first, time, text, cut=self.cut)
+
+
+@dataclass(frozen=True)
+class CutDiT:
+    """CMD's motion model, whose feature is what its blocks add to the tokens.
+
+    Embeddings, condition and last layer run at every step, on the new sample.
+    """
+
+    dit: DiT
+    split: int
+
+    def run(self, x: Tensor, t: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K, T, W' + H'), (B,), text, content -> the output, what is added (B, L, D)."""
+        tokens, condition = self._embed(x, t, conditions)
+        after = self.dit.trunk(tokens, condition)
+        return self._finish(after, condition, x), after - tokens
+
+    def resume(self, feature: Tensor, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """(B, L, D), (B, K, T, W' + H'), (B,), text, content -> the output."""
+        tokens, condition = self._embed(x, t, conditions)
+        return self._finish(tokens + feature, condition, x)
+
+    def _embed(self, x: Tensor, t: Tensor, conditions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        text, context = conditions
+        given = None if self.dit.config.text_width is None else text
+        return self.dit.embed(x, t, text=given, context=context, split=self.split)
+
+    def _finish(self, tokens: Tensor, condition: Tensor, x: Tensor) -> Tensor:
+        rows, columns = (side // self.dit.config.patch for side in x.shape[-2:])
+        return self.dit.finish(tokens, condition, rows, columns)
+
+
+class Rehash:
+    """One network for one run of a sampler, which calls it once a step: full steps and skipped."""
+
+    def __init__(self, network: Network, full: Collection[int]) -> None:
+        assert 0 in full, "the first step has nothing to reuse"
+        self.network = network
+        self.full = frozenset(full)
+        self.step = 0
+        self.feature: Tensor | None = None
+
+    def __call__(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """(B, C, ...), (B,), conditions -> (B, C or 2 C, ...)."""
+        full = self.step in self.full
+        self.step += 1
+        if not full and self.feature is not None and len(self.feature) != len(x):
+            # guidance went off, and what is left is its positive branch; or came on: that has none
+            full = len(self.feature) < len(x)
+            self.feature = self.feature[-len(x) :]
+        if full:
+            # two of them never exist at once
+            self.feature = None
+            output, self.feature = self.network.run(x, t, *conditions)
+            return output
+        assert self.feature is not None
+        return self.network.resume(self.feature, x, t, *conditions)

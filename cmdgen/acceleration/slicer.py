@@ -1,0 +1,255 @@
+"""Clips in slices: the Feature Slicer and Operator Grouping of Zhan et al. 2024 (arXiv:2411.01171).
+
+Consecutive operators that look at one axis alone are a group: spatial ones see single frames,
+temporal ones single positions. A slice of the other axis goes through all of a group before the
+next one starts, and its result takes the slice's place, so that only what one slice needs is there
+beside the clip. Nothing is approximated.
+
+The VAE's operators are all spatial: frames go through one after another. Of a single frame it is
+GroupNorm that forbids slices, as it takes its moments of all positions. Here they are added up
+while a convolution writes its strips of rows, and the next one normalises strip by strip what it
+reads, with a row of the neighbours on either side. Strips that nobody needs any more are let go.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmdgen.models.autoencoder import Block, CmdAutoencoder
+from cmdgen.models.layers import ResnetBlock, Upsample
+from cmdgen.models.vae import KlVae, UpBlock
+
+
+@dataclass(frozen=True)
+class Slices:
+    """How much goes through a group of operators at a time; no result depends on it."""
+
+    # frames through the autoencoder's spatial groups, of all clips together
+    frames: int
+    # positions through its temporal groups, each at all times, of all clips together
+    positions: int
+    # frames through the VAE, of all clips together
+    pictures: int
+    # parts into which the VAE's decoder cuts the rows of these; 1: none
+    strips: int = 1
+
+
+def encode_clip(
+    autoencoder: CmdAutoencoder, frames: Tensor, slices: Slices
+) -> tuple[Tensor, Tensor]:
+    """(B, C, T, H, W) -> content (B, C, H, W), motion (B, K, T, W' + H'): `encode`, no gradients.
+
+    What is before and after the blocks is a small part of them, and is not cut.
+    """
+    tokens = autoencoder.embed_clip(frames)
+    rows = frames.shape[-2] // autoencoder.config.patch
+    _transform(autoencoder, autoencoder.encoder, tokens, rows, slices)
+    return autoencoder.summarise(frames, tokens)
+
+
+def decode_clip(
+    autoencoder: CmdAutoencoder, content: Tensor, motion: Tensor, slices: Slices
+) -> Tensor:
+    """(B, C, H, W), (B, K, T, W' + H') -> (B, C, T, H, W): `decode`, without gradients."""
+    patch, width = autoencoder.config.patch, autoencoder.config.width
+    rows, columns = (side // patch for side in content.shape[-2:])
+    batch, _, frames, _ = motion.shape
+    tokens = content.new_empty(frames, batch, rows * columns, width)
+    together = max(1, slices.frames // batch)
+    for i in range(0, frames, together):
+        tokens[i : i + together] = autoencoder.embed(content, motion[:, :, i : i + together])
+    _transform(autoencoder, autoencoder.decoder, tokens, rows, slices)
+    return autoencoder.output(tokens, rows).to(content.dtype)
+
+
+def _transform(
+    autoencoder: CmdAutoencoder, blocks: nn.ModuleList, tokens: Tensor, rows: int, slices: Slices
+) -> None:
+    """(T, B, N, D), in place: the blocks' operators, of one axis after those of the other."""
+    time, space = autoencoder.rotations(tokens, rows)
+    by_position, by_frame = tokens.flatten(1, 2), tokens.flatten(0, 1)
+    for block in blocks:
+        assert isinstance(block, Block)
+        for part in by_position.split(slices.positions, dim=1):
+            part.copy_(block.mix_time(part, time))
+        for part in by_frame.split(slices.frames):
+            part.copy_(block.mix_space(part, space))
+
+
+def decode_pictures(vae: KlVae, latents: Tensor, strips: int) -> Tensor:
+    """(B, c, h, w) scaled -> (B, 3, H, W): `from_latents`, the rows of h in so many strips."""
+    if strips == 1:
+        return vae.from_latents(latents)
+    decoder = vae.decoder
+    latents = (latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
+    x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
+    moments = Moments()
+    moments.add(x)
+    parts = list(x.tensor_split(min(strips, x.shape[2]), dim=2))
+    # they alone keep it from here on
+    del x
+    for block in decoder.up_blocks:
+        assert isinstance(block, UpBlock)
+        for resnet in block.resnets:
+            assert isinstance(resnet, ResnetBlock)
+            moments = _run_resnet(resnet, parts, moments)
+        for upsampler in block.upsamplers:
+            assert isinstance(upsampler, Upsample)
+            moments = _run_upsampler(upsampler.conv, parts)
+    affine = moments.affine(decoder.conv_norm_out)
+    pixels, above = [], None
+    for i in range(len(parts)):
+        window, above = _window(parts, i, above, affine)
+        parts[i] = GONE
+        pixels.append(_convolve(decoder.conv_out, window))
+        del window
+    return torch.cat(pixels, dim=2)
+
+
+def fetch(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Tensors -> the same on the CPU, in order; from a GPU while it computes those that follow.
+
+    There each lies in one of two buffers that take turns: what is kept must be copied at once. The
+    first may not be shorter than others.
+    """
+    stream: torch.cuda.Stream | None = None
+    buffers: list[Tensor] = []
+    before: tuple[Tensor, torch.cuda.Event] | None = None
+    for i, part in enumerate(parts):
+        if part.device.type != "cuda":
+            yield part
+            continue
+        if stream is None:
+            stream = torch.cuda.Stream(part.device)
+            buffers = [torch.empty_like(part, device="cpu", pin_memory=True) for _ in range(2)]
+        buffer = buffers[i % 2][: len(part)]
+        stream.wait_stream(torch.cuda.current_stream(part.device))
+        with torch.cuda.stream(stream):
+            buffer.copy_(part, non_blocking=True)
+            copied = stream.record_event()
+        # no other tensor may have its memory before it is copied
+        part.record_stream(stream)
+        # the GPU has its work for this part: time to wait for that of the one before
+        if before is not None:
+            before[1].synchronize()
+            yield before[0]
+        before = buffer, copied
+    if before is not None:
+        before[1].synchronize()
+        yield before[0]
+
+
+# strips of one feature map, from its top: (B, C, R, W) each, channels_last
+Strips = list[Tensor]
+# in the place of one that nobody needs any more
+GONE = torch.empty(0)
+
+
+class Moments:
+    """Mean and deviation of each channel, of the strips that were added."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | float = 0.0
+        # the sum of squared deviations from it
+        self.squares: Tensor | float = 0.0
+
+    def add(self, x: Tensor) -> None:
+        """(B, C, R, W), by the rule of Chan et al. 1979: never a difference of large sums."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = wide.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+        # on a CPU in a tenth of the time of var_mean
+        squares = (wide - mean).square_().sum(dim=(2, 3), keepdim=True)
+        count = x.shape[2] * x.shape[3]
+        total = self.count + count
+        delta = mean - self.mean
+        self.squares = self.squares + squares + delta**2 * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+        """() -> scale and offset (B, C, 1, 1), in float32 at least: all that is left of `norm`."""
+        assert isinstance(self.mean, Tensor) and isinstance(self.squares, Tensor)
+        means = self.mean.unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, 1, 1)
+        mean = means.mean(dim=2, keepdim=True)
+        variances = self.squares.unflatten(1, (norm.num_groups, -1)) / self.count
+        variance = (variances + (means - mean) ** 2).mean(dim=2, keepdim=True)
+        weight, bias = (
+            each.unflatten(0, (norm.num_groups, -1))[:, :, None, None]
+            for each in (norm.weight, norm.bias)
+        )
+        scale = weight / (variance + norm.eps).sqrt()
+        return scale.flatten(1, 2), (bias - mean * scale).flatten(1, 2)
+
+
+def _run_resnet(block: ResnetBlock, x: Strips, moments: Moments) -> Moments:
+    """Strips, in place, and their moments -> the result's moments."""
+    affine, above = moments.affine(block.norm1), None
+    hidden, moments = [], Moments()
+    for i in range(len(x)):
+        window, above = _window(x, i, above, affine)
+        hidden.append(_convolve(block.conv1, window))
+        del window
+        moments.add(hidden[-1])
+        if block.conv_shortcut is not None:
+            x[i] = block.conv_shortcut(x[i])
+    affine, above = moments.affine(block.norm2), None
+    moments = Moments()
+    for i in range(len(x)):
+        window, above = _window(hidden, i, above, affine)
+        hidden[i] = GONE
+        x[i] += _convolve(block.conv2, window)
+        del window
+        moments.add(x[i])
+    return moments
+
+
+def _run_upsampler(conv: nn.Conv2d, x: Strips) -> Moments:
+    """Strips, in place, to twice the rows and columns -> their moments."""
+    above, moments = None, Moments()
+    for i in range(len(x)):
+        window, above = _window(x, i, above)
+        # of a neighbour's row, doubled, one is the neighbour
+        window = F.interpolate(window, scale_factor=2.0, mode="nearest")[:, :, 1:-1]
+        x[i] = _convolve(conv, window)
+        del window
+        moments.add(x[i])
+    return moments
+
+
+def _window(
+    strips: Strips, i: int, above: Tensor | None, affine: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Strip i with a row of its neighbours, normalised and activated; its last row as it was.
+
+    `above` is that of the strip before, which may have changed. Beyond the map there are zeros.
+    """
+    strip = strips[i]
+    batch, channels, rows, width = strip.shape
+    window = torch.empty(
+        (batch, channels, rows + 2, width),
+        dtype=strip.dtype,
+        device=strip.device,
+        memory_format=torch.channels_last,
+    )
+    below = strips[i + 1][:, :, :1] if i + 1 < len(strips) else None
+    for piece, target in zip((above, strip, below), window.split((1, rows, 1), dim=2), strict=True):
+        if piece is None:
+            target.zero_()
+        elif affine is None:
+            target.copy_(piece)
+        elif affine[0].dtype == strip.dtype:
+            scale, offset = affine
+            F.silu(torch.addcmul(offset, piece, scale, out=target), inplace=True)
+        else:
+            scale, offset = affine
+            target.copy_(F.silu(torch.addcmul(offset, piece, scale), inplace=True))
+    return window, strip[:, :, -1:].clone()
+
+
+def _convolve(conv: nn.Conv2d, window: Tensor) -> Tensor:
+    """(B, C, R + 2, W) -> (B, C', R, W)."""
+    return F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
