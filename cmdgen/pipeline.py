@@ -17,8 +17,9 @@ from torch import Tensor
 from cmdgen import __version__
 from cmdgen.acceleration.budget import choose_slices
 from cmdgen.acceleration.calibration import Calibration, Measurement, Plan, Predict, plan_rehash
+from cmdgen.acceleration.graphs import Graphed, GraphedNetwork, Out, fastest_libraries
 from cmdgen.acceleration.keysteps import count_protected
-from cmdgen.acceleration.rehash import CutDiT, CutUNet, Rehash
+from cmdgen.acceleration.rehash import CutDiT, CutUNet, Network, Rehash
 from cmdgen.acceleration.slicer import Slices, decode_clip, decode_pictures, fetch
 from cmdgen.config import ModelConfig, NoiseConfig, SampleConfig, UNetConfig
 from cmdgen.diffusion.guidance import guide
@@ -77,6 +78,9 @@ class TextToVideo:
         self.config = config
         self.device = device
         self.dtype = dtype
+        # where it takes longer to launch kernels than to run them
+        self.uses_graphs = device.type == "cuda"
+        self.graphs: dict[object, Graphed[Any]] = {}
 
     @classmethod
     def load(
@@ -196,8 +200,7 @@ class TextToVideo:
         with on_stage("load"):
             parts, _ = self.parts, self.tokenizer
         report("load", 1, 1)
-        # kernels are launched on the current GPU
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        with fastest_libraries(self.device):
             with on_stage("text"):
                 text, empty = self._encode(prompts, config.negative)
             with on_stage("content"):
@@ -354,7 +357,9 @@ class TextToVideo:
     ) -> Tensor:
         """(B, L, D) x 2 -> (B, C, h, w): the content frame, a scaled latent, in float32."""
         unet = self.parts.content
-        predict = unet if plan is None else Rehash(CutUNet(unet, plan.cut), plan.content)
+        predict: Predict = self._graphed("content", unet)
+        if plan is not None:
+            predict = Rehash(self._graphed_network(CutUNet(unet, plan.cut)), plan.content)
         content = self._run_content(
             asked, text, empty, seeds, predict, on_step=partial(report, "content")
         )
@@ -415,7 +420,9 @@ class TextToVideo:
             output: Tensor = motion(x, t, text=given, context=context, split=columns)
             return output
 
-        predict = run if plan is None else Rehash(CutDiT(motion, columns), plan.motion)
+        predict: Predict = self._graphed(("motion", columns), run)
+        if plan is not None:
+            predict = Rehash(self._graphed_network(CutDiT(motion, columns)), plan.motion)
         on_step = partial(report, "motion")
         return self._run_motion(asked, text, empty, content, seeds, predict, on_step)
 
@@ -451,6 +458,16 @@ class TextToVideo:
             steps=asked.motion_steps,
             generator=generator,
             on_step=on_step,
+        )
+
+    def _graphed(self, key: object, function: Callable[..., Out]) -> Callable[..., Out]:
+        """A function as graphs, those of former clips too; itself where they would not pay."""
+        return self.graphs.setdefault(key, Graphed(function)) if self.uses_graphs else function
+
+    def _graphed_network(self, network: CutUNet | CutDiT) -> Network:
+        return GraphedNetwork(
+            run=self._graphed((network, "run"), network.run),
+            resume=self._graphed((network, "resume"), network.resume),
         )
 
     def _columns(self, asked: ModelConfig, content: Tensor) -> int:

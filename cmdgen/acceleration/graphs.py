@@ -1,13 +1,18 @@
-"""CUDA graphs: a network's hundreds of kernel launches become one."""
+"""What makes a network fast on a GPU as it is: CUDA graphs, and the best attention there is.
 
-from collections.abc import Callable
-from typing import Generic, TypeVar
+A graph makes one launch of the hundreds of kernels of a forward pass.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # of a denoiser: its output, or its output and a feature
-Out = TypeVar("Out", Tensor, tuple[Tensor, ...])
+Out = TypeVar("Out", Tensor, tuple[Tensor, Tensor])
 
 # runs before a capture: libraries choose algorithms and allocate workspaces in the first ones
 _WARM_UP = 3
@@ -33,6 +38,31 @@ class Graphed(Generic[Out]):
         inputs, replay = self.captures[key]
         torch._foreach_copy_(inputs, list(given))
         return replay()
+
+
+class GraphedNetwork(NamedTuple):
+    """A `Network` of step rehash, each of its two ways as graphs."""
+
+    run: Callable[..., tuple[Tensor, Tensor]]
+    resume: Callable[..., Tensor]
+
+
+@contextmanager
+def fastest_libraries(device: torch.device) -> Iterator[None]:
+    """Within the block kernels are launched on this device, attention by the best of its libraries.
+
+    cuDNN's comes first on Hopper and what followed it, flash attention on what was before.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        best = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+        if torch.cuda.get_device_capability() < (9, 0):
+            best.reverse()
+        others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel([*best, *others], set_priority=True):
+            yield
 
 
 def capture(function: Callable[..., Out], inputs: list[Tensor]) -> Callable[[], Out]:

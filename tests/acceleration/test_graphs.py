@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from cmdgen.acceleration import graphs
 from cmdgen.acceleration.graphs import Graphed
+from cmdgen.config import SAMPLERS, SampleConfig
+from cmdgen.pipeline import TextToVideo
 
 
 def capture_on_cpu(function: Callable[..., object], inputs: list[Tensor]) -> Callable[[], object]:
@@ -15,11 +18,42 @@ def capture_on_cpu(function: Callable[..., object], inputs: list[Tensor]) -> Cal
     outputs = function(*inputs)
 
     def replay() -> object:
-        for old, new in zip(outputs, function(*inputs), strict=True):
+        again = function(*inputs)
+        if isinstance(outputs, Tensor):
+            return outputs.copy_(again)
+        for old, new in zip(outputs, again, strict=True):
             old.copy_(new)
         return outputs
 
     return replay
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"guidance": 1.0},
+        {"motion_guidance": 3.0, "guidance_interval": (0.3, 0.8)},
+        {"rehash": 3, "rehash_policy": "uniform"},
+        {"rehash": 3, "rehash_policy": "uniform", "guidance_interval": (0.3, 0.8)},
+    ],
+)
+def test_clips_are_the_same_and_graphs_are_reused(
+    monkeypatch, tiny_model, sampler: str, asked: dict[str, object]
+) -> None:
+    monkeypatch.setattr(graphs, "capture", capture_on_cpu)
+    config = SampleConfig(sampler=sampler, steps=6, motion_steps=4, **asked)
+    plain, graphed = TextToVideo.load(tiny_model), TextToVideo.load(tiny_model)
+    assert not plain.uses_graphs
+    graphed.uses_graphs = True
+    captures = None
+    for prompts, seeds in ((["a dog"], [1]), (["a red car"], [2])):
+        expected = plain.sample_batch(prompts, config, seeds)[0].frames
+        assert np.array_equal(graphed.sample_batch(prompts, config, seeds)[0].frames, expected)
+        count = sum(len(each.captures) for each in graphed.graphs.values())
+        assert count == (captures or count) > 0
+        captures = count
 
 
 def test_every_call_has_its_own_inputs_and_every_shape_its_own_graph(monkeypatch) -> None:
