@@ -400,6 +400,23 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class SuiteConfig:
+    """What `cmdgen profile --suite` measures: `runs` clips of each row, after one to warm up."""
+
+    # of both models
+    steps: int = 50
+    runs: int = ProfileConfig.runs
+    # None: the model's own
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 3:
+            raise ValueError(f"steps {self.steps} is not at least 3: some are skipped")
+        ProfileConfig(runs=self.runs)
+
+
+@dataclass(frozen=True)
 class WorldConfig:
     """What the rendered world shows; an empty tuple means everything there is of that kind."""
 

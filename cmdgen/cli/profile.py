@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -14,12 +15,13 @@ import typer
 from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.progress import show_progress
 from cmdgen.cli.size import parse_size
-from cmdgen.config import CMD_SD21, ProfileConfig, SampleConfig
+from cmdgen.config import CMD_SD21, ProfileConfig, SampleConfig, SuiteConfig
 from cmdgen.evaluation.report import table
 
 if TYPE_CHECKING:
     from cmdgen.evaluation.flops import PaperTables
     from cmdgen.evaluation.profile import Profile
+    from cmdgen.evaluation.suite import Suite
 
 OWN = "  [default: the model's own]"
 # characters of the longest bar
@@ -53,7 +55,27 @@ Of each stage and of total:
   share_of_matmul, share_of_copy       of the measured limits, 1 is all
   memory_bytes                    highest: {resident} on a CPU, {} where
                                   that cannot be told, {allocated,
-                                  reserved} on a GPU"""
+                                  reserved} on a GPU
+
+"""
+    + _AS_IT_IS
+    + """\
+With --suite it prints another, with the same names for the same things:
+  model, frames, height, width, sampler, steps, motion_steps, guidance,
+  motion_guidance, runs, device, dtype, torch, matmul_flops_per_second
+  rows                            an object for each way to make a clip:
+                                  paper, clip, rehash_half, rehash_quarter
+  unet_step                       of clip: {seconds, flops_per_second,
+                                  share_of_matmul} of a step of the UNet
+Of each of the rows:
+  full_steps, full_motion_steps   that skip nothing
+  guidance, motion_guidance       1 is off
+  seconds                         of paper: of its stages, no others; else
+                                  from the prompt to the file on disk
+  content_step_seconds            the content stage by all of its steps
+  flops                           of what runs, skipped steps too
+  flops_per_second, share_of_matmul, memory_bytes
+  stages                          {flops, seconds} of each that counts"""
 )
 
 NOTES = """\
@@ -79,6 +101,25 @@ DECODING_NOTES = """\
 - Seconds: the least of the runs; of the VAE, those of its first slice times their number."""
 
 
+SUITE_LABELS = {
+    "paper": "the paper's count",
+    "clip": "prompt to file",
+    "rehash_half": "rehash {}",
+    "rehash_quarter": "rehash {}",
+}
+SUITE_NOTES = """\
+- One process, weights loaded, the median of {runs} clips after one to warm up, in the rows' order.
+- The paper's count: guidance off in both models; text, content, motion and frame decode, as timed
+  one by one: the VAE runs too, and is left out, and there is no file.
+- Prompt to file: the model's guidance, VAE, mp4 on disk. Rehash: the same, with so many steps in
+  full, chosen uniformly.
+- ms/step: the content stage by all of its steps, full or skipped, with the sampler between them.
+- Rates: two operations for each multiply-add of what runs, skipped steps too, in all those seconds;
+  matmul is the fastest of a few products of square matrices in this dtype, before and after.
+- Memory: the highest, weights too; resident is of the whole process; allocated and reserved are
+  PyTorch's on the GPU, with what rows above keep for good, such as captured graphs."""
+
+
 def profile(
     context: typer.Context,
     model: Annotated[
@@ -87,7 +128,13 @@ def profile(
     size: Annotated[
         str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size of the video." + OWN)
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of both models." + OWN)] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of both models.  "
+            f"[default: the model's own; {SuiteConfig.steps} of --suite]"
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Clips at a time.")] = ProfileConfig.batch,
     runs: Annotated[
         int, typer.Option(help="Runs to measure, after one to warm up.")
@@ -112,6 +159,14 @@ def profile(
             "512x1024 unless --size says otherwise.",
         ),
     ] = False,
+    suite: Annotated[
+        bool,
+        typer.Option(
+            "--suite",
+            help="Make clips as the paper counts, as a user waits for them, and with step rehash "
+            "instead; warm.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
     """Measure each stage of sampling: time, memory, arithmetic, bytes.
@@ -119,7 +174,7 @@ def profile(
     The report goes to stdout, progress to stderr.
     """
     if paper:
-        _refuse_others(context, "--paper counts", ("paper", "as_json"))
+        _refuse_others(context, "--paper counts the paper's own model", ("paper", "as_json"))
         from cmdgen.evaluation.flops import compare_with_paper
 
         tables = compare_with_paper()
@@ -129,10 +184,17 @@ def profile(
         return
     if decoding:
         allowed = ("decoding", "as_json", "size", "runs", "device", "dtype")
-        _refuse_others(context, "--decoding decodes with", allowed)
+        _refuse_others(context, "--decoding decodes with the paper's own model", allowed)
         given = context.get_parameter_source("runs")
         once = given is None or given.name == "DEFAULT"
         _decode(size or "1024x512", device, dtype, 1 if once else runs, as_json=as_json)
+        return
+    if suite:
+        used = ("suite", "as_json", "model", "size", "steps", "runs", "device", "dtype")
+        _refuse_others(context, "--suite measures ways to make one clip", used)
+        height, width = (None, None) if size is None else parse_size(size)
+        wanted = SuiteConfig(SuiteConfig.steps if steps is None else steps, runs, height, width)
+        _measure_suite(model, wanted, device, dtype, as_json=as_json)
         return
     if trace is not None and (trace.is_dir() or not os.access(trace.absolute().parent, os.W_OK)):
         raise ValueError(f"{trace}: not the name of a file in a folder that can be written to")
@@ -148,15 +210,8 @@ def profile(
 
     # what is asked and impossible is said before anything runs
     asked.apply(load().config)
-    try:
-        with show_progress() as show:
-            measured = profile_sampling(load, asked, config, trace=trace, on_progress=show)
-    except ValueError as error:
-        raise Failure(describe(error)) from error
-    except (RuntimeError, MemoryError) as error:
-        if not re.search("allocate|overflow|out of memory", str(error)):
-            raise
-        raise Failure("not enough memory: ask for a smaller --size or --batch") from error
+    with _explain("--size or --batch"), show_progress() as show:
+        measured = profile_sampling(load, asked, config, trace=trace, on_progress=show)
     typer.echo(json.dumps(measured.to_dict(), indent=2) if as_json else "\n".join(_lines(measured)))
 
 
@@ -164,7 +219,20 @@ def _refuse_others(context: typer.Context, what: str, allowed: tuple[str, ...]) 
     for name in context.params:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE" and name not in allowed:
-            raise ValueError(f"{what} the paper's own model: --{name} has no use there")
+            raise ValueError(f"{what}: --{name} has no use there")
+
+
+@contextmanager
+def _explain(smaller: str) -> Iterator[None]:
+    """Around what was asked and is possible: what goes wrong there is a file or the machine."""
+    try:
+        yield
+    except ValueError as error:
+        raise Failure(describe(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("allocate|overflow|out of memory", str(error)):
+            raise
+        raise Failure(f"not enough memory: ask for a smaller {smaller}") from error
 
 
 def _decode(size: str, device: str, dtype: str, runs: int, *, as_json: bool) -> None:
@@ -221,6 +289,62 @@ def _decode(size: str, device: str, dtype: str, runs: int, *, as_json: bool) -> 
             ]
         )
     )
+
+
+def _measure_suite(
+    model: str, config: SuiteConfig, device: str, dtype: str, *, as_json: bool
+) -> None:
+    """Make clips in all ways, and print the table."""
+    from cmdgen.evaluation.suite import measure_suite, plan_suite
+    from cmdgen.pipeline import TextToVideo
+
+    pipeline = TextToVideo.load(model, device=device, dtype=dtype)
+    plan_suite(pipeline, config)
+    with _explain("--size"), show_progress() as show:
+        measured = measure_suite(pipeline, config, on_progress=show)
+    typer.echo(
+        json.dumps(measured.to_dict(), indent=2) if as_json else "\n".join(_suite_lines(measured))
+    )
+
+
+def _suite_lines(measured: "Suite") -> list[str]:
+    """Markdown: a row for each way to make a clip."""
+    settings, limit, rows = measured.settings, measured.matmul_flops_per_second, measured.rows
+    labels = (SUITE_LABELS[name].format(row.full_steps) for name, row in rows.items())
+    each = list(rows.values())
+    rates = [row.flops_per_second for row in each]
+    taken, rate = measured.step
+    factor, prefix = _prefix(rate)
+    title = "{model}, {frames} frames of {width}x{height}, {sampler} {steps} + {motion_steps} steps"
+    return [
+        title.format(**settings),
+        "{dtype} on {device}, torch {torch}".format(**settings),
+        f"measured limit: matmul {limit / factor:.1f} {prefix}FLOP/s",
+        "",
+        *table(
+            _rows(
+                ("clip", *labels),
+                ("full", *(f"{row.full_steps} + {row.full_motion_steps}" for row in each)),
+                ("seconds", *(f"{median(row.seconds):.3f}" for row in each)),
+                (
+                    "fastest-slowest",
+                    *(f"{min(row.seconds):.3f}-{max(row.seconds):.3f}" for row in each),
+                ),
+                ("ms/step", *(f"{1000 * row.step_seconds:.2f}" for row in each)),
+                _column("", "FLOP/s", rates),
+                ("of matmul", *_shares(rates, limit)),
+                *(
+                    _column(kind, "B", [row.memory[kind] for row in each])
+                    for kind in each[0].memory
+                ),
+            )
+        ),
+        "",
+        f"UNet step, guidance {settings['guidance']:g}, of prompt to file: {1000 * taken:.2f} ms, "
+        f"{rate / factor:.1f} {prefix}FLOP/s, {rate / limit:.1%} of matmul",
+        "",
+        *SUITE_NOTES.format(**settings).splitlines(),
+    ]
 
 
 def _paper_lines(tables: "PaperTables") -> list[str]:

@@ -126,7 +126,7 @@ class Stopwatch:
         seconds = time.perf_counter() - started
         # a stage may be entered once for each clip
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-        self.memory[stage] = _highest([self.memory.get(stage, {}), _peak(self.device)])
+        self.memory[stage] = highest([self.memory.get(stage, {}), _peak(self.device)])
 
 
 class StepNames:
@@ -209,7 +209,7 @@ def profile_sampling(
         stage: StageProfile(
             work=work,
             seconds=tuple(watch.seconds[stage] for watch in watches),
-            memory=_highest([watch.memory[stage] for watch in watches]),
+            memory=highest([watch.memory[stage] for watch in watches]),
         )
         for stage, work in counted.items()
     }
@@ -221,7 +221,7 @@ def profile_sampling(
             "motion_steps": own.motion_steps if moves else None,
             "motion_guidance": own.motion_guidance if moves else None,
             **{"batch": config.batch, "runs": config.runs, "torch": torch.__version__},
-            **{"device": _device_name(device), "dtype": str(dtype).removeprefix("torch.")},
+            **{"device": device_name(device), "dtype": str(dtype).removeprefix("torch.")},
         },
         limits=limits,
         stages=stages,
@@ -233,7 +233,7 @@ def profile_sampling(
                 bytes_read=sum(work.bytes_read for work in counted.values()),
             ),
             seconds=tuple(totals),
-            memory=_highest([stage.memory for stage in stages.values()]),
+            memory=highest([stage.memory for stage in stages.values()]),
         ),
     )
 
@@ -361,12 +361,14 @@ def _peak(device: torch.device) -> dict[str, int]:
     return {"resident": int(fields["VmHWM"].split()[0]) * 1024}
 
 
-def _highest(peaks: list[dict[str, int]]) -> dict[str, int]:
+def highest(peaks: list[dict[str, int]]) -> dict[str, int]:
+    """The largest of each name."""
     names = dict.fromkeys(name for peak in peaks for name in peak)
     return {name: max(peak.get(name, 0) for peak in peaks) for name in names}
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """As reports call it: a GPU's own name, a CPU's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads"

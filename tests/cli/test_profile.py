@@ -1,5 +1,6 @@
 import inspect
 import json
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from cmdgen.cli import profile as profiling_command
 from cmdgen.cli.app import main
 from cmdgen.config import SampleConfig
-from cmdgen.evaluation import decoding
+from cmdgen.evaluation import decoding, suite
 from cmdgen.evaluation import profile as profiling
 from cmdgen.evaluation.flops import count_reads, count_sampling
 from cmdgen.evaluation.profile import (
@@ -21,6 +22,7 @@ from cmdgen.evaluation.profile import (
     Work,
     measure_limits,
 )
+from cmdgen.evaluation.suite import Row, Suite
 from cmdgen.pipeline import TextToVideo
 from cmdgen.weights import load_model_index
 
@@ -36,6 +38,17 @@ STAGE_KEYS = {
     *("flops_per_second", "share_of_matmul", "bytes_per_second", "share_of_copy", "memory_bytes"),
 }
 SECONDS_KEYS = {"median", "fastest", "slowest"}
+SUITE_KEYS = {
+    *("model", "frames", "height", "width", "sampler", "steps", "motion_steps", "guidance"),
+    *("motion_guidance", "runs", "device", "dtype", "torch", "matmul_flops_per_second"),
+    *("rows", "unet_step"),
+}
+ROW_KEYS = {
+    *("full_steps", "full_motion_steps", "guidance", "motion_guidance", "seconds"),
+    *("content_step_seconds", "flops", "flops_per_second", "share_of_matmul", "memory_bytes"),
+    "stages",
+}
+ROWS = ["paper", "clip", "rehash_half", "rehash_quarter"]
 
 
 @pytest.fixture
@@ -134,6 +147,7 @@ def test_every_key_of_the_json_is_in_the_help(profile):
     code, out, _ = profile("--help")
     words = out.replace(",", " ").replace("{", " ").replace("}", " ").split()
     documented = {*STAGE_KEYS, *RUN_KEYS, *SECONDS_KEYS, "resident", "allocated", "reserved"}
+    documented |= {*SUITE_KEYS, *ROW_KEYS, *ROWS}
     assert code == 0
     assert documented <= set(words)
     for name in STAGES:
@@ -288,6 +302,14 @@ def test_a_damaged_model_fails_in_one_line_that_names_the_file(profile, tiny_mod
     [
         (("--paper", "--model", "mini"), "--model has no use there"),
         (("--paper", "--runs", 5), "--runs has no use there"),
+        (("--suite", "--batch", 2), "--suite measures ways to make one clip: --batch has no use"),
+        (("--suite", "--trace", "trace.json"), "--trace has no use there"),
+        (("--paper", "--suite"), "--suite has no use there"),
+        (("--decoding", "--suite"), "--suite has no use there"),
+        (("--suite", "--steps", 2), "steps 2 is not at least 3"),
+        (("--suite", "--steps", 1001), "steps 1001 is not between 1 and 1000"),
+        (("--suite", "--runs", 0), "runs 0 is not between 1 and 1000"),
+        (("--suite", "--size", "63x64"), "both sides must be multiples"),
         (("--runs", 0), "runs 0 is not between 1 and 1000"),
         (("--batch", 0), "batch 0 is not between 1 and 1000"),
         (("--size", "63x64"), "both sides must be multiples"),
@@ -332,4 +354,90 @@ def test_ways_to_decode_stand_side_by_side(profile, monkeypatch):
     assert (code, err) == (
         2,
         "error: --decoding decodes with the paper's own model: --steps has no use there\n",
+    )
+
+
+def test_ways_to_make_a_clip_stand_side_by_side(profile, tiny_model):
+    arguments = ("--suite", "--model", tiny_model, "--steps", 4, "--runs", 1, "--size", "32x16")
+    code, out, err = profile(*arguments, "--device", "cpu", "--json")
+    report = json.loads(out)
+    assert code == 0, err
+    assert (report.keys(), list(report["rows"])) == (SUITE_KEYS, ROWS)
+    assert (report["steps"], report["motion_steps"], report["runs"]) == (4, 4, 1)
+    assert (report["width"], report["height"], report["sampler"]) == (32, 16, "ddim")
+    limit, rows = report["matmul_flops_per_second"], report["rows"]
+    for row in rows.values():
+        assert (row.keys(), row["seconds"].keys()) == (ROW_KEYS, SECONDS_KEYS)
+        assert set(row["memory_bytes"]) <= {"resident"}
+        assert row["flops"] == sum(stage["flops"] for stage in row["stages"].values())
+        rate = row["flops"] / row["seconds"]["median"]
+        assert row["flops_per_second"] == pytest.approx(rate)
+        assert row["share_of_matmul"] == pytest.approx(rate / limit)
+        content = row["stages"]["content"]["seconds"]
+        assert row["content_step_seconds"] == pytest.approx(content["median"] / 4)
+        parts = sum(stage["seconds"]["fastest"] for stage in row["stages"].values())
+        assert row["seconds"]["slowest"] >= parts
+    full = {name: (row["full_steps"], row["full_motion_steps"]) for name, row in rows.items()}
+    assert full == dict(zip(ROWS, [(4, 4), (4, 4), (2, 2), (2, 2)], strict=True))
+    step, clip = report["unet_step"], rows["clip"]
+    assert step["seconds"] == clip["content_step_seconds"]
+    counted = clip["stages"]["content"]["flops"] / 4
+    assert step["flops_per_second"] == pytest.approx(counted / step["seconds"])
+    assert step["share_of_matmul"] == pytest.approx(step["flops_per_second"] / limit)
+
+    code, out, _ = profile(*arguments)
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == "tiny, 4 frames of 32x16, ddim 4 + 4 steps"
+    assert [row[:2] for row in cells(lines)] == [
+        ["clip", "full"],
+        ["-" * len(lines[5].split("|")[1]), "-" * len(lines[5].split("|")[2])],
+        ["the paper's count", "4 + 4"],
+        ["prompt to file", "4 + 4"],
+        ["rehash 2", "2 + 2"],
+        ["rehash 2", "2 + 2"],
+    ]
+    (step_line,) = (line for line in lines if line.startswith("UNet step, guidance 3, of prompt"))
+    assert re.search(r": \d+\.\d\d ms, [\d.]+ [MG]FLOP/s, [\d.]+% of matmul$", step_line)
+
+
+def test_the_table_of_ways_fits_a_screen(profile, tiny_model, monkeypatch):
+    def row(guidance, full, step, seconds):
+        return Row(
+            *(50, full, full, guidance, 1.0),
+            flops={"content": int(92e12), "VAE decode": int(43e12)},
+            stages={"content": (50 * step,) * 3, "VAE decode": (0.3,) * 3},
+            seconds=(0.9 * seconds, seconds, 1.1 * seconds),
+            memory={"allocated": int(12.5e9), "reserved": int(15e9)},
+        )
+
+    settings = {
+        **{"model": "cmd-sd21", "frames": 16, "height": 512, "width": 1024, "sampler": "ddim"},
+        **{"steps": 50, "motion_steps": 50, "guidance": 7.5, "motion_guidance": 1.0, "runs": 3},
+        **{"device": "NVIDIA H200", "dtype": "bfloat16", "torch": "2.13.0"},
+    }
+    rows = {"paper": row(1.0, 50, 0.005, 0.6), "clip": row(7.5, 50, 0.008, 1.2)}
+    rows |= {"rehash_half": row(7.5, 25, 0.005, 0.8), "rehash_quarter": row(7.5, 13, 0.003, 0.5)}
+    measured = Suite(settings, 700e12, rows)
+    monkeypatch.setattr(suite, "measure_suite", lambda *_, **__: measured)
+    code, out, _ = profile("--suite", "--model", tiny_model)
+    lines = out.splitlines()
+    assert code == 0
+    assert max(map(len, lines)) <= 120
+    assert lines[2] == "measured limit: matmul 700.0 TFLOP/s"
+    header, _, *found = cells(lines)
+    assert header == [
+        *("clip", "full", "seconds", "fastest-slowest", "ms/step", "TFLOP/s", "of matmul"),
+        *("allocated GB", "reserved GB"),
+    ]
+    # 135 TFLOP in 1.2 s
+    assert found[1] == [
+        *("prompt to file", "50 + 50", "1.200", "1.080-1.320", "8.00", "112.5", "16.1%"),
+        *("12.50", "15.00"),
+    ]
+    assert found[2][:5] == ["rehash 25", "25 + 25", "0.800", "0.720-0.880", "5.00"]
+    # 92 TFLOP in 50 steps of 8 ms
+    assert (
+        "UNet step, guidance 7.5, of prompt to file: 8.00 ms, 230.0 TFLOP/s, 32.9% of matmul"
+        in lines
     )

@@ -1,0 +1,223 @@
+"""Time the steps of one model's UNet here, in diffusers, and compiled from diffusers.
+
+    python tests/compare_diffusers.py FOLDER [--steps N] [--size WxH] [--compile [MODE]]
+
+All in one process, in turns, from the same weights in the same dtype, one clip, both branches of
+guidance in a batch. The sampler is ours for all of them: what differs is the UNet. Ours runs as it
+does in `cmdgen sample`. How close the pictures are is in the table: it is the same work.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+from cmdgen.cli.size import parse_size
+from cmdgen.config import SampleConfig, SuiteConfig
+from cmdgen.diffusion.guidance import guide
+from cmdgen.diffusion.samplers import SAMPLERS
+from cmdgen.evaluation.flops import count_products, count_sampling
+from cmdgen.evaluation.profile import PROMPT, Stopwatch, device_name, measure_limits
+from cmdgen.evaluation.report import table
+from cmdgen.evaluation.suite import SAMPLER
+from cmdgen.pipeline import TextToVideo, seeded
+
+STAGE = "content"
+OURS = "cmdgen"
+# a way to run all steps under a clock, and the picture that they end in, uint8 (H, W, 3)
+Run = Callable[[Stopwatch], np.ndarray]
+
+
+class Theirs:
+    """The same steps, from the same noise and text, with another UNet."""
+
+    def __init__(self, model: TextToVideo, config: SampleConfig, unet: Callable[..., Any]) -> None:
+        self.model, self.asked, self.unet = model, config.apply(model.config), unet
+        assert self.asked.vae is not None and self.asked.text is not None
+        ids = model.tokenizer([PROMPT, ""], self.asked.text.max_position_embeddings)
+        with torch.inference_mode():
+            states = model.parts.text(ids.to(model.device)).last_hidden_state
+        # not of inference: torch.compile guards on such tensors
+        self.text, self.empty = states.clone().chunk(2)
+        stride = self.asked.vae.stride
+        size = self.asked.height // stride, self.asked.width // stride
+        shape = (1, self.asked.vae.latent_channels, *size)
+        self.noise = torch.randn(shape, generator=seeded("content", config.seed)).to(model.device)
+
+    def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """(B, C, h, w), (B,), (B, L, D) -> (B, C, h, w)."""
+        # a no-op but for CUDA graphs of torch.compile: what came before may be overwritten
+        torch.compiler.cudagraph_mark_step_begin()
+        output: Tensor = self.unet(x.to(self.model.dtype), t, text, return_dict=False)[0]
+        return output
+
+    def __call__(self, watch: Stopwatch) -> np.ndarray:
+        """A `Run`."""
+        with torch.no_grad():
+            with watch(STAGE):
+                latent = SAMPLERS[self.asked.sampler](
+                    guide(self.predict, self.asked.guidance, (self.text,), (self.empty,)),
+                    *(self.noise, self.asked.noise),
+                    steps=self.asked.steps,
+                )
+            pixels = self.model.parts.vae.from_latents(latent.to(self.model.dtype)).float()
+        levels = ((pixels[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return levels.permute(1, 2, 0).cpu().numpy()
+
+
+def load_theirs(folder: Path, model: TextToVideo) -> UNet2DConditionModel:
+    """diffusers' UNet of the same folder."""
+    # the other way of loading needs a package more
+    how = {"torch_dtype": model.dtype, "low_cpu_mem_usage": False}
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", **how)
+    return unet.eval().requires_grad_(False).to(model.device)
+
+
+def count_theirs(theirs: Theirs) -> int:
+    """Operations of all steps, two for each multiply-add."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(theirs.unet.config)
+    # a forward has both branches of guidance
+    noise, text = theirs.noise.to("meta"), theirs.text.to("meta")
+    given = torch.cat((noise, noise)).float(), torch.zeros(2, device="meta")
+    context = torch.cat((text, text)).float()
+    return count_products(lambda: unet(*given, context)).flops * theirs.asked.steps
+
+
+def run_ours(model: TextToVideo, config: SampleConfig) -> Run:
+    """A still of the pipeline."""
+
+    def run(watch: Stopwatch) -> np.ndarray:
+        (clip,) = model.sample_batch([PROMPT], config, [config.seed], on_stage=watch)
+        return clip.content
+
+    return run
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """uint8 (H, W, 3) x 2 -> dB."""
+    error = float(((a.astype(float) - b.astype(float)) ** 2).mean())
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+def compare(folder: Path, config: SampleConfig, options: argparse.Namespace) -> list[str]:
+    """The lines of the report."""
+    model = TextToVideo.load(folder, device=options.device, dtype=options.dtype)
+    asked = config.apply(model.config)
+    if asked.guidance == 1:
+        raise ValueError(f"{folder} is not guided: say how strictly with --guidance")
+    eager = Theirs(model, config, load_theirs(folder, model))
+    runs: dict[str, Run] = {OURS: run_ours(model, config), "diffusers": eager}
+    flops = dict.fromkeys(("diffusers", "diffusers, compiled"), count_theirs(eager))
+    flops[OURS] = count_sampling(asked)[STAGE].flops
+    if options.compile is not None:
+        # as diffusers' own guide says, a copy of its own: eager runs as it was loaded
+        fast = load_theirs(folder, model).to(memory_format=torch.channels_last)
+        compiled = torch.compile(fast, mode=options.compile, fullgraph=True)
+        runs["diffusers, compiled"] = Theirs(model, config, compiled)
+
+    # the first run of each reads weights, compiles, captures
+    pictures = {name: run(Stopwatch(model.device)) for name, run in runs.items()}
+    limit = measure_limits(model.device, model.dtype).flops_per_second
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    memory: dict[str, int] = dict.fromkeys(runs, 0)
+    for _ in range(options.runs):
+        # in turns: what else the machine does, it does to all of them
+        for name, run in runs.items():
+            watch, before = Stopwatch(model.device), _allocated(model.device)
+            run(watch)
+            seconds[name].append(watch.seconds[STAGE])
+            peak = watch.memory[STAGE].get("allocated", 0) - before
+            memory[name] = max(memory[name], peak)
+
+    cuda = model.device.type == "cuda"
+    rows = [
+        (
+            *("UNet", "seconds", "fastest-slowest", "ms/step", "TFLOP/s", "of matmul"),
+            *(("allocated MB",) if cuda else ()),
+            *("of ours", f"as {OURS}"),
+        )
+    ]
+    for name, each in seconds.items():
+        rate = flops[name] / median(each)
+        rows.append(
+            (
+                name,
+                f"{median(each):.3f}",
+                f"{min(each):.3f}-{max(each):.3f}",
+                f"{1000 * median(each) / asked.steps:.2f}",
+                f"{rate / 1e12:.3f}",
+                f"{rate / limit:.1%}",
+                *((f"{memory[name] / 1e6:.0f}",) if cuda else ()),
+                f"{median(each) / median(seconds[OURS]):.2f}x",
+                "" if name == OURS else f"{psnr(pictures[name], pictures[OURS]):.1f} dB",
+            )
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    return [
+        f"{asked.name}, {asked.steps} steps of {asked.sampler} at {asked.width}x{asked.height}, "
+        f"guidance {asked.guidance:g}",
+        f"{dtype} on {device_name(model.device)}, torch {torch.__version__}, "
+        f"matmul {limit / 1e12:.3f} TFLOP/s",
+        "",
+        *table(rows),
+        "",
+        f"- The median of {options.runs}, in turns, after one to warm up.",
+        "- Operations: two for each multiply-add of what each runs.",
+        *(["- Allocated: the highest in the steps, beside all weights."] if cuda else []),
+    ]
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="such as `cmdgen models init mini -o DIR` writes")
+    parser.add_argument("--steps", type=int, default=SuiteConfig.steps)
+    parser.add_argument("--runs", type=int, default=SuiteConfig.runs)
+    parser.add_argument("--size", help="WxH; the model's own unless given")
+    parser.add_argument("--guidance", type=float, help="the model's own unless given")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="reduce-overhead",
+        choices=("default", "reduce-overhead", "max-autotune"),
+        help="compile diffusers' UNet too, which takes minutes; %(const)s if no mode is given",
+    )
+    options = parser.parse_args()
+    try:
+        height, width = (None, None) if options.size is None else parse_size(options.size)
+        config = SampleConfig(
+            sampler=SAMPLER,
+            steps=options.steps,
+            guidance=options.guidance,
+            frames=1,
+            height=height,
+            width=width,
+        )
+        # checks the number of runs
+        SuiteConfig(runs=options.runs)
+        lines = compare(options.folder, config, options)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
