@@ -343,6 +343,12 @@ class SampleConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= 1:
                 raise ValueError(f"{name.replace('_', ' ')} {value} is not between {low} and 1")
+        on = self.rehash is not None or threshold is not None
+        if on and self.guidance_interval is not None and self.guidance_interval[1] < 1:
+            raise ValueError(
+                "where guidance comes on midway there is nothing to reuse: with rehash, a guidance "
+                "interval must reach up to 1"
+            )
         if threshold is not None and self.rehash is not None:
             raise ValueError("a rehash threshold says how many steps run: it takes no number")
         if policy is not None and self.rehash is None and threshold is None:

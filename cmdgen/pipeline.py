@@ -81,6 +81,8 @@ class TextToVideo:
         # where it takes longer to launch kernels than to run them
         self.uses_graphs = device.type == "cuda"
         self.graphs: dict[object, Graphed[Any]] = {}
+        # searching for the steps of a plan takes time
+        self.plans: dict[SampleConfig, Plan | None] = {}
 
     @classmethod
     def load(
@@ -276,7 +278,9 @@ class TextToVideo:
 
         Raises ValueError where this model cannot do what is asked.
         """
-        return plan_rehash(config, config.apply(self.config), self.folder)
+        if config not in self.plans:
+            self.plans[config] = plan_rehash(config, config.apply(self.config), self.folder)
+        return self.plans[config]
 
     @torch.inference_mode()
     def calibrate(
@@ -360,16 +364,8 @@ class TextToVideo:
         predict: Predict = self._graphed("content", unet)
         if plan is not None:
             predict = Rehash(self._graphed_network(CutUNet(unet, plan.cut)), plan.content)
-        content = self._run_content(
-            asked, text, empty, seeds, predict, on_step=partial(report, "content")
-        )
-        if not content.isfinite().all():
-            dtype = str(self.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{self.folder / 'unet'} overflows in {dtype}: its weights are damaged"
-                " or need float32"
-            )
-        return content
+        on_step = partial(report, "content")
+        return self._run_content(asked, text, empty, seeds, predict, on_step)
 
     def _run_content(
         self,
@@ -388,7 +384,7 @@ class TextToVideo:
             return unet(x.to(self.dtype), t, text)
 
         noise, generator = self._noise("content", shape, seeds)
-        return SAMPLERS[asked.sampler](
+        content = SAMPLERS[asked.sampler](
             guide(
                 *(predict, asked.guidance, (text,), (empty,)),
                 interval=_interval(asked, asked.noise),
@@ -399,6 +395,7 @@ class TextToVideo:
             generator=generator,
             on_step=on_step,
         )
+        return self._finite(content, "unet")
 
     def _sample_motion(
         self,
@@ -451,7 +448,7 @@ class TextToVideo:
         interval = _interval(asked, asked.motion.noise)
         denoise = guide(predict, asked.motion_guidance, positive, negative, interval=interval)
         noise, generator = self._noise("motion", shape, seeds)
-        return SAMPLERS[asked.sampler](
+        sampled = SAMPLERS[asked.sampler](
             denoise,
             noise,
             asked.motion.noise,
@@ -459,6 +456,17 @@ class TextToVideo:
             generator=generator,
             on_step=on_step,
         )
+        return self._finite(sampled, "motion")
+
+    def _finite(self, sample: Tensor, part: str) -> Tensor:
+        """(B, C, ...) -> the same; ValueError, naming the part, where it is not all numbers."""
+        if not sample.isfinite().all():
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{self.folder / part} overflows in {dtype}: its weights are damaged"
+                " or need float32"
+            )
+        return sample
 
     def _graphed(self, key: object, function: Callable[..., Out]) -> Callable[..., Out]:
         """A function as graphs, those of former clips too; itself where they would not pay."""

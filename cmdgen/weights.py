@@ -537,6 +537,8 @@ def _check_fit(model: ModelConfig, folder: Path) -> None:
             ]
     elif vae is not None:
         facts += [("content", content.in_channels, "vae's latent_channels", vae.latent_channels)]
+    if isinstance(content, UNetConfig):
+        facts += [("content", content.in_channels, "its out_channels", content.out_channels)]
     if text is not None:
         if isinstance(content, UNetConfig):
             facts += [

@@ -260,6 +260,10 @@ def test_parts_that_do_not_meet_and_bad_defaults_are_refused(tmp_path: Path) -> 
         with pytest.raises(ValueError, match=message):
             read_model(tmp_path)
     edit(index, cmdgen=good)
+    edit(tmp_path / "unet" / "config.json", out_channels=16)
+    with pytest.raises(ValueError, match="content takes 8 channels, its out_channels is 16"):
+        read_model(tmp_path)
+    edit(tmp_path / "unet" / "config.json", out_channels=8)
     edit(tmp_path / "motion" / "config.json", text_width=77)
     with pytest.raises(ValueError, match="motion takes 77 channels, text hidden_size is"):
         read_model(tmp_path)

@@ -22,7 +22,8 @@ from cmdgen.weights import read_json, replace_with
 FILENAME = "rehash.json"
 PARTS = ("content", "motion")
 # a map has the square of it
-MOST_STEPS = 1000
+MOST_STEPS = 250
+MOST_ERROR = 1e6
 # where a number of steps is asked for
 DEFAULT_POLICY = "minimax"
 _SIMILARITY_DIGITS, _ERROR_DIGITS = 4, 3
@@ -132,7 +133,9 @@ class Measurement:
         return 1 + left * (left + 1) // 2
 
     def finish(self, part: str, sampler: str, cut: str | None, prompts: int) -> Calibration:
-        """The means, rounded as a file holds them."""
+        """The means, rounded as a file holds them; ValueError where they are out of its bounds."""
+        if not self.errors.max() <= MOST_ERROR * self.power or not self.power:
+            raise ValueError(f"skipped steps of {part} change the sample beyond all measure")
         similarity = (self.similarity / self.rows).clamp(-1, 1).tolist()
         errors = (self.errors / self.power).tolist()
         return Calibration(
@@ -201,10 +204,10 @@ def _parse(entry: Any, path: Path) -> Calibration:
     prompts = _whole(entry, "prompts", 1, 2**20, path)
     protected = _whole(entry, "protected", 1, steps, path)
     above = _triangle(entry, "similarity", steps - 1, -1.0, 1.0, path)
-    errors = _triangle(entry, "errors", steps - protected, 0.0, 1e6, path)
+    errors = _triangle(entry, "errors", steps - protected, 0.0, MOST_ERROR, path)
     unknown: list[list[float]] = [[]] * (protected - 1)
     return Calibration(
-        *(entry["part"], entry["sampler"], steps, entry["cut"], prompts, protected),
+        *(entry["part"], entry["sampler"], steps, entry.get("cut"), prompts, protected),
         similarity=_mirror([[0.0] * (i + 1) + row for i, row in enumerate([*above, []])]),
         errors=tuple(
             tuple([0.0] * (steps + 1 - len(row)) + [*row]) for row in (*unknown, *errors, [])

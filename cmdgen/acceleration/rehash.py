@@ -95,9 +95,9 @@ class Rehash:
         full = self.step in self.full
         self.step += 1
         if not full and self.feature is not None and len(self.feature) != len(x):
-            # guidance went off, and what is left is its positive branch; or came on: that has none
-            full = len(self.feature) < len(x)
-            self.feature = self.feature[-len(x) :]
+            assert len(self.feature) == 2 * len(x), "guidance came on, with nothing to reuse"
+            # it went off: what is left is its positive branch
+            self.feature = self.feature[len(x) :]
         if full:
             # two of them never exist at once
             self.feature = None

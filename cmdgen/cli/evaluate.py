@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cmdgen.cli.models import find_model
 from cmdgen.cli.progress import show_progress
 from cmdgen.config import MINI_WORLD
 from cmdgen.evaluation.report import Report
@@ -67,7 +68,7 @@ def _evaluate(
     from cmdgen.pipeline import TextToVideo
 
     config = EvaluationConfig(clips, reconstructed, batch, seed)
-    model = TextToVideo.load(name, device=device)
+    model = TextToVideo.load(find_model(name), device=device)
     folder = folder or PACKAGED
     if not folder.is_dir():
         raise ValueError(f"no probe in {folder}: make one by `cmdgen eval --train-probe FOLDER`")

@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -12,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cmdgen.cli.errors import Failure, describe
+from cmdgen.cli.errors import on_the_way
+from cmdgen.cli.models import find_model
 from cmdgen.cli.progress import show_progress
 from cmdgen.cli.size import parse_size
 from cmdgen.config import CMD_SD21, ProfileConfig, SampleConfig, SuiteConfig
@@ -206,11 +205,11 @@ def profile(
     from cmdgen.pipeline import TextToVideo
 
     def load() -> TextToVideo:
-        return TextToVideo.load(model, device=device, dtype=dtype)
+        return TextToVideo.load(find_model(model), device=device, dtype=dtype)
 
     # what is asked and impossible is said before anything runs
     asked.apply(load().config)
-    with _explain("--size or --batch"), show_progress() as show:
+    with on_the_way("--size or --batch"), show_progress() as show:
         measured = profile_sampling(load, asked, config, trace=trace, on_progress=show)
     typer.echo(json.dumps(measured.to_dict(), indent=2) if as_json else "\n".join(_lines(measured)))
 
@@ -222,19 +221,6 @@ def _refuse_others(context: typer.Context, what: str, allowed: tuple[str, ...]) 
             raise ValueError(f"{what}: --{name} has no use there")
 
 
-@contextmanager
-def _explain(smaller: str) -> Iterator[None]:
-    """Around what was asked and is possible: what goes wrong there is a file or the machine."""
-    try:
-        yield
-    except ValueError as error:
-        raise Failure(describe(error)) from error
-    except (RuntimeError, MemoryError) as error:
-        if not re.search("allocate|overflow|out of memory", str(error)):
-            raise
-        raise Failure(f"not enough memory: ask for a smaller {smaller}") from error
-
-
 def _decode(size: str, device: str, dtype: str, runs: int, *, as_json: bool) -> None:
     """Compare ways to decode a clip, and print the table."""
     height, width = parse_size(size)
@@ -244,7 +230,7 @@ def _decode(size: str, device: str, dtype: str, runs: int, *, as_json: bool) -> 
     from cmdgen.pipeline import choose_device, choose_dtype
 
     place = choose_device(device)
-    with show_progress() as show:
+    with on_the_way("--size"), show_progress() as show:
         ways = compare_decoding(
             model, place, choose_dtype(dtype, place), runs=config.runs, on_progress=show
         )
@@ -298,9 +284,9 @@ def _measure_suite(
     from cmdgen.evaluation.suite import measure_suite, plan_suite
     from cmdgen.pipeline import TextToVideo
 
-    pipeline = TextToVideo.load(model, device=device, dtype=dtype)
+    pipeline = TextToVideo.load(find_model(model), device=device, dtype=dtype)
     plan_suite(pipeline, config)
-    with _explain("--size"), show_progress() as show:
+    with on_the_way("--size"), show_progress() as show:
         measured = measure_suite(pipeline, config, on_progress=show)
     typer.echo(
         json.dumps(measured.to_dict(), indent=2) if as_json else "\n".join(_suite_lines(measured))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cmdgen.cli.errors import EXIT_CODES
+from cmdgen.cli.errors import EXIT_CODES, on_the_way
 from cmdgen.cli.models import find_model
 from cmdgen.cli.progress import show_progress
 from cmdgen.config import CUTS, MINI_WORLD, SAMPLERS, SampleConfig
@@ -72,7 +72,12 @@ def calibrate(
     steps are protected: what skipping each stretch of steps does to the result. A file that is
     there keeps what it knows of other samplers, steps and cuts. Its path goes to stdout.
     """
-    from cmdgen.acceleration.calibration import FILENAME, read_calibrations, write_calibrations
+    from cmdgen.acceleration.calibration import (
+        FILENAME,
+        MOST_STEPS,
+        read_calibrations,
+        write_calibrations,
+    )
     from cmdgen.acceleration.chart import draw_similarity
     from cmdgen.cli.size import parse_size
     from cmdgen.pipeline import TextToVideo
@@ -98,7 +103,11 @@ def calibrate(
     if target.exists():
         # minutes later it would be too late to say that it is something else
         read_calibrations(target, name)
-    with show_progress() as show:
+    own = asked.apply(pipeline.config)
+    for part, count in (("content", own.steps), ("motion", own.motion_steps)):
+        if not 2 <= count <= MOST_STEPS:
+            raise ValueError(f"{part} in {count} steps: between 2 and {MOST_STEPS} are searched")
+    with on_the_way("--batch or --size"), show_progress() as show:
         measured = pipeline.calibrate(texts, asked, batch=batch, on_progress=show)
     write_calibrations(target, name, measured)
     if plot is not None:
@@ -136,7 +145,7 @@ def compare(
     )
     pipeline = TextToVideo.load(find_model(model), device=device)
     probe = Probe.from_pretrained(PACKAGED).to(pipeline.device)
-    with show_progress() as show:
+    with on_the_way("--batch"), show_progress() as show:
         found = compare_rehash(pipeline, World(MINI_WORLD), probe, config, on_progress=show)
     typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_markdown())
 

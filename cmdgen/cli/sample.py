@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from cmdgen.cli.errors import Failure, describe
+from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.models import find_model
 from cmdgen.cli.progress import show_progress
 from cmdgen.cli.size import parse_memory, parse_size
 from cmdgen.config import CUTS, POLICIES, SAMPLERS, SampleConfig
 
 OWN = "  [default: the model's own]"
+# of step rehash, where nothing is said
+HOW = (SampleConfig.rehash_cut, SampleConfig.rehash_protect, None)
 
 
 def sample(
@@ -151,6 +153,9 @@ def sample(
         rehash_file=None if rehash_file is None else str(rehash_file),
         max_memory=None if max_memory is None else parse_memory(max_memory),
     )
+    how = (rehash_cut, rehash_protect, rehash_file)
+    if rehash == "off" and rehash_threshold is None and how != HOW:
+        raise ValueError("say how many steps run in full with --rehash N: nothing is rehashed")
     from cmdgen.pipeline import TextToVideo
 
     pipeline = TextToVideo.load(find_model(model), device=device, dtype=dtype)
@@ -167,8 +172,7 @@ def sample(
         if plan.motion:
             _say(f"rehash: motion in full at {_list_steps(plan.motion, asked.motion_steps)}")
 
-    # what was asked is possible: what is wrong from here on is a file or the machine
-    try:
+    with on_the_way("--size, fewer --frames, or decoding within --max-memory"):
         unknown = dict.fromkeys(pipeline.tokenizer.unknown_words(prompt))
         if unknown:
             _say(f"note: {own.name} has never seen: {', '.join(unknown)}")
@@ -187,15 +191,6 @@ def sample(
                         on_progress=show,
                         on_frames=lambda _, decoded: write(decoded),
                     )
-    except ValueError as error:
-        raise Failure(describe(error)) from error
-    except (RuntimeError, MemoryError) as error:
-        if not re.search("allocate|overflow", str(error)):
-            raise
-        raise Failure(
-            "not enough memory: say what decoding may take with --max-memory, or ask for a smaller"
-            " --size or fewer --frames"
-        ) from error
     typer.echo(output)
 
 

@@ -243,7 +243,7 @@ def _command(stage: str) -> Callable[..., None]:
             "data": data,
             "size": size,
             "frames": frames,
-            "latents": None if latents is None else str(latents),
+            "latents": None if latents is None else str(latents.resolve()),
             "attention": attention,
             "attention_threshold": attention_threshold,
             "attention_features": attention_features,

@@ -97,6 +97,8 @@ def run_stage(
     Raises ValueError where a former stage is missing, or a part of `init` does not fit.
     """
     if options.init is not None:
+        if options.init.resolve() == folder.resolve():
+            raise ValueError(f"{folder} cannot start from itself: leave --init out")
         check_init(options.init, model)
     state = folder / "training" / name
     if options.restart and state.exists():

@@ -128,6 +128,8 @@ def open_video(
                         f"frames are {frames.dtype} {frames.shape}, expected uint8 "
                         f"(N, {height}, {width}, 3)"
                     )
+                if not len(frames):
+                    return
                 # the rest of a video that cannot be written need not be made
                 if encoder.poll() is not None:
                     raise _EncoderEnded
@@ -159,13 +161,15 @@ class _EncoderEnded(Exception):
 def _feed(pipe: IO[bytes], waiting: "Queue[np.ndarray | None]") -> None:
     """Writes frames to an encoder until there is a None; takes them even where it has failed."""
     frames = waiting.get()
-    # closing writes what is left
-    with suppress(BrokenPipeError), pipe:
+    try:
+        # closing writes what is left
+        with suppress(BrokenPipeError), pipe:
+            while frames is not None:
+                pipe.write(np.ascontiguousarray(frames).data.cast("B"))
+                frames = waiting.get()
+    finally:
         while frames is not None:
-            pipe.write(np.ascontiguousarray(frames).data.cast("B"))
             frames = waiting.get()
-    while frames is not None:
-        frames = waiting.get()
 
 
 def write_still(

@@ -140,6 +140,15 @@ def test_a_file_gives_back_what_was_written(calibrations, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_motion_model_may_leave_its_cut_out(calibrations, tmp_path: Path) -> None:
+    path = tmp_path / "rehash.json"
+    write_calibrations(path, "mini", calibrations[2:])
+    data = json.loads(path.read_text())
+    del data["calibrations"][0]["cut"]
+    path.write_text(json.dumps(data))
+    assert read_calibrations(path, "mini") == calibrations[2:]
+
+
 def entry(calibrations: list[Calibration], path: Path) -> dict:
     write_calibrations(path, "mini", calibrations[:1])
     return json.loads(path.read_text())["calibrations"][0]
@@ -153,7 +162,7 @@ def entry(calibrations: list[Calibration], path: Path) -> dict:
         ("sampler", "euler", "sampler 'euler' is not one of"),
         ("cut", "middle", "cut 'middle' is not one of"),
         ("cut", None, "cut None is not one of"),
-        ("steps", 10**9, "steps 1000000000 is not between 2 and 1000"),
+        ("steps", 10**9, "steps 1000000000 is not between 2 and 250"),
         ("steps", True, "steps True is not between"),
         ("steps", "8", "steps '8' is not between"),
         ("steps", 7, "similarity is not a list of 6 rows"),

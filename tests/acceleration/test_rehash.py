@@ -88,11 +88,9 @@ def test_features_are_of_the_last_full_step(network) -> None:
         assert not torch.equal(results[step], forward(module, others[step], *rest))
 
 
-def test_where_guidance_goes_off_the_positive_half_is_reused_and_where_it_comes_on_all_runs(
-    network,
-) -> None:
+def test_where_guidance_goes_off_the_positive_half_is_reused(network) -> None:
     """A batch of two is the two branches of one clip, the negative one first."""
-    cut, module, (x, t, *conditions) = network
+    cut, _, (x, t, *conditions) = network
     positive = x[1:], t[1:], *(condition[1:] for condition in conditions)
     rehash = Rehash(cut, {0})
     rehash(x, t, *conditions)
@@ -100,7 +98,8 @@ def test_where_guidance_goes_off_the_positive_half_is_reused_and_where_it_comes_
     off = rehash(*positive)
     torch.testing.assert_close(off, cut.resume(feature[1:], *positive))
     torch.testing.assert_close(rehash(*positive), off)
-    torch.testing.assert_close(rehash(x, t, *conditions), forward(module, x, t, *conditions))
+    with pytest.raises(AssertionError, match="guidance came on"):
+        rehash(x, t, *conditions)
 
 
 def test_one_feature_is_all_that_is_kept(network) -> None:

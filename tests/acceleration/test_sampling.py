@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cmdgen.acceleration.calibration import PARTS, read_calibrations, write_calibrations
@@ -15,6 +17,7 @@ from cmdgen.acceleration.chart import colour
 from cmdgen.acceleration.keysteps import minimax
 from cmdgen.cli import rehash as command
 from cmdgen.cli.app import app
+from cmdgen.cli.errors import Failure
 from cmdgen.config import SampleConfig, WorldConfig
 from cmdgen.evaluation import probe as probes
 from cmdgen.evaluation.probe import HEADS, Probe, ProbeConfig
@@ -180,6 +183,12 @@ def test_sample_says_which_steps_were_full_and_the_video_knows(
             "the first 3 always do",
         ),
         (["--rehash", "4", "--rehash-file", "none.json"], "none.json: No such file"),
+        (["--rehash-file", "none.json"], "say how many steps run in full with --rehash N"),
+        (["--rehash-cut", "resnet"], "say how many steps run in full with --rehash N"),
+        (
+            ["--rehash", "3", "--rehash-policy", "uniform", "--guidance-interval", "0.2-0.8"],
+            "with rehash, a guidance interval must reach up to 1",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_weights_are_read(
@@ -220,7 +229,8 @@ def test_calibrate_writes_a_file_that_sample_reads_and_draws_it(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--steps", "1"], "content in 1 step has nothing to reuse"),
+        (["--steps", "1"], "content in 1 steps: between 2 and 250 are searched"),
+        (["--steps", "300"], "content in 300 steps: between 2 and 250 are searched"),
         (["--prompts", "none.txt"], "none.txt"),
         (["--prompts", "empty.txt"], "no prompt in it"),
         (["-o", "none/a.json"], "not the name of a file in a folder that can be written to"),
@@ -238,6 +248,19 @@ def test_calibrate_says_what_is_wrong_before_it_measures(
     result = run("rehash", "calibrate", "--model", tiny_model, "-o", "a.json", *arguments)
     assert isinstance(result.exception, (ValueError, OSError)) and says in str(result.exception)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "other.json"]
+
+
+def test_a_calibration_of_no_numbers_is_refused_and_not_written(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "tiny")
+    path = tmp_path / "tiny" / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    state["conv_out.bias"].fill_(torch.nan)
+    save_file(state, path)
+    result = run("rehash", "calibrate", "--model", tmp_path / "tiny", "--steps", 3)
+    assert isinstance(result.exception, Failure) and "unet overflows" in str(result.exception)
+    assert not (tmp_path / "tiny" / "rehash.json").exists()
 
 
 def test_compare_has_a_row_for_each_way_at_equal_full_steps(
@@ -273,7 +296,7 @@ def test_compare_has_a_row_for_each_way_at_equal_full_steps(
         if number is not None:
             assert (row["ssim"] == 1) == (number == 6)
 
-    result = run(*arguments, "--full", 4)
+    result = run(*arguments[:-2], "--full", 4)
     title, _, header, _, *rows = result.stdout.splitlines()
     assert title == "tiny: 3 clips, dpm++, 6 + 6 steps, cut layer"
     assert header.split("|")[3].strip() == "subject" and len(rows) == 5

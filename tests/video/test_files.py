@@ -168,3 +168,11 @@ def test_missing_file_is_one_line(tmp_path):
     for read in (read_video, read_metadata):
         with pytest.raises(ValueError, match="is not a file"):
             read(tmp_path / "a.mp4")
+
+
+def test_no_frames_are_no_part_of_a_video(tmp_path):
+    frames = colours(4)
+    with open_video(tmp_path / "a.mp4", frames.shape[1:3], 8, {}) as write:
+        for part in (frames[:0], frames[:1], *[frames[:0]] * 20, frames[1:]):
+            write(part)
+    assert len(read_video(tmp_path / "a.mp4")[0]) == 4
