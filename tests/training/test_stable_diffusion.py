@@ -214,3 +214,8 @@ def test_frozen_text_must_come_from_somewhere(
     refused = cmdgen("train", "content", *train)
     assert refused.code == 2
     assert "has no tokenizer/ that could stay frozen: give --init a folder" in refused.err
+    # else --restart would remove the tokenizer that it starts from
+    shutil.copytree(stock / "tokenizer", tmp_path / "run" / "tokenizer")
+    refused = cmdgen("train", "content", *train, "--init", tmp_path / "run", "--restart")
+    assert refused.code == 2 and "cannot start from itself: leave --init out" in refused.err
+    assert (tmp_path / "run" / "tokenizer" / "vocab.json").is_file()
