@@ -32,6 +32,7 @@ from cmdgen.evaluation.profile import PROMPT, Stopwatch, device_name, measure_li
 from cmdgen.evaluation.report import table
 from cmdgen.evaluation.suite import SAMPLER
 from cmdgen.pipeline import TextToVideo, seeded
+from cmdgen.video.pixels import to_rgb24
 
 STAGE = "content"
 OURS = "cmdgen"
@@ -71,9 +72,8 @@ class Theirs:
                     *(self.noise, self.asked.noise),
                     steps=self.asked.steps,
                 )
-            pixels = self.model.parts.vae.from_latents(latent.to(self.model.dtype)).float()
-        levels = ((pixels[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return levels.permute(1, 2, 0).cpu().numpy()
+            pixels = self.model.parts.vae.from_latents(latent.to(self.model.dtype))
+        return to_rgb24(pixels)[0].cpu().numpy()
 
 
 def load_theirs(folder: Path, model: TextToVideo) -> UNet2DConditionModel:

@@ -17,6 +17,7 @@ from cmdgen.config import ModelConfig
 from cmdgen.evaluation.memory import peak_bytes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
+from cmdgen.video.pixels import to_rgb24
 
 # of the peak of whole clips: what decoding in slices is to stay below
 TARGET = 0.4
@@ -71,9 +72,7 @@ class _Decoder:
     def decode_slice(self, latents: Tensor, slices: Slices | None) -> Tensor:
         """(N, C, h, w) -> uint8 (N, H, W, 3)."""
         strips = 1 if slices is None else slices.strips
-        pixels = decode_pictures(self.vae, latents, strips).float()
-        levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return rearrange(levels, "b c h w -> b h w c")
+        return to_rgb24(decode_pictures(self.vae, latents, strips))
 
     def decode(self, slices: Slices | None) -> tuple[float, float]:
         """() -> seconds of the autoencoder and of the VAE, the latter from its first slice."""

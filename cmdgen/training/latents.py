@@ -16,7 +16,7 @@ from cmdgen.models.vae import KlVae
 from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
 from cmdgen.training.data import TrainingData
 from cmdgen.training.loop import Report
-from cmdgen.training.sheets import to_pixels, to_unit
+from cmdgen.video.pixels import to_levels, to_unit
 from cmdgen.weights import read_config, weight_paths
 
 # pixels that go through the VAE at once: 64 frames of 64x64, one of 512x512 or more
@@ -72,7 +72,7 @@ class Codec:
         stride = 1 if self.vae is None else self.vae.config.stride
         parts = rearrange(latents, "b c t h w -> (b t) c h w").split(_at_once(latents, stride))
         with self.autocast():
-            frames = torch.cat([to_pixels(self._decode(part)) for part in parts])
+            frames = torch.cat([to_levels(self._decode(part)) for part in parts])
         return frames.unflatten(0, (count, -1))
 
     def _decode(self, latents: Tensor) -> Tensor:

@@ -11,16 +11,6 @@ from torch import Tensor
 from cmdgen.weights import replace_with
 
 
-def to_pixels(frames: Tensor) -> Tensor:
-    """(..., 3, H, W) in [-1, 1] -> the same in uint8."""
-    return ((frames.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def to_unit(frames: Tensor) -> Tensor:
-    """(..., 3, H, W) uint8 -> the same in [-1, 1]."""
-    return frames.float() / 127.5 - 1
-
-
 def grid(rows: Tensor, gap: int = 2) -> Tensor:
     """(R, N, 3, H, W) uint8 -> (h, w, 3) uint8: R rows of N frames on white."""
     framed = F.pad(rows, (0, gap, 0, gap), value=255)

@@ -14,7 +14,8 @@ from cmdgen.training.data import TrainingData
 from cmdgen.training.loop import Batch
 from cmdgen.training.losses import edge_difference, gaussian_kl, l1_plus_l2
 from cmdgen.training.randomness import Order, seeded
-from cmdgen.training.sheets import compare, to_pixels, to_unit
+from cmdgen.training.sheets import compare
+from cmdgen.video.pixels import to_levels, to_unit
 
 
 def fresh_vae(config: VaeConfig) -> KlVae:
@@ -102,7 +103,7 @@ class VaeStage:
 
     def _reconstruct(self, frames: Tensor) -> Tensor:
         parts = [self.vae.decode(self.vae.encode(to_unit(part))[0]) for part in frames.split(16)]
-        return to_pixels(torch.cat(parts))
+        return to_levels(torch.cat(parts))
 
     def sheet(self) -> Tensor:
         """Held-out frames above their reconstructions."""
