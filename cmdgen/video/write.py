@@ -27,10 +27,17 @@ AHEAD = 8
 
 # the matrix is tagged as well as used: players else guess it from the frame's size
 BT709 = (
-    *("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"),
     *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
     *("-color_range", "tv"),
 )
+# before the input, and after it: planes that are not said to be BT.709 would be converted to it
+CONVERT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "rgb24": (
+        (),
+        ("-vf", "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int"),
+    ),
+    "yuv420p": (BT709, ()),
+}
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
@@ -82,10 +89,12 @@ def open_video(
     fps: float,
     metadata: Mapping[str, object],
     *,
+    pixels: str = "rgb24",
     crf: int = 16,
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Give a function to write the next frames with, uint8 (N, H, W, 3); `size` is (H, W).
+    """Give a function to write the next frames with, uint8; `size` is (H, W).
 
+    They are (N, H, W, 3), or, of yuv420p, planes (N, 3 * H // 2, W), BT.709 in limited range.
     It returns before they are encoded: they may not change. The encoder starts at once; the file is
     there when the block has ended, and only if it ended well. Raises ValueError for a video that
     h264 in yuv420p cannot hold or a path that cannot be written, OSError where the encoder fails.
@@ -93,13 +102,16 @@ def open_video(
     height, width = size
     if height % 2 or width % 2:
         raise ValueError(f"size {width}x{height} is odd: h264 in yuv420p needs even sides")
+    before, after = CONVERT[pixels]
+    shape = (3 * height // 2, width) if pixels == "yuv420p" else (height, width, 3)
     if not 0 < fps <= 1000:
         raise ValueError(f"fps {fps} is not above 0 and at most 1000")
     with _replace(path, VIDEO) as temporary:
         command = [
             *(get_ffmpeg_exe(), "-v", "error", "-y"),
-            *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)),
-            *("-i", "-", *BT709, "-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(crf)),
+            *("-f", "rawvideo", "-pix_fmt", pixels, "-s", f"{width}x{height}", "-r", str(fps)),
+            *(*before, "-i", "-", *after, *BT709),
+            *("-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", str(crf)),
             *("-metadata", f"comment={json.dumps(metadata, ensure_ascii=False)}"),
             *("-movflags", "+faststart", f"file:{temporary}"),
         ]
@@ -123,10 +135,10 @@ def open_video(
                 thread.start()
 
             def write(frames: np.ndarray) -> None:
-                if frames.dtype != np.uint8 or frames.shape[1:] != (height, width, 3):
+                if frames.dtype != np.uint8 or frames.shape[1:] != shape:
+                    sides = ", ".join(map(str, shape))
                     raise ValueError(
-                        f"frames are {frames.dtype} {frames.shape}, expected uint8 "
-                        f"(N, {height}, {width}, 3)"
+                        f"frames are {frames.dtype} {frames.shape}, expected uint8 (N, {sides})"
                     )
                 if not len(frames):
                     return
