@@ -19,6 +19,7 @@ from cmdgen.acceleration.budget import choose_slices
 from cmdgen.acceleration.calibration import Calibration, Measurement, Plan, Predict, plan_rehash
 from cmdgen.acceleration.graphs import Graphed, GraphedNetwork, Out, fastest_libraries
 from cmdgen.acceleration.keysteps import count_protected
+from cmdgen.acceleration.overlap import Pending, start
 from cmdgen.acceleration.rehash import CutDiT, CutUNet, Network, Rehash
 from cmdgen.acceleration.slicer import Slices, decode_clip, decode_pictures, fetch
 from cmdgen.config import ModelConfig, NoiseConfig, SampleConfig, UNetConfig
@@ -30,14 +31,17 @@ from cmdgen.models.dit import DiT
 from cmdgen.models.text import ClipTextModel, Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
+from cmdgen.video.pixels import CONVERT, Pixels, to_rgb24, to_unit
 from cmdgen.weights import read_model, resolve_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # stage, how much of it is done, of how much
 OnProgress = Callable[[str, int, int], None]
-# which clip, its next frames, uint8 (N, H, W, 3): as soon as they are decoded
+# which clip, its next frames, in the pixels asked for: as soon as they are decoded
 OnFrames = Callable[[int, np.ndarray], None]
+# which clip, its content frame as a picture, uint8 (H, W, 3): before its frames
+OnContent = Callable[[int, np.ndarray], None]
 # stage to what is entered around it: a clock, a name in a trace
 OnStage = Callable[[str], AbstractContextManager[object]]
 
@@ -50,7 +54,8 @@ def _ignore(*_: object) -> None:
 class Clip:
     """A video and what made it."""
 
-    frames: np.ndarray  # (T, H, W, 3) uint8
+    frames: np.ndarray  # uint8: (T, H, W, 3) of rgb24, planes (T, 3 * H // 2, W) of yuv420p
+    pixels: Pixels
     content: np.ndarray  # (H, W, 3) uint8: the content frame as a picture
     fps: int
     metadata: dict[str, Any]
@@ -154,12 +159,18 @@ class TextToVideo:
         prompt: str,
         config: SampleConfig,
         *,
+        pixels: Pixels = "rgb24",
         on_progress: OnProgress | None = None,
+        on_content: OnContent | None = None,
         on_frames: OnFrames | None = None,
     ) -> Clip:
         """One clip. Raises ValueError where this model cannot do what `config` asks."""
         return self.sample_batch(
-            [prompt], config, [config.seed], on_progress=on_progress, on_frames=on_frames
+            *([prompt], config, [config.seed]),
+            pixels=pixels,
+            on_progress=on_progress,
+            on_content=on_content,
+            on_frames=on_frames,
         )[0]
 
     @torch.inference_mode()
@@ -169,26 +180,33 @@ class TextToVideo:
         config: SampleConfig,
         seeds: Sequence[int],
         *,
+        pixels: Pixels = "rgb24",
         on_progress: OnProgress | None = None,
+        on_content: OnContent | None = None,
         on_frames: OnFrames | None = None,
         on_stage: OnStage = nullcontext,
     ) -> list[Clip]:
         """A clip for each prompt and seed, as it would be alone; `config.seed` is not used.
 
         `config.content_seed` and `config.motion_seed`, where given, hold for all. A clip of one
-        frame is a still: the content frame, without motion.
+        frame is a still: the content frame, without motion. `pixels` is what frames are made in;
+        the content frame's picture is always RGB.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds")
+        if pixels not in CONVERT:
+            raise ValueError(f"pixels {pixels!r} is not one of {', '.join(CONVERT)}")
         asked, plan = config.apply(self.config), self.plan_rehash(config)
         report = on_progress or (lambda stage, done, total: None)
-        show = on_frames or _ignore
+        show_content, show = on_content or _ignore, on_frames or _ignore
         if asked.sampler == "ddpm" and len(prompts) > 1:
             # its noise at each step comes from one generator: one clip at a time has its own
             return [
                 self.sample_batch(
                     *([prompts[i]], config, [seeds[i]]),
+                    pixels=pixels,
                     on_progress=report,
+                    on_content=partial(lambda i, _, picture: show_content(i, picture), i),
                     on_frames=partial(lambda i, _, frames: show(i, frames), i),
                     on_stage=on_stage,
                 )[0]
@@ -207,29 +225,41 @@ class TextToVideo:
                 text, empty = self._encode(prompts, config.negative)
             with on_stage("content"):
                 content = self._sample_content(asked, text, empty, content_seeds, plan, report)
+            with on_stage("VAE decode"):
+                # who is short of memory gets one thing after another
+                stream = self.aside if config.max_memory is None else None
+                still = content.to(self.dtype)
+                picture = self._decode_content(still, slices, show_content, stream)
+
+            def report_motion(stage: str, done: int, total: int) -> None:
+                report(stage, done, total)
+                picture.poll()
+
             latents = None
             if asked.frames > 1:
                 with on_stage("motion"):
                     motion = self._sample_motion(
-                        asked, text, empty, content, motion_seeds, plan, report
+                        asked, text, empty, content, motion_seeds, plan, report_motion
                     )
                 with on_stage("frame decode"):
                     assert parts.autoencoder is not None
                     motion = parts.autoencoder.destandardise(motion).to(self.dtype)
-                    given = content.to(self.dtype), motion
-                    latents = decode_clip(parts.autoencoder, *given, slices)
+                    latents = decode_clip(parts.autoencoder, still, motion, slices)
             with on_stage("VAE decode"):
-                still = content.to(self.dtype)[:, :, None]
+                pictures = picture.finish()
                 if latents is None:
-                    frames = pictures = self._decode(still, slices, on_frames=show)
+                    levels = rearrange(pictures, "b h w c -> b c h w")
+                    frames = CONVERT[pixels](to_unit(levels))[:, None].numpy()
+                    for i in range(len(prompts)):
+                        show(i, frames[i])
                 else:
-                    pictures = self._decode(still, slices)
-                    frames = self._decode(latents, slices, report, show)
+                    frames = self._decode(latents, slices, pixels, report, show)
 
         return [
             Clip(
                 frames=frames[i],
-                content=pictures[i, 0],
+                pixels=pixels,
+                content=pictures[i].numpy(),
                 fps=asked.fps,
                 metadata=self._describe(prompts[i], config, seeds[i], plan),
             )
@@ -491,20 +521,46 @@ class TextToVideo:
         noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
         return noise.to(self.device), generators[0]
 
+    @cached_property
+    def aside(self) -> torch.cuda.Stream | None:
+        """For what a GPU does beside something smaller; one, as libraries keep memory for each."""
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _decode_content(
+        self,
+        content: Tensor,
+        slices: Slices,
+        on_content: OnContent,
+        stream: torch.cuda.Stream | None,
+    ) -> Pending:
+        """(B, C, h, w) -> uint8 (B, H, W, 3), beside what follows if there is a stream for it."""
+
+        def decode(content: Tensor) -> Tensor:
+            parts = content.split(slices.pictures)
+            return torch.cat([to_rgb24(self._to_pixels(part, slices)) for part in parts])
+
+        def show(pictures: Tensor) -> None:
+            for i, picture in enumerate(pictures.numpy()):
+                on_content(i, picture)
+
+        return start(decode, content, show, stream=stream)
+
     def _decode(
         self,
         latents: Tensor,
         slices: Slices,
-        report: OnProgress = _ignore,
-        on_frames: OnFrames = _ignore,
+        pixels: Pixels,
+        report: OnProgress,
+        on_frames: OnFrames,
     ) -> np.ndarray:
-        """(B, C, T, h, w) -> uint8 (B, T, H, W, 3), the first frames of all clips first."""
-        batch, _, count, *size = latents.shape
-        height, width = (side * self.parts.vae.config.stride for side in size)
-        frames = np.empty((batch, count, height, width, 3), np.uint8)
+        """(B, C, T, h, w) -> uint8 (B, T, ...) in `pixels`, the first frames of all clips first."""
+        batch, _, count = latents.shape[:3]
+        frames: np.ndarray | None = None
         parts = rearrange(latents, "b c t h w -> (t b) c h w").split(slices.pictures)
         pictures = done = 0
-        for part in fetch(self._to_pixels(part, slices.strips) for part in parts):
+        for part in fetch(CONVERT[pixels](self._to_pixels(part, slices)) for part in parts):
+            if frames is None:
+                frames = np.empty((batch, count, *part.shape[1:]), np.uint8)
             for picture in part.numpy():
                 frames[pictures % batch, pictures // batch] = picture
                 pictures += 1
@@ -513,13 +569,12 @@ class TextToVideo:
                 for i in range(batch):
                     on_frames(i, frames[i, ready])
                 report("decode", done, count)
+        assert frames is not None
         return frames
 
-    def _to_pixels(self, latents: Tensor, strips: int) -> Tensor:
-        """(B, C, h, w) -> uint8 (B, H, W, 3), on the device."""
-        pixels = decode_pictures(self.parts.vae, latents, strips).float()
-        levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return rearrange(levels, "b c h w -> b h w c").contiguous()
+    def _to_pixels(self, latents: Tensor, slices: Slices) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W), in [-1, 1] but for overshoot."""
+        return decode_pictures(self.parts.vae, latents, slices.strips)
 
 
 def _seeds(config: SampleConfig, seed: int) -> tuple[int, int]:

@@ -1,13 +1,17 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import pytest
 import torch
 
+from cmdgen import pipeline
+from cmdgen.acceleration.overlap import Pending
 from cmdgen.config import SampleConfig
 from cmdgen.pipeline import TextToVideo, seeded
+from cmdgen.video.pixels import to_unit, to_yuv420p
 from cmdgen.weights import resolve_model
 
 PROMPT = "a dog swimming in the ocean"
@@ -204,9 +208,117 @@ def test_frames_are_handed_on_as_they_are_decoded(model, sampler):
 def test_a_still_is_handed_on_too(model):
     parts: list[np.ndarray] = []
     still = model.sample(
-        PROMPT, SampleConfig(frames=1), on_frames=lambda clip, frames: parts.append(frames)
+        *(PROMPT, SampleConfig(frames=1)),
+        on_content=lambda clip, picture: parts.append(picture),
+        on_frames=lambda clip, frames: parts.append(frames),
     )
-    assert len(parts) == 1 and np.array_equal(parts[0], still.frames)
+    assert len(parts) == 2
+    assert np.array_equal(parts[0], still.content) and np.array_equal(parts[1], still.frames)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_content_is_shown_before_the_motion_is_sampled(model, sampler):
+    events: list[object] = []
+    pictures: dict[int, np.ndarray] = {}
+    clips = model.sample_batch(
+        [PROMPT, "a red car driving"],
+        SampleConfig(sampler=sampler),
+        [1, 2],
+        on_progress=lambda stage, done, total: events.append(stage),
+        on_content=lambda clip, picture: (
+            events.append(clip),
+            pictures.setdefault(clip, picture.copy()),
+        ),
+    )
+    # ddpm makes one clip after another
+    shown = [[0, 1]] if sampler == "ddim" else [[0], [1]]
+    order = [event for some in shown for event in ("load", "content", *some, "motion", "decode")]
+    assert [event for event, _ in groupby(events)] == order
+    for i, clip in enumerate(clips):
+        assert pictures[i].dtype == np.uint8 and pictures[i].shape == (32, 48, 3)
+        assert np.array_equal(pictures[i], clip.content)
+
+
+class Event:
+    """Of a GPU that is done when it is asked for the nth time, or waited for."""
+
+    def __init__(self, asked: int) -> None:
+        self.asked = asked
+
+    def query(self) -> bool:
+        self.asked -= 1
+        return self.asked <= 0
+
+    def synchronize(self) -> None:
+        self.asked = 0
+
+
+@pytest.mark.parametrize(("asked", "shown_after"), [(1, 1), (2, 2), (9, 2)])
+def test_content_that_is_late_is_shown_once_and_before_its_frames(
+    model, monkeypatch, asked, shown_after
+):
+    expected = model.sample(PROMPT, SampleConfig())
+
+    def start_late(make, given, on_ready, *, stream):
+        return Pending(make(given), Event(asked), on_ready)
+
+    monkeypatch.setattr(pipeline, "start", start_late)
+    events: list[str] = []
+    clip = model.sample(
+        PROMPT,
+        SampleConfig(),
+        on_progress=lambda stage, done, total: events.append(stage),
+        on_content=lambda _, picture: events.append("picture"),
+        on_frames=lambda _, frames: events.append("frames"),
+    )
+    assert np.array_equal(clip.frames, expected.frames)
+    assert np.array_equal(clip.content, expected.content)
+    assert events.count("picture") == 1
+    assert events[: events.index("picture")].count("motion") == shown_after
+    assert events.index("picture") < events.index("frames")
+
+
+@pytest.mark.parametrize("max_memory", [None, 300_000])
+def test_who_is_short_of_memory_gets_one_thing_after_another(model, monkeypatch, max_memory):
+    streams = []
+
+    def start(make, given, on_ready, *, stream):
+        streams.append(stream)
+        return Pending(make(given), None, on_ready)
+
+    monkeypatch.setattr(pipeline, "start", start)
+    monkeypatch.setitem(vars(model), "aside", "a stream")
+    model.sample(PROMPT, SampleConfig(max_memory=max_memory))
+    assert streams == ["a stream" if max_memory is None else None]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("frames", [4, 1])
+def test_frames_are_planes_where_these_are_asked_for(model, sampler, frames):
+    config = SampleConfig(sampler=sampler, frames=frames)
+    prompts, seeds = [PROMPT, "a red car driving"], [1, 2]
+    parts: dict[int, list[np.ndarray]] = {0: [], 1: []}
+    clips = model.sample_batch(
+        *(prompts, config, seeds),
+        pixels="yuv420p",
+        on_frames=lambda clip, frames: parts[clip].append(frames.copy()),
+    )
+    for i, (clip, rgb) in enumerate(
+        zip(clips, model.sample_batch(prompts, config, seeds), strict=True)
+    ):
+        assert (clip.pixels, rgb.pixels) == ("yuv420p", "rgb24")
+        assert clip.frames.shape == (frames, 48, 48) and clip.frames.dtype == np.uint8
+        assert np.array_equal(np.concatenate(parts[i]), clip.frames)
+        assert np.array_equal(clip.content, rgb.content)
+        assert clip.metadata == rgb.metadata
+        levels = torch.from_numpy(rgb.frames).permute(0, 3, 1, 2)
+        rounded_first = to_yuv420p(to_unit(levels)).numpy()
+        assert np.abs(clip.frames.astype(int) - rounded_first).max() <= 1
+
+
+def test_pixels_that_nobody_makes_are_refused(model):
+    with pytest.raises(ValueError, match=r"^pixels 'nv12' is not one of rgb24, yuv420p$"):
+        model.sample(PROMPT, SampleConfig(), pixels="nv12")
 
 
 @pytest.mark.parametrize("config", [SampleConfig(seed=3, motion_seed=4), SampleConfig(frames=1)])

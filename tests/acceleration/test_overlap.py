@@ -1,0 +1,64 @@
+"""What is made beside other work is handed on once; streams need a GPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmdgen.acceleration.overlap import Pending, start
+
+
+def test_without_a_stream_it_is_made_and_handed_on_at_once() -> None:
+    seen: list[Tensor] = []
+    pending = start(lambda x: x + 1, torch.arange(3), seen.append, stream=None)
+    assert [each.tolist() for each in seen] == [[1, 2, 3]]
+    pending.poll()
+    assert pending.finish() is seen[0]
+    assert len(seen) == 1
+
+
+class Event:
+    """Of a GPU, done when it is told to be, or waited for."""
+
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done = True
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_is_late_is_handed_on_once_and_leaves_its_buffer(waits: bool) -> None:
+    seen: list[Tensor] = []
+    event, buffer = Event(), torch.zeros(3)
+    pending = Pending(buffer, event, seen.append)
+    pending.poll()
+    assert not seen
+    buffer.fill_(7)
+    if not waits:
+        event.done = True
+        pending.poll()
+        assert len(seen) == 1
+    result = pending.finish()
+    pending.poll()
+    assert len(seen) == 1 and seen[0] is result and result.tolist() == [7, 7, 7]
+    buffer.zero_()
+    assert result.tolist() == [7, 7, 7]
+
+
+@pytest.mark.gpu
+def test_beside_other_work_of_a_gpu_the_values_are_the_same() -> None:
+    stream = torch.cuda.Stream()
+    weights = torch.randn(2048, 2048, device="cuda")
+    for _ in range(3):
+        seen: list[Tensor] = []
+        given = torch.randn(2048, 2048, device="cuda")
+        expected = (given @ weights).cpu()
+        pending = start(lambda x: x @ weights, given, seen.append, stream=stream)
+        # its memory is free for these, once the stream has read it
+        del given
+        busy = [torch.randn(2048, 2048, device="cuda") @ weights for _ in range(20)]
+        assert torch.equal(pending.finish(), expected)
+        assert len(seen) == 1 and not seen[0].is_pinned()
+        assert all(each.isfinite().all() for each in busy)
