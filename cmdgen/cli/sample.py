@@ -185,9 +185,11 @@ def sample(
             else:
                 size_asked = asked.height, asked.width
                 metadata = pipeline.describe(prompt, config)
-                with open_video(output, size_asked, asked.fps, metadata) as write:
+                what = size_asked, asked.fps, metadata
+                with open_video(output, *what, pixels="yuv420p") as write:
                     pipeline.sample(
                         *(prompt, config),
+                        pixels="yuv420p",
                         on_progress=show,
                         on_frames=lambda _, decoded: write(decoded),
                     )

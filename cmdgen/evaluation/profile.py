@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from cmdgen.config import ModelConfig, ProfileConfig, SampleConfig
 from cmdgen.evaluation.flops import count_reads, count_sampling
 from cmdgen.pipeline import OnStage, Parts, TextToVideo
-from cmdgen.video.write import write_still, write_video
+from cmdgen.video.write import open_video, write_still
 from cmdgen.weights import replace_with
 
 PROMPT = "a corgi swimming"
@@ -244,6 +244,8 @@ def count_work(
     """The stages that run, in their order; all weights of `parts` are of one dtype."""
     loaded = [part for part in vars(parts).values() if part is not None]
     weights = sum(each.nbytes for part in loaded for each in part.state_dict().values())
+    # a still is RGB, a video planes of which two are of half the height and width
+    numbers = model.height * model.width * 3 // (1 if model.frames == 1 else 2)
     products = count_sampling(model, batch=batch)
     return {
         "load": Work(
@@ -261,7 +263,7 @@ def count_work(
             )
             for stage, reads in count_reads(model, batch=batch, dtype=dtype).items()
         },
-        "video encode": Work(bytes_read=batch * model.frames * model.height * model.width * 3),
+        "video encode": Work(bytes_read=batch * model.frames * numbers),
     }
 
 
@@ -313,14 +315,19 @@ def _run(
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     clips = model.sample_batch(
-        [PROMPT] * batch, asked, range(batch), on_progress=on_progress, on_stage=on_stage
+        *([PROMPT] * batch, asked, range(batch)),
+        pixels="yuv420p",
+        on_progress=on_progress,
+        on_stage=on_stage,
     )
     with on_stage("video encode"):
         for i, clip in enumerate(clips):
             if len(clip.frames) == 1:
                 write_still(folder / f"{i}.png", clip.content, clip.metadata)
             else:
-                write_video(folder / f"{i}.mp4", clip.frames, clip.fps, clip.metadata)
+                what = clip.content.shape[:2], clip.fps, clip.metadata
+                with open_video(folder / f"{i}.mp4", *what, pixels=clip.pixels) as write:
+                    write(clip.frames)
 
 
 def _trace(model: TextToVideo, asked: SampleConfig, batch: int, folder: Path, path: Path) -> None:

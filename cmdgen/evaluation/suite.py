@@ -197,9 +197,11 @@ def _run(
     own = asked.apply(model.config)
     started = time.perf_counter()
     metadata = model.describe(PROMPT, asked)
-    with open_video(path, (own.height, own.width), own.fps, metadata) as write:
+    what = (own.height, own.width), own.fps, metadata
+    with open_video(path, *what, pixels="yuv420p") as write:
         model.sample_batch(
             *([PROMPT], asked, [asked.seed]),
+            pixels="yuv420p",
             on_frames=lambda _, decoded: write(decoded),
             on_stage=watch,
         )
