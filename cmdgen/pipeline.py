@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -25,7 +25,7 @@ from cmdgen.acceleration.slicer import Slices, decode_clip, decode_pictures, fet
 from cmdgen.config import ModelConfig, NoiseConfig, SampleConfig, UNetConfig
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.parametrisation import recognise_prediction
-from cmdgen.diffusion.samplers import SAMPLERS, OnStep
+from cmdgen.diffusion.samplers import SAMPLERS, VISITED, OnStep
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.text import ClipTextModel, Tokenizer
@@ -35,6 +35,9 @@ from cmdgen.video.pixels import CONVERT, Pixels, to_rgb24, to_unit
 from cmdgen.weights import read_model, resolve_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# timesteps that are projected at once: all of them, but for bounds on the memory
+TIMESTEPS_TOGETHER = 64
 
 # stage, how much of it is done, of how much
 OnProgress = Callable[[str, int, int], None]
@@ -360,7 +363,7 @@ class TextToVideo:
                 if moves:
                     assert self.parts.motion is not None
                     sums["motion"].add(
-                        CutDiT(self.parts.motion, self._columns(asked, content)),
+                        CutDiT(self.parts.motion),
                         partial(self._run_motion, asked, text, empty, content, seeds),
                         partial(count_run, "motion"),
                     )
@@ -371,10 +374,10 @@ class TextToVideo:
         ]
 
     def _encode(self, prompts: Sequence[str], negative: str) -> tuple[Tensor, Tensor]:
-        """B prompts -> (B, L, D), and the same shape of the negative prompt."""
+        """B prompts -> (B, L, D), and (1, L, D) of the negative prompt."""
         ids = self.tokenizer([*prompts, negative], self._length())
         states = self.parts.text(ids.to(self.device)).last_hidden_state
-        return states[:-1], states[-1:].expand(len(prompts), -1, -1)
+        return states[:-1], states[-1:]
 
     def _length(self) -> int:
         assert self.config.text is not None
@@ -389,9 +392,9 @@ class TextToVideo:
         plan: Plan | None,
         report: OnProgress,
     ) -> Tensor:
-        """(B, L, D) x 2 -> (B, C, h, w): the content frame, a scaled latent, in float32."""
+        """(B, L, D), (1, L, D) -> (B, C, h, w): the content frame, a scaled latent, in float32."""
         unet = self.parts.content
-        predict: Predict = self._graphed("content", unet)
+        predict: Predict = self._graphed("content", unet.denoise)
         if plan is not None:
             predict = Rehash(self._graphed_network(CutUNet(unet, plan.cut)), plan.content)
         on_step = partial(report, "content")
@@ -403,22 +406,28 @@ class TextToVideo:
         text: Tensor,
         empty: Tensor,
         seeds: list[int],
-        unet: Predict,
+        denoise: Predict,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """(B, L, D) x 2 -> (B, C, h, w), by a predictor with the arguments of the UNet."""
+        """(B, L, D), (1, L, D) -> (B, C, h, w), by what has the arguments of `UNet.denoise`."""
+        unet, count = self.parts.content, len(text)
         vae = self.parts.vae.config
         shape = (vae.latent_channels, asked.height // vae.stride, asked.width // vae.stride)
 
-        def predict(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-            return unet(x.to(self.dtype), t, text)
+        # of the batch's texts and, where it is guided, of the one negative prompt
+        states = text if asked.guidance == 1 else torch.cat((text, empty))
+        projected = unet.project_text(states)
+        positive = tuple(each[:count] for each in projected)
+        negative = tuple(each[-1:].expand(count, -1, -1, -1) for each in projected)
+        times = self._project(unet.project_time, asked.sampler, asked.noise, asked.steps)
 
+        def predict(x: Tensor, t: Tensor, *text: Tensor) -> Tensor:
+            return denoise(x.to(self.dtype), next(times).expand(len(x), -1), *text)
+
+        interval = _interval(asked, asked.noise)
         noise, generator = self._noise("content", shape, seeds)
         content = SAMPLERS[asked.sampler](
-            guide(
-                *(predict, asked.guidance, (text,), (empty,)),
-                interval=_interval(asked, asked.noise),
-            ),
+            guide(predict, asked.guidance, positive, negative, interval=interval),
             noise,
             asked.noise,
             steps=asked.steps,
@@ -437,19 +446,12 @@ class TextToVideo:
         plan: Plan | None,
         report: OnProgress,
     ) -> Tensor:
-        """(B, L, D) x 2, (B, C, h, w) -> (B, K, T, W' + H'): standardised motion, in float32."""
+        """(B, L, D), (1, L, D), (B, C, h, w) -> (B, K, T, W' + H'): standardised, in float32."""
         motion = self.parts.motion
         assert motion is not None
-        columns = self._columns(asked, content)
-
-        def run(x: Tensor, t: Tensor, text: Tensor, context: Tensor) -> Tensor:
-            given = None if motion.config.text_width is None else text
-            output: Tensor = motion(x, t, text=given, context=context, split=columns)
-            return output
-
-        predict: Predict = self._graphed(("motion", columns), run)
+        predict: Predict = self._graphed("motion", motion.denoise)
         if plan is not None:
-            predict = Rehash(self._graphed_network(CutDiT(motion, columns)), plan.motion)
+            predict = Rehash(self._graphed_network(CutDiT(motion)), plan.motion)
         on_step = partial(report, "motion")
         return self._run_motion(asked, text, empty, content, seeds, predict, on_step)
 
@@ -460,26 +462,44 @@ class TextToVideo:
         empty: Tensor,
         content: Tensor,
         seeds: list[int],
-        motion: Predict,
+        denoise: Predict,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """(B, L, D) x 2, (B, C, h, w) -> (B, K, T, W' + H'), by a predictor given text, content."""
-        assert asked.autoencoder is not None and asked.motion is not None
-        columns = self._columns(asked, content)
+        """(B, L, D), (1, L, D), (B, C, h, w) -> (B, K, T, W' + H').
+
+        By what has the arguments of `DiT.denoise`.
+        """
+        motion, count = self.parts.motion, len(text)
+        assert asked.autoencoder is not None and asked.motion is not None and motion is not None
+        columns = content.shape[-1] // asked.autoencoder.patch
         rows = content.shape[-2] // asked.autoencoder.patch
         shape = (asked.autoencoder.motion_channels, asked.frames, columns + rows)
-        context = content.to(self.dtype)
+        # of the batch's texts and, where it is guided, of the one negative prompt
+        states = text if asked.motion_guidance == 1 else torch.cat((text, empty))
+        # all that is taken of a text is the mean of its tokens
+        pooled = states.mean(dim=1, keepdim=True)  # (texts, 1, D)
 
-        def predict(x: Tensor, t: Tensor, text: Tensor, context: Tensor) -> Tensor:
-            return motion(x.to(self.dtype), t, text, context)
+        def modulate(timesteps: Tensor) -> Tensor:
+            """(S,) -> (S, texts, P)."""
+            given = None
+            if motion.config.text_width is not None:
+                given = pooled.repeat(len(timesteps), 1, 1)
+            rows = motion.modulations(timesteps.repeat_interleave(len(pooled)), text=given)
+            return rows.unflatten(0, (-1, len(pooled)))
 
+        modulations = self._project(modulate, asked.sampler, asked.motion.noise, asked.motion_steps)
+
+        def predict(x: Tensor, t: Tensor, which: Tensor, ground: Tensor) -> Tensor:
+            return denoise(x.to(self.dtype), next(modulations)[which], ground)
+
+        ground = motion.place(*shape[1:], context=content.to(self.dtype), split=columns)
         # guidance is on the text alone: both branches see the content frame
-        positive, negative = (text, context), (empty, context)
+        own = torch.arange(count, device=self.device)
+        positive, negative = (own, ground), (torch.full_like(own, len(pooled) - 1), ground)
         interval = _interval(asked, asked.motion.noise)
-        denoise = guide(predict, asked.motion_guidance, positive, negative, interval=interval)
         noise, generator = self._noise("motion", shape, seeds)
         sampled = SAMPLERS[asked.sampler](
-            denoise,
+            guide(predict, asked.motion_guidance, positive, negative, interval=interval),
             noise,
             asked.motion.noise,
             steps=asked.motion_steps,
@@ -487,6 +507,22 @@ class TextToVideo:
             on_step=on_step,
         )
         return self._finite(sampled, "motion")
+
+    def _project(
+        self,
+        project: Callable[[Tensor], Tensor],
+        sampler: str,
+        noise: NoiseConfig,
+        steps: int,
+    ) -> Iterator[Tensor]:
+        """(S,) -> (S, ...) of all timesteps of a sampler, then one's (...) after the other.
+
+        The weights that a network has for timesteps are read once for a clip, not at each step. A
+        sampler calls a network once for each timestep: nothing is looked up, on no device.
+        """
+        visited = VISITED[sampler](noise, steps).to(self.device)
+        for some in visited.split(TIMESTEPS_TOGETHER):
+            yield from project(some)
 
     def _finite(self, sample: Tensor, part: str) -> Tensor:
         """(B, C, ...) -> the same; ValueError, naming the part, where it is not all numbers."""
@@ -507,11 +543,6 @@ class TextToVideo:
             run=self._graphed((network, "run"), network.run),
             resume=self._graphed((network, "resume"), network.resume),
         )
-
-    def _columns(self, asked: ModelConfig, content: Tensor) -> int:
-        """(B, C, h, w) -> W', how many columns the motion latents have of the picture's width."""
-        assert asked.autoencoder is not None
-        return content.shape[-1] // asked.autoencoder.patch
 
     def _noise(
         self, part: str, shape: tuple[int, ...], seeds: list[int]

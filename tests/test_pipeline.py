@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from cmdgen import pipeline
+from cmdgen.acceleration.graphs import GraphedNetwork
 from cmdgen.acceleration.overlap import Pending
-from cmdgen.config import SampleConfig
+from cmdgen.acceleration.rehash import CutDiT, CutUNet, Rehash
+from cmdgen.config import SAMPLERS, SampleConfig
+from cmdgen.diffusion import samplers
+from cmdgen.diffusion.guidance import guide
+from cmdgen.models.dit import DiT
 from cmdgen.pipeline import TextToVideo, seeded
 from cmdgen.video.pixels import to_unit, to_yuv420p
 from cmdgen.weights import resolve_model
@@ -138,6 +143,120 @@ def test_guidance_may_be_on_in_an_interval_alone(model):
     assert np.array_equal(nowhere.frames, model.sample(PROMPT, plain).frames)
     assert nowhere.metadata["guidance_interval"] == (0.3, 0.4)
     assert "guidance_interval" not in model.sample(PROMPT, plain).metadata
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_model):
+    """A model in float64, from noise to sample."""
+    config = TextToVideo.load(tiny_model).config
+    model = TextToVideo(tiny_model, config, torch.device("cpu"), torch.float64)
+    model._noise = lambda *given: [
+        each.double() if torch.is_tensor(each) else each
+        for each in TextToVideo._noise(model, *given)
+    ]
+    return model
+
+
+def full(network, plan):
+    """One way to run a network at each step: all of it where nothing is planned."""
+    return Rehash(network, range(9) if plan is None else plan)
+
+
+GUIDED = {"guidance": 3.0, "motion_guidance": 2.0}
+
+
+@pytest.mark.parametrize("reads_text", [True, False])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        GUIDED,
+        {"guidance": 1.0, "motion_guidance": 1.0},
+        GUIDED | {"guidance_interval": (0.3, 0.8)},
+        GUIDED | {"rehash": 4, "rehash_policy": "uniform", "guidance_interval": (0.3, 1.0)},
+    ],
+)
+def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(
+    exact, monkeypatch, sampler, asked, reads_text
+):
+    # the timesteps come in two parts
+    monkeypatch.setattr(pipeline, "TIMESTEPS_TOGETHER", 5)
+    unet, dit = exact.parts.content, exact.parts.motion
+    if not reads_text:
+        torch.manual_seed(0)
+        dit = DiT(replace(dit.config, text_width=None)).double()
+        for parameter in dit.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        monkeypatch.setattr(exact, "parts", replace(exact.parts, motion=dit))
+    config = SampleConfig(sampler=sampler, steps=9, motion_steps=9, **asked)
+    own, plan = config.apply(exact.config), exact.plan_rehash(config)
+    seeds = [1, 2]
+
+    def content_way(x, t, text):
+        return x, unet.project_time(t), *unet.project_text(text)
+
+    def motion_way(x, t, text, context):
+        text = text if reads_text else None
+        ground = dit.place(*x.shape[-2:], context=context, split=6)
+        return x, dit.modulations(t, text=text), ground
+
+    def slowly(part, cut, way, steps, shape, scale, noise, positive, negative):
+        network = GraphedNetwork(
+            run=lambda *given: cut.run(*way(*given)),
+            resume=lambda feature, *given: cut.resume(feature, *way(*given)),
+        )
+        interval = own.guidance_interval and tuple(1000 * end for end in own.guidance_interval)
+        start, generator = exact._noise(part, shape, seeds)
+        return samplers.SAMPLERS[sampler](
+            guide(full(network, steps), scale, positive, negative, interval=interval),
+            *(start, noise),
+            **{"steps": 9, "generator": generator},
+        )
+
+    with torch.inference_mode():
+        text, empty = exact._encode([PROMPT, "two birds"], "a car")
+        assert (text.shape, empty.shape) == ((2, 16, 16), (1, 16, 16))
+        given = own, text, empty
+        content = exact._sample_content(*given, seeds, plan, lambda *_: None)
+        motion = exact._sample_motion(*given, content, seeds, plan, lambda *_: None)
+        negative = empty.expand(2, -1, -1)
+        expected = slowly(
+            *("content", CutUNet(unet, "layer"), content_way, plan and plan.content),
+            *((8, 8, 12), own.guidance, own.noise, (text,), (negative,)),
+        )
+        expected_motion = slowly(
+            *("motion", CutDiT(dit), motion_way, plan and plan.motion),
+            *((8, 4, 10), own.motion_guidance, own.motion.noise),
+            *((text, content), (negative, content)),
+        )
+    assert content.dtype == motion.dtype == torch.float64
+    torch.testing.assert_close(content, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(motion, expected_motion, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("asked", [{}, {"rehash": 3, "rehash_policy": "uniform"}])
+def test_text_timesteps_and_content_frame_are_projected_once_for_a_clip(model, asked):
+    unet, dit = model.parts.content, model.parts.motion
+    once = {
+        **{"time": unet.time_embedding, "shift": unet.mid_block.resnets[0].time_emb_proj},
+        "keys": unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k,
+        **{"motion time": dit.embed_time, "text": dit.embed_text, "context": dit.embed_context},
+        **{"modulation": dit.blocks[0].modulation, "last": dit.final_modulation},
+    }
+    calls = {name: [] for name in once}
+    handles = [
+        part.register_forward_hook(lambda *given, name=name: calls[name].append(len(given[1][0])))
+        for name, part in once.items()
+    ]
+    config = SampleConfig(steps=6, motion_steps=5, motion_guidance=2.0, **asked)
+    model.sample_batch([PROMPT, "two birds"], config, [1, 2])
+    for handle in handles:
+        handle.remove()
+    # of the two texts and the negative one
+    assert calls == {
+        **{"time": [6], "shift": [6], "keys": [3], "context": [2]},
+        **{name: [5 * 3] for name in ("motion time", "text", "modulation", "last")},
+    }
 
 
 def test_progress_reaches_the_end_of_every_stage(model):

@@ -15,13 +15,16 @@ from cmdgen.models.unet import UNet
 
 
 class Network(Protocol):
-    """A denoiser in two parts: a large one that makes a feature, a small one that ends on it."""
+    """A denoiser in two parts: a large one that makes a feature, a small one that ends on it.
 
-    def run(self, x: Tensor, t: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, ...), (B,) -> the output (B, C or 2 C, ...), the feature."""
+    `time` is what the network made of the timesteps.
+    """
 
-    def resume(self, feature: Tensor, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        """The feature of another step, (B, C, ...), (B,) -> the output (B, C or 2 C, ...)."""
+    def run(self, x: Tensor, time: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, ...), (B, P) -> the output (B, C or 2 C, ...), the feature."""
+
+    def resume(self, feature: Tensor, x: Tensor, time: Tensor, *conditions: Tensor) -> Tensor:
+        """The feature of another step, (B, C, ...), (B, P) -> the output (B, C or 2 C, ...)."""
 
 
 @dataclass(frozen=True)
@@ -35,49 +38,39 @@ class CutUNet:
     unet: UNet
     cut: str
 
-    def run(self, x: Tensor, t: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w), (B,), (B, L, D) -> the output (B, C, h, w), the feature (B, C', h, w)."""
-        (text,) = conditions
-        first, time = self.unet.embed(x, t)
-        feature = self.unet.trunk(first, time, text, cut=self.cut)
-        return self.unet.tail(feature, first, time, text, cut=self.cut), feature
+    def run(self, x: Tensor, time: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w), (B, P), the projected text -> (B, C, h, w), the feature (B, C', h, w)."""
+        given, first = self.unet.hand_out(time, conditions), self.unet.embed(x)
+        feature = self.unet.trunk(first, given, cut=self.cut)
+        return self.unet.tail(feature, first, given, cut=self.cut), feature
 
-    def resume(self, feature: Tensor, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        """(B, C', h, w), (B, C, h, w), (B,), (B, L, D) -> (B, C, h, w)."""
-        (text,) = conditions
-        first, time = self.unet.embed(x, t)
-        return self.unet.tail(feature, first, time, text, cut=self.cut)
+    def resume(self, feature: Tensor, x: Tensor, time: Tensor, *conditions: Tensor) -> Tensor:
+        """(B, C', h, w), (B, C, h, w), (B, P), the projected text -> (B, C, h, w)."""
+        given = self.unet.hand_out(time, conditions)
+        return self.unet.tail(feature, self.unet.embed(x), given, cut=self.cut)
 
 
 @dataclass(frozen=True)
 class CutDiT:
     """CMD's motion model, whose feature is what its blocks add to the tokens.
 
-    Embeddings, condition and last layer run at every step, on the new sample.
+    Embedding and last layer run at every step, on the new sample.
     """
 
     dit: DiT
-    split: int
 
-    def run(self, x: Tensor, t: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, K, T, W' + H'), (B,), text, content -> the output, what is added (B, L, D)."""
-        tokens, condition = self._embed(x, t, conditions)
-        after = self.dit.trunk(tokens, condition)
-        return self._finish(after, condition, x), after - tokens
+    def run(self, x: Tensor, time: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K, T, W' + H'), (B, P), what `place` made -> the output, what is added (B, L, D)."""
+        (ground,) = conditions
+        tokens = self.dit.embed(x, ground)
+        after = self.dit.trunk(tokens, time)
+        return self.dit.finish(after, time, *x.shape[-2:]), after - tokens
 
-    def resume(self, feature: Tensor, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        """(B, L, D), (B, K, T, W' + H'), (B,), text, content -> the output."""
-        tokens, condition = self._embed(x, t, conditions)
-        return self._finish(tokens + feature, condition, x)
-
-    def _embed(self, x: Tensor, t: Tensor, conditions: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        text, context = conditions
-        given = None if self.dit.config.text_width is None else text
-        return self.dit.embed(x, t, text=given, context=context, split=self.split)
-
-    def _finish(self, tokens: Tensor, condition: Tensor, x: Tensor) -> Tensor:
-        rows, columns = (side // self.dit.config.patch for side in x.shape[-2:])
-        return self.dit.finish(tokens, condition, rows, columns)
+    def resume(self, feature: Tensor, x: Tensor, time: Tensor, *conditions: Tensor) -> Tensor:
+        """(B, L, D), (B, K, T, W' + H'), (B, P), what `place` made -> the output."""
+        (ground,) = conditions
+        tokens = self.dit.embed(x, ground) + feature
+        return self.dit.finish(tokens, time, *x.shape[-2:])
 
 
 class Rehash:
@@ -90,8 +83,8 @@ class Rehash:
         self.step = 0
         self.feature: Tensor | None = None
 
-    def __call__(self, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        """(B, C, ...), (B,), conditions -> (B, C or 2 C, ...)."""
+    def __call__(self, x: Tensor, time: Tensor, *conditions: Tensor) -> Tensor:
+        """(B, C, ...), (B, P), conditions -> (B, C or 2 C, ...)."""
         full = self.step in self.full
         self.step += 1
         if not full and self.feature is not None and len(self.feature) != len(x):
@@ -101,7 +94,7 @@ class Rehash:
         if full:
             # two of them never exist at once
             self.feature = None
-            output, self.feature = self.network.run(x, t, *conditions)
+            output, self.feature = self.network.run(x, time, *conditions)
             return output
         assert self.feature is not None
-        return self.network.resume(self.feature, x, t, *conditions)
+        return self.network.resume(self.feature, x, time, *conditions)

@@ -1,6 +1,7 @@
 """Samplers as pure functions over a denoiser: DDIM, ancestral DDPM, DPM-Solver++(2M).
 
-A denoiser maps samples (B, C, ...) and timesteps (B,) to its raw output (B, C or 2 C, ...).
+A denoiser maps samples (B, C, ...) and timesteps (B,) to its raw output (B, C or 2 C, ...). It is
+called once for each of the timesteps that VISITED tells beforehand, in their order.
 Coefficients are float64 numbers; samples keep the dtype of the first noise. After each step
 `on_step(done, total)` reports progress.
 """
@@ -97,15 +98,11 @@ def dpm_solver_pp(
     """(B, C, ...) of unit noise -> (B, C, ...). Algorithm 2 of Lu et al. 2022 (arXiv:2211.01095).
 
     Deterministic: `generator` is not used. The first step is of first order, and so is the last,
-    which ends without noise and therefore on the last x0. Unless trailing, the timesteps are those
-    of one step more, without its last, as in diffusers: DDIM's would waste a step near zero.
+    which ends without noise and therefore on the last x0.
     """
-    visited = timesteps(config, steps)
-    if config.timestep_spacing != "trailing":
-        visited = timesteps(config, min(steps + 1, config.num_train_timesteps))[:steps]
     x = noise
     previous: tuple[Tensor, float] | None = None
-    for t, alpha, after in _walk(config, visited, 1.0, on_step):
+    for t, alpha, after in _walk(config, solver_timesteps(config, steps), 1.0, on_step):
         x0, _, _ = _predict(denoise, x, t, alpha, config)
         if after == 1.0:
             x = x0
@@ -124,7 +121,20 @@ def dpm_solver_pp(
     return x
 
 
+def solver_timesteps(config: NoiseConfig, steps: int) -> Tensor:
+    """() -> (steps,) int64: those of `dpm_solver_pp`, falling.
+
+    Unless trailing, they are those of one step more, without its last, as in diffusers: DDIM's
+    would waste a step near zero.
+    """
+    if config.timestep_spacing == "trailing":
+        return timesteps(config, steps)
+    return timesteps(config, min(steps + 1, config.num_train_timesteps))[:steps]
+
+
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp}
+# (a noise schedule, steps) -> (steps,) int64: where each of them calls its denoiser
+VISITED = {"ddim": timesteps, "ddpm": timesteps, "dpm++": solver_timesteps}
 
 
 def _walk(

@@ -7,6 +7,7 @@ counter took a multiply-add for one operation and did not see inside fused atten
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, prod
 from typing import Any
 
@@ -25,7 +26,7 @@ from cmdgen.models.dit import DiT
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
-from cmdgen.pipeline import Parts
+from cmdgen.pipeline import TIMESTEPS_TOGETHER, Parts
 from cmdgen.weights import build_empty
 
 # what the tables count in
@@ -138,12 +139,24 @@ def count_weights(part: nn.Module, run: Callable[[], object]) -> Weights:
 
 @dataclass(frozen=True)
 class Forwards:
-    """One forward of each network on one sample; of the VAE, one frame. Stills need no motion."""
+    """One forward of each network on one sample; of the VAE, one frame. Stills need no motion.
+
+    Of what makes content and motion, the parts too: what each step runs, and what is made for all
+    steps beforehand.
+    """
 
     text: Products
     content: Products
+    # of a step, of a timestep, of a text
+    content_step: Products
+    content_time: Products
+    content_text: Products
     vae_decode: Products
     motion: Products = NOTHING
+    # of a step, of a timestep and text, of a content frame
+    motion_step: Products = NOTHING
+    motion_time: Products = NOTHING
+    motion_place: Products = NOTHING
     frame_encode: Products = NOTHING
     frame_decode: Products = NOTHING
 
@@ -171,10 +184,11 @@ def count_forwards(model: ModelConfig, parts: Parts | None = None) -> Forwards:
     )
 
 
+@torch.inference_mode()
 def _forwards(
     model: ModelConfig, parts: Parts
 ) -> dict[str, tuple[nn.Module, Callable[[], object]]]:
-    """The fields of `Forwards` that sampling and training run: the part, and one forward of it."""
+    """The fields of `Forwards` that a model has: the network, and what of it runs."""
     assert model.text is not None and model.vae is not None
     height, width = (side // model.vae.stride for side in (model.height, model.width))
 
@@ -185,9 +199,14 @@ def _forwards(
     ids = torch.empty((1, length), dtype=torch.long, device="meta")
     states, when = empty(1, length, model.text.hidden_size), empty(1)
     still = empty(1, model.vae.latent_channels, height, width)
+    unet = parts.content
+    time, text = unet.project_time(when), unet.project_text(states)
     forwards: dict[str, tuple[nn.Module, Callable[[], object]]] = {
         "text": (parts.text, lambda: parts.text(ids)),
-        "content": (parts.content, lambda: parts.content(still, when, states)),
+        "content": (unet, lambda: unet(still, when, states)),
+        "content_step": (unet, lambda: unet.denoise(still, time, *text)),
+        "content_time": (unet, lambda: unet.project_time(when)),
+        "content_text": (unet, lambda: unet.project_text(states)),
         "vae_decode": (parts.vae, lambda: parts.vae.decode(still)),
     }
     if parts.autoencoder is None or parts.motion is None or model.frames == 1:
@@ -197,11 +216,16 @@ def _forwards(
     rows, columns = (side // autoencoder.config.patch for side in (height, width))
     motion = empty(1, autoencoder.config.motion_channels, model.frames, columns + rows)
     given = None if mover.config.text_width is None else states
+    place = partial(mover.place, *motion.shape[-2:], context=still, split=columns)
+    modulations, ground = mover.modulations(when, text=given), place()
     return forwards | {
         "motion": (
             mover,
             lambda: mover(motion, when, text=given, context=still, split=columns),
         ),
+        "motion_step": (mover, lambda: mover.denoise(motion, modulations, ground)),
+        "motion_time": (mover, lambda: mover.modulations(when, text=given)),
+        "motion_place": (mover, place),
         "frame_encode": (autoencoder, lambda: autoencoder.encode(clip)),
         "frame_decode": (autoencoder, lambda: autoencoder.decode(still, motion)),
     }
@@ -213,23 +237,38 @@ def count_sampling(
     """Each stage of `TextToVideo.sample_batch`, with the model's own steps and guidance."""
     each = count_forwards(model) if forwards is None else forwards
     content, motion = (1 if scale == 1 else 2 for scale in (model.guidance, model.motion_guidance))
+    # the negative prompt and the timesteps are the same for all clips that are made together
+    times = _times(model, batch)
     stages = {
-        # the negative prompt is one for all, except where clips are made one at a time
-        "text": each.text * (batch + (batch if model.sampler == "ddpm" else 1)),
-        "content": each.content * (batch * model.steps * content),
+        "text": each.text * (batch + times),
+        "content": each.content_step * (batch * model.steps * content)
+        + each.content_time * (times * model.steps)
+        + each.content_text * (batch + times * (content - 1)),
     }
     if model.frames > 1:
-        stages["motion"] = each.motion * (batch * model.motion_steps * motion)
+        stages["motion"] = (
+            each.motion_step * (batch * model.motion_steps * motion)
+            + each.motion_time * ((batch + times * (motion - 1)) * model.motion_steps)
+            + each.motion_place * batch
+        )
         stages["frame decode"] = each.frame_decode * batch
     return stages | {"VAE decode": each.vae_decode * (batch * _pictures(model))}
 
 
 @dataclass(frozen=True)
 class Reads:
-    """How often a stage runs its network, and what each forward takes of the weights."""
+    """How often a stage runs its network, and what that takes of the weights."""
 
     forwards: int
+    # of each forward
     weights: Weights
+    # what all forwards share is made of: read beside, in numbers
+    once: int = 0
+
+    @property
+    def read(self) -> int:
+        """Numbers read by all of it."""
+        return self.forwards * self.weights.read + self.once
 
 
 def count_reads(
@@ -241,8 +280,7 @@ def count_reads(
     that are decoded together unless memory is short.
     """
     runs = _forwards(model, build_parts(model))
-    # this sampler makes clips one at a time
-    times = batch if model.sampler == "ddpm" else 1
+    times = _times(model, batch)
     together = choose_slices(model, dtype, torch.device("meta"), batch=batch // times).pictures
     # beside the content frame
     slices = ceil(batch // times * model.frames / together) if model.frames > 1 else 0
@@ -253,11 +291,32 @@ def count_reads(
         "frame decode": ("frame_decode", 1),
         "VAE decode": ("vae_decode", 1 + slices),
     }
-    return {
-        stage: Reads(times * count, count_weights(*runs[name]))
-        for stage, (name, count) in forwards.items()
-        if name in runs
+    # of the networks that run at each step: what is made for all steps, and how often
+    shared = {
+        "content": {"content_time": _projections(model.steps), "content_text": 1},
+        "motion": {"motion_time": _projections(model.motion_steps), "motion_place": 1},
     }
+    found = {}
+    for stage, (name, count) in forwards.items():
+        if name not in runs:
+            continue
+        weights = count_weights(*runs[name])
+        if stage in shared:
+            weights = replace(weights, read=count_weights(*runs[f"{name}_step"]).read)
+        once = sum(
+            count_weights(*runs[part]).read * often for part, often in shared.get(stage, {}).items()
+        )
+        found[stage] = Reads(times * count, weights, times * once)
+    return found
+
+
+def _times(model: ModelConfig, batch: int) -> int:
+    # this sampler makes clips one at a time
+    return batch if model.sampler == "ddpm" else 1
+
+
+def _projections(steps: int) -> int:
+    return ceil(steps / TIMESTEPS_TOGETHER)
 
 
 def _pictures(model: ModelConfig) -> int:

@@ -47,7 +47,8 @@ class Work:
     weight_bytes: int = 0
     forwards: int = 0
     flops: int = 0
-    # its weights once for each forward; of "load", all weights; of "video encode", the frames
+    # its weights, for each forward or, where all share what is made of them, once; of "load", all
+    # weights; of "video encode", the frames
     bytes_read: int = 0
 
 
@@ -259,7 +260,7 @@ def count_work(
                 weight_bytes=reads.weights.numbers * dtype.itemsize,
                 forwards=reads.forwards,
                 flops=products[stage].flops,
-                bytes_read=reads.forwards * reads.weights.read * dtype.itemsize,
+                bytes_read=reads.read * dtype.itemsize,
             )
             for stage, reads in count_reads(model, batch=batch, dtype=dtype).items()
         },

@@ -244,8 +244,11 @@ def count_row(model: TextToVideo, asked: SampleConfig) -> dict[str, Products]:
     stages = count_sampling(full, forwards)
     content, motion = count_skipped(own, plan)
     branches = [1 if scale == 1 else 2 for scale in (own.guidance, own.motion_guidance)]
-    stages["content"] += content * (branches[0] * (own.steps - full.steps))
-    stages["motion"] += motion * (branches[1] * (own.motion_steps - full.motion_steps))
+    # what is made of their timesteps is made for skipped steps too
+    content = content * branches[0] + forwards.content_time
+    motion = (motion + forwards.motion_time) * branches[1]
+    stages["content"] += content * (own.steps - full.steps)
+    stages["motion"] += motion * (own.motion_steps - full.motion_steps)
     return stages
 
 
@@ -255,16 +258,23 @@ def count_skipped(model: ModelConfig, plan: Plan) -> tuple[Products, Products]:
     assert model.text is not None and model.vae is not None
     assert parts.autoencoder is not None and parts.motion is not None
     with torch.device("meta"), torch.inference_mode():
-        text = torch.empty(1, model.text.max_position_embeddings, model.text.hidden_size)
+        states = torch.empty(1, model.text.max_position_embeddings, model.text.hidden_size)
         height, width = (side // model.vae.stride for side in (model.height, model.width))
         still, when = torch.empty(1, model.vae.latent_channels, height, width), torch.empty(1)
         rows, columns = (side // parts.autoencoder.config.patch for side in (height, width))
         channels = parts.autoencoder.config.motion_channels
-        motion = torch.empty(1, channels, model.frames, columns + rows)
-        unet, dit = CutUNet(parts.content, plan.cut), CutDiT(parts.motion, columns)
-        _, of_unet = unet.run(still, when, text)
-        _, of_dit = dit.run(motion, when, text, still)
+        size = model.frames, columns + rows
+        unet, dit = CutUNet(parts.content, plan.cut), CutDiT(parts.motion)
+        x = still, parts.content.project_time(when), *parts.content.project_text(states)
+        given = None if parts.motion.config.text_width is None else states
+        z = (
+            torch.empty(1, channels, *size),
+            parts.motion.modulations(when, text=given),
+            parts.motion.place(*size, context=still, split=columns),
+        )
+        _, of_unet = unet.run(*x)
+        _, of_dit = dit.run(*z)
     return (
-        count_products(lambda: unet.resume(of_unet, still, when, text)),
-        count_products(lambda: dit.resume(of_dit, motion, when, text, still)),
+        count_products(lambda: unet.resume(of_unet, *x)),
+        count_products(lambda: dit.resume(of_dit, *z)),
     )

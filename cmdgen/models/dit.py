@@ -2,6 +2,10 @@
 
 One class for CMD's motion model, whose tokens are patches of the motion latents followed by patches
 of the content frame, and for its class-conditional content model, an ordinary image DiT.
+
+What it makes of timestep, text and content frame before the sample joins is apart from the rest: a
+sampler has all of that made once (`modulations`, `place`) and each step's part given to `denoise`.
+`forward` is the one after the other. The modulations' weights are a third of the model's.
 """
 
 import math
@@ -66,9 +70,9 @@ class Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, L, D), (B, 1, D) -> (B, L, D)."""
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition).chunk(6, -1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """(B, L, D), (B, 1, 6 D), which `modulation` made of the condition -> (B, L, D)."""
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, -1)
         qkv = self.qkv(modulate(x, shift, scale))
         q, k, v = rearrange(qkv, "b l (three n d) -> three b n l d", three=3, n=self.heads)
         x = x + gate * self.out(rearrange(softmax_attention(q, k, v), "b n l d -> b l (n d)"))
@@ -148,64 +152,79 @@ class DiT(nn.Module):
         `text` (B, L, D) are token states, `labels` (B,) classes, `context` (B, C, H, W) the content
         frame. Of motion latents (B, K, T, W' + H'), `split` says W', the columns of the first part.
         """
-        tokens, condition = self.embed(
-            sample, timestep, text=text, labels=labels, context=context, split=split
-        )
-        rows = sample.shape[-2] // self.config.patch
-        columns = sample.shape[-1] // self.config.patch
-        return self.finish(self.trunk(tokens, condition), condition, rows, columns)
+        modulations = self.modulations(timestep, text=text, labels=labels)
+        ground = self.place(sample.shape[-2], sample.shape[-1], context=context, split=split)
+        return self.denoise(sample, modulations, ground)
 
-    def embed(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        *,
-        text: Tensor | None = None,
-        labels: Tensor | None = None,
-        context: Tensor | None = None,
-        split: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W), (B,) -> tokens (B, L, D), those of the sample first; condition (B, 1, D).
-
-        What else is given is as in `forward`.
-        """
-        config = self.config
-        for name, value, wanted in (
-            ("text", text, config.text_width),
-            ("labels", labels, config.num_classes),
-            ("context", context, config.context_channels),
-            ("split", split, config.context_channels),
-        ):
-            if (value is None) != (wanted is None):
-                raise ValueError(f"this model {'takes no' if wanted is None else 'needs'} {name}")
-        condition = self.embed_time(timestep_embedding(timestep, FREQUENCIES, dtype=sample.dtype))
+    def modulations(
+        self, timestep: Tensor, *, text: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """(B,) -> (B, P): of all blocks and of the last layer; the rest is as in `forward`."""
+        self._check("text", text, self.config.text_width)
+        self._check("labels", labels, self.config.num_classes)
+        dtype = self.final.weight.dtype
+        condition = self.embed_time(timestep_embedding(timestep, FREQUENCIES, dtype=dtype))
         if text is not None:
             condition = condition + self.embed_text(text.mean(dim=1))
         if labels is not None:
             condition = condition + self.embed_label(labels)
-        condition = F.silu(condition)[:, None]  # (B, 1, D)
-
-        tokens = self.embed_sample(to_patches(sample, config.patch))  # (B, L, D)
-        count, rows = tokens.shape[1], sample.shape[-2] // config.patch
-        if context is None or split is None:
-            tokens = tokens + self._positions(rows, count // rows)
-        else:
-            tokens = tokens + self._motion_positions(rows, count // rows, split)
-            tokens = torch.cat((tokens, self._embed_context(context)), dim=1)
-        return tokens, condition
-
-    def trunk(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """(B, L, D), (B, 1, D) -> (B, L, D): all blocks."""
+        condition = F.silu(condition)  # (B, D)
+        parts = []
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            assert isinstance(block, Block)
+            parts.append(block.modulation(condition))
+        return torch.cat([*parts, self.final_modulation(condition)], dim=-1)
+
+    def place(
+        self, height: int, width: int, *, context: Tensor | None = None, split: int | None = None
+    ) -> Tensor:
+        """() -> (B or 1, L, D): the positions of a sample's tokens, then the tokens of its context.
+
+        Height and width are those of the sample; the rest is as in `forward`.
+        """
+        self._check("context", context, self.config.context_channels)
+        self._check("split", split, self.config.context_channels)
+        rows, columns = self._grid(height, width)
+        if context is None or split is None:
+            return self._positions(rows, columns)[None]
+        positions = self._motion_positions(rows, columns, split)
+        tokens = self._embed_context(context)
+        return torch.cat((positions.expand(len(tokens), -1, -1), tokens), dim=1)
+
+    def denoise(self, sample: Tensor, modulations: Tensor, ground: Tensor) -> Tensor:
+        """(B, C, H, W), (B, P), what `place` made -> (B, C or 2 C, H, W)."""
+        tokens = self.trunk(self.embed(sample, ground), modulations)
+        return self.finish(tokens, modulations, sample.shape[-2], sample.shape[-1])
+
+    def embed(self, sample: Tensor, ground: Tensor) -> Tensor:
+        """(B, C, H, W), what `place` made -> (B, L, D), the tokens of the sample first."""
+        tokens = self.embed_sample(to_patches(sample, self.config.patch))
+        positions, context = ground.tensor_split([tokens.shape[1]], dim=1)
+        tokens = tokens + positions
+        return torch.cat((tokens, context), dim=1) if context.shape[1] else tokens
+
+    def trunk(self, tokens: Tensor, modulations: Tensor) -> Tensor:
+        """(B, L, D), (B, P) -> (B, L, D): all blocks."""
+        *parts, _ = modulations[:, None].split(6 * self.config.width, dim=-1)
+        for block, part in zip(self.blocks, parts, strict=True):
+            tokens = block(tokens, part)
         return tokens
 
-    def finish(self, tokens: Tensor, condition: Tensor, rows: int, columns: int) -> Tensor:
-        """(B, L, D), (B, 1, D) -> (B, C or 2 C, H, W), of the first rows * columns tokens."""
-        shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
+    def finish(self, tokens: Tensor, modulations: Tensor, height: int, width: int) -> Tensor:
+        """(B, L, D), (B, P) -> (B, C or 2 C, H, W), of the tokens of the sample."""
+        rows, columns = self._grid(height, width)
+        shift, scale = modulations[:, None, -2 * self.config.width :].chunk(2, dim=-1)
         patches = self.final(modulate(tokens[:, : rows * columns], shift, scale))
         patch = self.config.patch
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)
+
+    def _check(self, name: str, value: Tensor | int | None, wanted: int | None) -> None:
+        if (value is None) != (wanted is None):
+            raise ValueError(f"this model {'takes no' if wanted is None else 'needs'} {name}")
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of a sample."""
+        return height // self.config.patch, width // self.config.patch
 
     def _positions(self, rows: int, columns: int) -> Tensor:
         # like a weight, not like the tokens: under autocast the residual stream stays in float32

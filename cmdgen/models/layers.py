@@ -11,6 +11,9 @@ from cmdgen.models.attention import Attend
 from cmdgen_kernels.gated_attention import softmax_attention
 from cmdgen_kernels.group_norm_silu import group_norm_silu
 
+# of one attention, (B, N, M, D) x 2
+KeysValues = tuple[Tensor, Tensor]
+
 
 def timestep_embedding(t: Tensor, width: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """(B,) -> (B, width): cosines, then sines, of t at frequencies from 1 down to 1/10000.
@@ -48,13 +51,18 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.attend = attend
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """(B, L, D), (B, M, D') -> (B, L, D)."""
-        context = x if context is None else context
-        q, k, v = (
-            rearrange(y, "b l (n d) -> b n l d", n=self.heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+    def project(self, context: Tensor) -> KeysValues:
+        """(B, M, D') -> keys and values of it, (B, N, M, D / N) x 2."""
+        keys, values = (
+            rearrange(y, "b m (n d) -> b n m d", n=self.heads)
+            for y in (self.to_k(context), self.to_v(context))
         )
+        return keys, values
+
+    def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
+        """(B, L, D), what `project` made of a context, or nothing for x itself -> (B, L, D)."""
+        q = rearrange(self.to_q(x), "b l (n d) -> b n l d", n=self.heads)
+        k, v = self.project(x) if context is None else context
         out = self.attend(q, k, v)  # (B, N, L, D / N)
         return self.to_out[0](rearrange(out, "b n l d -> b l (n d)"))
 
@@ -69,7 +77,10 @@ def normalise(
 
 
 class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice, around a skip; the time embedding joins between."""
+    """GroupNorm, SiLU, 3x3 convolution, twice, around a skip; the time joins in between.
+
+    `time_emb_proj` is here for its name: who has the time embedding projects it to the shift.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_width: int = 0
@@ -85,10 +96,9 @@ class ResnetBlock(nn.Module):
             nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         )
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), (B, D) -> (B, C', H, W)."""
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), (B, C') -> (B, C', H, W)."""
         h = self.conv1(normalise(self.norm1, x))  # (B, C', H, W)
-        shift = None if time is None else self.time_emb_proj(F.silu(time))  # (B, C')
         h = self.conv2(normalise(self.norm2, h, shift=shift))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 

@@ -1,9 +1,15 @@
 """The Stable Diffusion UNet (Rombach et al. 2022, arXiv:2112.10752): denoises the content frame.
 
+What it makes of timestep and text before the sample joins is apart from the rest: a sampler, which
+knows its timesteps beforehand and whose text stays, has all of that made once (`project_time`,
+`project_text`) and each step's part given to `denoise`. `forward` is the one after the other.
+
 Parameter names equal diffusers' `UNet2DConditionModel`: its files load here, ours load there.
 """
 
 import os
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +21,7 @@ from cmdgen.models.attention import self_attention
 from cmdgen.models.layers import (
     Attention,
     Downsample,
+    KeysValues,
     ResnetBlock,
     Upsample,
     normalise,
@@ -24,6 +31,13 @@ from cmdgen.weights import load_model, save_model
 
 FILENAME = "diffusion_pytorch_model.safetensors"
 _EPS = 1e-5
+
+
+class Given(NamedTuple):
+    """What the layers take of the timestep and of the text, by the layer."""
+
+    shifts: dict[nn.Module, Tensor]
+    text: dict[nn.Module, KeysValues]
 
 
 class TimeEmbedding(nn.Module):
@@ -83,10 +97,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, H*W, D), (B, L, D') -> (B, H*W, D)."""
+    def forward(self, x: Tensor, given: Given) -> Tensor:
+        """(B, H*W, D) -> (B, H*W, D)."""
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), given.text[self.attn2])
         return x + self.ff(self.norm3(x))
 
 
@@ -104,11 +118,11 @@ class SpatialTransformer(nn.Module):
         )
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, config)])
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), (B, L, D) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, given: Given) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         tokens = rearrange(normalise(self.norm, x, activation="none"), "b c h w -> b (h w) c")
         tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        tokens = self.transformer_blocks[0](tokens, context)  # (B, H*W, C)
+        tokens = self.transformer_blocks[0](tokens, given)  # (B, H*W, C)
         tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
 
@@ -135,10 +149,10 @@ class Stage(nn.Module):
                 SpatialTransformer(channels, heads, config) for _ in in_channels
             )
 
-    def layer(self, i: int, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), (B, D), (B, L, D') -> (B, C', H, W)."""
-        x = self.resnets[i](x, time)
-        return self.attentions[i](x, context) if hasattr(self, "attentions") else x
+    def layer(self, i: int, x: Tensor, given: Given) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W)."""
+        x = self.resnets[i](x, given.shifts[self.resnets[i]])
+        return self.attentions[i](x, given) if hasattr(self, "attentions") else x
 
 
 class DownStage(Stage):
@@ -151,11 +165,11 @@ class DownStage(Stage):
         super().__init__(inputs, channels, heads, config)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels, padding=1)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> list[Tensor]:
-        """(B, C, H, W), (B, D), (B, L, D') -> the skips, the last of which goes on down."""
+    def forward(self, x: Tensor, given: Given) -> list[Tensor]:
+        """(B, C, H, W) -> the skips, the last of which goes on down."""
         skips = []
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, time, context)
+            x = self.layer(i, x, given)
             skips.append(x)
         return [*skips, *(down(x) for down in self.downsamplers)]
 
@@ -169,9 +183,11 @@ class MidStage(nn.Module):
         self.resnets = stage.resnets
         self.attentions = nn.ModuleList([SpatialTransformer(channels, heads, config)])
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor) -> Tensor:
-        """(B, C, H, W), (B, D), (B, L, D') -> (B, C, H, W)."""
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, time), context), time)
+    def forward(self, x: Tensor, given: Given) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        before, after = self.resnets
+        x = self.attentions[0](before(x, given.shifts[before]), given)
+        return after(x, given.shifts[after])
 
 
 class UpStage(Stage):
@@ -192,10 +208,10 @@ class UpStage(Stage):
         super().__init__(inputs, channels, heads, config)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(channels)])
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], given: Given) -> Tensor:
         """(B, C, H, W) -> (B, C', 2H, 2W); takes its skips off the end of the list."""
         for i in range(len(self.resnets)):
-            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
+            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), given)
         for up in self.upsamplers:
             # an odd side is not twice its half
             x = up(x, size=skips[-1].shape[2:])
@@ -239,46 +255,76 @@ class UNet(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """(B, C, h, w), (B,), (B, L, D) -> (B, C, h, w)."""
-        x, time = self.embed(sample, timestep)
-        feature = self.trunk(x, time, encoder_hidden_states, cut="layer")
-        return self.tail(feature, x, time, encoder_hidden_states, cut="layer")
+        time = self.project_time(timestep.expand(sample.shape[0]))
+        return self.denoise(sample, time, *self.project_text(encoder_hidden_states))
 
-    def embed(self, sample: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w), (B,) -> the first skip (B, C', h, w), the time (B, D)."""
-        time = self.time_embedding(timestep.expand(sample.shape[0]))
-        return self.conv_in(sample.contiguous(memory_format=torch.channels_last)), time
+    def project_time(self, timestep: Tensor) -> Tensor:
+        """(B,) -> (B, P): the shifts of all residual blocks."""
+        time = F.silu(self.time_embedding(timestep))  # (B, D)
+        return torch.cat([resnet.time_emb_proj(time) for resnet in self._resnets()], dim=-1)
 
-    def trunk(self, x: Tensor, time: Tensor, context: Tensor, *, cut: str) -> Tensor:
-        """(B, C, h, w), (B, D), (B, L, D') -> the feature (B, C, h, w) at one of CUTS."""
+    def project_text(self, states: Tensor) -> tuple[Tensor, ...]:
+        """(B, L, D) -> keys, values of each attention to the text, (B, N, L, D / N) each."""
+        return tuple(part for each in self._readers() for part in each.project(states))
+
+    def denoise(self, sample: Tensor, time: Tensor, *text: Tensor) -> Tensor:
+        """(B, C, h, w), (B, P), the projected text -> (B, C, h, w)."""
+        given = self.hand_out(time, text)
+        x = self.embed(sample)
+        return self.tail(self.trunk(x, given, cut="layer"), x, given, cut="layer")
+
+    def hand_out(self, time: Tensor, text: tuple[Tensor, ...]) -> Given:
+        """(B, P), the projected text -> what each layer takes of them."""
+        resnets = list(self._resnets())
+        shifts = time.split([resnet.conv1.out_channels for resnet in resnets], dim=-1)
+        pairs = zip(text[::2], text[1::2], strict=True)
+        return Given(
+            shifts=dict(zip(resnets, shifts, strict=True)),
+            text=dict(zip(self._readers(), pairs, strict=True)),
+        )
+
+    def _resnets(self) -> Iterator[ResnetBlock]:
+        for stage in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            yield from stage.resnets
+
+    def _readers(self) -> Iterator[Attention]:
+        """The attentions to the text."""
+        for stage in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            for attention in getattr(stage, "attentions", ()):
+                yield attention.transformer_blocks[0].attn2
+
+    def embed(self, sample: Tensor) -> Tensor:
+        """(B, C, h, w) -> the first skip (B, C', h, w)."""
+        return self.conv_in(sample.contiguous(memory_format=torch.channels_last))
+
+    def trunk(self, x: Tensor, given: Given, *, cut: str) -> Tensor:
+        """(B, C, h, w) -> the feature (B, C, h, w) at one of CUTS."""
         skips = [x]
         for block in self.down_blocks:
-            skips += block(skips[-1], time, context)
-        x = self.mid_block(skips[-1], time, context)
+            skips += block(skips[-1], given)
+        x = self.mid_block(skips[-1], given)
         *earlier, last = self.up_blocks
         assert isinstance(last, UpStage)
         for block in earlier:
-            x = block(x, skips, time, context)
+            x = block(x, skips, given)
         for i in range(len(last.resnets) - 1):
-            x = last.layer(i, torch.cat([x, skips.pop()], dim=1), time, context)
-        return self._last_layer(x, skips.pop(), time, context, CUTS[: CUTS.index(cut)])
+            x = last.layer(i, torch.cat([x, skips.pop()], dim=1), given)
+        return self._last_layer(x, skips.pop(), given, CUTS[: CUTS.index(cut)])
 
-    def tail(
-        self, feature: Tensor, first: Tensor, time: Tensor, context: Tensor, *, cut: str
-    ) -> Tensor:
-        """(B, C, h, w) x 2, (B, D), (B, L, D') -> (B, C', h, w): the output, from a cut on."""
-        x = self._last_layer(feature, first, time, context, CUTS[CUTS.index(cut) : -1])
+    def tail(self, feature: Tensor, first: Tensor, given: Given, *, cut: str) -> Tensor:
+        """(B, C, h, w) x 2 -> (B, C', h, w): the output, from a cut on."""
+        x = self._last_layer(feature, first, given, CUTS[CUTS.index(cut) : -1])
         return self.conv_out(normalise(self.conv_norm_out, x))
 
-    def _last_layer(
-        self, x: Tensor, first: Tensor, time: Tensor, context: Tensor, cuts: tuple[str, ...]
-    ) -> Tensor:
-        """(B, C, h, w) x 2, (B, D), (B, L, D') -> (B, C, h, w): what follows each of `cuts`."""
+    def _last_layer(self, x: Tensor, first: Tensor, given: Given, cuts: tuple[str, ...]) -> Tensor:
+        """(B, C, h, w) x 2 -> (B, C, h, w): what follows each of `cuts`."""
         last = self.up_blocks[-1]
         assert isinstance(last, UpStage)
         if "layer" in cuts:
-            x = last.resnets[-1](torch.cat([x, first], dim=1), time)
+            resnet = last.resnets[-1]
+            x = resnet(torch.cat([x, first], dim=1), given.shifts[resnet])
         if "resnet" in cuts and hasattr(last, "attentions"):
-            x = last.attentions[-1](x, context)
+            x = last.attentions[-1](x, given)
         return x
 
     @classmethod

@@ -10,7 +10,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import VaeConfig
-from cmdgen.models.layers import Attention, Downsample, ResnetBlock, Upsample, normalise
+from cmdgen.models.layers import (
+    Attention,
+    Downsample,
+    KeysValues,
+    ResnetBlock,
+    Upsample,
+    normalise,
+)
 from cmdgen.weights import load_model, save_model
 
 FILENAME = "diffusion_pytorch_model.safetensors"
@@ -31,7 +38,7 @@ class SpatialAttention(Attention):
         super().__init__(channels, channels, heads=1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         tokens = normalise(self.group_norm, x, activation="none")
         tokens = rearrange(tokens, "b c h w -> b (h w) c")

@@ -11,7 +11,7 @@ from torch import Tensor
 from cmdgen.config import CMD_SD15, PRESETS, DiTConfig, NoiseConfig
 from cmdgen.config import SAMPLERS as NAMES
 from cmdgen.diffusion.guidance import Denoise, guide
-from cmdgen.diffusion.samplers import SAMPLERS, ddim, ddpm, dpm_solver_pp
+from cmdgen.diffusion.samplers import SAMPLERS, VISITED, ddim, ddpm, dpm_solver_pp
 from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, velocity
 
 Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
@@ -224,6 +224,23 @@ def test_ddim_guides_as_guidance_does(predict: Denoise, eta: float) -> None:
     )
     assert together.dtype == torch.float32
     torch.testing.assert_close(together, apart)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 7, 64, 1000])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_denoiser_is_called_once_for_each_timestep_known_beforehand(
+    name: str, steps: int, spacing: str
+) -> None:
+    config = replace(STABLE_DIFFUSION, timestep_spacing=spacing)
+    called: list[list[int]] = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        called.append(t.tolist())
+        return half(x, t)
+
+    SAMPLERS[name](denoise, torch.randn(2, 1, 1, 1), config, steps=steps)
+    assert called == [[t, t] for t in VISITED[name](config, steps).tolist()]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -65,13 +65,13 @@ def test_papers_settings_have_their_token_counts(
     assert preset.motion is not None and preset.autoencoder is not None
     config = replace(preset.motion, width=16, heads=1, depth=1, text_width=None)
     model, counts = DiT(config), []
-    for part in (model.embed_sample, model.embed_context, model.blocks[0]):
+    for part in (model.embed_context, model.embed_sample, model.blocks[0]):
         part.register_forward_hook(lambda *arguments: counts.append(arguments[2].shape[1]))
     rows, columns = (side // preset.autoencoder.patch for side in size)
     z = torch.zeros(1, config.in_channels, preset.frames, columns + rows)
     context = torch.zeros(1, preset.autoencoder.channels, *size)
     output = model(z, torch.zeros(1), context=context, split=columns)
-    assert counts == [motion, content, motion + content]
+    assert counts == [content, motion, motion + content]
     assert output.shape == (1, 2 * config.in_channels, *z.shape[2:])
 
 
