@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from cmdgen import __version__
 from cmdgen.acceleration.budget import choose_slices
 from cmdgen.acceleration.calibration import Calibration, Measurement, Plan, Predict, plan_rehash
+from cmdgen.acceleration.compiled import Compiled, check_compiler
 from cmdgen.acceleration.graphs import Graphed, GraphedNetwork, Out, fastest_libraries
 from cmdgen.acceleration.keysteps import count_protected
 from cmdgen.acceleration.overlap import Pending, start
@@ -80,32 +81,51 @@ class TextToVideo:
     """A model folder, ready to sample; its weights are read when first needed."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype
+        self,
+        folder: Path,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        compile: bool = False,
     ) -> None:
         self.folder = folder
         self.config = config
         self.device = device
         self.dtype = dtype
+        self.uses_compiler = compile
         # where it takes longer to launch kernels than to run them
         self.uses_graphs = device.type == "cuda"
-        self.graphs: dict[object, Graphed[Any]] = {}
+        # what was compiled and captured, and the memory of the latter
+        self.prepared: dict[object, Callable[..., Any]] = {}
+        self.pool = cache(torch.cuda.graph_pool_handle)
         # searching for the steps of a plan takes time
         self.plans: dict[SampleConfig, Plan | None] = {}
 
     @classmethod
     def load(
-        cls, model: str | os.PathLike[str] = "mini", *, device: str = "auto", dtype: str = "auto"
+        cls,
+        model: str | os.PathLike[str] = "mini",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        compile: bool = False,
     ) -> Self:
         """A packaged model's name or a folder; "auto" is a GPU if there is one, bfloat16 on it.
 
-        Reads configurations only. Raises ValueError, saying what is possible.
+        Reads configurations only. With `compile` the UNet and the motion model go through torch's
+        compiler, which takes minutes for the first clip of a size. Raises ValueError, saying what
+        is possible.
         """
         folder = resolve_model(model)
         config = read_model(folder)
         if config.text is None or config.vae is None or not isinstance(config.content, UNetConfig):
             raise ValueError(f"{folder} makes no video from text: it needs text_encoder, unet, vae")
         place = choose_device(device)
-        return cls(folder, config, place, choose_dtype(dtype, place))
+        number = choose_dtype(dtype, place)
+        if compile:
+            check_compiler(place)
+        return cls(folder, config, place, number, compile=compile)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -283,6 +303,9 @@ class TextToVideo:
         for name in ("text", "content", "vae", "autoencoder", "motion", "noise", "name", *unused):
             del recorded[name]
         recorded |= {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type}
+        if self.uses_compiler:
+            # it rounds otherwise
+            recorded["compile"] = True
         if plan is not None:
             recorded["rehash"] = plan.to_dict()
         content_seed, motion_seed = _seeds(config, seed)
@@ -535,8 +558,18 @@ class TextToVideo:
         return sample
 
     def _graphed(self, key: object, function: Callable[..., Out]) -> Callable[..., Out]:
-        """A function as graphs, those of former clips too; itself where they would not pay."""
-        return self.graphs.setdefault(key, Graphed(function)) if self.uses_graphs else function
+        """A function compiled, where asked for, and as graphs, where they pay; else itself.
+
+        Those of former clips serve again.
+        """
+        if not (self.uses_compiler or self.uses_graphs):
+            return function
+        if key not in self.prepared:
+            if self.uses_compiler:
+                function = Compiled(function)
+            # the first calls, before a capture, compile
+            self.prepared[key] = Graphed(function, self.pool) if self.uses_graphs else function
+        return self.prepared[key]
 
     def _graphed_network(self, network: CutUNet | CutDiT) -> Network:
         return GraphedNetwork(

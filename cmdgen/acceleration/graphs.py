@@ -5,7 +5,7 @@ A graph makes one launch of the hundreds of kernels of a forward pass.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # of a denoiser: its output, or its output and a feature
 Out = TypeVar("Out", Tensor, tuple[Tensor, Tensor])
+# () -> the same pool of a GPU's memory every time
+Pool = Callable[[], Any]
 
 # runs before a capture: libraries choose algorithms and allocate workspaces in the first ones
 _WARM_UP = 3
@@ -21,12 +23,16 @@ _WARM_UP = 3
 class Graphed(Generic[Out]):
     """A function of tensors on a GPU, captured once for each set of shapes, then replayed.
 
-    What it returns is overwritten by the next call with the same shapes. The function must do the
-    same work whatever the values are.
+    The function must do the same work whatever the values are. Graphs of one pool share their
+    memory, and may not run at the same time. Any of them overwrites what another has written,
+    also what it returned: step rehash uses a feature again after other graphs have run. So what
+    goes in and out is copied, and no graph reads anything but its inputs, which are not in the
+    pool.
     """
 
-    def __init__(self, function: Callable[..., Out]) -> None:
+    def __init__(self, function: Callable[..., Out], pool: Pool) -> None:
         self.function: Callable[..., Out] = function
+        self.pool = pool
         self.captures: dict[tuple[object, ...], tuple[list[Tensor], Callable[[], Out]]] = {}
 
     def __call__(self, *given: Tensor) -> Out:
@@ -34,10 +40,14 @@ class Graphed(Generic[Out]):
         key = tuple((tensor.shape, tensor.dtype) for tensor in given)
         if key not in self.captures:
             inputs = [tensor.clone() for tensor in given]
-            self.captures[key] = inputs, capture(self.function, inputs)
+            self.captures[key] = inputs, capture(self.function, inputs, self.pool)
         inputs, replay = self.captures[key]
         torch._foreach_copy_(inputs, list(given))
-        return replay()
+        output = replay()
+        if isinstance(output, Tensor):
+            return output.clone()
+        first, second = output
+        return first.clone(), second.clone()
 
 
 class GraphedNetwork(NamedTuple):
@@ -65,8 +75,11 @@ def fastest_libraries(device: torch.device) -> Iterator[None]:
             yield
 
 
-def capture(function: Callable[..., Out], inputs: list[Tensor]) -> Callable[[], Out]:
-    """Record what a function does with these tensors; what is given does it again."""
+def capture(function: Callable[..., Out], inputs: list[Tensor], pool: Pool) -> Callable[[], Out]:
+    """Record what a function does with these tensors; what is given does it again.
+
+    Its output is overwritten by any other graph of the pool.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -74,7 +87,7 @@ def capture(function: Callable[..., Out], inputs: list[Tensor]) -> Callable[[], 
             function(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool()):
         output = function(*inputs)
 
     def replay() -> Out:

@@ -61,7 +61,8 @@ Of each stage and of total:
     + """\
 With --suite it prints another, with the same names for the same things:
   model, frames, height, width, sampler, steps, motion_steps, guidance,
-  motion_guidance, runs, device, dtype, torch, matmul_flops_per_second
+  motion_guidance, runs, device, dtype, torch, matmul_flops_per_second,
+  compile                         whether the networks were compiled
   rows                            an object for each way to make a clip:
                                   paper, clip, rehash_half, rehash_quarter
   unet_step                       of clip: {seconds, flops_per_second,
@@ -166,6 +167,14 @@ def profile(
             "instead; warm.",
         ),
     ] = False,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Put the networks of --suite through torch's compiler, which takes minutes for "
+            "each row; not counted.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
     """Measure each stage of sampling: time, memory, arithmetic, bytes.
@@ -189,12 +198,15 @@ def profile(
         _decode(size or "1024x512", device, dtype, 1 if once else runs, as_json=as_json)
         return
     if suite:
-        used = ("suite", "as_json", "model", "size", "steps", "runs", "device", "dtype")
+        used = ("suite", "as_json", "model", "size", "steps", "runs", "device", "dtype", "compile")
         _refuse_others(context, "--suite measures ways to make one clip", used)
         height, width = (None, None) if size is None else parse_size(size)
         wanted = SuiteConfig(SuiteConfig.steps if steps is None else steps, runs, height, width)
-        _measure_suite(model, wanted, device, dtype, as_json=as_json)
+        _measure_suite(model, wanted, device, dtype, compile=compile, as_json=as_json)
         return
+    if compile:
+        # each run here reads the weights anew, and would compile anew
+        raise ValueError("--compile has a use with --suite alone")
     if trace is not None and (trace.is_dir() or not os.access(trace.absolute().parent, os.W_OK)):
         raise ValueError(f"{trace}: not the name of a file in a folder that can be written to")
     height, width = (None, None) if size is None else parse_size(size)
@@ -278,13 +290,13 @@ def _decode(size: str, device: str, dtype: str, runs: int, *, as_json: bool) -> 
 
 
 def _measure_suite(
-    model: str, config: SuiteConfig, device: str, dtype: str, *, as_json: bool
+    model: str, config: SuiteConfig, device: str, dtype: str, *, compile: bool, as_json: bool
 ) -> None:
     """Make clips in all ways, and print the table."""
     from cmdgen.evaluation.suite import measure_suite, plan_suite
     from cmdgen.pipeline import TextToVideo
 
-    pipeline = TextToVideo.load(find_model(model), device=device, dtype=dtype)
+    pipeline = TextToVideo.load(find_model(model), device=device, dtype=dtype, compile=compile)
     plan_suite(pipeline, config)
     with on_the_way("--size"), show_progress() as show:
         measured = measure_suite(pipeline, config, on_progress=show)
@@ -304,7 +316,8 @@ def _suite_lines(measured: "Suite") -> list[str]:
     title = "{model}, {frames} frames of {width}x{height}, {sampler} {steps} + {motion_steps} steps"
     return [
         title.format(**settings),
-        "{dtype} on {device}, torch {torch}".format(**settings),
+        "{dtype} on {device}, torch {torch}".format(**settings)
+        + (", compiled" if settings["compile"] else ""),
         f"measured limit: matmul {limit / factor:.1f} {prefix}FLOP/s",
         "",
         *table(

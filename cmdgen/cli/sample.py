@@ -113,6 +113,14 @@ def sample(
     dtype: Annotated[
         str, typer.Option(help="auto (float32 on a CPU), float32, float16 or bfloat16.")
     ] = "auto",
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Put the networks through torch's compiler: minutes for the first clip of a size, "
+            "less for those that follow in the same process.",
+        ),
+    ] = False,
 ) -> None:
     """Make a video from a text prompt.
 
@@ -158,11 +166,13 @@ def sample(
         raise ValueError("say how many steps run in full with --rehash N: nothing is rehashed")
     from cmdgen.pipeline import TextToVideo
 
-    pipeline = TextToVideo.load(find_model(model), device=device, dtype=dtype)
+    pipeline = TextToVideo.load(find_model(model), device=device, dtype=dtype, compile=compile)
     asked, own = config.apply(pipeline.config), pipeline.config
     plan = pipeline.plan_rehash(config)
     pipeline.plan_decoding(config)
     _say(f"seed {config.seed}")
+    if compile:
+        _say("note: the first step waits for the compiler, for minutes where all is new to it")
     if (asked.width, asked.height) != (own.width, own.height):
         _say(f"note: {own.name} was trained at {own.width}x{own.height}")
     if asked.frames not in (own.frames, 1):

@@ -177,6 +177,7 @@ def measure_suite(
             **{"guidance": own.guidance, "motion_guidance": own.motion_guidance},
             **{"runs": config.runs, "device": device_name(device)},
             **{"dtype": str(model.dtype).removeprefix("torch."), "torch": torch.__version__},
+            "compile": model.uses_compiler,
         },
         matmul_flops_per_second=max(before.flops_per_second, after.flops_per_second),
         rows=rows,

@@ -41,7 +41,7 @@ SECONDS_KEYS = {"median", "fastest", "slowest"}
 SUITE_KEYS = {
     *("model", "frames", "height", "width", "sampler", "steps", "motion_steps", "guidance"),
     *("motion_guidance", "runs", "device", "dtype", "torch", "matmul_flops_per_second"),
-    *("rows", "unet_step"),
+    *("compile", "rows", "unet_step"),
 }
 ROW_KEYS = {
     *("full_steps", "full_motion_steps", "guidance", "motion_guidance", "seconds"),
@@ -305,6 +305,7 @@ def test_a_damaged_model_fails_in_one_line_that_names_the_file(profile, tiny_mod
         (("--suite", "--batch", 2), "--suite measures ways to make one clip: --batch has no use"),
         (("--suite", "--trace", "trace.json"), "--trace has no use there"),
         (("--paper", "--suite"), "--suite has no use there"),
+        (("--compile",), "--compile has a use with --suite alone"),
         (("--decoding", "--suite"), "--suite has no use there"),
         (("--suite", "--steps", 2), "steps 2 is not at least 3"),
         (("--suite", "--steps", 1001), "steps 1001 is not between 1 and 1000"),
@@ -414,16 +415,22 @@ def test_the_table_of_ways_fits_a_screen(profile, tiny_model, monkeypatch):
     settings = {
         **{"model": "cmd-sd21", "frames": 16, "height": 512, "width": 1024, "sampler": "ddim"},
         **{"steps": 50, "motion_steps": 50, "guidance": 7.5, "motion_guidance": 1.0, "runs": 3},
-        **{"device": "NVIDIA H200", "dtype": "bfloat16", "torch": "2.13.0"},
+        **{"device": "NVIDIA H200", "dtype": "bfloat16", "torch": "2.13.0", "compile": True},
     }
     rows = {"paper": row(1.0, 50, 0.005, 0.6), "clip": row(7.5, 50, 0.008, 1.2)}
     rows |= {"rehash_half": row(7.5, 25, 0.005, 0.8), "rehash_quarter": row(7.5, 13, 0.003, 0.5)}
     measured = Suite(settings, 700e12, rows)
-    monkeypatch.setattr(suite, "measure_suite", lambda *_, **__: measured)
-    code, out, _ = profile("--suite", "--model", tiny_model)
+    given = []
+    monkeypatch.setattr(
+        suite, "measure_suite", lambda model, *_, **__: given.append(model) or measured
+    )
+    monkeypatch.setattr("cmdgen.pipeline.check_compiler", lambda device: None)
+    code, out, _ = profile("--suite", "--compile", "--model", tiny_model)
     lines = out.splitlines()
     assert code == 0
+    assert given[0].uses_compiler
     assert max(map(len, lines)) <= 120
+    assert lines[1] == "bfloat16 on NVIDIA H200, torch 2.13.0, compiled"
     assert lines[2] == "measured limit: matmul 700.0 TFLOP/s"
     header, _, *found = cells(lines)
     assert header == [
