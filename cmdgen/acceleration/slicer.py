@@ -9,6 +9,7 @@ The VAE's operators are all spatial: frames go through one after another. Of a s
 GroupNorm that forbids slices, as it takes its moments of all positions. Here they are added up
 while a convolution writes its strips of rows, and the next one normalises strip by strip what it
 reads, with a row of the neighbours on either side. Strips that nobody needs any more are let go.
+Where maps are smallest, in the middle, they are whole: attention needs all of them.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmdgen.models.autoencoder import Block, CmdAutoencoder
-from cmdgen.models.layers import ResnetBlock, Upsample
-from cmdgen.models.vae import KlVae, UpBlock
+from cmdgen.models.layers import Downsample, ResnetBlock, Upsample, normalise
+from cmdgen.models.vae import DownBlock, KlVae, UpBlock
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Slices:
     positions: int
     # frames through the VAE, of all clips together
     pictures: int
-    # parts into which the VAE's decoder cuts the rows of these; 1: none
+    # parts into which the VAE cuts the rows of these, at most one for each of a latent; 1: none
     strips: int = 1
 
 
@@ -77,6 +78,39 @@ def _transform(
             part.copy_(block.mix_time(part, time))
         for part in by_frame.split(slices.frames):
             part.copy_(block.mix_space(part, space))
+
+
+def encode_pictures(vae: KlVae, pictures: Tensor, strips: int) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, c, h, w) scaled: `to_latents`, the rows in so many strips.
+
+    Raises ValueError where a side is not a multiple of the VAE's stride.
+    """
+    if strips == 1:
+        return vae.to_latents(pictures)
+    vae.check_size(pictures)
+    encoder, stride = vae.encoder, vae.config.stride
+    # so that halves of their rows are rows, at every level
+    rows = pictures[:, :, ::stride]
+    coarse = rows.tensor_split(min(strips, rows.shape[2]), dim=2)
+    given = list(pictures.split([stride * part.shape[2] for part in coarse], dim=2))
+    parts, above, moments = [], None, Moments()
+    for i in range(len(given)):
+        window, above = _window(given, i, above)
+        parts.append(_convolve(encoder.conv_in, window))
+        moments.add(parts[-1])
+    for block in encoder.down_blocks:
+        assert isinstance(block, DownBlock)
+        for resnet in block.resnets:
+            assert isinstance(resnet, ResnetBlock)
+            moments = _run_resnet(resnet, parts, moments)
+        for downsampler in block.downsamplers:
+            assert isinstance(downsampler, Downsample)
+            moments = _run_downsampler(downsampler.conv, parts)
+    x = torch.cat(parts, dim=2)
+    parts.clear()
+    x = encoder.conv_out(normalise(encoder.conv_norm_out, encoder.mid_block(x)))
+    mean, _ = vae.quant_conv(x).chunk(2, dim=1)
+    return mean * vae.config.scaling_factor
 
 
 def decode_pictures(vae: KlVae, latents: Tensor, strips: int) -> Tensor:
@@ -202,6 +236,20 @@ def _run_resnet(block: ResnetBlock, x: Strips, moments: Moments) -> Moments:
         window, above = _window(hidden, i, above, affine)
         hidden[i] = GONE
         x[i] += _convolve(block.conv2, window)
+        del window
+        moments.add(x[i])
+    return moments
+
+
+def _run_downsampler(conv: nn.Conv2d, x: Strips) -> Moments:
+    """Strips of even rows, in place, to half the rows and columns -> their moments."""
+    moments = Moments()
+    for i in range(len(x)):
+        # a column of zeros to the right; below, the neighbour's first row, or zeros too
+        window = F.pad(x[i], (0, 1, 0, 1))
+        if i + 1 < len(x):
+            window[:, :, -1:, :-1] = x[i + 1][:, :, :1]
+        x[i] = F.conv2d(window, conv.weight, conv.bias, stride=2)
         del window
         moments.add(x[i])
     return moments

@@ -163,13 +163,17 @@ class KlVae(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> mean and log variance, each (B, c, h, w), unscaled."""
+        self.check_size(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def check_size(self, x: Tensor) -> None:
+        """(B, 3, H, W) -> (): ValueError where a side is not a multiple of the stride."""
         stride = self.config.stride
         if x.shape[2] % stride or x.shape[3] % stride:
             height, width = x.shape[2:]
             raise ValueError(f"frame size {height}x{width} is not a multiple of {stride}")
-        x = x.contiguous(memory_format=torch.channels_last)
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
 
     def decode(self, z: Tensor) -> Tensor:
         """(B, c, h, w) unscaled -> (B, 3, H, W), about [-1, 1]."""

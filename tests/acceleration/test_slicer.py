@@ -12,6 +12,7 @@ from cmdgen.acceleration.slicer import (
     decode_clip,
     decode_pictures,
     encode_clip,
+    encode_pictures,
     fetch,
 )
 from cmdgen.config import AutoencoderConfig, VaeConfig
@@ -101,6 +102,36 @@ def test_pictures_in_strips_equal_whole_ones(vae: KlVae, strips: int, layers: in
     before = latents.clone()
     assert_exact(decode_pictures(vae, latents, strips), vae.from_latents(latents))
     assert torch.equal(latents, before)
+
+
+@pytest.mark.parametrize("strips", [1, 2, 3, 5, 7, 100])
+@pytest.mark.parametrize("layers", [1, 2])
+@torch.no_grad()
+def test_pictures_are_encoded_in_strips_as_whole(vae: KlVae, strips: int, layers: int) -> None:
+    if layers > 1:
+        torch.manual_seed(0)
+        vae = KlVae(replace(VAE, layers_per_block=layers, block_out_channels=(8, 8, 24))).double()
+    # seven rows of latents: of every number of strips, some are higher than others
+    pictures = torch.randn(3, 3, 28, 20, dtype=torch.float64)
+    before = pictures.clone()
+    assert_exact(encode_pictures(vae, pictures, strips), vae.to_latents(pictures))
+    assert torch.equal(pictures, before)
+    with pytest.raises(ValueError, match="frame size 28x18 is not a multiple of 4"):
+        encode_pictures(vae, pictures[..., :18], strips)
+
+
+@torch.no_grad()
+def test_strips_are_encoded_as_exactly_as_the_whole_under_autocast(vae: KlVae) -> None:
+    pictures = torch.randn(2, 3, 32, 24, dtype=torch.float64)
+    exact = vae.to_latents(pictures)
+    single = KlVae(VAE)
+    single.load_state_dict(vae.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = [
+            (encode_pictures(single, pictures.float(), strips).double() - exact).norm()
+            for strips in (1, 4)
+        ]
+    assert 0 < errors[1] <= 1.2 * errors[0]
 
 
 @torch.no_grad()
