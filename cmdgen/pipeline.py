@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cmdgen import __version__
-from cmdgen.acceleration.budget import choose_slices
+from cmdgen.acceleration.budget import choose_encoding_slices, choose_slices
 from cmdgen.acceleration.calibration import Calibration, Measurement, Plan, Predict, plan_rehash
 from cmdgen.acceleration.compiled import Compiled, check_compiler
 from cmdgen.acceleration.graphs import Graphed, GraphedNetwork, Out, fastest_libraries
@@ -323,6 +323,15 @@ class TextToVideo:
         Raises ValueError, saying how much memory would do, where that is too little.
         """
         return choose_slices(
+            config.apply(self.config),
+            *(self.dtype, self.device),
+            batch=batch,
+            max_memory=config.max_memory,
+        )
+
+    def plan_encoding(self, config: SampleConfig, *, batch: int = 1) -> Slices:
+        """`plan_decoding`, of frames to latents by the VAE, these to content and motion."""
+        return choose_encoding_slices(
             config.apply(self.config),
             *(self.dtype, self.device),
             batch=batch,

@@ -1,4 +1,4 @@
-"""What decoding a clip holds in memory, and how finely to slice it to stay within a budget.
+"""What decoding and encoding a clip hold in memory, and how finely to slice to stay in a budget.
 
 Bytes of tensors beside the weights, at the moment of most of them: what the operators in
 `acceleration.slicer` and in the models make, counted from their shapes. Not counted is what a
@@ -6,6 +6,7 @@ library takes inside a single operator, such as a convolution's workspace, and w
 keeps for later.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 
@@ -20,6 +21,9 @@ SLICE_BYTES = {"cpu": 2**19}
 PIXELS = 2**15
 # bytes that are of no account
 LITTLE = 2**25
+
+# model, slices, dtype, how many clips -> bytes
+Peak = Callable[[ModelConfig, Slices, torch.dtype, int], int]
 
 
 def choose_slices(
@@ -36,6 +40,39 @@ def choose_slices(
     and a frame of each through the VAE.
     Raises ValueError where no slices are small enough.
     """
+    peaks = frame_decoding_peak, vae_decoding_peak
+    return _choose("decode", *peaks, model, dtype, device, batch, max_memory)
+
+
+def choose_encoding_slices(
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    batch: int = 1,
+    max_memory: int | None = None,
+) -> Slices:
+    """`choose_slices` for encoding: frames to latents by the VAE, these to content and motion."""
+    peaks = frame_encoding_peak, vae_encoding_peak
+    return _choose("encode", *peaks, model, dtype, device, batch, max_memory)
+
+
+def _choose(
+    verb: str,
+    autoencoder_peak: Peak,
+    vae_peak: Peak,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
+    max_memory: int | None,
+) -> Slices:
+    def peak(slices: Slices) -> int:
+        of_vae = vae_peak(model, slices, dtype, batch)
+        if not moves:
+            return of_vae
+        return max(of_vae, autoencoder_peak(model, slices, dtype, batch))
+
     assert model.vae is not None
     pictures = batch * model.frames
     frame = model.height * model.width
@@ -44,10 +81,10 @@ def choose_slices(
         assert model.autoencoder is not None
         tokens = frame // (model.vae.stride * model.autoencoder.patch) ** 2
         slices = replace(slices, positions=batch * tokens)
-        whole = max(LITTLE, decoding_peak(model, slices, dtype, batch=batch))
+        whole = max(LITTLE, peak(slices))
         while 2 * slices.pictures <= min(pictures, PIXELS // frame):
             more = replace(slices, pictures=2 * slices.pictures)
-            if vae_decoding_peak(model, more, dtype, batch=batch) > whole:
+            if vae_peak(model, more, dtype, batch) > whole:
                 break
             slices = more
         if device.type in SLICE_BYTES:
@@ -62,15 +99,15 @@ def choose_slices(
 
     rows = model.height // model.vae.stride
     finest = Slices(frames=1, positions=1, pictures=1, strips=rows)
-    if (least := decoding_peak(model, finest, dtype, batch=batch)) > max_memory:
+    if (least := peak(finest)) > max_memory:
         raise ValueError(
-            f"max memory {max_memory / 1e6:g} MB: to decode {pictures} frames of "
+            f"max memory {max_memory / 1e6:g} MB: to {verb} {pictures} frames of "
             f"{model.width}x{model.height} takes at least {ceil(least / 1e6)} MB"
         )
-    while moves and frame_decoding_peak(model, slices, dtype, batch=batch) > max_memory:
+    while moves and autoencoder_peak(model, slices, dtype, batch) > max_memory:
         frames, positions = ceil(slices.frames / 2), ceil(slices.positions / 2)
         slices = replace(slices, frames=frames, positions=positions)
-    while vae_decoding_peak(model, slices, dtype, batch=batch) > max_memory:
+    while vae_peak(model, slices, dtype, batch) > max_memory:
         if slices.pictures > 1:
             slices = replace(slices, pictures=ceil(slices.pictures / 2))
         else:
@@ -78,40 +115,68 @@ def choose_slices(
     return slices
 
 
-def decoding_peak(model: ModelConfig, slices: Slices, dtype: torch.dtype, *, batch: int = 1) -> int:
+def decoding_peak(model: ModelConfig, slices: Slices, dtype: torch.dtype, batch: int = 1) -> int:
     """Bytes of decoding `batch` clips in these slices, from content and motion to frames."""
-    vae = vae_decoding_peak(model, slices, dtype, batch=batch)
+    vae = vae_decoding_peak(model, slices, dtype, batch)
     if model.frames == 1:
         return vae
-    return max(vae, frame_decoding_peak(model, slices, dtype, batch=batch))
+    return max(vae, frame_decoding_peak(model, slices, dtype, batch))
 
 
 def frame_decoding_peak(
-    model: ModelConfig, slices: Slices, dtype: torch.dtype, *, batch: int = 1
+    model: ModelConfig, slices: Slices, dtype: torch.dtype, batch: int = 1
 ) -> int:
     """Bytes of `slicer.decode_clip`."""
+    config, tokens = _tokens(model)
+    size, wide = dtype.itemsize, max(4, dtype.itemsize)
+    clip = model.frames * batch * tokens * config.width * size
+    together = min(model.frames, max(1, slices.frames // batch))
+    return clip + max(
+        # the sum is wide, its first term of one frame
+        tokens * config.width * wide * (together + 1) * batch * 2,
+        _blocks(config, tokens, model.frames, slices, size),
+        # a result, what it was before the bias, and its rearrangement
+        3 * model.frames * batch * tokens * config.patch**2 * config.channels * size,
+    )
+
+
+def frame_encoding_peak(
+    model: ModelConfig, slices: Slices, dtype: torch.dtype, batch: int = 1
+) -> int:
+    """Bytes of `slicer.encode_clip`, with the latents that it is given."""
+    config, tokens = _tokens(model)
+    size, wide = dtype.itemsize, max(4, dtype.itemsize)
+    places = model.frames * batch * tokens
+    latents = places * config.patch**2 * config.channels
+    return (
+        places * config.width * size
+        + latents * size
+        + max(
+            # rearranged
+            latents * size,
+            _blocks(config, tokens, model.frames, slices, size),
+            # weights before and after the softmax, and what is weighted; the bias as above
+            latents * max(3 * size, size + 2 * wide + (0 if size == wide else wide)),
+        )
+    )
+
+
+def _tokens(model: ModelConfig) -> tuple[AutoencoderConfig, int]:
+    """The autoencoder, and how many tokens it makes of a frame."""
     config, vae = model.autoencoder, model.vae
     assert config is not None and vae is not None
-    stride = vae.stride * config.patch
-    tokens = model.height * model.width // stride**2
-    frames, width = model.frames, config.width
-    size, wide = dtype.itemsize, max(4, dtype.itemsize)
-    clip = frames * batch * tokens * width * size
+    return config, model.height * model.width // (vae.stride * config.patch) ** 2
+
+
+def _blocks(config: AutoencoderConfig, tokens: int, frames: int, slices: Slices, size: int) -> int:
+    """Bytes of the groups of the autoencoder's blocks, beside the clip."""
+    width, wide = config.width, max(4, size)
     # cosine and sine for each pair of channels, of queries and of keys
     rotations = 2 * (tokens + frames) * width * wide
-    peaks = [
-        # the sum is wide, its first term of one frame
-        tokens * width * wide * (min(frames, max(1, slices.frames // batch)) + 1) * batch * 2,
-        rotations + slices.positions * frames * _mixing(config, frames, size, wide),
-        rotations
-        + slices.frames
-        * tokens
-        # the feed-forward network has its input, its norm, 8 widths, and twice 4 from these
-        * max(_mixing(config, tokens, size, wide), 18 * width * size),
-        # a result, what it was before the bias, and its rearrangement
-        3 * frames * batch * tokens * config.patch**2 * config.channels * size,
-    ]
-    return clip + max(peaks)
+    # the feed-forward network has its input, its norm, 8 widths, and twice 4 from these
+    in_space = max(_mixing(config, tokens, size, wide), 18 * width * size)
+    in_time = _mixing(config, frames, size, wide)
+    return rotations + max(slices.positions * frames * in_time, slices.frames * tokens * in_space)
 
 
 def _mixing(config: AutoencoderConfig, length: int, size: int, wide: int) -> int:
@@ -134,7 +199,7 @@ def _short(size: int) -> int:
 
 
 def vae_decoding_peak(
-    model: ModelConfig, slices: Slices, dtype: torch.dtype, *, batch: int = 1
+    model: ModelConfig, slices: Slices, dtype: torch.dtype, batch: int = 1
 ) -> int:
     """Bytes of `slicer.decode_pictures` of one slice, with the clip's latents and its frames."""
     config = model.vae
@@ -152,6 +217,27 @@ def vae_decoding_peak(
     return held + slices.pictures * _in_strips(config, rows, columns, slices.strips, size)
 
 
+def vae_encoding_peak(
+    model: ModelConfig, slices: Slices, dtype: torch.dtype, batch: int = 1
+) -> int:
+    """Bytes of `slicer.encode_pictures` of one slice, with the clip's frames and its latents.
+
+    Frames are bytes, of which each slice makes its values.
+    """
+    config = model.vae
+    assert config is not None
+    area, size = model.height * model.width, dtype.itemsize
+    latents = area // config.stride**2 * config.latent_channels
+    # those of each slice, and then of all
+    held = batch * model.frames * (3 * area + 2 * latents * size)
+    # the values of a slice, before the last operation on them or in another order of memory
+    held += slices.pictures * 2 * 3 * area * max(4, size)
+    if slices.strips == 1:
+        return held + slices.pictures * _whole_encoder(config, area, size)
+    rows, columns = model.height // config.stride, model.width // config.stride
+    return held + slices.pictures * _encoder_in_strips(config, rows, columns, slices.strips, size)
+
+
 def _whole(config: VaeConfig, area: int, size: int) -> int:
     """Bytes of one picture, its latent of so many positions, as the modules decode it."""
     widths = config.block_out_channels[::-1]
@@ -159,30 +245,50 @@ def _whole(config: VaeConfig, area: int, size: int) -> int:
     before = widths[0]
     for level, width in enumerate(widths):
         area_here = area * 4**level * size
-        for i in range(config.layers_per_block + 1):
-            # a block's input lives until its end
-            kept, channels = (before, width) if i else (0, before)
-            shortcut = 0 if channels == width else width
-            peaks.append(
-                area_here
-                * (
-                    kept
-                    + max(
-                        # the norm and its activation, the convolution of that
-                        3 * channels,
-                        2 * channels + width,
-                        # once more, beside the first result
-                        channels + 3 * width,
-                        # the sum with the skip
-                        channels + shortcut + 2 * width,
-                    )
-                )
-            )
+        peaks.append(area_here * _resnets(before, width, config.layers_per_block + 1))
         if level < len(widths) - 1:
             # doubled, then convolved
             peaks.append(area_here * (before + width + 8 * width))
         before = width
     peaks.append(area * 4 ** (len(widths) - 1) * size * 3 * widths[-1])
+    return max(peaks)
+
+
+def _whole_encoder(config: VaeConfig, area: int, size: int) -> int:
+    """Bytes of one picture of so many positions, as the modules encode it, beside its values."""
+    widths = config.block_out_channels
+    peaks = [_middle(config, area // config.stride**2, size)]
+    before = widths[0]
+    for level, width in enumerate(widths):
+        area_here = area // 4**level * size
+        peaks.append(area_here * _resnets(before, width, config.layers_per_block))
+        if level < len(widths) - 1:
+            # padded, which is little more, then convolved
+            edge = 2 * ceil(area**0.5) * size
+            peaks.append(area_here * (before + 2 * width + ceil(width / 4)) + width * edge)
+        before = width
+    return max(peaks)
+
+
+def _resnets(before: int, width: int, layers: int) -> int:
+    """Channels, at once, of a block's residual blocks, the first of which has `before` of them."""
+    peaks = []
+    for i in range(layers):
+        # a block's input lives until its end
+        kept, channels = (before, width) if i else (0, before)
+        shortcut = 0 if channels == width else width
+        peaks.append(
+            kept
+            + max(
+                # the norm and its activation, the convolution of that
+                3 * channels,
+                2 * channels + width,
+                # once more, beside the first result
+                channels + 3 * width,
+                # the sum with the skip
+                channels + shortcut + 2 * width,
+            )
+        )
     return max(peaks)
 
 
@@ -197,7 +303,6 @@ def _in_strips(config: VaeConfig, rows: int, columns: int, strips: int, size: in
     """Bytes of one picture, its latent of so many rows and columns, in strips of the rows."""
     widths = config.block_out_channels[::-1]
     strip_rows = ceil(rows / strips)
-    cast = 0 if size >= 4 else 4
     peaks = [_middle(config, rows * columns, size)]
     before = widths[0]
     # the first maps are parts of the middle block's
@@ -205,35 +310,73 @@ def _in_strips(config: VaeConfig, rows: int, columns: int, strips: int, size: in
     for level, width in enumerate(widths):
         positions, across = rows * columns * 4**level, columns * 2**level
         high = strip_rows * 2**level
-
-        def normalised(channels: int, high: int = high, across: int = across) -> int:
-            """A strip with its halo, and the wide one that is cast to it."""
-            return channels * across * ((high + 2) * size + high * cast)
-
-        def measured(channels: int, high: int = high, across: int = across) -> int:
-            """The deviations of a strip, and a wide copy of it."""
-            return channels * across * high * (max(size, 4) + cast)
-
-        for i in range(config.layers_per_block + 1):
-            channels = width if i else before
-            strip = width * across * high * size
-            # its strips become those of the skip and of the hidden map, one after another
-            maps = channels + width if channels == width else max(channels, 2 * width)
-            # beside them the last row of the strip before, and that of this one
-            edges = 2 * channels * across * size
-            first = edges + max(normalised(channels) + strip, strip + measured(width), 2 * strip)
-            second = edges + max(normalised(width) + strip, measured(width))
-            peaks.append(whole + maps * positions * size + first)
-            peaks.append(whole + 2 * width * positions * size + second)
+        layers = config.layers_per_block + 1
+        resnets = _resnets_in_strips(before, width, layers, positions, across, high, size)
+        peaks.append(whole + resnets)
         if level < len(widths) - 1:
             doubled = width * 2 * across * (2 * high + 4) * size
-            strip = width * 2 * across * 2 * high * size
             peaks.append(
                 whole
                 + 4 * width * positions * size
                 + 2 * width * across * size
-                + max(doubled + normalised(width), measured(width, 2 * high, 2 * across))
+                + max(
+                    doubled + _window(width, across, high, size),
+                    _moments(width, 2 * across, 2 * high, size),
+                )
             )
         whole, before = 0, width
-    peaks.append(widths[-1] * positions * size + normalised(widths[-1]))
+    peaks.append(widths[-1] * positions * size + _window(widths[-1], across, high, size))
     return max(peaks)
+
+
+def _encoder_in_strips(config: VaeConfig, rows: int, columns: int, strips: int, size: int) -> int:
+    """Bytes of one picture, its latent of so many rows and columns, beside its values."""
+    widths, stride = config.block_out_channels, config.stride
+    strip_rows = ceil(rows / strips)
+    peaks = [_middle(config, rows * columns, size)]
+    before = widths[0]
+    for level, width in enumerate(widths):
+        scale = stride // 2**level
+        positions, across, high = rows * columns * scale**2, columns * scale, strip_rows * scale
+        layers = config.layers_per_block
+        peaks.append(_resnets_in_strips(before, width, layers, positions, across, high, size))
+        if level < len(widths) - 1:
+            # a strip and its result beside all of them
+            padded = (high + 1) * (across + 1)
+            peaks.append(width * size * (positions + padded + ceil(high * across / 4)))
+        before = width
+    return max(peaks)
+
+
+def _resnets_in_strips(
+    before: int, width: int, layers: int, positions: int, across: int, high: int, size: int
+) -> int:
+    """Bytes of a block's residual blocks, on strips of so many rows of a map."""
+    peaks = []
+    for i in range(layers):
+        channels = width if i else before
+        strip = width * across * high * size
+        # its strips become those of the skip and of the hidden map, one after another
+        maps = channels + width if channels == width else max(channels, 2 * width)
+        # beside them the last row of the strip before, and that of this one
+        edges = 2 * channels * across * size
+        window, moments = _window(width, across, high, size), _moments(width, across, high, size)
+        first = max(_window(channels, across, high, size) + strip, strip + moments, 2 * strip)
+        peaks.append(maps * positions * size + edges + first)
+        peaks.append(2 * width * positions * size + edges + max(window + strip, moments))
+    return max(peaks)
+
+
+def _window(channels: int, across: int, high: int, size: int) -> int:
+    """Bytes of a strip with its halo, and of the wide one that is cast to it."""
+    return channels * across * ((high + 2) * size + high * _cast(size))
+
+
+def _moments(channels: int, across: int, high: int, size: int) -> int:
+    """Bytes of the deviations of a strip, and of a wide copy of it."""
+    return channels * across * high * (max(size, 4) + _cast(size))
+
+
+def _cast(size: int) -> int:
+    """Bytes of a number's wide copy, if it needs one."""
+    return 0 if size >= 4 else 4

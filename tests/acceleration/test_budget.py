@@ -8,12 +8,21 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmdgen.acceleration.budget import (
+    choose_encoding_slices,
     choose_slices,
     decoding_peak,
     frame_decoding_peak,
+    frame_encoding_peak,
     vae_decoding_peak,
+    vae_encoding_peak,
 )
-from cmdgen.acceleration.slicer import Slices, decode_clip, decode_pictures
+from cmdgen.acceleration.slicer import (
+    Slices,
+    decode_clip,
+    decode_pictures,
+    encode_clip,
+    encode_pictures,
+)
 from cmdgen.config import CMD_SD21, MINI, ModelConfig
 from cmdgen.evaluation.memory import LiveBytes, peak_bytes
 from cmdgen.models.autoencoder import CmdAutoencoder
@@ -64,7 +73,38 @@ def count(model: ModelConfig, slices: Slices, dtype: torch.dtype, batch: int) ->
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize(
+def count_encoding(
+    model: ModelConfig, slices: Slices, dtype: torch.dtype, batch: int
+) -> tuple[int, int]:
+    """() -> bytes of the autoencoder and of the VAE, with the latents and frames beside it."""
+    assert model.vae is not None and model.autoencoder is not None
+    height, width = (side // model.vae.stride for side in (model.height, model.width))
+    shape = batch, model.autoencoder.channels, model.frames, height, width
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode():
+            autoencoder = CmdAutoencoder(replace(model.autoencoder, depth=1))
+            vae = KlVae(model.vae)
+
+            def summarise() -> None:
+                encode_clip(autoencoder, torch.empty(shape), slices)
+
+            def encode() -> None:
+                frames = torch.empty(
+                    (batch * model.frames, 3, model.height, model.width), dtype=torch.uint8
+                )
+                latents = [torch.empty(shape) for _ in "12"]
+                pictures = (frames[: slices.pictures].float() / 127.5 - 1).to(dtype)
+                encode_pictures(vae, pictures, slices.strips)
+                del frames, latents
+
+            return peak_bytes(summarise), peak_bytes(encode)
+    finally:
+        torch.set_default_dtype(before)
+
+
+CASES = pytest.mark.parametrize(
     ("model", "dtype", "batch", "slices"),
     [
         (MINI, torch.float32, 1, Slices(16, 64, 8)),
@@ -79,6 +119,9 @@ def count(model: ModelConfig, slices: Slices, dtype: torch.dtype, batch: int) ->
         (PAPER, torch.bfloat16, 1, Slices(2, 42, 1, strips=3)),
     ],
 )
+
+
+@CASES
 def test_prediction_is_no_less_than_what_is_held_and_not_much_more(
     model: ModelConfig, dtype: torch.dtype, batch: int, slices: Slices
 ) -> None:
@@ -87,6 +130,15 @@ def test_prediction_is_no_less_than_what_is_held_and_not_much_more(
     predicted_vae = vae_decoding_peak(model, slices, dtype, batch=batch)
     assert clip <= predicted_clip <= 1.4 * clip
     assert vae <= predicted_vae <= 1.2 * vae
+
+
+@CASES
+def test_so_is_that_of_encoding(
+    model: ModelConfig, dtype: torch.dtype, batch: int, slices: Slices
+) -> None:
+    clip, vae = count_encoding(model, slices, dtype, batch)
+    assert clip <= frame_encoding_peak(model, slices, dtype, batch) <= 1.4 * clip
+    assert vae <= vae_encoding_peak(model, slices, dtype, batch) <= 1.2 * vae
 
 
 def test_paper_size_fits_in_40_percent_of_whole_clips_and_frames() -> None:
@@ -98,27 +150,46 @@ def test_paper_size_fits_in_40_percent_of_whole_clips_and_frames() -> None:
     assert choose_slices(PAPER, torch.float32, CPU, max_memory=4 * 10**9).strips == 1
 
 
+def test_encoding_paper_size_fits_in_half_of_whole_clips_and_frames() -> None:
+    whole = max(count_encoding(PAPER, Slices(16, 2048, 1), torch.float32, 1))
+    slices = choose_encoding_slices(PAPER, torch.float32, CPU, max_memory=whole // 2)
+    assert slices.pictures == 1 and slices.strips > 1
+    assert max(count_encoding(PAPER, slices, torch.float32, 1)) <= whole // 2
+    assert choose_encoding_slices(PAPER, torch.float32, CPU).strips == 1
+
+
 @pytest.mark.parametrize("model", [MINI, WIDE_MINI, PAPER, replace(MINI, frames=1)])
 @pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("verb", ["decode", "encode"])
 def test_every_budget_is_kept_or_refused_with_the_least_that_will_do(
-    model: ModelConfig, batch: int
+    model: ModelConfig, batch: int, verb: str
 ) -> None:
+    if verb == "decode":
+        plan, *peaks = choose_slices, frame_decoding_peak, vae_decoding_peak
+    else:
+        plan, *peaks = choose_encoding_slices, frame_encoding_peak, vae_encoding_peak
+
     def choose(max_memory: int | None) -> Slices:
-        return choose_slices(model, torch.float32, CPU, batch=batch, max_memory=max_memory)
+        return plan(model, torch.float32, CPU, batch=batch, max_memory=max_memory)
+
+    def peak(slices: Slices) -> int:
+        # a still has nothing that goes through the autoencoder
+        used = peaks if model.frames > 1 else peaks[1:]
+        return max(each(model, slices, torch.float32, batch) for each in used)
 
     free = choose(None)
-    most = decoding_peak(model, free, torch.float32, batch=batch)
+    most = peak(free)
     assert choose(most) == free
     with pytest.raises(ValueError, match="takes at least") as caught:
         choose(10**6)
-    assert str(caught.value).startswith(f"max memory 1 MB: to decode {batch * model.frames} frames")
+    start = f"max memory 1 MB: to {verb} {batch * model.frames} frames of "
+    assert str(caught.value).startswith(start)
     least = int(str(caught.value).split()[-2]) * 10**6
     choose(least)
     with pytest.raises(ValueError, match="takes at least"):
         choose(least - 10**6)
     for budget in range(least, most, max(1, (most - least) // 7)):
-        chosen = choose(budget)
-        assert decoding_peak(model, chosen, torch.float32, batch=batch) <= budget
+        assert peak(choose(budget)) <= budget
 
 
 def test_without_a_budget_frames_are_whole_and_a_gpu_is_given_whole_clips() -> None:
