@@ -73,13 +73,12 @@ def _choose(
             return of_vae
         return max(of_vae, autoencoder_peak(model, slices, dtype, batch))
 
-    assert model.vae is not None
     pictures = batch * model.frames
     frame = model.height * model.width
     slices = Slices(frames=pictures, positions=1, pictures=batch)
     if moves := model.frames > 1:
         assert model.autoencoder is not None
-        tokens = frame // (model.vae.stride * model.autoencoder.patch) ** 2
+        _, tokens = _tokens(model)
         slices = replace(slices, positions=batch * tokens)
         whole = max(LITTLE, peak(slices))
         while 2 * slices.pictures <= min(pictures, PIXELS // frame):
@@ -97,7 +96,7 @@ def _choose(
     if max_memory is None:
         return slices
 
-    rows = model.height // model.vae.stride
+    rows = model.height // _stride(model)
     finest = Slices(frames=1, positions=1, pictures=1, strips=rows)
     if (least := peak(finest)) > max_memory:
         raise ValueError(
@@ -163,9 +162,14 @@ def frame_encoding_peak(
 
 def _tokens(model: ModelConfig) -> tuple[AutoencoderConfig, int]:
     """The autoencoder, and how many tokens it makes of a frame."""
-    config, vae = model.autoencoder, model.vae
-    assert config is not None and vae is not None
-    return config, model.height * model.width // (vae.stride * config.patch) ** 2
+    config = model.autoencoder
+    assert config is not None
+    return config, model.height * model.width // (_stride(model) * config.patch) ** 2
+
+
+def _stride(model: ModelConfig) -> int:
+    """Pixels along one side of what the autoencoder works on, which may be pixels."""
+    return 1 if model.vae is None else model.vae.stride
 
 
 def _blocks(config: AutoencoderConfig, tokens: int, frames: int, slices: Slices, size: int) -> int:
@@ -222,11 +226,12 @@ def vae_encoding_peak(
 ) -> int:
     """Bytes of `slicer.encode_pictures` of one slice, with the clip's frames and its latents.
 
-    Frames are bytes, of which each slice makes its values.
+    Frames are bytes, of which each slice makes its values; without a VAE, all are made.
     """
     config = model.vae
-    assert config is not None
     area, size = model.height * model.width, dtype.itemsize
+    if config is None:
+        return batch * model.frames * 3 * area * (1 + 2 * max(4, size))
     latents = area // config.stride**2 * config.latent_channels
     # those of each slice, and then of all
     held = batch * model.frames * (3 * area + 2 * latents * size)

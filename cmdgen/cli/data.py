@@ -10,7 +10,7 @@ import typer
 
 from cmdgen.cli.errors import EXIT_CODES
 from cmdgen.cli.progress import show_progress
-from cmdgen.cli.size import parse_size
+from cmdgen.cli.size import parse_memory, parse_size
 from cmdgen.cli.stop import Stop
 from cmdgen.cli.train import CLIPS_HELP, DATA, DATA_HELP, PRESET, build_config, open_data
 from cmdgen.config import WORLDS, WorldConfig
@@ -119,6 +119,14 @@ def precompute(
         str, typer.Option(help="auto, bf16 or fp32; auto is bf16 on a GPU.")
     ] = TrainConfig.precision,
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="What encoding may hold beside the weights, such as 1GB: the result stays the "
+            "same.  [default: what is fastest]",
+        ),
+    ] = None,
 ) -> None:
     """Encode clips with a VAE, once for many runs, and print the folder.
 
@@ -131,6 +139,7 @@ def precompute(
     config = replace(recipe(preset, "content").train, precision=precision)
     if held_out is not None:
         config = replace(config, held_out=held_out)
+    limit = None if max_memory is None else parse_memory(max_memory)
     if model.vae is None:
         raise ValueError(f"preset {preset} works on pixels: there is nothing to encode")
     if not (vae / "vae").is_dir():
@@ -145,7 +154,7 @@ def precompute(
     if threads is not None:
         torch.set_num_threads(threads)
     place = choose_device(device)
-    codec = Codec(vae / "vae", place, uses_bf16(config.precision, place))
+    codec = Codec(vae / "vae", model, place, uses_bf16(config.precision, place), limit)
     with Stop("these clips") as stop, show_progress() as show:
 
         def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:

@@ -1,6 +1,7 @@
 """Clips as the later stages see them: latents, and (content, motion) pairs, from the cache."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cmdgen.config import VaeConfig
+from cmdgen.acceleration.budget import choose_encoding_slices
+from cmdgen.acceleration.slicer import Slices, encode_clip, encode_pictures
+from cmdgen.config import AutoencoderConfig, ModelConfig, VaeConfig
 from cmdgen.models import autoencoder as autoencoders
 from cmdgen.models import vae as vaes
 from cmdgen.models.autoencoder import CmdAutoencoder
@@ -19,7 +22,7 @@ from cmdgen.training.loop import Report
 from cmdgen.video.pixels import to_levels, to_unit
 from cmdgen.weights import read_config, weight_paths
 
-# pixels that go through the VAE at once: 64 frames of 64x64, one of 512x512 or more
+# pixels that go through the VAE's decoder at once: 64 frames of 64x64, one of 512x512 or more
 VAE_PIXELS = 2**18
 # clips, at most, that are drawn or read, or go through the autoencoder, at once
 CLIPS = 16
@@ -31,8 +34,11 @@ class Codec:
 
     # of the VAE, which is read when first needed
     folder: Path | None
+    model: ModelConfig
     device: torch.device
     bf16: bool
+    # bytes that encoding may hold beside the weights; None: what is fastest
+    max_memory: int | None = None
 
     @cached_property
     def vae(self) -> KlVae | None:
@@ -44,10 +50,15 @@ class Codec:
     @cached_property
     def key(self) -> str:
         """Tells what this VAE makes of frames from what others do."""
-        if self.folder is None:
+        if self.folder is None or self.config is None:
             return fingerprint([])
-        scale = read_config(self.folder, VaeConfig).scaling_factor
+        scale = self.config.scaling_factor
         return fingerprint(weight_paths(self.folder, vaes.FILENAME), str(scale))
+
+    @cached_property
+    def config(self) -> VaeConfig | None:
+        """Of the VAE."""
+        return None if self.folder is None else read_config(self.folder, VaeConfig)
 
     def autocast(self) -> torch.autocast:
         """The precision that encoders and decoders run in."""
@@ -55,15 +66,38 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
-        """(B, T, 3, H, W) uint8 -> (B, C, T, h, w) float32, posterior means."""
-        count = len(frames)
-        parts = frames.flatten(0, 1).split(_at_once(frames))
+        """(B, T, 3, H, W) uint8 -> (B, C, T, h, w) float32, posterior means.
+
+        Raises ValueError, saying how much memory would do, where `max_memory` is too little.
+        """
+        count, length, _, *size = frames.shape
+        slices = self.slices(count, length, size)
+        parts = frames.flatten(0, 1).split(slices.pictures)
         with self.autocast():
-            latents = torch.cat([self._encode(to_unit(part.to(self.device))) for part in parts])
+            latents = torch.cat(
+                [self._encode(to_unit(part.to(self.device)), slices.strips) for part in parts]
+            )
         return rearrange(latents, "(b t) c h w -> b c t h w", b=count)
 
-    def _encode(self, frames: Tensor) -> Tensor:
-        return frames if self.vae is None else self.vae.to_latents(frames).float()
+    def slices(
+        self,
+        batch: int,
+        frames: int,
+        size: Sequence[int],
+        autoencoder: AutoencoderConfig | None = None,
+    ) -> Slices:
+        """How to encode clips of (H, W), by this autoencoder or the model's own."""
+        height, width = size
+        model = replace(self.model, vae=self.config, frames=frames, height=height, width=width)
+        if autoencoder is not None:
+            model = replace(model, autoencoder=autoencoder)
+        # weights are float32; in bf16 the convolutions alone run, and others hold no more than that
+        return choose_encoding_slices(
+            model, torch.float32, self.device, batch=batch, max_memory=self.max_memory
+        )
+
+    def _encode(self, frames: Tensor, strips: int) -> Tensor:
+        return frames if self.vae is None else encode_pictures(self.vae, frames, strips).float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -159,8 +193,13 @@ class Encodings:
             if not latents:
                 latents.append(self.latents())
             part = latents[0][torch.arange(rows.start, rows.stop)]
+            slices = self.codec.slices(
+                len(part), self.data.frames, self.data.size, autoencoder.config
+            )
             with self.codec.autocast():
-                content, motion = autoencoder.encode(part.to(self.codec.device).float())
+                content, motion = encode_clip(
+                    autoencoder, part.to(self.codec.device).float(), slices
+                )
             return {"content": content, "motion": motion}
 
         count = len(self.data.training)

@@ -195,7 +195,8 @@ class _Setting:
     def codec(self) -> Codec:
         """One that has not read its VAE."""
         place = None if self.model.vae is None else self.parts.former("vae")
-        return Codec(place, self.device, uses_bf16(self.config.precision, self.device))
+        bf16 = uses_bf16(self.config.precision, self.device)
+        return Codec(place, self.model, self.device, bf16)
 
     def encodings(self) -> Encodings:
         folder = self.folder / "training" / "cache"
