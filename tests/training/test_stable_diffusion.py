@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cmdgen.cli.app import main
@@ -182,6 +184,26 @@ def test_interrupted_precompute_goes_on_where_it_was(
     assert "holds 0 of 4 clips, 4 frames of 48x32 of this data and VAE: first run" in refused.err
     assert cmdgen(*command).code == 0
     assert encoded == [4, 16]
+
+
+def test_precompute_within_a_budget_gives_the_same_latents(
+    cmdgen: Run, stock: Path, videos: Path, encoded: list[int], tmp_path: Path
+) -> None:
+    arguments = ("--vae", stock, "--preset", "cmd-sd21", "--data", videos)
+    free, within = tmp_path / "free", tmp_path / "within"
+    assert cmdgen("data", "precompute", "-o", free, *arguments).code == 0
+    assert encoded == [4, 16]
+    encoded.clear()
+    command = ("data", "precompute", "-o", within, *arguments, "--max-memory")
+    refused = cmdgen(*command, "0.1MB")
+    assert (refused.code, refused.out) == (2, "")
+    assert "to encode 4 frames of 48x32 takes at least 1 MB" in refused.err
+    assert cmdgen(*command, "0.33MB").code == 0
+    # of the held-out clip frame by frame, of the four others in strips
+    assert encoded == [1, 1, 1, 1]
+    for path in free.rglob("*.safetensors"):
+        ours = load_file(within / path.relative_to(free))["latents"]
+        torch.testing.assert_close(ours, load_file(path)["latents"], rtol=2e-3, atol=2e-3)
 
 
 def test_what_does_not_fit_is_one_line(
