@@ -46,6 +46,12 @@ def tiny_config() -> ModelConfig:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whoever runs the tests may have a configuration: none of it counts, in no process."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights: it samples in a moment, and what it makes moves."""

@@ -7,10 +7,9 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cmdgen.data.clips import Clips
-from cmdgen.video.read import read_video
+from cmdgen.video.read import read_clip
 
 _LIST = "captions.jsonl"
 _SUFFIXES = (".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".gif")
@@ -128,15 +127,7 @@ def _lines(file: Path) -> list[str]:
 
 def _read(file: Path, size: tuple[int, int], frames: int) -> Tensor:
     """-> (T, 3, H, W) uint8: the first `frames` frames, cropped in the middle and resized."""
-    pixels, _ = read_video(file, max_frames=frames)
-    if len(pixels) < frames:
-        raise ValueError(f"{file} has {len(pixels)} frames, {frames} are needed")
-    video = torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)  # (T, 3, h, w)
-    tall, wide = video.shape[-2:]
-    # the largest part of the wanted shape
-    scale = min(tall / size[0], wide / size[1])
-    height, width = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-    top, left = (tall - height) // 2, (wide - width) // 2
-    part = video[..., top : top + height, left : left + width].float()
-    scaled = F.interpolate(part, size=size, mode="bilinear", antialias=True)
-    return scaled.round().clamp(0, 255).to(torch.uint8)
+    clip, source = read_clip(file, frames=frames, size=size, fps=None)
+    if source.held:
+        raise ValueError(f"{file} has {frames - source.held} frames, {frames} are needed")
+    return torch.from_numpy(clip).permute(0, 3, 1, 2).contiguous()

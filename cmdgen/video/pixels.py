@@ -1,15 +1,13 @@
 """Pixel values in [-1, 1], as networks see them, to levels of 8 bits and back, on any device."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-# what a frame is handed on in, by ffmpeg's names
-Pixels = Literal["rgb24", "yuv420p"]
+from cmdgen.video.formats import Pixels
 
 # shares of red, green and blue in luma: ITU-R BT.709
 _RED, _GREEN, _BLUE = 0.2126, 0.7152, 0.0722

@@ -5,33 +5,26 @@ import numpy as np
 import pytest
 import torch
 
-from cmdgen.data import folder as folder_module
 from cmdgen.data.folder import Folder
+from cmdgen.video.formats import Encoding
+from cmdgen.video.write import write_video
 
 GOOD = {"file": "a.mp4", "caption": " a  dog "}
 
 
-@pytest.fixture
-def clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Videos of 20 frames, 12 high and 20 wide: the left and right 4 columns are black."""
-
-    def read(path: Path, *, max_frames: int | None = None) -> tuple[np.ndarray, float]:
-        frames = np.full((20, 12, 20, 3), len(path.stem), np.uint8)
-        frames[:, :, :4] = frames[:, :, -4:] = 0
-        return frames[:max_frames], 8.0
-
-    monkeypatch.setattr(folder_module, "read_video", read)
-
-
 def listed(path: Path, *rows: object) -> Path:
-    for name in ("a.mp4", "bb.mp4"):
-        (path / name).touch()
+    """Videos of 20 frames, 12 high and 20 wide: the left and right 4 columns are black."""
+    for name in ("a", "bb"):
+        frames = np.full((20, 12, 20, 3), len(name), np.uint8)
+        frames[:, :, :4] = frames[:, :, -4:] = 0
+        lossless = Encoding("mkv", codec="ffv1")
+        write_video(path / f"{name}.mp4", frames, 8, None, lossless, overwrite=True)
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (path / "captions.jsonl").write_text("\n".join(lines))
     return path
 
 
-def test_listed_captions_and_centre_crop(tmp_path: Path, clips: None) -> None:
+def test_listed_captions_and_centre_crop(tmp_path: Path) -> None:
     several = {"file": "bb.mp4", "caption": ["a cat", "a kitten"]}
     folder = Folder(listed(tmp_path, GOOD, "", several))
     batch = folder.render([0, 1], (6, 6), variant=1)
@@ -74,7 +67,7 @@ def test_bad_lines_are_named(tmp_path: Path, row: object, message: str) -> None:
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-def test_bad_folders_are_refused(tmp_path: Path, clips: None) -> None:
+def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a folder"):
         Folder(tmp_path / "none")
     with pytest.raises(ValueError, match="holds 0 captioned videos"):
