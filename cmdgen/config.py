@@ -7,6 +7,9 @@ imports torch.
 
 import math
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from reprlib import repr as short
 
 # of tokens among themselves: everywhere softmax, or FAVOR+ where L > threshold * head width
 ATTENTIONS = ("softmax", "gated")
@@ -301,6 +304,8 @@ class SampleConfig:
     # proportion; or the threshold of the similarity below which a step runs
     rehash: int | None = None
     rehash_threshold: float | None = None
+    # or those steps themselves, of content and of motion
+    rehash_steps: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     rehash_policy: str | None = None
     rehash_cut: str = CUTS[0]
     # share of the content model's steps, the first ones, that always run
@@ -343,18 +348,32 @@ class SampleConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= 1:
                 raise ValueError(f"{name.replace('_', ' ')} {value} is not between {low} and 1")
-        on = self.rehash is not None or threshold is not None
-        if on and self.guidance_interval is not None and self.guidance_interval[1] < 1:
+        if self.rehash_steps is not None:
+            self._check_rehash_steps(self.rehash_steps)
+        if self.rehashes and self.guidance_interval is not None and self.guidance_interval[1] < 1:
             raise ValueError(
                 "where guidance comes on midway there is nothing to reuse: with rehash, a guidance "
                 "interval must reach up to 1"
             )
         if threshold is not None and self.rehash is not None:
             raise ValueError("a rehash threshold says how many steps run: it takes no number")
-        if policy is not None and self.rehash is None and threshold is None:
+        if policy is not None and not self.rehashes:
             raise ValueError(f"rehash policy {policy} chooses nothing: say how many steps run")
         if threshold is not None and policy not in (None, "similarity"):
             raise ValueError(f"rehash policy {policy} has no threshold, similarity has")
+
+    def _check_rehash_steps(self, steps: tuple[tuple[int, ...], ...]) -> None:
+        if (self.rehash, self.rehash_threshold, self.rehash_policy) != (None, None, None):
+            raise ValueError("rehash lists the steps that run: nothing is left to choose")
+        for of in steps:
+            if of and (of[0] != 0 or any(a >= b for a, b in pairwise(of))):
+                raise ValueError(f"rehash steps {short(of)} do not rise from 0, which always runs")
+
+    @property
+    def rehashes(self) -> bool:
+        """Whether step rehash is asked for."""
+        asked = self.rehash, self.rehash_threshold, self.rehash_steps
+        return any(each is not None for each in asked)
 
     def apply(self, model: ModelConfig) -> ModelConfig:
         """`model` with what is asked for in place of its own; ValueError where it cannot."""
@@ -473,3 +492,9 @@ MINI_WORLD = WorldConfig(
 )
 
 WORLDS = {"world": WORLD, "mini": MINI_WORLD}
+
+
+def packaged_models() -> dict[str, Path]:
+    """The folders of the models that ship with cmdgen, by name."""
+    assets = Path(__file__).parent / "assets"
+    return {path.parent.name: path.parent for path in sorted(assets.glob("*/model_index.json"))}

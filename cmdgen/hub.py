@@ -115,8 +115,8 @@ def pull(repo: str, revision: str | None = None, *, api: Any = None) -> Path:
     """Bring a model into the local cache, unless it is there already, and give its folder.
 
     Where the hub cannot be asked, what the cache has is given, which may be a part of a model.
-    ValueError where there is no such model or we read none of it; OSError where network, hub or
-    token fail.
+    ValueError where we read none of it; FileNotFoundError where there is no such model,
+    ConnectionError where network or hub fail, another OSError where token or disk do.
     """
     api = api or huggingface_hub.HfApi(library_name="cmdgen")
     at = f"{repo}@{revision}" if revision else repo
@@ -148,7 +148,7 @@ def copy_snapshot(snapshot: Path, folder: Path) -> None:
         shutil.copytree(snapshot, target, dirs_exist_ok=True, ignore_dangling_symlinks=False)
 
 
-def _explain(error: Exception, repo: str, revision: str | None) -> ValueError | OSError:
+def _explain(error: Exception, repo: str, revision: str | None) -> OSError:
     """What went wrong between us and the hub, and what to do."""
     hub = constants.ENDPOINT
     if isinstance(error, GatedRepoError):
@@ -157,9 +157,11 @@ def _explain(error: Exception, repo: str, revision: str | None) -> ValueError | 
             "that account"
         )
     if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"{repo} has no revision {revision!r}")
+        return FileNotFoundError(f"{repo} has no revision {revision!r}")
     if isinstance(error, RepositoryNotFoundError):
-        return ValueError(f"{repo} is not at {hub}, or is private and HF_TOKEN does not open it")
+        return FileNotFoundError(
+            f"{repo} is not at {hub}, or is private and HF_TOKEN does not open it"
+        )
     if isinstance(error, OfflineModeIsEnabled):
         return ConnectionError("HF_HUB_OFFLINE is set")
     if isinstance(error, HfHubHTTPError):

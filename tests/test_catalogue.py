@@ -12,11 +12,19 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from cmdgen.catalogue import create_model, describe_folder, describe_preset, read_licence
-from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, MINI, PRESETS, SampleConfig
+from cmdgen.config import (
+    CMD_SD15,
+    CMD_SD21,
+    CMD_UCF,
+    MINI,
+    PRESETS,
+    SampleConfig,
+    packaged_models,
+)
 from cmdgen.models.text import ClipTextModel, Tokenizer
 from cmdgen.models.vae import FILENAME, KlVae
 from cmdgen.pipeline import TextToVideo
-from cmdgen.weights import packaged_models, read_model, write_config, write_json
+from cmdgen.weights import read_model, write_config, write_json
 
 
 def small(model):

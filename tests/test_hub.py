@@ -209,7 +209,7 @@ def test_a_pulled_model_is_usable_later_without_the_hub(
     _, out, _ = models("list")
     assert out.splitlines()[-1].split()[:2] == ["cached", "acme/model@main"]
     code, out, last = models("pull", "acme/model@v2")
-    assert (code, out) == (1, "")
+    assert (code, out) == (3, "")
     assert last == "error: HF_HUB_OFFLINE is set; acme/model@v2 is not in the local cache"
 
     # as an interrupted download leaves it
@@ -225,8 +225,8 @@ def test_a_pulled_model_is_usable_later_without_the_hub(
 @pytest.mark.parametrize(
     ("name", "refusal", "code", "message"),
     [
-        ("acme/none", {}, 2, "acme/none is not at HUB, or is private and HF_TOKEN does not open"),
-        ("acme/model@v9", {}, 2, "acme/model has no revision 'v9'"),
+        ("acme/none", {}, 3, "acme/none is not at HUB, or is private and HF_TOKEN does not open"),
+        ("acme/model@v9", {}, 3, "acme/model has no revision 'v9'"),
         (
             "acme/model",
             {"status": 403, "code": "GatedRepo", "files_alone": True},
@@ -234,7 +234,7 @@ def test_a_pulled_model_is_usable_later_without_the_hub(
             "acme/model is gated: accept its terms at HUB/acme/model, then set HF_TOKEN to",
         ),
         ("acme/model", {"status": 401}, 1, "HF_TOKEN is not accepted for acme/model (status 401)"),
-        ("acme/model", {"status": 418}, 1, "HUB answers with status 418; acme/model is not in"),
+        ("acme/model", {"status": 418}, 3, "HUB answers with status 418; acme/model is not in"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line(
@@ -267,6 +267,6 @@ def test_without_a_network_one_line_says_so(hub, models, monkeypatch) -> None:
     # nothing listens there
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     code, out, last = models("pull", "acme/model")
-    assert (code, out) == (1, "")
+    assert (code, out) == (3, "")
     assert last.startswith("error: http://127.0.0.1:9 cannot be reached (")
     assert cached_folder("acme/model", None) is None

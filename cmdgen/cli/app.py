@@ -1,40 +1,69 @@
 """The `cmdgen` command: its verbs, and the one place where errors become lines and exit codes."""
 
+import os
 import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from cmdgen import __version__
+from cmdgen.cli.completion import complete, completion
 from cmdgen.cli.data import app as data
+from cmdgen.cli.decompose import decode, encode, reconstruct
 from cmdgen.cli.doctor import doctor
-from cmdgen.cli.errors import EXIT_CODES, FAILED, USAGE, Failure, describe
+from cmdgen.cli.errors import (
+    CLOSED,
+    ENCODER,
+    FAILED,
+    MEMORY,
+    NOT_FOUND,
+    USAGE,
+    Failure,
+    describe,
+)
 from cmdgen.cli.evaluate import evaluate
+from cmdgen.cli.help import Command, Group
+from cmdgen.cli.inspect import inspect
 from cmdgen.cli.models import app as models
 from cmdgen.cli.profile import JSON_KEYS, profile
 from cmdgen.cli.rehash import app as rehash
 from cmdgen.cli.sample import sample
+from cmdgen.cli.settings import config_path, read_settings
 from cmdgen.cli.train import app as train
 
 app = typer.Typer(
     name="cmdgen",
-    help="Short videos from text, by content-frame motion-latent decomposition.",
-    epilog=EXIT_CODES,
+    cls=Group,
+    help="""Short videos from text, by content-frame motion-latent decomposition.
+
+    Examples:
+        cmdgen sample "a corgi swimming" -o corgi.mp4
+        cmdgen sample -f prompts.txt -o "clips/{index:04d}-{slug}.mp4"
+        cmdgen sample "a corgi swimming" -o - | ffplay -
+    """,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command(epilog=EXIT_CODES)(sample)
-app.command("eval", epilog=EXIT_CODES)(evaluate)
-app.command(epilog=f"{JSON_KEYS}\n\n{EXIT_CODES}")(profile)
-app.command(epilog=EXIT_CODES)(doctor)
-app.add_typer(train, name="train")
-app.add_typer(data, name="data")
-app.add_typer(models, name="models")
-app.add_typer(rehash, name="rehash")
+VIDEOS, MODELS, MACHINE = "Videos", "Models", "This machine"
+for verb in (sample, encode, decode, reconstruct, inspect):
+    app.command(cls=Command, rich_help_panel=VIDEOS)(verb)
+app.add_typer(models, name="models", rich_help_panel=MODELS)
+app.add_typer(train, name="train", rich_help_panel=MODELS)
+app.add_typer(data, name="data", rich_help_panel=MODELS)
+app.command("eval", cls=Command, rich_help_panel=MODELS)(evaluate)
+app.add_typer(rehash, name="rehash", rich_help_panel=MODELS)
+app.command(cls=Command, rich_help_panel=MACHINE)(doctor)
+app.command(cls=Command, epilog=JSON_KEYS, rich_help_panel=MACHINE)(profile)
+app.command(cls=Command, rich_help_panel=MACHINE)(completion)
+app.command("__complete", hidden=True)(complete)
 
 
 def _show_version(wanted: bool) -> None:
@@ -45,14 +74,37 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
             "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Defaults for options, in TOML: a table for each command, such as [sample].  "
+            "[default: config.toml in the folder that `cmdgen doctor` names]",
+        ),
+    ] = None,
+    no_config: Annotated[bool, typer.Option("--no-config", help="Read no such file.")] = False,
 ) -> None:
-    pass
+    if no_config:
+        if config is not None:
+            raise ValueError("--config and --no-config contradict each other: give one")
+        return
+    path = config or config_path()
+    if config is None and not path.exists():
+        return
+    assert isinstance(context.command, TyperGroup)
+    try:
+        context.default_map = read_settings(path, context.command)
+    except ValueError:
+        # the first says what is wrong with it, the others do without
+        if context.invoked_subcommand not in ("doctor", "completion", "__complete"):
+            raise
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -66,12 +118,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    code: int | None = None
+    code = 0
     try:
-        code = app(arguments, standalone_mode=False)
-    except (typer.TyperException, Failure, ValueError, OSError) as error:
-        if not stopped:
-            code = _report(error)
+        try:
+            code = _run(sys.argv[1:] if arguments is None else arguments)
+        except (typer.TyperException, Failure, ValueError, OSError, MemoryError) as error:
+            if not stopped:
+                code = _report(error)
+        code = _flush(code)
     except KeyboardInterrupt:
         pass
     finally:
@@ -81,12 +135,58 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def _run(arguments: list[str]) -> int:
+    # not the app itself: it would take a closed pipe for a failure
+    command = get_command(app)
+    try:
+        with command.make_context("cmdgen", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
+
+
 def _report(error: Exception) -> int:
     """Say what is wrong, and which exit code it has."""
+    if isinstance(error, BrokenPipeError):
+        return CLOSED
     if isinstance(error, typer.TyperException):
         message = error.format_message()
         # the help of a group of commands that was called without one has lines of its own
-        typer.echo(message if "\n" in message else f"error: {message}", err=True)
+        _complain(message if "\n" in message else f"error: {message}")
         return error.exit_code
-    typer.echo(f"error: {describe(error)}", err=True)
-    return USAGE if isinstance(error, ValueError) else FAILED
+    _complain(f"error: {describe(error)}")
+    match error:
+        case Failure():
+            return error.code
+        case FileNotFoundError() | ConnectionError():
+            return NOT_FOUND
+        case MemoryError():
+            return MEMORY
+        case ValueError():
+            return USAGE
+        case OSError():
+            # what it brings along takes a moment, and help does without
+            from cmdgen.video.write import EncoderError
+
+            return ENCODER if isinstance(error, EncoderError) else FAILED
+    return FAILED
+
+
+def _complain(line: str) -> None:
+    # whoever read stderr may have gone as well
+    with suppress(BrokenPipeError):
+        typer.echo(line, err=True)
+
+
+def _flush(code: int) -> int:
+    """Write what is still to be written to stdout, and give the code to end with."""
+    if sys.stdout is None:
+        return code
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = code or _report(error)
+        # Python tries again on its way out, and would complain in its own words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code

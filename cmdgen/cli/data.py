@@ -8,43 +8,69 @@ from typing import Annotated
 
 import typer
 
-from cmdgen.cli.errors import EXIT_CODES
-from cmdgen.cli.progress import show_progress
+from cmdgen.cli.completion import one_of
+from cmdgen.cli.help import Command, Group
+from cmdgen.cli.options import Device, Precision, Quiet, Threads
+from cmdgen.cli.progress import Say
 from cmdgen.cli.size import parse_memory, parse_size
 from cmdgen.cli.stop import Stop
 from cmdgen.cli.train import CLIPS_HELP, DATA, DATA_HELP, PRESET, build_config, open_data
-from cmdgen.config import WORLDS, WorldConfig
+from cmdgen.config import PRESETS, WORLDS, WorldConfig
 from cmdgen.training.config import TrainConfig, recipe
 
 app = typer.Typer(
-    no_args_is_help=True, help="Look at the clips that models learn from; encode them once."
+    cls=Group,
+    no_args_is_help=True,
+    help="Look at the clips that models learn from; encode them once.",
 )
 
+WORLD = "Rendered world"
 _MOST = 200
 _NAMES = "of these names, with commas between  [default: all that it has]"
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=Command)
 def preview(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The PNG to write.", show_default=False)
     ],
     data: Annotated[
-        str, typer.Option(help=f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.")
+        str,
+        typer.Option(
+            help=f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.",
+            autocompletion=one_of(WORLDS),
+        ),
     ] = "world",
     count: Annotated[int, typer.Option(help="Clips, one a row.", min=1, max=_MOST)] = 12,
     columns: Annotated[int, typer.Option(help="Frames of each clip.", min=1, max=16)] = 8,
     size: Annotated[str, typer.Option(help="Of a frame, WIDTHxHEIGHT.")] = "128x128",
-    split: Annotated[str, typer.Option(help="train, or test: held out.")] = "train",
-    seed: Annotated[int, typer.Option(help="Of the world.", min=0)] = WorldConfig.seed,
-    subjects: Annotated[str, typer.Option(help=f"Only subjects {_NAMES}")] = "",
-    motions: Annotated[str, typer.Option(help=f"Only motions {_NAMES}")] = "",
-    scenes: Annotated[str, typer.Option(help=f"Only scenes {_NAMES}")] = "",
+    split: Annotated[
+        str,
+        typer.Option(help="train, or test: held out.", autocompletion=one_of(("train", "test"))),
+    ] = "train",
+    seed: Annotated[
+        int, typer.Option(help="Of the world.", min=0, rich_help_panel=WORLD)
+    ] = WorldConfig.seed,
+    subjects: Annotated[
+        str, typer.Option(help=f"Only subjects {_NAMES}", rich_help_panel=WORLD)
+    ] = "",
+    motions: Annotated[
+        str, typer.Option(help=f"Only motions {_NAMES}", rich_help_panel=WORLD)
+    ] = "",
+    scenes: Annotated[str, typer.Option(help=f"Only scenes {_NAMES}", rich_help_panel=WORLD)] = "",
     font: Annotated[
-        str | None, typer.Option(help="NotoColorEmoji.ttf.  [default: where fonts usually are]")
+        str | None,
+        typer.Option(
+            help="NotoColorEmoji.ttf.  [default: where fonts usually are]", rich_help_panel=WORLD
+        ),
     ] = None,
 ) -> None:
-    """Write a contact sheet of captioned clips and print its path."""
+    """Write a contact sheet of captioned clips and print its path.
+
+    Examples:
+        cmdgen data preview -o sheet.png --data mini --split test
+        cmdgen data preview -o cats.png --subjects cat --count 4
+    """
     height, width = parse_size(size)
     if not (16 <= width <= 1024 and 16 <= height <= 1024):
         raise ValueError(f"size {size}: both sides must be between 16 and 1024")
@@ -73,7 +99,7 @@ def preview(
     elif Path(data).is_dir():
         source = Folder(Path(data))
     else:
-        raise ValueError(f"data {data!r} is neither one of {', '.join(WORLDS)} nor a folder")
+        raise FileNotFoundError(f"data {data!r} is neither one of {', '.join(WORLDS)} nor a folder")
     sheet = draw_sheet(source.render(source.indices(split, count), (height, width)), columns)
     # whole or not at all: in the same folder, then renamed
     handle, name = tempfile.mkstemp(suffix=".png", dir=output.absolute().parent)
@@ -87,7 +113,7 @@ def preview(
     typer.echo(output)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=Command)
 def precompute(
     output: Annotated[
         Path,
@@ -102,8 +128,12 @@ def precompute(
         Path,
         typer.Option(help="Model folder with the vae/ that training gets.", show_default=False),
     ],
-    preset: Annotated[str, typer.Option(help="Model to encode for.")] = PRESET,
-    data: Annotated[str, typer.Option(help=DATA_HELP, show_default=False)] = DATA,
+    preset: Annotated[
+        str, typer.Option(help="Model to encode for.", autocompletion=one_of(PRESETS))
+    ] = PRESET,
+    data: Annotated[
+        str, typer.Option(help=DATA_HELP, show_default=False, autocompletion=one_of(WORLDS))
+    ] = DATA,
     size: Annotated[
         str | None, typer.Option(help="Frame size, WIDTHxHEIGHT.  [default: the preset's]")
     ] = None,
@@ -114,11 +144,9 @@ def precompute(
     held_out: Annotated[
         int | None, typer.Option(help="Clips to evaluate on.  [default: as `cmdgen train`]")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="auto, bf16 or fp32; auto is bf16 on a GPU.")
-    ] = TrainConfig.precision,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
+    device: Device = "auto",
+    precision: Precision = TrainConfig.precision,
+    threads: Threads = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -127,12 +155,17 @@ def precompute(
             "same.  [default: what is fastest]",
         ),
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Encode clips with a VAE, once for many runs, and print the folder.
 
     `cmdgen train ... --latents FOLDER` finds what was encoded for the same data, size, frames and
     VAE, and at least as many clips; it refuses anything else and never writes there. Interrupted,
     the same command goes on where it was. A clip of 16 frames at 512x1024 takes 1 MiB.
+
+    Examples:
+        cmdgen data precompute -o latents --vae RUN --data clips/
+        cmdgen train content -o RUN --latents latents
     """
     asked = {"preset": preset, "data": data, "size": size, "frames": frames}
     model = build_config({name: value for name, value in asked.items() if value is not None})
@@ -143,7 +176,7 @@ def precompute(
     if model.vae is None:
         raise ValueError(f"preset {preset} works on pixels: there is nothing to encode")
     if not (vae / "vae").is_dir():
-        raise ValueError(f"vae {vae} is no model folder: it has no vae/")
+        raise FileNotFoundError(f"vae {vae} is no model folder: it has no vae/")
 
     import torch
 
@@ -153,16 +186,14 @@ def precompute(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    place = choose_device(device)
+    place, say = choose_device(device), Say(quiet=quiet)
     codec = Codec(vae / "vae", model, place, uses_bf16(config.precision, place), limit)
-    with Stop("these clips") as stop, show_progress() as show:
+    with Stop("these clips") as stop, say.progress() as show:
 
         def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
             show(phase, done, total)
             if stop.signal is not None and done < total:
-                typer.echo(
-                    f"stopped with {done} of {total} clips: the same command goes on", err=True
-                )
+                say.note(f"stopped with {done} of {total} clips: the same command goes on")
                 raise typer.Exit(128 + stop.signal)
 
         encodings = Encodings(open_data(data, clips, model, place), codec, output, report)

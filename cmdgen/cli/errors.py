@@ -1,19 +1,27 @@
 """How commands end: the exit codes, and one line for what went wrong."""
 
 import re
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-FAILED, USAGE = 1, 2
+FAILED, USAGE, NOT_FOUND, MEMORY, ENCODER, PARTIAL = 1, 2, 3, 4, 5, 6
+# of whoever reads stdout, as a shell counts what ended by SIGPIPE
+CLOSED = 141
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 failed on the way (unreadable weights, a full disk, no memory); "
-    "2 asked for something impossible; 130 interrupted by Ctrl-C."
+    "Exit codes: 0 done; 1 failed; 2 asked for something impossible; 3 not found, or offline; "
+    "4 out of memory; 5 the encoder failed; 6 some of several failed; 130 interrupted; "
+    "141 the output's reader went away."
 )
 
 
 class Failure(Exception):
-    """What was asked is possible, but a file or the machine is at fault."""
+    """What was asked is possible, but a file or the machine is at fault: one line and its code."""
+
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def describe(error: Exception) -> str:
@@ -21,21 +29,35 @@ def describe(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(text.split())
+    return " ".join(text.split()) or type(error).__name__
 
 
 @contextmanager
-def on_the_way(smaller: str) -> Iterator[None]:
+def on_the_way(smaller: str | Callable[[], str]) -> Iterator[None]:
     """Around what was asked and is possible: what goes wrong there is a file or the machine.
 
-    `smaller` says what to ask for where memory is short.
+    `smaller` says what to ask for where memory is short, see `within_memory`.
+    """
+    try:
+        with within_memory(smaller):
+            yield
+    except ValueError as error:
+        raise Failure(describe(error)) from error
+
+
+@contextmanager
+def within_memory(smaller: str | Callable[[], str]) -> Iterator[None]:
+    """Around what may take more memory than there is.
+
+    `smaller` says what to ask for then: an option, or a function that finds out what would fit.
     """
     try:
         yield
-    except ValueError as error:
-        raise Failure(describe(error)) from error
     except (RuntimeError, MemoryError) as error:
         of_memory = re.search("alloc|overflow|out of memory", str(error), re.IGNORECASE)
         if not (of_memory or isinstance(error, MemoryError)):
             raise
-        raise Failure(f"not enough memory: ask for a smaller {smaller}") from error
+        # what the work had made is no longer needed, and its memory may tell what would fit
+        traceback.clear_frames(error.__traceback__)
+        advice = smaller if isinstance(smaller, str) else smaller()
+        raise Failure(f"not enough memory: {advice}", MEMORY) from error

@@ -7,23 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmdgen.cli.errors import EXIT_CODES, Failure, describe
-from cmdgen.config import PRESETS
+from cmdgen.cli.completion import complete_model, one_of
+from cmdgen.cli.errors import NOT_FOUND, Failure, describe
+from cmdgen.cli.help import Command, Group
+from cmdgen.cli.options import AsJson
+from cmdgen.config import PRESETS, packaged_models
 
 if TYPE_CHECKING:
     from cmdgen.catalogue import Model
 
-app = typer.Typer(no_args_is_help=True, help="List, describe, pull and create models.")
-
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of lines.")]
+app = typer.Typer(cls=Group, no_args_is_help=True, help="List, describe, pull and create models.")
 
 
-@app.command("list", epilog=EXIT_CODES)
+def _complete_name(incomplete: str) -> list[str]:
+    return complete_model(incomplete) + one_of(PRESETS)(incomplete)
+
+
+@app.command("list", cls=Command)
 def list_models(as_json: AsJson = False) -> None:
     """List packaged models, presets, and models of the hub in the local cache."""
     from cmdgen.catalogue import describe_folder, describe_preset
     from cmdgen.hub import find_cached
-    from cmdgen.weights import packaged_models
 
     rows: list[dict[str, Any]] = []
     for name, folder in packaged_models().items():
@@ -52,12 +56,13 @@ def list_models(as_json: AsJson = False) -> None:
     _print_columns(cells)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=Command)
 def show(
     model: Annotated[
         str,
         typer.Argument(
             metavar="NAME|DIR",
+            autocompletion=_complete_name,
             help="A packaged model, a preset, a folder, or OWNER/NAME in the local cache.",
         ),
     ],
@@ -67,6 +72,10 @@ def show(
 
     A part fits a preset where it has the preset's configuration. The size of a preset is that
     which `cmdgen models init` writes.
+
+    Examples:
+        cmdgen models show mini
+        cmdgen models show cmd-sd21 --json
     """
     from cmdgen.catalogue import describe_preset
 
@@ -89,9 +98,16 @@ def show(
     _print_columns(cells, right=(1, 2))
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=Command)
 def init(
-    preset: Annotated[str, typer.Argument(metavar="PRESET", help=f"One of {', '.join(PRESETS)}.")],
+    preset: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET",
+            help=f"One of {', '.join(PRESETS)}.",
+            autocompletion=one_of(PRESETS),
+        ),
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The folder to write.", show_default=False)
     ],
@@ -101,6 +117,9 @@ def init(
     """Write a model with random weights, to run and time a preset with no download.
 
     What it makes is noise. The folder's path goes to stdout.
+
+    Examples:
+        cmdgen models init cmd-sd21 -o DIR
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
@@ -119,7 +138,7 @@ def init(
     typer.echo(output)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=Command)
 def pull(
     repository: Annotated[
         str, typer.Argument(metavar="REPO[@REV]", help="OWNER/NAME on the Hugging Face hub.")
@@ -133,6 +152,10 @@ def pull(
 
     Takes configurations, tokenizer and safetensors alone. Its place is the hub's cache (HF_HOME);
     HF_TOKEN opens what is gated or private; with HF_HUB_OFFLINE=1 the cache alone is asked.
+
+    Examples:
+        cmdgen models pull OWNER/NAME
+        cmdgen models pull OWNER/NAME@v1 -o DIR
     """
     from cmdgen import hub
 
@@ -149,15 +172,11 @@ def pull(
 
 
 def _is_bare_preset(model: str) -> bool:
-    from cmdgen.weights import packaged_models
-
     return model in PRESETS and model not in packaged_models()
 
 
 def find_model(model: str) -> Path:
     """The folder of a packaged model's name, of a path, or of OWNER/NAME in the local cache."""
-    from cmdgen.weights import packaged_models
-
     packaged = packaged_models()
     if model in packaged:
         return packaged[model]
@@ -176,9 +195,10 @@ def find_model(model: str) -> Path:
     else:
         cached = hub.cached_folder(repo, revision)
     if cached is None:
-        raise ValueError(
+        raise Failure(
             f"unknown model {model!r}: expected a folder, OWNER/NAME that was pulled, or one of "
-            "cmdgen models list"
+            "cmdgen models list",
+            NOT_FOUND,
         )
     return cached
 

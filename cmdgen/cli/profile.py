@@ -12,7 +12,8 @@ import typer
 
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.models import find_model
-from cmdgen.cli.progress import show_progress
+from cmdgen.cli.options import AsJson, Device, Dtype, Model, Quiet
+from cmdgen.cli.progress import Say
 from cmdgen.cli.size import parse_size
 from cmdgen.config import CMD_SD21, ProfileConfig, SampleConfig, SuiteConfig
 from cmdgen.evaluation.report import table
@@ -22,16 +23,14 @@ if TYPE_CHECKING:
     from cmdgen.evaluation.profile import Profile
     from cmdgen.evaluation.suite import Suite
 
+INSTEAD = "Instead of a sample"
+
 OWN = "  [default: the model's own]"
 # characters of the longest bar
 BAR = 25
 
-# click keeps the lines of a paragraph that starts with this
-_AS_IT_IS = "\b\n"
 # what `--json` prints; the help ends with it
-JSON_KEYS = (
-    _AS_IT_IS
-    + """\
+JSON_KEYS = """\
 --json prints one object, and these keys stay as they are. Of the run:
   model, frames, height, width, sampler, steps, guidance, batch, runs,
   device, dtype, torch
@@ -56,9 +55,6 @@ Of each stage and of total:
                                   that cannot be told, {allocated,
                                   reserved} on a GPU
 
-"""
-    + _AS_IT_IS
-    + """\
 With --suite it prints another, with the same names for the same things:
   model, frames, height, width, sampler, steps, motion_steps, guidance,
   motion_guidance, runs, device, dtype, torch, matmul_flops_per_second,
@@ -76,7 +72,6 @@ Of each of the rows:
   flops                           of what runs, skipped steps too
   flops_per_second, share_of_matmul, memory_bytes
   stages                          {flops, seconds} of each that counts"""
-)
 
 NOTES = """\
 - Seconds: the median of {runs} after one run to warm up; the total has what is between stages too.
@@ -122,9 +117,7 @@ SUITE_NOTES = """\
 
 def profile(
     context: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="A packaged model's name or a folder in diffusers' layout.")
-    ] = "mini",
+    model: Model = "mini",
     size: Annotated[
         str | None, typer.Option(metavar="WIDTHxHEIGHT", help="Size of the video." + OWN)
     ] = None,
@@ -139,17 +132,17 @@ def profile(
     runs: Annotated[
         int, typer.Option(help="Runs to measure, after one to warm up.")
     ] = ProfileConfig.runs,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (float32 on a CPU), float32, float16 or bfloat16.")
-    ] = "auto",
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write one more run as a trace for Chrome or Perfetto."),
     ] = None,
     paper: Annotated[
         bool,
-        typer.Option("--paper", help="Count the paper's Tables 8 and 9 instead; runs no model."),
+        typer.Option(
+            "--paper",
+            help="Count the paper's Tables 8 and 9 instead; runs no model.",
+            rich_help_panel=INSTEAD,
+        ),
     ] = False,
     decoding: Annotated[
         bool,
@@ -157,6 +150,7 @@ def profile(
             "--decoding",
             help="Decode a clip of the paper's model, weights random, whole and in slices instead; "
             "512x1024 unless --size says otherwise.",
+            rich_help_panel=INSTEAD,
         ),
     ] = False,
     suite: Annotated[
@@ -165,8 +159,11 @@ def profile(
             "--suite",
             help="Make clips as the paper counts, as a user waits for them, and with step rehash "
             "instead; warm.",
+            rich_help_panel=INSTEAD,
         ),
     ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     compile: Annotated[
         bool,
         typer.Option(
@@ -175,14 +172,22 @@ def profile(
             "each row; not counted.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Measure each stage of sampling: time, memory, arithmetic, bytes.
 
     The report goes to stdout, progress to stderr.
+
+    Examples:
+        cmdgen profile
+        cmdgen profile --steps 10 --trace trace.json --json > profile.json
+        cmdgen profile --paper
     """
+    say = Say(quiet=quiet)
+    printing = ("as_json", "quiet")
     if paper:
-        _refuse_others(context, "--paper counts the paper's own model", ("paper", "as_json"))
+        _refuse_others(context, "--paper counts the paper's own model", ("paper", *printing))
         from cmdgen.evaluation.flops import compare_with_paper
 
         tables = compare_with_paper()
@@ -191,18 +196,19 @@ def profile(
         )
         return
     if decoding:
-        allowed = ("decoding", "as_json", "size", "runs", "device", "dtype")
+        allowed = ("decoding", *printing, "size", "runs", "device", "dtype")
         _refuse_others(context, "--decoding decodes with the paper's own model", allowed)
         given = context.get_parameter_source("runs")
         once = given is None or given.name == "DEFAULT"
-        _decode(size or "1024x512", device, dtype, 1 if once else runs, as_json=as_json)
+        times = 1 if once else runs
+        _decode(size or "1024x512", device, dtype, times, say, as_json=as_json)
         return
     if suite:
-        used = ("suite", "as_json", "model", "size", "steps", "runs", "device", "dtype", "compile")
+        used = ("suite", *printing, "model", "size", "steps", "runs", "device", "dtype", "compile")
         _refuse_others(context, "--suite measures ways to make one clip", used)
         height, width = (None, None) if size is None else parse_size(size)
         wanted = SuiteConfig(SuiteConfig.steps if steps is None else steps, runs, height, width)
-        _measure_suite(model, wanted, device, dtype, compile=compile, as_json=as_json)
+        _measure_suite(model, wanted, device, dtype, say, compile=compile, as_json=as_json)
         return
     if compile:
         # each run here reads the weights anew, and would compile anew
@@ -221,7 +227,7 @@ def profile(
 
     # what is asked and impossible is said before anything runs
     asked.apply(load().config)
-    with on_the_way("--size or --batch"), show_progress() as show:
+    with on_the_way("ask for a smaller --size or --batch"), say.progress() as show:
         measured = profile_sampling(load, asked, config, trace=trace, on_progress=show)
     typer.echo(json.dumps(measured.to_dict(), indent=2) if as_json else "\n".join(_lines(measured)))
 
@@ -233,7 +239,7 @@ def _refuse_others(context: typer.Context, what: str, allowed: tuple[str, ...]) 
             raise ValueError(f"{what}: --{name} has no use there")
 
 
-def _decode(size: str, device: str, dtype: str, runs: int, *, as_json: bool) -> None:
+def _decode(size: str, device: str, dtype: str, runs: int, say: Say, *, as_json: bool) -> None:
     """Compare ways to decode a clip, and print the table."""
     height, width = parse_size(size)
     model = SampleConfig(height=height, width=width).apply(CMD_SD21)
@@ -242,7 +248,7 @@ def _decode(size: str, device: str, dtype: str, runs: int, *, as_json: bool) -> 
     from cmdgen.pipeline import choose_device, choose_dtype
 
     place = choose_device(device)
-    with on_the_way("--size"), show_progress() as show:
+    with on_the_way("ask for a smaller --size"), say.progress() as show:
         ways = compare_decoding(
             model, place, choose_dtype(dtype, place), runs=config.runs, on_progress=show
         )
@@ -290,7 +296,14 @@ def _decode(size: str, device: str, dtype: str, runs: int, *, as_json: bool) -> 
 
 
 def _measure_suite(
-    model: str, config: SuiteConfig, device: str, dtype: str, *, compile: bool, as_json: bool
+    model: str,
+    config: SuiteConfig,
+    device: str,
+    dtype: str,
+    say: Say,
+    *,
+    compile: bool,
+    as_json: bool,
 ) -> None:
     """Make clips in all ways, and print the table."""
     from cmdgen.evaluation.suite import measure_suite, plan_suite
@@ -298,7 +311,7 @@ def _measure_suite(
 
     pipeline = TextToVideo.load(find_model(model), device=device, dtype=dtype, compile=compile)
     plan_suite(pipeline, config)
-    with on_the_way("--size"), show_progress() as show:
+    with on_the_way("ask for a smaller --size"), say.progress() as show:
         measured = measure_suite(pipeline, config, on_progress=show)
     typer.echo(
         json.dumps(measured.to_dict(), indent=2) if as_json else "\n".join(_suite_lines(measured))

@@ -6,41 +6,30 @@ from typing import Annotated
 
 import typer
 
-from cmdgen.cli.errors import EXIT_CODES, on_the_way
+from cmdgen.cli.errors import on_the_way
+from cmdgen.cli.help import Command, Group
 from cmdgen.cli.models import find_model
-from cmdgen.cli.progress import show_progress
-from cmdgen.config import CUTS, MINI_WORLD, SAMPLERS, SampleConfig
+from cmdgen.cli.options import AsJson, Cut, Device, Dtype, Model, Protect, Quiet, Sampler
+from cmdgen.cli.progress import Say
+from cmdgen.config import MINI_WORLD, SampleConfig
 
 app = typer.Typer(
-    no_args_is_help=True, help="Calibrate step rehash, and compare it with fewer steps."
+    cls=Group, no_args_is_help=True, help="Calibrate step rehash, and compare it with fewer steps."
 )
 
 OWN = "  [default: the model's own]"
 # captions of the rendered world, where no others are given
 CAPTIONS = 6
 
-ModelName = Annotated[
-    str, typer.Option(help="A packaged model's name, a folder, or OWNER/NAME that was pulled.")
-]
-Cut = Annotated[
-    str, typer.Option(help=f"Where the UNet is cut, one of {', '.join(CUTS)}; earliest first.")
-]
-Protect = Annotated[
-    float, typer.Option(help="Share of the content frame's steps, the first, that always run.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
-
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=Command)
 def calibrate(
-    model: ModelName = "mini",
+    model: Model = "mini",
     steps: Annotated[int | None, typer.Option(help="Steps for the content frame." + OWN)] = None,
     motion_steps: Annotated[
         int | None, typer.Option(help="Steps for the motion.  [default: --steps]")
     ] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(SAMPLERS)}." + OWN)
-    ] = None,
+    sampler: Sampler = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -62,15 +51,18 @@ def calibrate(
     ] = None,
     batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
     device: Device = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (float32 on a CPU), float32, float16 or bfloat16.")
-    ] = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Measure which steps can reuse the features of others.
 
     Runs all steps, then each network about (K - P)^3 / 6 times for each prompt, where P of the K
     steps are protected: what skipping each stretch of steps does to the result. A file that is
     there keeps what it knows of other samplers, steps and cuts. Its path goes to stdout.
+
+    Examples:
+        cmdgen rehash calibrate --model DIR --steps 25 --plot map.png
+        cmdgen rehash calibrate --model mini -o rehash.json --prompts prompts.txt
     """
     from cmdgen.acceleration.calibration import (
         FILENAME,
@@ -107,7 +99,7 @@ def calibrate(
     for part, count in (("content", own.steps), ("motion", own.motion_steps)):
         if not 2 <= count <= MOST_STEPS:
             raise ValueError(f"{part} in {count} steps: between 2 and {MOST_STEPS} are searched")
-    with on_the_way("--batch or --size"), show_progress() as show:
+    with on_the_way("ask for a smaller --batch or --size"), Say(quiet=quiet).progress() as show:
         measured = pipeline.calibrate(texts, asked, batch=batch, on_progress=show)
     write_calibrations(target, name, measured)
     if plot is not None:
@@ -115,9 +107,9 @@ def calibrate(
     typer.echo(target)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(cls=Command)
 def compare(
-    model: ModelName = "mini",
+    model: Model = "mini",
     full: Annotated[
         list[int] | None,
         typer.Option(metavar="N", help="Full steps, may be repeated.  [default: 13, 9]"),
@@ -128,12 +120,16 @@ def compare(
     cut: Cut = SampleConfig.rehash_cut,
     protect: Protect = SampleConfig.rehash_protect,
     device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare step rehash, by each policy, with fewer steps at the same number of full steps.
 
     What the packaged probe names in clips of held-out captions, how close the frames are to those
     of all steps from the same seed, and seconds. The table goes to stdout.
+
+    Examples:
+        cmdgen rehash compare --clips 32 --full 13
     """
     from cmdgen.data.world import World
     from cmdgen.evaluation.probe import PACKAGED, Probe
@@ -145,7 +141,7 @@ def compare(
     )
     pipeline = TextToVideo.load(find_model(model), device=device)
     probe = Probe.from_pretrained(PACKAGED).to(pipeline.device)
-    with on_the_way("--batch"), show_progress() as show:
+    with on_the_way("ask for a smaller --batch"), Say(quiet=quiet).progress() as show:
         found = compare_rehash(pipeline, World(MINI_WORLD), probe, config, on_progress=show)
     typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.to_markdown())
 

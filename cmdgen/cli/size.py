@@ -19,4 +19,4 @@ def parse_memory(memory: str) -> int:
     match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([A-Z]{1,3})", memory.upper())
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"memory {memory!r} is not a number of MB, MiB, GB or GiB, such as 4GB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    return round(float(match[1]) * _UNITS[match[2]])

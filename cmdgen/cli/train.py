@@ -2,16 +2,19 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from cmdgen.cli.completion import one_of
+from cmdgen.cli.errors import Failure, describe, within_memory
+from cmdgen.cli.help import Command, Group
+from cmdgen.cli.options import Device, Quiet, Threads
+from cmdgen.cli.progress import Say
 from cmdgen.cli.size import parse_size
 from cmdgen.cli.stop import Stop
 from cmdgen.config import ATTENTIONS, PRESETS, WORLDS, ModelConfig, SampleConfig, UNetConfig
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", TrainConfig, StageConfig, VaeLoss, AutoencoderLoss, DenoisingLoss)
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     help="Train a model in one folder: vae, autoencoder, content, motion, then export.",
 )
@@ -49,30 +53,40 @@ VAE, AUTOENCODER, CONTENT, MOTION = ((stage,) for stage in STAGES)
 DENOISING = CONTENT + MOTION
 # what the UNet and the autoencoder of a run have in common
 GATE = ("attention", "attention_threshold", "attention_features")
-# between two lines of progress where there is no terminal
-LINE_SECONDS = 30
 
 
-def _option(help: str, *, hidden: bool = False) -> Any:
-    return typer.Option(help=help, hidden=hidden)
+LEARNING, KEEPING, OBJECTIVE = "Learning", "Checkpoints and logs", "What is learned"
+
+
+def _option(
+    help: str, panel: str | None = None, *, hidden: bool = False, known: Iterable[str] = ()
+) -> Any:
+    """`known`: what a shell completes it with."""
+    complete = one_of(known) if known else None
+    return typer.Option(help=help, hidden=hidden, rich_help_panel=panel, autocompletion=complete)
 
 
 def _command(stage: str) -> Callable[..., None]:
-    def tuned(setting: str, help: str, only: tuple[str, ...] = STAGES) -> Any:
+    def tuned(
+        setting: str, help: str, only: tuple[str, ...] = STAGES, panel: str | None = None
+    ) -> Any:
         """An option of these stages whose default is the recipe's, by preset."""
         read, presets = attrgetter(setting), dict[str, list[str]]()
         for preset in PRESETS:
             presets.setdefault(_show(read(recipe(preset, stage))), []).append(preset)
         value, *others = presets
         texts = [value, *(f"{other} for {', '.join(presets[other])}" for other in others)]
-        return _option(f"{help}  [default: {'; '.join(texts)}]", hidden=stage not in only)
+        panel = panel or (LEARNING if setting.startswith("train.") else OBJECTIVE)
+        return _option(f"{help}  [default: {'; '.join(texts)}]", panel, hidden=stage not in only)
 
     def command(
         output: Annotated[
             Path, typer.Option("--output", "-o", help="Folder of the run; all stages share it.")
         ],
-        preset: Annotated[str | None, _option(f"Model to build.  [default: {PRESET}]")] = None,
-        data: Annotated[str | None, _option(DATA_HELP)] = None,
+        preset: Annotated[
+            str | None, _option(f"Model to build.  [default: {PRESET}]", known=PRESETS)
+        ] = None,
+        data: Annotated[str | None, _option(DATA_HELP, known=WORLDS)] = None,
         size: Annotated[str | None, _option("Frame size, WIDTHxHEIGHT.")] = None,
         frames: Annotated[int | None, _option("Frames of a clip.")] = None,
         latents: Annotated[
@@ -80,7 +94,9 @@ def _command(stage: str) -> Callable[..., None]:
         ] = None,
         attention: Annotated[
             str | None,
-            _option("softmax, or gated: linear where tokens > threshold * head width."),
+            _option(
+                "softmax, or gated: linear where tokens > threshold * head width.", known=ATTENTIONS
+            ),
         ] = None,
         attention_threshold: Annotated[float | None, _option("Where the gate opens.")] = None,
         attention_features: Annotated[
@@ -92,7 +108,12 @@ def _command(stage: str) -> Callable[..., None]:
         ] = None,
         restart: Annotated[bool, _option("Forget this stage's checkpoint.")] = StageConfig.restart,
         steps: Annotated[int | None, tuned("train.steps", "Updates in all.")] = None,
-        minutes: Annotated[float | None, _option("Stop cleanly within this time.")] = None,
+        minutes: Annotated[
+            float | None,
+            _option(
+                "Stop cleanly within this time; the learning rate still goes by --steps.", LEARNING
+            ),
+        ] = None,
         batch: Annotated[int | None, tuned("train.batch", "Clips (vae: frames) an update.")] = None,
         accumulate: Annotated[
             int | None, tuned("train.accumulate", "Parts that a batch is computed in.")
@@ -121,20 +142,25 @@ def _command(stage: str) -> Callable[..., None]:
             str | None, tuned("train.precision", "auto, bf16 or fp32; auto is bf16 on a GPU.")
         ] = None,
         seed: Annotated[int | None, tuned("train.seed", "Of everything drawn.")] = None,
-        device: Annotated[str, _option("auto, cpu, cuda, cuda:1 ...")] = "auto",
-        threads: Annotated[int | None, _option("CPU threads.")] = None,
+        device: Device = "auto",
+        threads: Threads = None,
         save_every: Annotated[
-            float | None, tuned("train.save_seconds", "Seconds between checkpoints.")
+            float | None, tuned("train.save_seconds", "Seconds between checkpoints.", panel=KEEPING)
         ] = None,
         log_every: Annotated[
-            int | None, tuned("train.log_steps", "Steps between log lines.")
+            int | None, tuned("train.log_steps", "Steps between log lines.", panel=KEEPING)
         ] = None,
         evaluate_every: Annotated[
             int | None,
-            tuned("train.evaluate_steps", "Steps between evaluations and sample sheets."),
+            tuned(
+                "train.evaluate_steps",
+                "Steps between evaluations and sample sheets.",
+                panel=KEEPING,
+            ),
         ] = None,
         held_out: Annotated[
-            int | None, tuned("train.held_out", "Clips to evaluate on, never trained on.")
+            int | None,
+            tuned("train.held_out", "Clips to evaluate on, never trained on.", panel=KEEPING),
         ] = None,
         mask: Annotated[
             float | None,
@@ -189,6 +215,7 @@ def _command(stage: str) -> Callable[..., None]:
                 MOTION,
             ),
         ] = None,
+        quiet: Quiet = False,
     ) -> None:
         loop = {
             "steps": steps,
@@ -248,7 +275,7 @@ def _command(stage: str) -> Callable[..., None]:
             "attention_threshold": attention_threshold,
             "attention_features": attention_features,
         }
-        _train(stage, output, settle_recipe, init, shared, clips, device, threads)
+        _train(stage, output, settle_recipe, init, shared, clips, device, threads, quiet)
 
     return command
 
@@ -265,13 +292,21 @@ def _replace(config: C, told: dict[str, Any]) -> C:
     return replace(config, **{name: value for name, value in told.items() if value is not None})
 
 
+_HELP = """{}
+
+    The folder's path goes to stdout. What stops, the same command continues.
+
+    Examples:
+        cmdgen train {stage} -o RUN
+        cmdgen train {stage} -o RUN --minutes 30 --batch 8
+    """
 for _stage, _help in {
     "vae": "Frames to latents and back, learned on single frames.",
     "autoencoder": "Clips of latents to content frame and motion latents, and back. Needs vae.",
     "content": "Text to content frame, with the text encoder. Needs autoencoder.",
     "motion": "Text and content frame to motion latents. Needs content.",
 }.items():
-    app.command(_stage, help=_help)(_command(_stage))
+    app.command(_stage, cls=Command, help=_HELP.format(_help, stage=_stage))(_command(_stage))
 
 
 def _train(
@@ -283,12 +318,13 @@ def _train(
     clips: int | None,
     device_name: str,
     threads: int | None,
+    quiet: bool,
 ) -> None:
     started = time.monotonic()
     if asked["size"] is not None:
         parse_size(asked["size"])
     if init is not None and not init.is_dir():
-        raise ValueError(f"init {init} is not a folder")
+        raise FileNotFoundError(f"init {init} is not a folder")
     # a part that is given has been trained with the attention that it has
     part = {"content": "unet"}.get(stage, stage)
     if init is not None and (init / part).is_dir():
@@ -299,6 +335,7 @@ def _train(
     import torch
 
     from cmdgen.pipeline import choose_device
+    from cmdgen.training.loop import learning_rate
     from cmdgen.training.run import run_stage, settle
 
     if threads is not None:
@@ -311,31 +348,46 @@ def _train(
         # kernels are launched on the current GPU
         torch.cuda.set_device(device)
     data = open_data(shared["data"], clips, model, device)
-    with Stop("this step") as stop, _Progress(config.minutes, started) as progress:
+    say = Say(quiet=quiet)
+    deadline = None if config.minutes is None else started + 60 * config.minutes
+    smaller = "ask for a smaller --batch or --size, more --accumulate, or --gradient-checkpointing"
+    with (
+        Stop("this step") as stop,
+        within_memory(smaller),
+        say.progress(deadline=deadline) as show,
+    ):
 
         def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
-            progress.report(phase, done, total, figures)
-            late = progress.deadline is not None and time.monotonic() > progress.deadline
+            show(phase, done, total, f"loss {figures['loss']:.4g}" if "loss" in figures else "")
+            late = deadline is not None and time.monotonic() > deadline
             if phase.startswith("encode") and (stop() or late):
                 # what is encoded is on disk: the next run goes on after it
-                progress.console.print(f"{stage}: stopped with {done} of {total} clips encoded")
+                say.note(f"{stage}: stopped with {done} of {total} clips encoded")
                 raise typer.Exit(0 if stop.signal is None else 128 + stop.signal)
 
-        done = run_stage(
-            stage,
-            output,
-            model,
-            data,
-            config,
-            options,
-            device=device,
-            report=report,
-            stopped=stop,
-            shared=shared,
-            started=started,
+        try:
+            done = run_stage(
+                stage,
+                output,
+                model,
+                data,
+                config,
+                options,
+                device=device,
+                report=report,
+                stopped=stop,
+                shared=shared,
+                started=started,
+            )
+        except FloatingPointError as error:
+            raise Failure(describe(error)) from error
+    say.note(f"{stage}: {done} of {config.steps} steps done")
+    if done < config.steps and config.final_lr < 1:
+        say.note(
+            f"note: the learning rate, {learning_rate(config, done):.2g} by now, falls until step "
+            f"{config.steps}: the same command goes on, and fewer --steps end it earlier"
         )
-    Console(stderr=True).print(f"{stage}: {done} of {config.steps} steps done", highlight=False)
-    print(output)
+    typer.echo(output)
     if stop.signal is not None:
         raise typer.Exit(128 + stop.signal)
 
@@ -380,77 +432,21 @@ def build_config(shared: dict[str, Any]) -> ModelConfig:
     return replace(model, vae=vae, content=content, autoencoder=autoencoder)
 
 
-class _Progress:
-    """A bar with figures and the time left, or a line now and then where stderr is no terminal."""
-
-    def __init__(self, minutes: float | None, started: float) -> None:
-        self.deadline = None if minutes is None else started + 60 * minutes
-        self.console = Console(stderr=True, highlight=False)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn(
-                "{task.completed}/{task.total}  {task.fields[figures]}  {task.fields[left]} left"
-            ),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.task: TaskID | None = None
-        self.phase = ""
-        self.begun = (0.0, 0)
-        self.line = 0.0
-
-    def __enter__(self) -> "_Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def report(self, phase: str, done: int, total: int, figures: dict[str, float]) -> None:
-        """Shows where the run is."""
-        now = time.monotonic()
-        if phase != self.phase:
-            self.phase, self.begun, self.line = phase, (now, done), 0.0
-            if self.task is not None:
-                self.bar.stop_task(self.task)
-            self.task = self.bar.add_task(phase, total=total, figures="", left="")
-        text = f"loss {figures['loss']:.4g}" if "loss" in figures else ""
-        left = self._left(now, done, total)
-        assert self.task is not None
-        self.bar.update(self.task, completed=done, total=total, figures=text, left=left)
-        if not self.console.is_terminal and (now - self.line > LINE_SECONDS or done == total):
-            self.line = now
-            self.console.print(f"{phase} {done}/{total} {text} {left} left")
-
-    def _left(self, now: float, done: int, total: int) -> str:
-        begun, first = self.begun
-        if done == first:
-            return "--:--"
-        seconds = (now - begun) / (done - first) * (total - done)
-        if self.deadline is not None and self.phase == "train":
-            seconds = min(seconds, max(0.0, self.deadline - now))
-        minutes, rest = divmod(round(seconds), 60)
-        return (
-            f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-            if minutes >= 60
-            else f"{minutes}:{rest:02}"
-        )
-
-
-@app.command("export", help="Copy a finished run's model, without training state, to a folder.")
+@app.command(cls=Command)
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of the run.")],
     target: Annotated[Path, typer.Argument(help="Folder to write, such as cmdgen/assets/mini.")],
-    dtype: Annotated[str, _option("float16, bfloat16 or float32.")] = "float16",
+    dtype: Annotated[
+        str, _option("float16, bfloat16 or float32.", known=("float16", "bfloat16", "float32"))
+    ] = "float16",
 ) -> None:
+    """Copy a finished run's model, without training state, to a folder."""
     from cmdgen.training.export import DTYPES, export_model
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     sizes = export_model(run, target, DTYPES[dtype])
-    console = Console(stderr=True, highlight=False)
     for name, size in sizes.items():
-        console.print(f"{size / 2**20:7.2f} MiB  {name}")
-    console.print(f"{sum(sizes.values()) / 2**20:7.2f} MiB  in all")
-    print(target)
+        typer.echo(f"{size / 2**20:7.2f} MiB  {name}", err=True)
+    typer.echo(f"{sum(sizes.values()) / 2**20:7.2f} MiB  in all", err=True)
+    typer.echo(target)

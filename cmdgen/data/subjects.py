@@ -209,15 +209,18 @@ _FONT_FOLDERS = (
 
 
 def find_font(path: str | None = None) -> Path:
-    """The Noto Color Emoji file: `path`, or the first in the usual folders."""
+    """The Noto Color Emoji file: `path`, or the first in the usual folders.
+
+    FileNotFoundError says where to get it.
+    """
     if path is not None:
         if not Path(path).is_file():
-            raise ValueError(f"font {path} does not exist")
+            raise FileNotFoundError(f"font {path} does not exist")
         return Path(path)
     for folder in _FONT_FOLDERS:
         for found in sorted(Path(folder).expanduser().rglob(_FONT_FILE)):
             return found
-    raise ValueError(
+    raise FileNotFoundError(
         f"{_FONT_FILE} not found: install the Debian package fonts-noto-color-emoji, or pass --font"
     )
 

@@ -54,6 +54,6 @@ def open_source(name: str) -> tuple[ClipSource, str]:
     if name in WORLDS:
         return World(WORLDS[name]), repr(WORLDS[name])
     if not Path(name).is_dir():
-        raise ValueError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder")
+        raise FileNotFoundError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder")
     folder = Folder(Path(name))
     return folder, folder.key

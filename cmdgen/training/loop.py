@@ -74,6 +74,7 @@ def train(
 
     `state_folder` holds checkpoint.pt, log.jsonl and sheet-*.png; a checkpoint in it is continued.
     `started` is the time.monotonic() from which `minutes` count.
+    Raises FloatingPointError where the weights have diverged; those are not saved.
     """
     started = time.monotonic() if started is None else started
     run = _Run(stage, config, state_folder, model_folder, device)
@@ -173,7 +174,7 @@ class _Run:
         figures = {name: float(value) / self.summed for name, value in self.sums.items()}
         self.sums, self.summed = {}, 0
         if not math.isfinite(figures["grad"]):
-            raise ValueError(
+            raise FloatingPointError(
                 f"the gradient is not finite at step {self.step}: run again with a lower --lr"
                 " (it continues from the last checkpoint)"
             )
@@ -189,7 +190,7 @@ class _Run:
     def save(self) -> None:
         """Checkpoint first, then the averaged weights into the model folder."""
         if not all(math.isfinite(float(value)) for value in self.sums.values()):
-            raise ValueError(
+            raise FloatingPointError(
                 f"the loss is not finite before step {self.step}: run again with a lower --lr"
                 " (it continues from the last checkpoint)"
             )

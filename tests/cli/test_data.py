@@ -37,9 +37,7 @@ def test_a_sheet_has_a_row_for_each_clip(
     [
         (("--size", "64"), "size '64' is not WIDTHxHEIGHT"),
         (("--size", "8x64"), "both sides must be between 16 and 1024"),
-        (("--data", "nothing"), "neither one of world, mini nor a folder"),
         (("--subjects", "dgo"), "unknown subject 'dgo': did you mean"),
-        (("--font", "none.ttf"), "font none.ttf does not exist"),
         (("--split", "valid"), "split 'valid' is not one of train, test"),
         (("-o", "missing/sheet.png"), "missing does not exist"),
     ],

@@ -65,7 +65,6 @@ def test_init_writes_a_folder_once_that_show_knows(models, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("show", "maxi"), "unknown model 'maxi': expected a folder, OWNER/NAME that was"),
         (("init", "maxi", "-o", "x"), "preset 'maxi' is not one of mini, cmd-sd15"),
         (("init", "mini", "-o", "x", "--dtype", "int8"), "dtype 'int8' is not one of float32"),
         (("init", "mini", "-o", "no/x"), "folder "),

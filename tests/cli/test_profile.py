@@ -315,7 +315,6 @@ def test_a_damaged_model_fails_in_one_line_that_names_the_file(profile, tiny_mod
         (("--batch", 0), "batch 0 is not between 1 and 1000"),
         (("--size", "63x64"), "both sides must be multiples"),
         (("--steps", 0), "steps 0 is not at least 1"),
-        (("--model", "maxi"), "unknown model 'maxi'"),
         (("--device", "tpu"), "device 'tpu' is not one of"),
         (("--trace", "."), ".: not the name of a file"),
         (("--trace", "no/such/folder/trace.json"), "not the name of a file"),

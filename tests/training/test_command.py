@@ -1,6 +1,7 @@
 """`cmdgen train` from the shell: what it prints, how it ends, what it refuses."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,6 @@ def test_time_is_up_during_encoding_too(train, videos: Path, tmp_path: Path) -> 
     ("arguments", "reason"),
     [
         (("vae", "--preset", "huge"), "preset 'huge' is not one of"),
-        (("vae", "--data", "nowhere"), "'nowhere' is neither one of"),
         (("vae", "--size", "wide"), "is not WIDTHxHEIGHT"),
         (("vae", "--size", "50x50"), "both sides must be multiples of"),
         (("vae", "--frames", 1), "nothing moves in a clip of one frame"),
@@ -119,7 +119,6 @@ def test_time_is_up_during_encoding_too(train, videos: Path, tmp_path: Path) -> 
         (("vae", "--attention", "fast"), "attention 'fast' is not one of softmax, gated"),
         (("vae", "--attention-threshold", 0), "attention threshold 0.0 is not above 0"),
         (("vae", "--precision", "fp8"), "precision 'fp8' is not one of"),
-        (("vae", "--init", "nowhere"), "init nowhere is not a folder"),
         (("content", "--mask", 2), "mask is only for vae"),
         (("vae", "--text-dropout", 0), "text dropout is only for content and motion"),
         (("content", "--text-dropout", 2), "text dropout 2.0 is not between 0 and 1"),
@@ -143,3 +142,26 @@ def test_export_of_half_a_run_names_what_is_missing(tmp_path: Path, capsys) -> N
         main(["train", "export", str(tmp_path), str(tmp_path / "model")])
     assert end.value.code == 2
     assert "model_index.json" in capsys.readouterr().err
+
+
+def test_diverged_training_fails_and_says_how_to_go_on(train, videos, monkeypatch) -> None:
+    batch = VaeStage.batch
+
+    def burst(stage: VaeStage, step: int):
+        return {name: tensor * float("inf") for name, tensor in batch(stage, step).items()}
+
+    monkeypatch.setattr(VaeStage, "batch", burst)
+    result = train("vae", "--preset", "tiny", "--data", videos)
+    assert result.code == 1, result.err
+    assert re.fullmatch("error: .* is not finite .*lower --lr.*\n", result.err.splitlines(True)[-1])
+
+
+def test_a_run_cut_short_by_the_clock_says_where_the_learning_rate_is(train, videos) -> None:
+    cut = ("--final-lr", 0.1, "--minutes", 0.01)
+    result = train("vae", "--preset", "tiny", "--data", videos, "--steps", 900, *cut)
+    assert result.code == 0
+    assert re.search(
+        r"note: the learning rate, [\d.e-]+ by now, falls until step 900: the same", result.err
+    )
+    quiet = train("vae", "--quiet", "--steps", 901, *cut)
+    assert (quiet.code, quiet.err) == (0, "")

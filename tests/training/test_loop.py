@@ -145,7 +145,7 @@ def test_minutes_end_the_run_in_time_with_a_checkpoint(tmp_path: Path) -> None:
 def test_diverged_weights_are_never_saved(tmp_path: Path) -> None:
     stage = LinearStage()
     nn.init.constant_(stage.model.weight, float("inf"))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(FloatingPointError, match="not finite"):
         fit(tmp_path, stage=stage)
     assert not (tmp_path / "state/checkpoint.pt").exists()
 

@@ -1,0 +1,158 @@
+"""How commands end: exit codes, one line on stderr, nothing of it on stdout."""
+
+import os
+import re
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import typer
+
+from cmdgen.cli import app as application
+from cmdgen.cli import errors
+from cmdgen.cli.app import main
+from cmdgen.cli.errors import Failure, on_the_way, within_memory
+from cmdgen.video.write import EncoderError
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cmdgen(capsys: pytest.CaptureFixture[str]):
+    """Runs a command in this process."""
+
+    def run(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        assert isinstance(end.value.code, int)
+        return Result(end.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def ends_with(cmdgen, monkeypatch: pytest.MonkeyPatch):
+    """Runs a command that ends with an error."""
+
+    def run(error: BaseException) -> Result:
+        app = typer.Typer(rich_markup_mode=None)
+
+        @app.callback(invoke_without_command=True)
+        def fail() -> None:
+            print("data")
+            raise error
+
+        monkeypatch.setattr(application, "app", app)
+        return cmdgen()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (Failure("the weights\nare odd"), 1, "the weights\nare odd"),
+        (Failure("three of nine jobs failed", errors.PARTIAL), 6, "three of nine jobs failed"),
+        (ValueError("steps 0\n is not at least 1"), 2, "steps 0 is not at least 1"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), 3, "a.txt: No such file"),
+        (FileNotFoundError("no probe in x"), 3, "no probe in x"),
+        (ConnectionError("the hub cannot be reached"), 3, "the hub cannot be reached"),
+        (PermissionError(13, "Permission denied", "a.txt"), 1, "a.txt: Permission denied"),
+        (
+            EncoderError("a.mp4 was not written: No space left"),
+            5,
+            "a.mp4 was not written: No space",
+        ),
+        (MemoryError(), 4, "MemoryError"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_and_a_code(ends_with, error, code, line) -> None:
+    result = ends_with(error)
+    assert (result.code, result.out) == (code, "data\n")
+    assert result.err.startswith("error: " + " ".join(line.split()))
+    assert result.err.count("\n") == 1
+
+
+def test_what_is_our_own_fault_keeps_its_traceback(ends_with) -> None:
+    with pytest.raises(AssertionError, match="a bug"):
+        ends_with(AssertionError("a bug"))
+
+
+def test_a_command_that_asks_for_a_code_gets_it(ends_with) -> None:
+    assert ends_with(typer.Exit(143)) == (143, "data\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("sample", "a dog", "-o", "a.mp4", "--model", "nano"), "unknown model 'nano'"),
+        (("models", "show", "maxi"), "unknown model 'maxi': expected a folder, OWNER/NAME that"),
+        (("profile", "--model", "maxi"), "unknown model 'maxi'"),
+        (("eval", "mini", "--probe", "none"), "no probe in none: make one by"),
+        (("rehash", "calibrate", "--prompts", "none.txt"), "none.txt: No such file"),
+        (("train", "vae", "-o", "run", "--data", "nowhere"), "'nowhere' is neither one of world"),
+        (("train", "vae", "-o", "run", "--init", "nowhere"), "init nowhere is not a folder"),
+        (("data", "preview", "-o", "a.png", "--data", "nothing"), "neither one of world, mini nor"),
+        (("data", "preview", "-o", "a.png", "--font", "none.ttf"), "font none.ttf does not exist"),
+        (("data", "precompute", "-o", "x", "--vae", "none"), "vae none is no model folder"),
+    ],
+)
+def test_what_is_not_there_is_one_line_and_leaves_nothing(
+    cmdgen, monkeypatch, tmp_path, arguments, says
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cmdgen(*arguments)
+    assert (result.code, result.out) == (3, "")
+    assert says in result.err and re.fullmatch("error: .+\n", result.err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_that_runs_out_says_what_would_fit() -> None:
+    for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")):
+        with (
+            pytest.raises(Failure, match=r"^not enough memory: 16 frames fit$") as end,
+            within_memory(lambda: "16 frames fit"),
+        ):
+            raise error
+        assert end.value.code == errors.MEMORY
+    with pytest.raises(RuntimeError, match="a bug"), on_the_way("ask for less"):
+        raise RuntimeError("a bug")
+    with pytest.raises(Failure, match="unreadable") as end, on_the_way("ask for less"):
+        raise ValueError("unreadable")
+    assert end.value.code == errors.FAILED
+
+
+def spawn(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A shell's command line, `cmdgen` in it this package's."""
+    start = f'cmdgen() {{ "{sys.executable}" -m cmdgen "$@"; }}\n'
+    return subprocess.run(
+        ["bash", "-c", start + command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly() -> None:
+    # the reader has gone before a line comes
+    done = spawn("(sleep 0.5; cmdgen models list; echo $? >&2) | true")
+    assert (done.stdout, done.stderr) == ("", "141\n")
+    # help is longer than what is read of it
+    done = spawn("set -o pipefail; (sleep 0.5; cmdgen train vae --help) | true")
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_under_stdout_is_one_line() -> None:
+    done = spawn("cmdgen --version > /dev/full")
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_a_closed_stdout_is_no_error() -> None:
+    done = spawn("cmdgen --version >&-")
+    assert (done.returncode, done.stderr) == (0, "")

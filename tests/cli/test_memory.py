@@ -1,0 +1,110 @@
+"""Memory that runs out: exit code 4, with what would fit."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cmdgen.cli import advice
+from cmdgen.cli.app import main
+from cmdgen.config import SampleConfig
+from cmdgen.evaluation import memory as memories
+from cmdgen.evaluation.estimate import estimate_activations, find_fitting
+from cmdgen.evaluation.memory import Memory
+from cmdgen.pipeline import TextToVideo
+
+PROMPT = "a dog swimming in the ocean"
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Makes forwards of more than so many clips run out of memory, where so much of it is free."""
+
+    def fail(most: int, free: int | None) -> None:
+        sample = TextToVideo.sample_batch
+
+        def run(self, prompts, *arguments, **options):
+            if len(prompts) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return sample(self, prompts, *arguments, **options)
+
+        monkeypatch.setattr(TextToVideo, "sample_batch", run)
+        monkeypatch.setattr(memories, "measure_memory", lambda device: Memory(2**40, free))
+
+    return fail
+
+
+@pytest.fixture
+def sample(capsys, tiny_model, tmp_path):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        command = ["sample", PROMPT, "--model", tiny_model, "-o", tmp_path / "{seed}.mp4"]
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in (*command, "--seed", 1, *arguments)])
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_what_would_fit_is_said_and_does(sample, short, tiny_model, tmp_path) -> None:
+    model = TextToVideo.load(tiny_model)
+    asked = SampleConfig(frames=8, height=64, width=96)
+    needed = estimate_activations(model, asked)
+    short(0, needed // 3)
+    code, out, err = sample("--frames", 8, "--size", "96x64", "--quiet")
+    assert (code, out) == (4, "")
+    assert err.count("\n") == 1
+    found = re.fullmatch(
+        rf"error: not enough memory: about {needed / 1e6:,.0f} MB beside the weights for 8 frames "
+        rf"of 96x64, {needed // 3 / 1e6:,.0f} MB free: (.+) should fit\n",
+        err,
+    )
+    assert found is not None, err
+    assert not list(tmp_path.glob("*.mp4"))
+    options = found[1].split()
+    assert "--max-memory" in options
+
+
+def test_the_largest_that_fits_is_found(tiny_model) -> None:
+    model = TextToVideo.load(tiny_model)
+    asked = SampleConfig(frames=8, height=64, width=96)
+    needed = estimate_activations(model, asked)
+    # slices do, where nearly all of it is there
+    fitting = find_fitting(model, asked, needed)
+    assert fitting == replace(asked, max_memory=needed)
+    before = None
+    for share in (2, 4, 8, 16):
+        fitting = find_fitting(model, asked, needed // share)
+        if fitting is None:
+            break
+        assert estimate_activations(model, fitting) <= needed // share
+        size = fitting.frames * fitting.height * fitting.width
+        assert before is None or size <= before
+        before = size
+    assert before is not None and before < 8 * 64 * 96
+    assert find_fitting(model, asked, 1000) is None
+
+
+def test_clips_at_a_time_come_first(tiny_model, short) -> None:
+    model = TextToVideo.load(tiny_model)
+    _ = model.parts
+    needed = estimate_activations(model, SampleConfig(), batch=8)
+    short(0, needed // 2)
+    assert advice.advise(model, SampleConfig(), 8).endswith("MB free: ask for --batch 4")
+    # where it cannot be told what is free, it is less than what was asked for
+    short(0, None)
+    said = advice.advise(model, SampleConfig(), 1)
+    assert "free" not in said and said.endswith("should fit")
+
+
+def test_weights_that_do_not_fit_are_told_apart(tiny_model) -> None:
+    said = advice.advise(TextToVideo.load(tiny_model), SampleConfig(), 1)
+    assert said == "the weights of tiny do not fit: try --dtype bfloat16"
+
+
+def test_a_forward_of_several_that_runs_out_of_memory_is_halved(sample, short, tmp_path) -> None:
+    short(1, 10**9)
+    code, _, err = sample("--num", 2, "--batch", 2)
+    assert code == 0, err
+    assert "note: not enough memory for 2 clips at a time" in err
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["1.mp4", "2.mp4"]
