@@ -2,11 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cmdgen import __version__
+from cmdgen import __version__, models
 from cmdgen.acceleration.budget import choose_encoding_slices, choose_slices
 from cmdgen.acceleration.calibration import Calibration, Measurement, Plan, Predict, plan_rehash
 from cmdgen.acceleration.compiled import Compiled, check_compiler
@@ -22,18 +23,37 @@ from cmdgen.acceleration.graphs import Graphed, GraphedNetwork, Out, fastest_lib
 from cmdgen.acceleration.keysteps import count_protected
 from cmdgen.acceleration.overlap import Pending, start
 from cmdgen.acceleration.rehash import CutDiT, CutUNet, Network, Rehash
-from cmdgen.acceleration.slicer import Slices, decode_clip, decode_pictures, fetch
+from cmdgen.acceleration.slicer import (
+    Slices,
+    decode_clip,
+    decode_pictures,
+    encode_clip,
+    encode_pictures,
+    fetch,
+)
 from cmdgen.config import ModelConfig, NoiseConfig, SampleConfig, UNetConfig
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.parametrisation import recognise_prediction
 from cmdgen.diffusion.samplers import SAMPLERS, VISITED, OnStep
+from cmdgen.diffusion.samplers import OnEstimate as OnLatent
+from cmdgen.latents import Latents, check_fit, fit_model, latent_shapes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.text import ClipTextModel, Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
-from cmdgen.video.pixels import CONVERT, Pixels, to_rgb24, to_unit
-from cmdgen.weights import read_model, resolve_model
+from cmdgen.video.formats import Pixels
+from cmdgen.video.pixels import CONVERT, to_rgb24, to_unit
+from cmdgen.weights import hash_weights, read_model, resolve_model
+
+# what `Parts` is read from
+WEIGHTS = {
+    "text_encoder": models.text.FILENAME,
+    "unet": models.unet.FILENAME,
+    "vae": models.vae.FILENAME,
+    "autoencoder": models.autoencoder.FILENAME,
+    "motion": models.dit.FILENAME,
+}
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -46,6 +66,8 @@ OnProgress = Callable[[str, int, int], None]
 OnFrames = Callable[[int, np.ndarray], None]
 # which clip, its content frame as a picture, uint8 (H, W, 3): before its frames
 OnContent = Callable[[int, np.ndarray], None]
+# a function that decodes the content frame that sampling is heading for, uint8 (H, W, 3)
+OnEstimate = Callable[[Callable[[], np.ndarray]], None]
 # stage to what is entered around it: a clock, a name in a trace
 OnStage = Callable[[str], AbstractContextManager[object]]
 
@@ -63,6 +85,20 @@ class Clip:
     content: np.ndarray  # (H, W, 3) uint8: the content frame as a picture
     fps: int
     metadata: dict[str, Any]
+    # of a still: none
+    latents: Latents | None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What of clips is not to be sampled: the same content frame or motion for all of them.
+
+    `origin` goes into their metadata: where it came from.
+    """
+
+    content: Tensor | None = None  # (C, h, w), as in Latents
+    motion: Tensor | None = None  # (K, T, W' + H')
+    origin: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +135,8 @@ class TextToVideo:
         # what was compiled and captured, and the memory of the latter
         self.prepared: dict[object, Callable[..., Any]] = {}
         self.pool = cache(torch.cuda.graph_pool_handle)
+        self._hash: str | None = None
+        self._hashing = Lock()
         # searching for the steps of a plan takes time
         self.plans: dict[SampleConfig, Plan | None] = {}
 
@@ -133,6 +171,18 @@ class TextToVideo:
         return Tokenizer.from_pretrained(self.folder / "tokenizer")
 
     @cached_property
+    def vae(self) -> KlVae:
+        """The VAE; reading it raises ValueError, naming the file that is wrong."""
+        return KlVae.from_pretrained(self.folder / "vae", dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def autoencoder(self) -> CmdAutoencoder:
+        """The autoencoder of a model that has one; raises as `vae` does."""
+        return CmdAutoencoder.from_pretrained(
+            self.folder / "autoencoder", dtype=self.dtype, device=self.device
+        )
+
+    @cached_property
     def parts(self) -> Parts:
         """The networks; reading them raises ValueError, naming the file that is wrong."""
         folder, moves = self.folder, self.config.motion is not None
@@ -140,10 +190,8 @@ class TextToVideo:
         parts = Parts(
             text=ClipTextModel.from_pretrained(folder / "text_encoder", **on),
             content=UNet.from_pretrained(folder / "unet", **on),
-            vae=KlVae.from_pretrained(folder / "vae", **on),
-            autoencoder=(
-                CmdAutoencoder.from_pretrained(folder / "autoencoder", **on) if moves else None
-            ),
+            vae=self.vae,
+            autoencoder=self.autoencoder if moves else None,
             motion=DiT.from_pretrained(folder / "motion", **on) if moves else None,
         )
         self._check_prediction(parts)
@@ -170,6 +218,14 @@ class TextToVideo:
                 f"{path}: prediction_type is {said}, but unet/ predicts {predicts}: correct it"
             )
 
+    @property
+    def weights_hash(self) -> str:
+        """Tells these weights from others, wherever they lie; a thread may ask for it early."""
+        with self._hashing:
+            if self._hash is None:
+                self._hash = hash_weights(self.folder, WEIGHTS)
+        return self._hash
+
     def fits(self, prompt: str) -> bool:
         """Whether the text encoder reads the prompt to its end."""
         length = self._length()
@@ -186,6 +242,7 @@ class TextToVideo:
         on_progress: OnProgress | None = None,
         on_content: OnContent | None = None,
         on_frames: OnFrames | None = None,
+        given: Given | None = None,
     ) -> Clip:
         """One clip. Raises ValueError where this model cannot do what `config` asks."""
         return self.sample_batch(
@@ -194,6 +251,7 @@ class TextToVideo:
             on_progress=on_progress,
             on_content=on_content,
             on_frames=on_frames,
+            given=given,
         )[0]
 
     @torch.inference_mode()
@@ -207,19 +265,28 @@ class TextToVideo:
         on_progress: OnProgress | None = None,
         on_content: OnContent | None = None,
         on_frames: OnFrames | None = None,
+        on_estimate: OnEstimate | None = None,
         on_stage: OnStage = nullcontext,
+        given: Given | None = None,
     ) -> list[Clip]:
         """A clip for each prompt and seed, as it would be alone; `config.seed` is not used.
 
         `config.content_seed` and `config.motion_seed`, where given, hold for all. A clip of one
-        frame is a still: the content frame, without motion. `pixels` is what frames are made in;
-        the content frame's picture is always RGB.
+        frame is a still: the content frame, without motion. What is `given` is kept, and only the
+        rest is sampled; ValueError where it is not of the size and length asked for. `pixels` is
+        what frames are made in; the content frame's picture is always RGB. After each step towards
+        the first clip's, `on_estimate` may look at it.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds")
         if pixels not in CONVERT:
             raise ValueError(f"pixels {pixels!r} is not one of {', '.join(CONVERT)}")
         asked, plan = config.apply(self.config), self.plan_rehash(config)
+        if given is None:
+            given = Given()
+        else:
+            halves = (given.content, given.motion)
+            check_fit(asked, *(None if half is None else tuple(half.shape) for half in halves))
         report = on_progress or (lambda stage, done, total: None)
         show_content, show = on_content or _ignore, on_frames or _ignore
         if asked.sampler == "ddpm" and len(prompts) > 1:
@@ -231,7 +298,9 @@ class TextToVideo:
                     on_progress=report,
                     on_content=partial(lambda i, _, picture: show_content(i, picture), i),
                     on_frames=partial(lambda i, _, frames: show(i, frames), i),
+                    on_estimate=on_estimate,
                     on_stage=on_stage,
+                    given=given,
                 )[0]
                 for i in range(len(prompts))
             ]
@@ -241,13 +310,19 @@ class TextToVideo:
 
         report("load", 0, 1)
         with on_stage("load"):
-            parts, _ = self.parts, self.tokenizer
+            _ = self.parts, self.tokenizer
         report("load", 1, 1)
         with fastest_libraries(self.device):
             with on_stage("text"):
                 text, empty = self._encode(prompts, config.negative)
             with on_stage("content"):
-                content = self._sample_content(asked, text, empty, content_seeds, plan, report)
+                if given.content is None:
+                    look = None if on_estimate is None else self._estimator(on_estimate, slices)
+                    content = self._sample_content(
+                        asked, text, empty, content_seeds, plan, report, look
+                    )
+                else:
+                    content = self._repeat(given.content, len(prompts))
             with on_stage("VAE decode"):
                 # who is short of memory gets one thing after another
                 stream = self.aside if config.max_memory is None else None
@@ -258,63 +333,195 @@ class TextToVideo:
                 report(stage, done, total)
                 picture.poll()
 
-            latents = None
+            motion = None
             if asked.frames > 1:
                 with on_stage("motion"):
-                    motion = self._sample_motion(
-                        asked, text, empty, content, motion_seeds, plan, report_motion
-                    )
-                with on_stage("frame decode"):
-                    assert parts.autoencoder is not None
-                    motion = parts.autoencoder.destandardise(motion).to(self.dtype)
-                    latents = decode_clip(parts.autoencoder, still, motion, slices)
-            with on_stage("VAE decode"):
-                pictures = picture.finish()
-                if latents is None:
-                    levels = rearrange(pictures, "b h w c -> b c h w")
-                    frames = CONVERT[pixels](to_unit(levels))[:, None].numpy()
-                    for i in range(len(prompts)):
-                        show(i, frames[i])
-                else:
-                    frames = self._decode(latents, slices, pixels, report, show)
-
-        return [
-            Clip(
-                frames=frames[i],
-                pixels=pixels,
-                content=pictures[i].numpy(),
-                fps=asked.fps,
-                metadata=self._describe(prompts[i], config, seeds[i], plan),
+                    if given.motion is None:
+                        motion = self._sample_motion(
+                            asked, text, empty, content, motion_seeds, plan, report_motion
+                        )
+                        motion = self.autoencoder.destandardise(motion)
+                    else:
+                        motion = self._repeat(given.motion, len(prompts))
+            frames = self._decode_frames(
+                *(picture, still, motion, slices, pixels, report, show, on_stage)
             )
-            for i in range(len(prompts))
-        ]
+        pictures = picture.finish()
+        # of what a GPU made, when it has made all of it
+        contents, motions = content.cpu(), None if motion is None else motion.cpu()
+        clips = []
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            about = self._describe(prompt, config, seed, plan, given)
+            latents = (
+                None if motions is None else Latents(contents[i], motions[i], asked.fps, about)
+            )
+            clips.append(Clip(frames[i], pixels, pictures[i].numpy(), asked.fps, about, latents))
+        return clips
 
-    def describe(self, prompt: str, config: SampleConfig) -> dict[str, Any]:
+    @torch.inference_mode()
+    def encode(
+        self,
+        frames: np.ndarray,
+        fps: int,
+        *,
+        origin: Mapping[str, object] | None = None,
+        max_memory: int | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Latents:
+        """uint8 (T, H, W, 3) -> the clip's content frame and motion latents; nothing is drawn.
+
+        `origin` goes into the metadata: where it came from. Raises ValueError where the model has
+        no autoencoder, or makes no clips of this size and length.
+        """
+        count, height, width = frames.shape[:3]
+        asked = SampleConfig(
+            frames=count, height=height, width=width, fps=fps, max_memory=max_memory
+        )
+        model = asked.apply(self.config)
+        fit_model(model, *latent_shapes(model))
+        slices = self.plan_encoding(asked)
+        report = on_progress or _ignore
+        report("load", 0, 1)
+        autoencoder, _ = self.autoencoder, self.vae
+        report("load", 1, 1)
+        with fastest_libraries(self.device):
+            parts = []
+            for done in range(0, count, slices.pictures):
+                some = frames[done : done + slices.pictures]
+                parts.append(self._to_latents(some, slices.strips))
+                report("encode", done + len(some), count)
+            latents = rearrange(torch.cat(parts), "t c h w -> 1 c t h w")
+            content, motion = encode_clip(autoencoder, latents, slices)
+        return Latents(
+            self._finite(content, "autoencoder")[0].float().cpu(),
+            self._finite(motion, "autoencoder")[0].float().cpu(),
+            fps,
+            {
+                **{"cmdgen": __version__, "model": self.config.name},
+                "weights": self.weights_hash,
+                **{"frames": count, "height": height, "width": width, "fps": fps},
+                **{"dtype": self._dtype_name, "device": self.device.type},
+                **(origin or {}),
+            },
+        )
+
+    @torch.inference_mode()
+    def encode_still(self, picture: np.ndarray) -> Tensor:
+        """uint8 (H, W, 3) -> (C, h, w) on the CPU: the content frame of a clip that shows it."""
+        with fastest_libraries(self.device):
+            latents = self._to_latents(picture[None])
+        return self._finite(latents, "vae")[0].float().cpu()
+
+    @torch.inference_mode()
+    def decode_still(self, content: Tensor) -> np.ndarray:
+        """(C, h, w) -> uint8 (H, W, 3): a content frame as a picture."""
+        height, width = (side * self.vae.config.stride for side in content.shape[1:])
+        slices = self.plan_decoding(SampleConfig(frames=1, height=height, width=width))
+        with fastest_libraries(self.device):
+            still = self._repeat(content, 1).to(self.dtype)
+            return self._decode_content(still, slices, _ignore, None).finish()[0].numpy()
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        latents: Latents,
+        *,
+        pixels: Pixels = "rgb24",
+        max_memory: int | None = None,
+        on_progress: OnProgress | None = None,
+        on_content: OnContent | None = None,
+        on_frames: OnFrames | None = None,
+    ) -> Clip:
+        """The clip of these latents, with their metadata; ValueError where they are not its."""
+        shapes = tuple(latents.content.shape), tuple(latents.motion.shape)
+        model = fit_model(self.config, *shapes)
+        slices = choose_slices(model, self.dtype, self.device, max_memory=max_memory)
+        report = on_progress or _ignore
+        report("load", 0, 1)
+        _ = self.autoencoder, self.vae
+        report("load", 1, 1)
+        with fastest_libraries(self.device):
+            still = self._repeat(latents.content, 1).to(self.dtype)
+            picture = self._decode_content(still, slices, on_content or _ignore, None)
+            frames = self._decode_frames(
+                *(picture, still, self._repeat(latents.motion, 1), slices, pixels),
+                *(report, on_frames or _ignore, nullcontext),
+            )
+        content = picture.finish()[0].numpy()
+        return Clip(frames[0], pixels, content, latents.fps, latents.metadata, latents)
+
+    def _repeat(self, half: Tensor, count: int) -> Tensor:
+        """(...) -> (B, ...) float32 on the device."""
+        return half.to(self.device, torch.float32).expand(count, *half.shape)
+
+    def _decode_frames(
+        self,
+        picture: Pending,
+        still: Tensor,
+        motion: Tensor | None,
+        slices: Slices,
+        pixels: Pixels,
+        report: OnProgress,
+        show: OnFrames,
+        on_stage: OnStage,
+    ) -> np.ndarray:
+        """(B, C, h, w), (B, K, T, W' + H') -> uint8 (B, T, ...) in `pixels`.
+
+        Without motion that is the content frame, whose picture is there or on its way.
+        """
+        if motion is None:
+            with on_stage("VAE decode"):
+                levels = rearrange(picture.finish(), "b h w c -> b c h w")
+                frames: np.ndarray = CONVERT[pixels](to_unit(levels))[:, None].numpy()
+            for i, frame in enumerate(frames):
+                show(i, frame)
+            return frames
+        with on_stage("frame decode"):
+            latents = decode_clip(self.autoencoder, still, motion.to(self.dtype), slices)
+        with on_stage("VAE decode"):
+            picture.finish()
+            return self._decode(latents, slices, pixels, report, show)
+
+    def describe(
+        self, prompt: str, config: SampleConfig, *, given: Given | None = None
+    ) -> dict[str, Any]:
         """The metadata of the clip that `sample` would make; reads no weights."""
-        return self._describe(prompt, config, config.seed, self.plan_rehash(config))
+        plan = self.plan_rehash(config)
+        return self._describe(prompt, config, config.seed, plan, given or Given())
 
     def _describe(
-        self, prompt: str, config: SampleConfig, seed: int, plan: Plan | None
+        self, prompt: str, config: SampleConfig, seed: int, plan: Plan | None, given: Given
     ) -> dict[str, Any]:
         asked = config.apply(self.config)
         recorded = asdict(asked)
-        unused = [] if asked.frames > 1 else ["motion_steps", "motion_guidance"]
+        draws_content, draws_motion = given.content is None, given.motion is None
+        draws_motion &= asked.frames > 1
+        unused = [] if draws_content else ["steps", "guidance"]
+        unused += [] if draws_motion else ["motion_steps", "motion_guidance"]
         unused += [] if asked.guidance_interval else ["guidance_interval"]
         for name in ("text", "content", "vae", "autoencoder", "motion", "noise", "name", *unused):
             del recorded[name]
-        recorded |= {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device.type}
+        recorded |= {"dtype": self._dtype_name, "device": self.device.type}
         if self.uses_compiler:
             # it rounds otherwise
             recorded["compile"] = True
         if plan is not None:
-            recorded["rehash"] = plan.to_dict()
+            recorded["rehash"] = replace(
+                plan,
+                content=plan.content if draws_content else (),
+                motion=plan.motion if draws_motion else (),
+            ).to_dict()
+        # rounding alone depends on it
+        if config.max_memory is not None:
+            recorded["max_memory"] = config.max_memory
         content_seed, motion_seed = _seeds(config, seed)
         return {
-            **{"cmdgen": __version__, "model": asked.name},
+            **{"cmdgen": __version__, "model": asked.name, "weights": self.weights_hash},
             **{"prompt": prompt, "negative": config.negative, "seed": seed},
-            "content_seed": content_seed,
-            **({"motion_seed": motion_seed} if asked.frames > 1 else {}),
+            **({"content_seed": content_seed} if draws_content else {}),
+            **({"motion_seed": motion_seed} if draws_motion else {}),
             **recorded,
+            **given.origin,
         }
 
     def plan_decoding(self, config: SampleConfig, *, batch: int = 1) -> Slices:
@@ -343,6 +550,8 @@ class TextToVideo:
 
         Raises ValueError where this model cannot do what is asked.
         """
+        # the same for all seeds
+        config = replace(config, seed=0, content_seed=None, motion_seed=None)
         if config not in self.plans:
             self.plans[config] = plan_rehash(config, config.apply(self.config), self.folder)
         return self.plans[config]
@@ -423,6 +632,7 @@ class TextToVideo:
         seeds: list[int],
         plan: Plan | None,
         report: OnProgress,
+        look: OnLatent | None = None,
     ) -> Tensor:
         """(B, L, D), (1, L, D) -> (B, C, h, w): the content frame, a scaled latent, in float32."""
         unet = self.parts.content
@@ -430,7 +640,14 @@ class TextToVideo:
         if plan is not None:
             predict = Rehash(self._graphed_network(CutUNet(unet, plan.cut)), plan.content)
         on_step = partial(report, "content")
-        return self._run_content(asked, text, empty, seeds, predict, on_step)
+        return self._run_content(asked, text, empty, seeds, predict, on_step, look)
+
+    def _estimator(self, on_estimate: OnEstimate, slices: Slices) -> OnLatent:
+        def look(content: Tensor) -> None:
+            latent = content[:1].to(self.dtype)
+            on_estimate(lambda: to_rgb24(self._to_pixels(latent, slices))[0].cpu().numpy())
+
+        return look
 
     def _run_content(
         self,
@@ -440,6 +657,7 @@ class TextToVideo:
         seeds: list[int],
         denoise: Predict,
         on_step: OnStep | None = None,
+        look: OnLatent | None = None,
     ) -> Tensor:
         """(B, L, D), (1, L, D) -> (B, C, h, w), by what has the arguments of `UNet.denoise`."""
         unet, count = self.parts.content, len(text)
@@ -465,6 +683,7 @@ class TextToVideo:
             steps=asked.steps,
             generator=generator,
             on_step=on_step,
+            on_estimate=look,
         )
         return self._finite(content, "unet")
 
@@ -559,12 +778,15 @@ class TextToVideo:
     def _finite(self, sample: Tensor, part: str) -> Tensor:
         """(B, C, ...) -> the same; ValueError, naming the part, where it is not all numbers."""
         if not sample.isfinite().all():
-            dtype = str(self.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{self.folder / part} overflows in {dtype}: its weights are damaged"
+                f"{self.folder / part} overflows in {self._dtype_name}: its weights are damaged"
                 " or need float32"
             )
         return sample
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     def _graphed(self, key: object, function: Callable[..., Out]) -> Callable[..., Out]:
         """A function compiled, where asked for, and as graphs, where they pay; else itself.
@@ -647,7 +869,14 @@ class TextToVideo:
 
     def _to_pixels(self, latents: Tensor, slices: Slices) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W), in [-1, 1] but for overshoot."""
-        return decode_pictures(self.parts.vae, latents, slices.strips)
+        return decode_pictures(self.vae, latents, slices.strips)
+
+    def _to_latents(self, frames: np.ndarray, strips: int = 1) -> Tensor:
+        """uint8 (N, H, W, 3) -> (N, C, h, w) scaled, the posterior's mean."""
+        # copied: the frames of others may be read-only, or no array of their own
+        pixels = torch.tensor(frames, device=self.device)
+        unit = to_unit(rearrange(pixels, "n h w c -> n c h w"))
+        return encode_pictures(self.vae, unit.to(self.dtype), strips)
 
 
 def _seeds(config: SampleConfig, seed: int) -> tuple[int, int]:

@@ -4,13 +4,15 @@ What is read comes from strangers: every value is checked, and whatever is wrong
 ValueError that names the file. What is written appears whole or not at all.
 """
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -31,6 +33,7 @@ from cmdgen.config import (
     TextConfig,
     UNetConfig,
     VaeConfig,
+    packaged_models,
 )
 
 Folder = str | os.PathLike[str]
@@ -38,6 +41,8 @@ Folder = str | os.PathLike[str]
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # tensors that are copied before their file is mapped anew
 _AT_ONCE = 8
+# bytes of a hash of weights, and of so few weights that hashing them takes a moment
+_DIGEST, _HASHED_AT_ONCE = 16, 2**26
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
@@ -350,12 +355,6 @@ def save_model(
     write_config(config, folder)
 
 
-def packaged_models() -> dict[str, Path]:
-    """The folders of the models that ship with cmdgen, by name."""
-    assets = Path(__file__).parent / "assets"
-    return {path.parent.name: path.parent for path in sorted(assets.glob("*/model_index.json"))}
-
-
 def resolve_model(name: Folder) -> Path:
     """The folder of a model given by the name of a packaged one or by its path."""
     packaged = packaged_models()
@@ -483,6 +482,45 @@ def weight_paths(folder: Path, filename: str) -> list[Path]:
     return [folder / name for name in sorted(set(names))] or [folder / filename]
 
 
+def hash_weights(folder: Folder, files: Mapping[str, str]) -> str:
+    """BLAKE2b of weights: of the parts of a folder and their files, in the order of their names.
+
+    Of more than a moment's reading, what was found is kept in the user's cache, for as long as the
+    files have their sizes and times. ValueError names a file that cannot be read.
+    """
+    folder = Path(folder).resolve()
+    paths = [
+        path
+        for part in sorted(files)
+        if (folder / part).is_dir()
+        for path in weight_paths(folder / part, files[part])
+    ]
+    try:
+        state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        note = None
+        if sum(size for _, size, _ in state) >= _HASHED_AT_ONCE:
+            from platformdirs import user_cache_path
+
+            key = hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
+            note = user_cache_path("cmdgen") / "weights" / key
+        if note is not None and note.is_file():
+            kept = note.read_text(errors="replace")
+            if re.fullmatch(f"[0-9a-f]{{{2 * _DIGEST}}}", kept):
+                return kept
+        total = hashlib.blake2b(digest_size=_DIGEST)
+        for path in paths:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_DIGEST))
+            total.update(path.relative_to(folder).as_posix().encode() + b"\0" + digest.digest())
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror}") from error
+    if note is not None:
+        # a cache that cannot be written is none
+        with suppress(OSError), replace_with(note) as temporary:
+            temporary.write_text(total.hexdigest())
+    return total.hexdigest()
+
+
 def _parse(cls: type[C], data: dict[str, Any], path: Path) -> C:
     """An instance of a configuration class from the keys of `data` that it knows."""
     hints = get_type_hints(cls)
@@ -500,8 +538,13 @@ def _check(value: Any, hint: Any, key: str, path: Path) -> Any:
         hint = next(
             (o for o in options if (get_origin(o) is tuple) == isinstance(value, list)), options[0]
         )
-    if get_origin(hint) is tuple and isinstance(value, list) and 0 < len(value) <= 64:
-        return tuple(_check(item, get_args(hint)[0], key, path) for item in value)
+    if get_origin(hint) is tuple and isinstance(value, list) and value:
+        item = get_args(hint)[0]
+        # names alone build nothing; anything else may be a layer each
+        most = 4096 if item is str and key not in _CHOICES else 64
+        if len(value) > most:
+            raise ValueError(f"{path}: {key} has {len(value)} entries, at most {most} are read")
+        return tuple(_check(each, item, key, path) for each in value)
     if is_dataclass(hint) and isinstance(value, dict):
         return _parse(hint, value, path)  # type: ignore[arg-type]
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}

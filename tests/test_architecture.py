@@ -14,7 +14,7 @@ LAYERS = (
     ("cli", "__main__"),
     ("pipeline", "training", "evaluation"),
     ("acceleration", "compression"),
-    ("catalogue", "diffusion", "hub", "models", "data", "video", "weights"),
+    ("catalogue", "diffusion", "hub", "latents", "models", "data", "video", "weights"),
     ("config", "__init__"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
@@ -79,7 +79,10 @@ def test_help_answers_without_torch():
     code += "print(sorted({'torch', 'numpy', 'imageio_ffmpeg'} & set(sys.modules)))"
     for arguments in (
         *(["--help"], ["--version"]),
-        *([verb, "--help"] for verb in ("sample", "doctor", "profile", "models", "rehash")),
+        *(
+            [verb, "--help"]
+            for verb in ("sample", "doctor", "profile", "models", "rehash", "encode", "inspect")
+        ),
     ):
         done = run(code, *arguments)
         assert done.returncode == 0, done.stderr

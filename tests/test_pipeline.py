@@ -15,7 +15,7 @@ from cmdgen.config import SAMPLERS, SampleConfig
 from cmdgen.diffusion import samplers
 from cmdgen.diffusion.guidance import guide
 from cmdgen.models.dit import DiT
-from cmdgen.pipeline import TextToVideo, seeded
+from cmdgen.pipeline import Given, TextToVideo, seeded
 from cmdgen.video.pixels import to_unit, to_yuv420p
 from cmdgen.weights import resolve_model
 
@@ -458,10 +458,137 @@ def test_little_memory_gives_the_same_frames(model, batch):
     assert model.plan_decoding(config, batch=batch).strips > 1
     for clip, other in zip(whole, model.sample_batch(prompts, config, seeds), strict=True):
         assert np.abs(clip.frames.astype(int) - other.frames).max() <= 1
-        assert clip.metadata == other.metadata
+        assert other.metadata == clip.metadata | {"max_memory": config.max_memory}
 
 
 def test_prompt_longer_than_the_text_encoder_is_noticed(model):
     words = 14  # beside the two tokens that begin and end a text of at most 16
     assert model.fits(" ".join(["dog"] * words))
     assert not model.fits(" ".join(["dog"] * (words + 1)))
+
+
+@pytest.fixture(scope="module")
+def clip(model):
+    return model.sample(PROMPT, SampleConfig(seed=5))
+
+
+def test_latents_of_a_clip_decode_to_its_frames(model, clip):
+    assert clip.latents.metadata == clip.metadata
+    parts: list[np.ndarray] = []
+    again = model.decode(clip.latents, on_frames=lambda _, frames: parts.append(frames.copy()))
+    assert np.array_equal(again.frames, clip.frames)
+    assert np.array_equal(np.concatenate(parts), clip.frames)
+    assert np.array_equal(again.content, clip.content)
+    assert np.array_equal(model.decode_still(clip.latents.content), clip.content)
+    assert (again.fps, again.metadata) == (clip.fps, clip.metadata)
+
+
+def test_both_halves_given_are_the_clip_whatever_the_seed(model, clip):
+    given = Given(clip.latents.content, clip.latents.motion)
+    again = model.sample("a red car driving", SampleConfig(seed=6), given=given)
+    assert np.array_equal(again.frames, clip.frames)
+    assert not {"content_seed", "motion_seed", "steps", "motion_steps"} & set(again.metadata)
+
+
+def test_a_content_frame_given_is_kept_and_motion_is_drawn(model, clip):
+    given = Given(content=clip.latents.content, origin={"content_from": "a"})
+    # the clip's own motion seed draws its motion again
+    again = model.sample(PROMPT, SampleConfig(seed=9, motion_seed=5), given=given)
+    assert np.array_equal(again.frames, clip.frames)
+    others = model.sample_batch([PROMPT, PROMPT], SampleConfig(), [6, 7], given=given)
+    motions = [other.latents.motion for other in (clip, *others)]
+    for other in others:
+        assert torch.equal(other.latents.content, clip.latents.content)
+        assert other.metadata["content_from"] == "a"
+        assert not {"content_seed", "steps", "guidance"} & set(other.metadata)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(motions[i], motions[j])
+    assert others[0].metadata == model.describe(PROMPT, SampleConfig(seed=6), given=given)
+
+
+@pytest.mark.parametrize("sampler", ["dpm++", "ddpm"])
+def test_motion_given_is_kept_and_content_is_drawn(model, clip, sampler):
+    given = Given(motion=clip.latents.motion)
+    config = SampleConfig(content_seed=5, sampler=sampler)
+    others = model.sample_batch([PROMPT] * 2, SampleConfig(sampler=sampler), [6, 7], given=given)
+    again = model.sample(PROMPT, config, given=given)
+    if sampler == "dpm++":
+        assert np.array_equal(again.frames, clip.frames)
+    contents = [other.latents.content for other in (again, *others)]
+    for other in (again, *others):
+        assert torch.equal(other.latents.motion, clip.latents.motion)
+        assert not {"motion_seed", "motion_steps", "motion_guidance"} & set(other.metadata)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(contents[i], contents[j])
+
+
+def test_what_is_given_must_have_the_size_asked_for(tiny_model, clip):
+    model = TextToVideo.load(tiny_model)
+    for config in (SampleConfig(frames=6), SampleConfig(width=64)):
+        with pytest.raises(ValueError, match="the motion given is of shape"):
+            model.sample(PROMPT, config, given=Given(motion=clip.latents.motion))
+    assert "parts" not in vars(model)
+
+
+def test_a_still_of_a_content_frame_given_is_its_picture(model, clip):
+    given = Given(content=clip.latents.content)
+    still = model.sample(PROMPT, SampleConfig(frames=1), given=given)
+    assert np.array_equal(still.frames[0], clip.content)
+    assert still.latents is None
+
+
+def test_encoding_is_the_vae_and_the_autoencoder_and_reads_nothing_else(tiny_model, clip):
+    model = TextToVideo.load(tiny_model)
+    latents = model.encode(clip.frames, 12, origin={"source": "b"})
+    assert "parts" not in vars(model)
+    unit = torch.from_numpy(clip.frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.inference_mode():
+        seen = model.vae.to_latents(unit).permute(1, 0, 2, 3)[None]
+        content, motion = model.autoencoder.encode(seen)
+    torch.testing.assert_close(latents.content, content[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(latents.motion, motion[0], rtol=1e-4, atol=1e-5)
+    about = {"model": "tiny", "frames": 4, "height": 32, "width": 48, "fps": 12, "source": "b"}
+    assert about.items() <= latents.metadata.items()
+    assert model.decode(latents).frames.shape == clip.frames.shape
+    assert "parts" not in vars(model)
+
+
+def test_content_frame_of_a_clip_at_rest_is_the_still(model, clip):
+    # a weighted mean of equal latents
+    rest = np.broadcast_to(clip.frames[:1], clip.frames.shape)
+    still = model.encode_still(clip.frames[0])
+    torch.testing.assert_close(model.encode(rest, 8).content, still, rtol=1e-4, atol=1e-5)
+
+
+def test_little_memory_encodes_the_same(model, clip):
+    whole = model.encode(clip.frames, 8)
+    sliced = model.encode(clip.frames, 8, max_memory=300_000)
+    torch.testing.assert_close(whole.content, sliced.content, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole.motion, sliced.motion, rtol=1e-4, atol=1e-5)
+
+
+def test_frames_that_the_model_does_not_make_are_not_encoded(tiny_model, clip):
+    model = TextToVideo.load(tiny_model)
+    for frames, says in (
+        (clip.frames[:1], "motion of 1 frame"),
+        (clip.frames[:3], "frames 3 is neither 1 nor a multiple of 2"),
+        (clip.frames[:, :30], "multiples of 16, such as 48x32"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            model.encode(frames, 8)
+
+
+def test_a_model_of_stills_has_nothing_to_encode_with(tiny_model, tmp_path, clip):
+    folder = tmp_path / "still"
+    shutil.copytree(tiny_model, folder)
+    for part in ("autoencoder", "motion"):
+        shutil.rmtree(folder / part)
+    index = folder / "model_index.json"
+    index.write_text(
+        json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "cmdgen"})
+    )
+    model = TextToVideo.load(folder)
+    with pytest.raises(ValueError, match="still"):
+        model.encode(clip.frames, 8)
+    with pytest.raises(ValueError, match="still has no autoencoder: it makes stills"):
+        model.decode(clip.latents)

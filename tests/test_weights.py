@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from cmdgen.config import CMD_SD15, CMD_UCF, MINI, ModelConfig, NoiseConfig, UNetConfig, VaeConfig
+from cmdgen.evaluation.probe import ProbeConfig
 from cmdgen.models.text import ClipTextModel, Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import FILENAME, KlVae
@@ -326,3 +327,15 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path, dtype
     share, right = done.stdout.split()
     assert right == "True"
     assert float(share) < 1.2
+
+
+def test_names_may_be_many_but_layers_may_not(tmp_path: Path) -> None:
+    probe = ProbeConfig(tuple(f"subject {i}" for i in range(1000)), ("flying",), ("sky",))
+    write_config(probe, tmp_path)
+    assert read_config(tmp_path, ProbeConfig) == probe
+    write_config(replace(probe, subject=("x",) * 5000), tmp_path)
+    with pytest.raises(ValueError, match="subject has 5000 entries, at most 4096 are read"):
+        read_config(tmp_path, ProbeConfig)
+    write_config(VaeConfig(block_out_channels=(32,) * 65), tmp_path)
+    with pytest.raises(ValueError, match="block_out_channels has 65 entries, at most 64 are read"):
+        read_config(tmp_path, VaeConfig)

@@ -252,8 +252,10 @@ def plan_rehash(config: SampleConfig, model: ModelConfig, folder: Path) -> Plan 
     None where it asks for no rehash. Raises ValueError where it cannot be, or where a calibration
     is needed that neither `config` nor the model's folder has.
     """
-    if config.rehash is None and config.rehash_threshold is None:
+    if not config.rehashes:
         return None
+    if config.rehash_steps is not None:
+        return _given_plan(config.rehash_cut, *config.rehash_steps, model)
     policy = config.rehash_policy or ("similarity" if config.rehash is None else DEFAULT_POLICY)
     known: list[Calibration] = []
     path = folder / FILENAME if config.rehash_file is None else Path(config.rehash_file)
@@ -298,3 +300,19 @@ def plan_rehash(config: SampleConfig, model: ModelConfig, folder: Path) -> Plan 
     content = choose("content", model.steps, config.rehash_cut, budget)
     motion = choose("motion", model.motion_steps, None, more) if model.frames > 1 else ()
     return Plan(policy, config.rehash_cut, content, motion, config.rehash_threshold)
+
+
+def _given_plan(
+    cut: str, content: tuple[int, ...], motion: tuple[int, ...], model: ModelConfig
+) -> Plan:
+    """A plan whose steps are known; ValueError where the model takes fewer, or other, steps."""
+    motion = motion if model.frames > 1 else ()
+    taken = {"content": (content, model.steps)}
+    if model.frames > 1:
+        taken["motion"] = (motion, model.motion_steps)
+    for part, (steps, total) in taken.items():
+        if not steps:
+            raise ValueError(f"rehash lists no steps of {part}: as in 0,1,4+0,2, after the +")
+        if steps[-1] >= total:
+            raise ValueError(f"rehash lists step {steps[-1]} of {part}, which has {total} from 0")
+    return Plan("listed", cut, content, motion)

@@ -3,7 +3,8 @@
 A denoiser maps samples (B, C, ...) and timesteps (B,) to its raw output (B, C or 2 C, ...). It is
 called once for each of the timesteps that VISITED tells beforehand, in their order.
 Coefficients are float64 numbers; samples keep the dtype of the first noise. After each step
-`on_step(done, total)` reports progress.
+`on_step(done, total)` reports progress, and before that `on_estimate` gets the clean sample
+(B, C, ...) that the step took its direction from.
 """
 
 import math
@@ -24,6 +25,7 @@ from cmdgen.diffusion.schedule import (
 from cmdgen_kernels.guided_ddim_step import guided_ddim_step
 
 OnStep = Callable[[int, int], None]
+OnEstimate = Callable[[Tensor], None]
 
 
 def ddim(
@@ -35,6 +37,7 @@ def ddim(
     eta: float = 0.0,
     generator: torch.Generator | None = None,
     on_step: OnStep | None = None,
+    on_estimate: OnEstimate | None = None,
 ) -> Tensor:
     """(B, C, ...) of unit noise -> (B, C, ...). Eq. 12 of Song et al. 2021 (arXiv:2010.02502).
 
@@ -46,7 +49,9 @@ def ddim(
     for t, alpha, after in _walk(config, timesteps(config, steps), end, on_step):
         sigma = eta * math.sqrt((1 - after) / (1 - alpha) * (1 - alpha / after))
         keep, move = ddim_weights(alpha, after, config.prediction_type, sigma=sigma)
-        x = _linear_step(denoise, x, t, keep, move)
+        noisy, x = x, _linear_step(denoise, x, t, keep, move)
+        if on_estimate is not None:
+            on_estimate(_between(noisy, x, alpha, after, sigma))
         if sigma > 0:
             x = x + sigma * _draw(x, generator)
     return x
@@ -60,6 +65,7 @@ def ddpm(
     steps: int,
     generator: torch.Generator | None = None,
     on_step: OnStep | None = None,
+    on_estimate: OnEstimate | None = None,
 ) -> Tensor:
     """(B, C, ...) of unit noise -> (B, C, ...). Ancestral sampling over respaced timesteps.
 
@@ -70,6 +76,8 @@ def ddpm(
     x = noise
     for t, alpha, after in _walk(config, timesteps(config, steps), 1.0, on_step):
         x0, _, learned = _predict(denoise, x, t, alpha, config)
+        if on_estimate is not None:
+            on_estimate(x0)
         keep = alpha / after
         beta = 1 - keep
         variance = (1 - after) / (1 - alpha) * beta
@@ -94,6 +102,7 @@ def dpm_solver_pp(
     steps: int,
     generator: torch.Generator | None = None,
     on_step: OnStep | None = None,
+    on_estimate: OnEstimate | None = None,
 ) -> Tensor:
     """(B, C, ...) of unit noise -> (B, C, ...). Algorithm 2 of Lu et al. 2022 (arXiv:2211.01095).
 
@@ -104,6 +113,8 @@ def dpm_solver_pp(
     previous: tuple[Tensor, float] | None = None
     for t, alpha, after in _walk(config, solver_timesteps(config, steps), 1.0, on_step):
         x0, _, _ = _predict(denoise, x, t, alpha, config)
+        if on_estimate is not None:
+            on_estimate(x0)
         if after == 1.0:
             x = x0
             continue
@@ -166,6 +177,13 @@ def _linear_step(denoise: Denoise, x: Tensor, t: int, keep: float, move: float) 
         return guided_ddim_step(x, output, guidance=denoise.scale, keep=keep, move=move)
     prediction, _ = split_sigma(denoise(x, _at(t, x)), x.shape[1])
     return keep * x + move * prediction.to(x.dtype)
+
+
+def _between(noisy: Tensor, x: Tensor, alpha: float, after: float, sigma: float) -> Tensor:
+    """(B, C, ...) x 2 -> the clean sample from which, with one noise, DDIM's step made both."""
+    # the noise's share of either is eliminated
+    share = math.sqrt((1 - after - sigma**2) / (1 - alpha))
+    return (x - share * noisy) / (math.sqrt(after) - share * math.sqrt(alpha))
 
 
 def _choose(denoise: Denoise, t: int) -> Denoise:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmdgen.acceleration.budget import choose_slices
 from cmdgen.config import CMD_SD21, ModelConfig, UNetConfig
+from cmdgen.evaluation.memory import peak_bytes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.text import ClipTextModel
@@ -63,6 +64,18 @@ class Products:
     def published(self) -> int:
         """What a counter reports that sees a multiply-add as one and fused attention as none."""
         return self.multiply_adds - self.attention
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as libraries run it, which never hold its scores; the meta device has none."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is F.scaled_dot_product_attention:
+            q, _, v = args
+            return q.new_empty(*q.shape[:-1], v.shape[-1])
+        return function(*args, **(kwargs or {}))
 
 
 class _AttentionCounter(TorchFunctionMode):
@@ -182,6 +195,18 @@ def count_forwards(model: ModelConfig, parts: Parts | None = None) -> Forwards:
     return Forwards(
         **{name: count_products(run) for name, (_, run) in _forwards(model, parts).items()}
     )
+
+
+def count_peaks(model: ModelConfig, dtype: torch.dtype) -> dict[str, int]:
+    """The fields of `Forwards`: bytes of tensors that one forward of each makes and holds at once.
+
+    Counted in float32, and taken in proportion for `dtype`.
+    """
+    with _FusedAttention():
+        return {
+            name: peak_bytes(run) * dtype.itemsize // 4
+            for name, (_, run) in _forwards(model, build_parts(model)).items()
+        }
 
 
 @torch.inference_mode()

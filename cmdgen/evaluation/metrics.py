@@ -1,7 +1,9 @@
 """Peak signal-to-noise ratio, whole and masked, structural similarity, and Frechet distance."""
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,6 +75,26 @@ def structural_similarity(prediction: Tensor, target: Tensor) -> Tensor:
     alike = (2 * mean_a * mean_b + _K1**2) * (2 * covariance + _K2**2)
     alike = alike / ((mean_a**2 + mean_b**2 + _K1**2) * (variances + _K2**2))
     return alike.view(*target.shape[:2], -1).mean(dim=(1, 2))
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How close frames are to others."""
+
+    # decibels, of all values together; infinite when nothing differs
+    psnr: float
+    # the mean over frames
+    ssim: float
+
+
+def compare_frames(prediction: np.ndarray, target: np.ndarray) -> Likeness:
+    """uint8 (T, H, W, 3) x2 -> how close they are; one frame at a time is held in float64."""
+    error, similarity = SquaredError(), 0.0
+    for pair in zip(prediction, target, strict=True):
+        a, b = (torch.tensor(frame).permute(2, 0, 1)[None].double() / 255 for frame in pair)
+        error.add(a, b)
+        similarity += float(structural_similarity(a, b))
+    return Likeness(error.psnr(), similarity / len(target))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

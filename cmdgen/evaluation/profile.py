@@ -324,10 +324,10 @@ def _run(
     with on_stage("video encode"):
         for i, clip in enumerate(clips):
             if len(clip.frames) == 1:
-                write_still(folder / f"{i}.png", clip.content, clip.metadata)
+                write_still(folder / f"{i}.png", clip.content, clip.metadata, overwrite=True)
             else:
-                what = clip.content.shape[:2], clip.fps, clip.metadata
-                with open_video(folder / f"{i}.mp4", *what, pixels=clip.pixels) as write:
+                path, what = folder / f"{i}.mp4", (clip.content.shape[:2], clip.fps, clip.metadata)
+                with open_video(path, *what, overwrite=True, pixels=clip.pixels) as write:
                     write(clip.frames)
 
 

@@ -147,7 +147,7 @@ def run(*arguments: object):
 
 def sample(model: Path, output: Path, *arguments: object):
     steps = ("--steps", 6, "--motion-steps", 6, "--seed", 3)
-    return run("sample", PROMPT, "-o", output, "--model", model, *steps, *arguments)
+    return run("sample", PROMPT, "-o", output, "--overwrite", "--model", model, *steps, *arguments)
 
 
 def test_sample_says_which_steps_were_full_and_the_video_knows(
@@ -164,9 +164,11 @@ def test_sample_says_which_steps_were_full_and_the_video_knows(
         assert re.search(
             rf"^rehash: .*{part} in full at 4 of 6 steps: {steps}$", result.stderr, re.M
         )
+    path = tmp_path / "b.mp4"
     result = sample(tiny_model, path, "--rehash-threshold", -1, "--rehash-file", calibration)
     assert "rehash: similarity, content in full at 2 of 6 steps: 0 5\n" in result.stderr
     assert read_metadata(path)["rehash"]["threshold"] == -1
+    path = tmp_path / "c.mp4"
     result = sample(tiny_model, path, "--rehash", "off")
     assert "rehash" not in result.stderr and "rehash" not in read_metadata(path)
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from cmdgen.evaluation.metrics import (
+    Likeness,
     SquaredError,
+    compare_frames,
     frechet_distance,
     psnr,
     structural_similarity,
@@ -99,3 +101,15 @@ def test_structural_similarity_of_flat_pictures_is_that_of_their_levels() -> Non
     assert structural_similarity(a, b).tolist() == pytest.approx([alike] * 2, abs=1e-6)
     with pytest.raises(ValueError, match="no window of 11"):
         structural_similarity(a[..., :10], b[..., :10])
+
+
+def test_frames_are_compared_as_their_values_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(256, (3, 16, 20, 3), generator=generator).byte() for _ in range(2))
+    likeness = compare_frames(a.numpy(), b.numpy())
+    values = [each.permute(0, 3, 1, 2).double() / 255 for each in (a, b)]
+    assert likeness.psnr == pytest.approx(psnr(*values))
+    assert likeness.ssim == pytest.approx(float(structural_similarity(*values).mean()))
+    assert compare_frames(a.numpy(), a.numpy()) == Likeness(math.inf, 1.0)
+    with pytest.raises(ValueError, match="shorter"):
+        compare_frames(a.numpy(), b.numpy()[:2])
