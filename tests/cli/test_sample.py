@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import resource
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +16,9 @@ from PIL import Image
 
 from cmdgen.cli.app import main
 from cmdgen.config import SampleConfig
+from cmdgen.evaluation.profile import Limits
 from cmdgen.pipeline import TextToVideo
+from cmdgen.video import write
 from cmdgen.video.read import read_metadata, read_video
 
 PROMPT = "a dog swimming in the ocean"
@@ -75,9 +79,10 @@ def test_a_png_gets_the_content_frame_with_its_settings(cmdgen, tiny_model, tmp_
     metadata = read_metadata(path)
     assert (metadata["prompt"], metadata["content_seed"], metadata["frames"]) == (PROMPT, 7, 1)
     assert list(tmp_path.iterdir()) == [path]
+    path.unlink()
     result = cmdgen("sample", PROMPT, "-o", path, "--model", tiny_model, "--frames", 4)
     assert result.code == 2
-    assert "still.png holds one frame, not 4: give the name of an mp4" in result.err
+    assert "still.png holds one frame, not 4: give the name of a video" in result.err
 
 
 def test_options_reach_the_video(cmdgen, tiny_model, tmp_path):
@@ -109,7 +114,8 @@ def test_little_memory_gives_the_same_video(cmdgen, tiny_model, tmp_path):
     videos = [read_video(tmp_path / name)[0].astype(int) for name in ("a.mp4", "b.mp4")]
     # frames differ by a level here and there: the encoder may then choose another way for a block
     assert np.abs(videos[0] - videos[1]).mean() < 1
-    assert read_metadata(tmp_path / "a.mp4") == read_metadata(tmp_path / "b.mp4")
+    whole, sliced = (read_metadata(tmp_path / name) for name in ("a.mp4", "b.mp4"))
+    assert sliced == whole | {"max_memory": 209_715}
 
 
 def test_reported_random_seed_gives_the_same_frames_again(cmdgen, tiny_model, tmp_path):
@@ -127,11 +133,11 @@ def test_reported_random_seed_gives_the_same_frames_again(cmdgen, tiny_model, tm
 def test_words_never_seen_and_a_prompt_too_long_are_noted_in_a_line_each(
     cmdgen, tiny_model, tmp_path
 ):
-    sample = ("sample", "-o", tmp_path / "a.mp4", "--model", tiny_model)
-    assert "note" not in cmdgen(*sample, PROMPT).err
-    result = cmdgen(*sample, "a Zebra, a dog and a zebra")
+    sample = ("sample", "--model", tiny_model, "-o")
+    assert "note" not in cmdgen(*sample, tmp_path / "a.mp4", PROMPT).err
+    result = cmdgen(*sample, tmp_path / "b.mp4", "a Zebra, a dog and a zebra")
     assert "note: tiny has never seen: zebra, and\n" in result.err
-    result = cmdgen(*sample, "a dog " * 20)
+    result = cmdgen(*sample, tmp_path / "c.mp4", "a dog " * 20)
     assert "too long" in result.err
     assert result.code == 0
 
@@ -157,7 +163,6 @@ def test_words_never_seen_and_a_prompt_too_long_are_noted_in_a_line_each(
         (["a dog", "--sampler", "euler"], "not one of ddim, ddpm, dpm++"),
         (["a dog", "--device", "tpu"], "not one of auto, cpu"),
         (["a dog", "--dtype", "int8"], "not one of auto, float32"),
-        (["a dog", "--model", "nano"], "unknown model 'nano'"),
         (["a dog", "-o", "out.avi"], "must end in .mp4"),
         (["a dog", "-o", "none/out.mp4"], "there is no folder"),
         (["a dog", "-o", "folder.mp4"], "is a folder"),
@@ -218,7 +223,7 @@ def test_full_disk_is_one_line_and_leaves_no_file(cmdgen, tiny_model, tmp_path):
         result = cmdgen("sample", PROMPT, "-o", tmp_path / "out.mp4", "--model", tiny_model)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert result.code == 1
+    assert result.code == 5
     assert result.out == ""
     assert "was not written" in result.err
     assert not list(tmp_path.iterdir())
@@ -238,6 +243,468 @@ def test_interrupted_run_ends_at_once_and_leaves_no_file(tiny_model, tmp_path, n
     assert (process.returncode, out) == (code, ""), err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def known_speed(monkeypatch):
+    """A machine whose speed takes no time to measure."""
+    limits = Limits(flops_per_second=1e9, bytes_per_second=1e9)
+    monkeypatch.setattr("cmdgen.evaluation.profile.measure_limits", lambda *_: limits)
+
+
+@pytest.fixture
+def stdin(tmp_path):
+    """Gives a command bytes on its standard input."""
+    saved = os.dup(0)
+
+    def give(data: bytes) -> None:
+        path = tmp_path / ".stdin"
+        path.write_bytes(data)
+        with path.open("rb") as file:
+            os.dup2(file.fileno(), 0)
+        path.unlink()
+
+    yield give
+    os.dup2(saved, 0)
+    os.close(saved)
+
+
+@pytest.fixture
+def streamed(capfdbinary):
+    """Runs the command in this process; what it writes is bytes."""
+
+    def run(*arguments: object) -> tuple[int, bytes, str]:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        out, err = capfdbinary.readouterr()
+        return end.value.code or 0, out, err.decode()
+
+    return run
+
+
+def raw(path) -> np.ndarray:
+    """A file of raw frames of the tiny model."""
+    return np.fromfile(path, np.uint8).reshape(-1, 32, 48, 3)
+
+
+def test_lines_of_a_file_are_made_in_order_and_those_that_cannot_be_are_named(
+    cmdgen, tiny_model, tmp_path
+):
+    jobs = tmp_path / "jobs.txt"
+    lines = [
+        *("# three of them", "a dog swimming", '{"prompt": "a car", "steps": "1"}', ""),
+        '{"prompt": "a red car driving", "steps": 1, "seed": 5, "output": "car.mp4"}',
+        *('{"prompt": "a dog", "size": "33x32"}', "two birds"),
+    ]
+    jobs.write_text("\n".join(lines))
+    output = tmp_path / "{index:02d}-{slug}-{seed}.mp4"
+    result = cmdgen(
+        "sample", "-f", jobs, "-o", output, "--model", tiny_model, "--seed", 3, "--json"
+    )
+    assert result.code == 6
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert [(record["index"], record["line"]) for record in records] == [
+        *((1, 2), (2, 3), (3, 5), (4, 6), (5, 7))
+    ]
+    names = ["01-a-dog-swimming-3.mp4", "car.mp4", "05-two-birds-3.mp4"]
+    made = [record for record in records if "error" not in record]
+    assert [record["output"] for record in made] == [str(tmp_path / name) for name in names]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "jobs.txt"])
+    first, _, second, _, _ = records
+    seconds = first.pop("seconds")
+    assert seconds > 0
+    assert first == {
+        **{"index": 1, "line": 2, "prompt": "a dog swimming", "seed": 3},
+        **{"output": made[0]["output"], "frames": 4, "width": 48, "height": 32, "fps": 8},
+    }
+    assert (read_metadata(tmp_path / "car.mp4")["steps"], second["seed"]) == (1, 5)
+    assert records[1]["error"] == "steps '1' is not a whole number"
+    # what is wrong is said before anything is made, in a line each
+    errors = [line for line in result.err.splitlines() if line.startswith("error")]
+    assert errors[0] == "error: line 3: steps '1' is not a whole number"
+    assert errors[1].startswith("error: line 6: size 33x32")
+    assert errors[2] == "error: 2 of 5 clips were not made"
+    assert result.err.index("error: line 6") < result.err.index("load")
+
+
+def test_fail_fast_ends_with_the_first_that_cannot_be_made(cmdgen, broken_model, tmp_path):
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text('a dog\n{"prompt": "a cat", "steps": 0}\n')
+    sample = ("sample", "-f", jobs, "-o", tmp_path / "{index}.mp4", "--model", broken_model)
+    result = cmdgen(*sample, "--fail-fast")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "error: line 2: steps 0 is not at least 1\n"
+    # of weights that no job can do without, each would say the same
+    result = cmdgen(*sample)
+    assert (result.code, result.out) == (1, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["jobs.txt"]
+
+
+def test_clips_of_a_batch_are_as_they_would_be_alone(cmdgen, tiny_model, tmp_path):
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text('a dog swimming\na red car\n{"prompt": "two birds", "steps": 1}\na dog\n')
+    sample = ("sample", "-f", jobs, "--model", tiny_model, "--seed", 4, "--num", 2)
+    assert cmdgen(*sample, "-o", tmp_path / "alone-{index}.rgb").code == 0
+    calls = []
+    sample_batch = TextToVideo.sample_batch
+
+    def watch(self, prompts, *rest, **options):
+        calls.append(len(prompts))
+        return sample_batch(self, prompts, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextToVideo, "sample_batch", watch)
+        assert cmdgen(*sample, "-o", tmp_path / "batch-{index}.rgb", "--batch", 3).code == 0
+    # in order, so those that differ in steps part the others
+    assert calls == [3, 1, 2, 2]
+    for index in range(1, 9):
+        alone, together = (
+            raw(tmp_path / f"{how}-{index}.rgb").astype(int) for how in ("alone", "batch")
+        )
+        # rounding of larger matrix products
+        assert np.abs(alone - together).max() <= 1
+        if index % 2:
+            assert not np.array_equal(alone, raw(tmp_path / f"alone-{index + 1}.rgb"))
+
+
+def test_a_piped_prompt_is_one(cmdgen, stdin, tiny_model, tmp_path):
+    stdin(b"a dog swimming\n")
+    sample = ("sample", "--model", tiny_model, "-o")
+    result = cmdgen(*sample, tmp_path / "a.mp4", "--seed", 1)
+    assert (result.code, result.out) == (0, f"{tmp_path / 'a.mp4'}\n")
+    assert read_metadata(tmp_path / "a.mp4")["prompt"] == "a dog swimming"
+    stdin(b"\n")
+    result = cmdgen(*sample, tmp_path / "b.mp4")
+    assert result.code == 2
+    assert "no prompt: give PROMPT, pipe it in" in result.err
+    stdin(b"a\x1bdog")
+    result = cmdgen(*sample, tmp_path / "b.mp4")
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "error: the prompt holds the control character U+001B\n"
+
+
+def test_two_clips_of_one_name_are_refused_before_any_is_made(cmdgen, broken_model, tmp_path):
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text("a dog\na car\na dog\n")
+    sample = ("sample", "-f", jobs, "--model", broken_model, "-o")
+    result = cmdgen(*sample, tmp_path / "{slug}.mp4")
+    assert (result.code, result.out) == (2, "")
+    assert re.fullmatch(
+        r"error: line 3: .*a-dog\.mp4 is the name of a clip of line 1 already: .*\n", result.err
+    )
+    result = cmdgen("sample", "a dog", "--num", 2, "--model", broken_model, "-o", "a.mp4")
+    assert (result.code, result.out) == (2, "")
+
+
+def test_what_is_there_is_kept_and_may_be_skipped(cmdgen, tiny_model, tmp_path):
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text("a dog\na car\n")
+    (tmp_path / "a-dog.rgb").write_bytes(b"mine")
+    sample = ("sample", "-f", jobs, "--model", tiny_model, "-o", tmp_path / "{slug}.rgb")
+    result = cmdgen(*sample)
+    assert (result.code, result.out) == (6, f"{tmp_path / 'a-car.rgb'}\n")
+    assert "line 1: " in result.err and "exists and is kept" in result.err
+    (tmp_path / "a-car.rgb").unlink()
+    result = cmdgen(*sample, "--skip-existing", "--json")
+    assert result.code == 0
+    skipped, made = (json.loads(line) for line in result.out.splitlines())
+    assert skipped["skipped"] is True and "skipped" not in made
+    assert (tmp_path / "a-dog.rgb").read_bytes() == b"mine"
+    again = cmdgen(*sample, "--skip-existing")
+    assert again.out == "".join(f"{tmp_path / name}.rgb\n" for name in ("a-dog", "a-car"))
+    assert "load" not in again.err
+    assert cmdgen(*sample, "--overwrite").code == 0
+    assert raw(tmp_path / "a-dog.rgb").shape == (4, 32, 48, 3)
+    result = cmdgen(*sample[:-1], tmp_path / "{seed}.mp4", "--skip-existing")
+    assert result.code == 2
+    assert "finds nothing: give --seed" in result.err
+    result = cmdgen(*sample, "--overwrite", "--skip-existing")
+    assert result.code == 2
+
+
+def test_names_from_prompts_stay_in_their_folder(cmdgen, tiny_model, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    prompts = ["../../dog", "/etc/passwd", "a" * 400, "..", "con", "the {seed}", "a\\b:c*d"]
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text("\n".join(prompts))
+    result = cmdgen("sample", "-f", jobs, "-o", folder / "{slug}.rgb", "--model", tiny_model)
+    assert result.code == 0
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        f"{name}.rgb"
+        for name in ("dog", "etc-passwd", "a" * 60, "clip", "con-", "the-seed", "a-b-c-d")
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "jobs.txt"]
+
+
+def test_folders_of_several_clips_are_made(cmdgen, tiny_model, tmp_path):
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text(f'{PROMPT}\n{{"prompt": "{PROMPT}", "output": "own/b.rgb"}}\n')
+    sample = ("sample", "-f", jobs, "-o", tmp_path / "new/clips/{line}.rgb", "--model", tiny_model)
+    assert cmdgen(*sample, "--dry-run").code == 0
+    assert not (tmp_path / "new").exists()
+    assert cmdgen(*sample).code == 0
+    clips = tmp_path / "new/clips"
+    assert sorted(clips.rglob("*.rgb")) == [clips / "1.rgb", clips / "own/b.rgb"]
+    # a file is no folder
+    result = cmdgen("sample", "-f", jobs, "-o", jobs / "new/{line}.rgb", "--model", tiny_model)
+    assert result.code == 6
+    assert "there is no folder" in result.err
+
+
+def test_a_clip_that_cannot_be_written_harms_no_other(cmdgen, tiny_model, tmp_path, monkeypatch):
+    opened = write.open_video
+
+    @contextmanager
+    def fail_for_some(target, *rest, **options):
+        with opened(target, *rest, **options) as put:
+
+            def full(frames):
+                raise write.EncoderError(f"{target} was not written: the disk is full")
+
+            yield full if "car" in target else put
+
+    monkeypatch.setattr(write, "open_video", fail_for_some)
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text("a dog\na car\ntwo birds\n")
+    sample = ("sample", "-f", jobs, "--model", tiny_model, "-o", tmp_path / "{slug}.rgb")
+    result = cmdgen(*sample, "--batch", 3)
+    assert result.code == 6
+    assert "error: line 2: " in result.err and "the disk is full" in result.err
+    assert result.out == "".join(f"{tmp_path / name}.rgb\n" for name in ("a-dog", "two-birds"))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["a-dog.rgb", "jobs.txt", "two-birds.rgb"]
+
+
+def test_a_batch_that_needs_too_much_memory_is_made_in_halves(
+    cmdgen, tiny_model, tmp_path, monkeypatch
+):
+    sample_batch, calls = TextToVideo.sample_batch, []
+
+    def of_one(self, prompts, *rest, **options):
+        calls.append(len(prompts))
+        if len(prompts) > 1:
+            raise MemoryError
+        return sample_batch(self, prompts, *rest, **options)
+
+    monkeypatch.setattr(TextToVideo, "sample_batch", of_one)
+    sample = ("sample", "a dog", "--num", 3, "--batch", 3, "--model", tiny_model)
+    result = cmdgen(*sample, "-o", tmp_path / "{index}.rgb")
+    assert (result.code, calls) == (0, [3, 1, 2, 1, 1])
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["1.rgb", "2.rgb", "3.rgb"]
+
+
+def test_clips_on_stdout_follow_one_another(streamed, tiny_model, tmp_path):
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text('a dog\na car\n{"prompt": "a cat", "size": "32x32"}\ntwo birds\n')
+    sample = ("sample", "-f", jobs, "--model", tiny_model, "--seed", 2, "--batch", 2, "-o")
+    code, out, err = streamed(*sample, "-")
+    assert code == 6
+    assert "line 3: not as the first clip on stdout, 48x32 at 8 frames a second" in err
+    header, _, rest = out.partition(b"\n")
+    assert header.startswith(b"YUV4MPEG2 W48 H32 F8:1 ")
+    assert len(rest) == 12 * (len(b"FRAME\n") + 48 * 32 * 3 // 2)
+    code, out, err = streamed(*sample, "-", "--format", "raw", "-q")
+    assert err.count("\n") == 2
+    code, _, _ = streamed(*sample, tmp_path / "{line}.rgb")
+    files = b"".join((tmp_path / f"{line}.rgb").read_bytes() for line in (1, 2, 4))
+    assert out == files
+    code, out, err = streamed(*sample, "-", "--format", "gif")
+    assert (code, out) == (6, b"")
+    assert "several clips are no gif on stdout: y4m, raw, mp4 can be" in err
+
+
+@pytest.mark.usefixtures("known_speed")
+def test_stdout_is_the_video_alone(streamed, tiny_model):
+    sample = ("sample", PROMPT, "--model", tiny_model, "--seed", 1, "-o", "-")
+    code, out, err = streamed(*sample, "--format", "gif", "-v")
+    assert (code, out[:6], err[:4]) == (0, b"GIF89a", "tiny")
+    code, out, err = streamed(*sample, "--dry-run")
+    assert (code, out) == (0, b"") and "seed 1" in err
+    code, out, err = streamed(*sample, "--json")
+    assert (code, out) == (2, b"")
+    assert "--json and -o - both need stdout" in err
+
+
+def test_jobs_of_a_pipe_start_before_it_ends_and_a_closed_stdout_ends_quietly(tiny_model, tmp_path):
+    command = [sys.executable, "-m", "cmdgen", "sample", "-f", "-", "--model", str(tiny_model)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*command, "-o", "-"], **pipes) as process:
+        process.stdin.write(b"a dog\n")
+        process.stdin.flush()
+        # stdin is open, and the whole of a clip is there
+        size = len(process.stdout.readline()) and 4 * (6 + 48 * 32 * 3 // 2)
+        assert len(process.stdout.read(size)) == size
+        process.stdin.write(b"a car\n")
+        process.stdin.flush()
+        assert process.stdout.read(6) == b"FRAME\n"
+        process.stdout.close()
+        process.stdin.write(b"a dog\n" * 100)
+        process.stdin.close()
+        err = process.stderr.read().decode()
+        assert process.wait(60) == 141
+    assert "Error" not in err and "error" not in err and "Exception" not in err
+
+
+def test_like_makes_it_again_and_flags_win(cmdgen, tiny_model, tmp_path):
+    first, options = tmp_path / "first.mkv", ["--model", tiny_model]
+    asked = [
+        "--seed",
+        7,
+        "--motion-seed",
+        8,
+        "--steps",
+        4,
+        "--guidance",
+        2.5,
+        "--negative",
+        "a car",
+    ]
+    asked += ["--size", "32x32", "--frames", 6, "--fps", 12, "--guidance-interval", "0.1-1"]
+    asked += ["--rehash", 3, "--rehash-policy", "uniform", "--max-memory", "0.5MiB"]
+    asked += ["--codec", "ffv1", "--sampler", "ddim", "--dtype", "float32"]
+    assert cmdgen("sample", PROMPT, "-o", first, *options, *asked).code == 0
+    like = ("sample", "--like", first, *options, "-o")
+    again = tmp_path / "again.mkv"
+    result = cmdgen(*like, again)
+    assert result.code == 0
+    assert "note: " + str(first) not in result.err
+    assert np.array_equal(read_video(first)[0], read_video(again)[0])
+    before, after = read_metadata(first), read_metadata(again)
+    assert before["encoding"] == {"format": "mkv", "codec": "ffv1"}
+    assert (before["rehash"].pop("policy"), after["rehash"].pop("policy")) == ("uniform", "listed")
+    assert before == after
+    changed = cmdgen(*like, tmp_path / "c.mp4", "--seed", 9, "--rehash", "off", "--fps", 6)
+    assert changed.code == 0
+    other = read_metadata(tmp_path / "c.mp4")
+    assert (other["seed"], other["content_seed"], other["motion_seed"]) == (9, 9, 8)
+    assert (other["fps"], other["steps"], "rehash" in other) == (6, 4, False)
+    assert cmdgen(*like, tmp_path / "d.png").code == 0
+    assert read_metadata(tmp_path / "d.png")["frames"] == 1
+
+
+FOREIGN = {"cmdgen": "9.9", "model": "mini", "prompt": "a dog", "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"prompt": "a dog"}, "does not say how cmdgen made it"),
+        ({"cmdgen": 1, "prompt": "a dog"}, "does not say how cmdgen made it"),
+        ({**FOREIGN, "model": "/etc"}, "was made by '/etc', which is not one of mini"),
+        ({**FOREIGN, "model": ["mini"]}, "model ['mini'] is not text"),
+        ({**FOREIGN, "steps": "5"}, "steps '5' is not a whole number"),
+        ({**FOREIGN, "steps": 10**30}, "is not between"),
+        ({**FOREIGN, "width": "64", "height": 64}, "width '64' is not a whole number"),
+        ({**FOREIGN, "height": 64}, "width None is not a whole number"),
+        ({**FOREIGN, "guidance_interval": ["0", 1]}, "is not two numbers"),
+        ({**FOREIGN, "rehash": [1]}, "rehash [1] is not an object"),
+        ({**FOREIGN, "rehash": {"content": ["/etc"]}}, "is not a list of steps"),
+        ({**FOREIGN, "rehash": {"content": [0, 99], "cut": "layer"}}, "lists step 99 of content"),
+        ({**FOREIGN, "prompt": "a\x00dog"}, "control character U+0000"),
+        ({**FOREIGN, "negative": {"a": []}}, "negative {'a': []} is not text"),
+        ({**FOREIGN, "dtype": "int8"}, "dtype 'int8' is not one of"),
+    ],
+)
+def test_metadata_of_strangers_is_checked_as_flags_are(cmdgen, tmp_path, metadata, says):
+    write.write_still(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), metadata)
+    result = cmdgen("sample", "--like", tmp_path / "a.png", "-o", tmp_path / "b.mp4")
+    assert (result.code, result.out) == (2, "")
+    assert re.fullmatch(r"error: .+\n", result.err)
+    assert says in result.err
+    assert not (tmp_path / "b.mp4").exists()
+
+
+@pytest.mark.usefixtures("known_speed")
+def test_what_differs_from_when_a_file_was_made_is_said(cmdgen, tiny_model, tmp_path):
+    strange = {**FOREIGN, "weights": "0", "device": "tpu", "rehash_file": "/etc/passwd", "x": 1}
+    write.write_still(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), strange)
+    sample = ("sample", "--like", tmp_path / "a.png", "--model", tiny_model, "--dry-run")
+    result = cmdgen(*sample, "-o", tmp_path / "b.mp4")
+    assert result.code == 0
+    assert "a.png was made by cmdgen '9.9'\n" in result.err
+    assert "a.png was made with other weights than those of tiny\n" in result.err
+    assert "not known here, of " in result.err and "'rehash_file', 'x'\n" in result.err
+    result = cmdgen("sample", "--like", tmp_path / "none.mp4", "-o", tmp_path / "b.mp4")
+    assert result.code in (2, 3)
+
+
+def test_preview_is_rewritten_while_sampling(cmdgen, tiny_model, tmp_path, monkeypatch):
+    seen = []
+    write_still = write.write_still
+
+    def watch(target, frame, *rest, **options):
+        seen.append(frame)
+        write_still(target, frame, *rest, **options)
+
+    monkeypatch.setattr(write, "write_still", watch)
+    monkeypatch.setattr("cmdgen.cli.batch.PREVIEW_SHARE", float("inf"))
+    preview = tmp_path / "preview.png"
+    sample = ("sample", PROMPT, "--model", tiny_model, "--steps", 4, "--seed", 3, "-o")
+    assert cmdgen(*sample, tmp_path / "a.mp4", "--preview", preview).code == 0
+    clip = TextToVideo.load(tiny_model).sample(PROMPT, SampleConfig(seed=3, steps=4))
+    assert len(seen) == 5
+    with Image.open(preview) as image:
+        assert np.array_equal(np.asarray(image), clip.content)
+    # it nears what it becomes
+    errors = [np.abs(picture.astype(int) - clip.content).mean() for picture in seen]
+    assert errors[0] > errors[-2] >= errors[-1] == 0
+    result = cmdgen(*sample, tmp_path / "b.png", "--preview", tmp_path / "b.png")
+    assert result.code == 2
+    assert "is the preview's name" in result.err
+    result = cmdgen(*sample, tmp_path / "b.png", "--preview", tmp_path / "b.mp4")
+    assert result.code == 2
+
+
+@pytest.mark.usefixtures("known_speed")
+def test_dry_run_says_what_would_be_made_and_reads_no_weights(cmdgen, broken_model, tmp_path):
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text("a dog\na car\n")
+    sample = ("sample", "-f", jobs, "-o", tmp_path / "{line}.mp4", "--model", broken_model)
+    sample += ("--seed", 5, "--dry-run", "--batch", 2, "--rehash", 2, "--rehash-policy", "uniform")
+    result = cmdgen(*sample)
+    assert (result.code, result.err) == (0, "")
+    first, full, second, _, total = result.out.splitlines()
+    assert first == (
+        f"{tmp_path / '1.mp4'}  seed 5, 4 x 48x32, 8 frames a second, 2 + 2 steps of dpm++"
+    )
+    assert second.startswith(f"{tmp_path / '2.mp4'}  ")
+    assert full.strip() == "rehash: 2 + 2 of them in full"
+    assert re.match(r"tiny on cpu in float32: about [\d,]+ MB of weights and activations", total)
+    jobs.write_text("a dog\na\0car\n")
+    result = cmdgen(*sample, "--json")
+    assert result.code == 6
+    report = json.loads(result.out)
+    assert {"model", "jobs", "memory_bytes", "seconds", "flops"} <= set(report)
+    dog, car = report["jobs"]
+    assert (dog["seed"], dog["rehash"]["content"]) == (5, [0, 1])
+    assert "control character" in car["error"]
+    assert [path.name for path in tmp_path.iterdir()] == ["jobs.txt"]
+
+
+def test_a_killed_process_leaves_nothing_under_the_names_of_clips(tiny_model, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "cmdgen",
+        "sample",
+        "-f",
+        "-",
+        "-o",
+        str(tmp_path / "{line}.mp4"),
+    ]
+    command += ["--model", str(tiny_model), "--steps", "1", "--motion-steps", "1", "--batch", "2"]
+    command += ["--frames", "32", "--size", "256x256"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(b"a dog\na car\n")
+        process.stdin.flush()
+        deadline = time.monotonic() + 60
+        # the encoders' files are there: it is in the midst of it
+        while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left and all(name.startswith(".cmdgen-") for name in left)
 
 
 def test_help_names_every_option_and_exit_code(cmdgen):

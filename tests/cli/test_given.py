@@ -1,0 +1,291 @@
+"""Halves of clips from files: `cmdgen sample` keeps them and samples the rest."""
+
+import json
+import subprocess
+from dataclasses import replace
+from typing import NamedTuple
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmdgen.cli.app import main
+from cmdgen.cli.errors import Failure
+from cmdgen.cli.given import GivenFiles
+from cmdgen.cli.progress import Say
+from cmdgen.config import SampleConfig
+from cmdgen.latents import read_latents, save_latents
+from cmdgen.pipeline import TextToVideo
+from cmdgen.video.read import read_clip, read_metadata, read_video
+from cmdgen.video.write import write_video
+
+PROMPT = "a dog swimming in the ocean"
+QUIET = Say(quiet=True)
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cmdgen(capsys):
+    """Runs the command in this process."""
+
+    def run(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        return Result(end.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def sample(cmdgen, tiny_model):
+    """Runs `cmdgen sample` with the tiny model."""
+    return lambda *arguments: cmdgen("sample", *arguments, "--model", tiny_model)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return TextToVideo.load(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def clip(model):
+    return model.sample(PROMPT, SampleConfig(seed=5))
+
+
+@pytest.fixture(scope="module")
+def video(clip, tmp_path_factory):
+    """The clip's frames, without loss."""
+    path = tmp_path_factory.mktemp("given") / "clip.apng"
+    write_video(path, clip.frames, clip.fps, clip.metadata)
+    return path
+
+
+@pytest.fixture(scope="module")
+def latents(clip, tmp_path_factory):
+    path = tmp_path_factory.mktemp("given") / "clip.cmd.safetensors"
+    save_latents(path, clip.latents)
+    return path
+
+
+def test_latents_give_their_halves_bit_for_bit(model, clip, latents):
+    content = GivenFiles(content_from=latents).read(model, SampleConfig(), QUIET)
+    motion = GivenFiles(motion_from=latents).read(model, SampleConfig(), QUIET)
+    assert torch.equal(content.content, clip.latents.content) and content.motion is None
+    assert torch.equal(motion.motion, clip.latents.motion) and motion.content is None
+    assert set(content.origin) == {"content_from"} and set(motion.origin) == {"motion_from"}
+    assert content.origin["content_from"]["file"] == latents.name
+    assert GivenFiles().read(model, SampleConfig(), QUIET) is None
+
+
+def test_a_video_gives_what_encoding_it_does(model, clip, video):
+    encoded = model.encode(clip.frames, clip.fps)
+    files = GivenFiles(content_from=video, motion_from=video)
+    given = files.read(model, SampleConfig(), QUIET)
+    assert torch.equal(given.content, encoded.content)
+    assert torch.equal(given.motion, encoded.motion)
+    # of a still asked for, the whole video has the content frame
+    still = GivenFiles(content_from=video).read(model, SampleConfig(frames=1), QUIET)
+    assert torch.equal(still.content, encoded.content)
+    # once read, once encoded
+    assert files.read(model, SampleConfig(seed=9), QUIET) is given
+    longer = files.read(model, SampleConfig(frames=6), QUIET)
+    assert longer.motion.shape[1] == 6
+
+
+def test_a_picture_is_turned_upright_cropped_and_laid_on_white(model, tmp_path, capsys):
+    # wider than the model's clips by half its width, seen from its right side
+    wide = np.zeros((64, 144, 4), np.uint8)
+    wide[:, :, 3] = 255
+    wide[:, 24:72, 0] = 200
+    wide[:, 72:, 2] = 255
+    # all but the middle is cropped
+    wide[:, :24] = wide[:, 120:] = (0, 255, 0, 255)
+    wide[:16, :, 3] = 0
+    path = tmp_path / "photo.png"
+    exif = Image.Exif()
+    # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(wide)).save(path, exif=exif)
+    expected = wide[:, 24:120, :3].copy()
+    expected[:16] = 255
+    expected = np.asarray(Image.fromarray(expected).resize((48, 32), Image.Resampling.BICUBIC))
+    given = GivenFiles(image=path).read(model, SampleConfig(), Say())
+    assert torch.equal(given.content, model.encode_still(expected))
+    assert given.motion is None and given.origin["image"]["file"] == "photo.png"
+    assert f"{path}, 144x64: cropped and resized to 48x32\n" == capsys.readouterr().err
+    assert np.array_equal(read_clip(path, frames=1, size=(32, 48), fps=8)[0][0], expected)
+
+
+def test_a_clip_keeps_the_picture_that_it_animates(model, tmp_path):
+    path = tmp_path / "photo.jpg"
+    noise = np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    given = GivenFiles(image=path).read(model, SampleConfig(), QUIET)
+    clips = [model.sample(PROMPT, SampleConfig(seed=seed), given=given) for seed in (1, 2)]
+    assert torch.equal(clips[0].latents.content, clips[1].latents.content)
+    assert np.array_equal(clips[0].content, clips[1].content)
+    assert not torch.equal(clips[0].latents.motion, clips[1].latents.motion)
+    assert clips[0].metadata["image"] == given.origin["image"]
+
+
+def test_latents_have_the_size_that_is_not_asked_for(model, tmp_path):
+    path = tmp_path / "small.safetensors"
+    clip = model.sample(PROMPT, SampleConfig(frames=6, height=16, width=32))
+    save_latents(path, clip.latents)
+    plain = SampleConfig()
+    content = GivenFiles(content_from=path).fit(plain, model.config)
+    motion = GivenFiles(motion_from=path).fit(plain, model.config)
+    assert content == replace(plain, height=16, width=32)
+    assert motion == replace(plain, height=16, width=32, frames=6)
+    # the content frame may be of a clip of any length
+    assert GivenFiles(content_from=path).fit(SampleConfig(frames=2), model.config).frames == 2
+    for asked in (SampleConfig(frames=4), SampleConfig(width=64), SampleConfig(height=32)):
+        with pytest.raises(ValueError, match="given is of shape"):
+            GivenFiles(motion_from=path).fit(asked, model.config)
+
+
+def test_what_cannot_be_given_is_refused(model, tiny_model, latents, video, tmp_path):
+    with pytest.raises(ValueError, match="--content-from and --image both say what is seen"):
+        GivenFiles(content_from=video, image=video)
+    with pytest.raises(FileNotFoundError):
+        GivenFiles(motion_from=tmp_path / "none.mp4")
+    with pytest.raises(ValueError, match="has nothing to move: a still is asked for"):
+        GivenFiles(motion_from=video).fit(SampleConfig(frames=1), model.config)
+    with pytest.raises(ValueError, match="no autoencoder: it makes stills"):
+        GivenFiles(image=video).fit(SampleConfig(), replace(model.config, autoencoder=None))
+    weights = tiny_model / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(Failure, match="not latents of cmdgen"):
+        GivenFiles(content_from=weights).fit(SampleConfig(), model.config)
+    for option in ("content_from", "motion_from", "image"):
+        text = tmp_path / "text.mp4"
+        text.write_text("not a video")
+        with pytest.raises(Failure, match="not a readable video or picture"):
+            GivenFiles(**{option: text}).read(model, SampleConfig(), QUIET)
+
+
+def test_a_clip_made_again_needs_the_files_it_was_made_with(model, clip, latents, video, capsys):
+    files = GivenFiles(content_from=latents)
+    given = files.read(model, SampleConfig(), QUIET)
+    metadata = model.describe(PROMPT, SampleConfig(), given=given)
+    like = latents.with_name("made.mp4")
+    files.check_like(metadata, like, Say())
+    assert capsys.readouterr().err == ""
+    GivenFiles(content_from=video).check_like(metadata, like, Say())
+    assert "made.mp4 was made with --content-from of other contents" in capsys.readouterr().err
+    says = r"made with --content-from 'clip\.cmd\.safetensors': give that file"
+    with pytest.raises(ValueError, match=says):
+        GivenFiles().check_like(metadata, like, QUIET)
+    GivenFiles().check_like(clip.metadata, like, QUIET)
+
+
+def test_a_phone_s_video_stands_upright(model, tmp_path, capsys):
+    upright, turned = tmp_path / "upright.mp4", tmp_path / "turned.mp4"
+    ffmpeg = (imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error")
+    source = "testsrc2=size=96x144:rate=25:duration=1,format=yuv444p"
+    sideways = ("-vf", "transpose=1", "-c:v", "libx264", "-crf", "0")
+    subprocess.run([*ffmpeg, "-f", "lavfi", "-i", source, *sideways, upright], check=True)
+    # the same with a note to turn it back
+    note = ("-display_rotation", "90", "-i", upright, "-c", "copy")
+    subprocess.run([*ffmpeg, *note, turned], check=True)
+    given = GivenFiles(content_from=turned).read(model, SampleConfig(), Say())
+    assert "96x144, 25 fps, 1 s" in capsys.readouterr().err
+    other = GivenFiles(content_from=upright).read(model, SampleConfig(), Say())
+    assert "144x96, 25 fps, 1 s" in capsys.readouterr().err
+    assert given.content.shape == other.content.shape
+
+
+def test_latents_are_written_and_sampled_around(sample, model, clip, tmp_path):
+    first, second, third = (tmp_path / f"{name}.safetensors" for name in "abc")
+    result = sample(PROMPT, "-o", first, "--seed", 5)
+    assert (result.code, result.out) == (0, f"{first}\n"), result.err
+    written = read_latents(first)
+    assert torch.equal(written.content, clip.latents.content)
+    assert torch.equal(written.motion, clip.latents.motion)
+    assert written.metadata == clip.metadata
+    assert sample(PROMPT, "-o", second, "--seed", 6, "--content-from", first).code == 0
+    assert sample(PROMPT, "-o", third, "--seed", 6, "--motion-from", first).code == 0
+    kept_content, kept_motion = read_latents(second), read_latents(third)
+    assert torch.equal(kept_content.content, written.content)
+    assert not torch.equal(kept_content.motion, written.motion)
+    assert torch.equal(kept_motion.motion, written.motion)
+    assert not torch.equal(kept_motion.content, written.content)
+    assert kept_content.metadata["content_from"]["file"] == "a.safetensors"
+    assert "content_seed" not in kept_content.metadata
+    # several seeds around one content frame
+    name = tmp_path / "{seed}.safetensors"
+    result = sample(PROMPT, "-o", name, "--seed", 6, "--content-from", first, "--num", 2)
+    assert result.code == 0, result.err
+    motions = [read_latents(tmp_path / f"{seed}.safetensors").motion for seed in (6, 7)]
+    assert torch.equal(motions[0], kept_content.motion)
+    assert not torch.equal(*motions)
+    result = sample(PROMPT, "-o", first, "--frames", 1, "--overwrite")
+    assert (result.code, result.out) == (2, "")
+    assert "a still has no motion" in result.err
+
+
+def test_a_picture_moves_and_a_clip_of_it_is_made_again(sample, video, tmp_path):
+    photo, path, again = (tmp_path / name for name in ("photo.png", "a.mp4", "b.mp4"))
+    noise = np.random.default_rng(0).integers(0, 255, (80, 60, 3), np.uint8)
+    Image.fromarray(noise).save(photo)
+    result = sample(PROMPT, "-o", path, "--image", photo, "--seed", 3)
+    assert (result.code, result.out) == (0, f"{path}\n"), result.err
+    assert f"{photo}, 60x80: cropped and resized to 48x32\n" in result.err
+    assert read_video(path)[0].shape == (4, 32, 48, 3)
+    like = ("--like", path, "-o", again)
+    result = sample(*like)
+    assert (result.code, result.out) == (2, "")
+    assert "a.mp4 was made with --image 'photo.png': give that file, too\n" in result.err
+    assert sample(*like, "--image", photo).code == 0
+    assert np.array_equal(read_video(path)[0], read_video(again)[0])
+    assert read_metadata(path) == read_metadata(again)
+    # what is seen may come from elsewhere
+    result = sample(*like, "--overwrite", "--content-from", video)
+    assert result.code == 0, result.err
+    assert "image" not in read_metadata(again)
+    # of a file of both halves, neither is sampled
+    given = ("--content-from", video, "--motion-from", video, "--rehash", 2)
+    given += ("--rehash-policy", "uniform")
+    assert sample(PROMPT, "-o", path, "--overwrite", *given).code == 0
+    assert sample(*like, "--overwrite", *given[:4]).code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("--content-from", "V", "--image", "V"), 2, "--content-from and --image both say"),
+        (("--content-from", "V", "--content-seed", 1), 2, "--content-seed draws nothing"),
+        (("--image", "V", "--content-seed", 1), 2, "--content-seed draws nothing"),
+        (("--motion-from", "V", "--motion-seed", 1), 2, "--motion-seed draws nothing"),
+        (("--motion-from", "L", "--frames", 6), 2, "motion given is of shape"),
+        (("--content-from", "L", "--size", "64x64"), 2, "content given is of shape"),
+        (("--content-from", "none.mp4"), 3, "none.mp4"),
+        (("--image", "W"), 1, "not a readable video or picture"),
+        (("--content-from", "W"), 1, "not latents of cmdgen"),
+    ],
+)
+def test_what_cannot_be_given_is_one_line(
+    sample, video, latents, tiny_model, tmp_path, options, code, says
+):
+    weights = tiny_model / "vae" / "diffusion_pytorch_model.safetensors"
+    names = {"V": video, "L": latents, "W": weights}
+    path = tmp_path / "a.mp4"
+    result = sample(PROMPT, "-o", path, "--quiet", *(names.get(each, each) for each in options))
+    assert (result.code, result.out) == (code, "")
+    assert says in result.err and result.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_given_is_checked_before_anything_is_made(sample, latents, tmp_path):
+    path = tmp_path / "a.mp4"
+    result = sample(PROMPT, "-o", path, "--motion-from", latents, "--dry-run", "--json")
+    assert result.code == 0, result.err
+    (job,) = json.loads(result.out)["jobs"]
+    assert (job["frames"], job["width"], job["height"]) == (4, 48, 32)
+    assert not path.exists()

@@ -1,0 +1,320 @@
+import io
+import json
+import os
+import time
+import tracemalloc
+from dataclasses import replace
+from typing import get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.main import get_command
+
+from cmdgen.cli.app import app
+from cmdgen.cli.batch import Kept, group
+from cmdgen.cli.jobs import (
+    MOST_LINE,
+    MOST_PROMPT,
+    MOST_SKIPPED,
+    Entry,
+    Job,
+    Options,
+    Refused,
+    check_text,
+    make_jobs,
+    open_entries,
+    read_entries,
+)
+from cmdgen.cli.sample import OF_JOBS, sample
+from cmdgen.config import SampleConfig
+from cmdgen.video.formats import Encoding
+
+
+def command(*flags: str):
+    """The context of `cmdgen sample` with these flags."""
+    return get_command(app).commands["sample"].make_context("sample", [*flags])
+
+
+def options(context) -> Options:
+    return Options(context, get_type_hints(sample), OF_JOBS)
+
+
+@pytest.fixture(scope="module")
+def known() -> Options:
+    return options(command())
+
+
+def read(data: bytes) -> list[Entry]:
+    return list(read_entries(io.BytesIO(data)))
+
+
+def jobs(data: bytes, *flags: str, num: int = 1) -> list[Job | Refused]:
+    context = command(*flags)
+    return list(make_jobs(read(data), options(context), context.params, num=num))
+
+
+def test_a_line_is_a_prompt_or_an_object_or_skipped():
+    text = '\ufeffa cat\r\n\n  # no cat\n\t{"prompt": "a dog", "steps": 3}  \n[a, fish]\nlast'
+    assert read(text.encode()) == [
+        Entry(0, 1, {"prompt": "a cat"}),
+        Entry(1, 4, {"prompt": "a dog", "steps": 3}),
+        Entry(2, 5, {"prompt": "[a, fish]"}),
+        Entry(3, 6, {"prompt": "last"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"prompt": "a"', "is not JSON: Expecting ',' delimiter at column 15"),
+        (b'{"prompt": "a"} {}', "is not JSON: Extra data"),
+        (b"{'prompt': 'a'}", "is not JSON"),
+        (b'{"prompt": "a", "seed": 1, "seed": 2}', "'seed' is given twice"),
+        (b'{"prompt": "a", "x": {"y": 1, "y": 2}}', "'y' is given twice"),
+        (b'{"prompt": "a", "guidance": NaN}', "NaN is not a number"),
+        (b'{"prompt": "a", "guidance": -Infinity}', "-Infinity is not a number"),
+        (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", "integer string conversion"),
+        (b'{"prompt": ' + b"[" * 500_000, "is nested too deeply"),
+        (b'{"seed": 1}', "has no prompt"),
+        (b"a \xff cat", "is not valid UTF-8"),
+        (b"\xff\xfea\0c\0a\0t\0", "is not valid UTF-8"),
+        (b"a" * (MOST_LINE + 9), f"has {MOST_LINE + 10} bytes, more than {MOST_LINE}"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_wrong_with_it_alone(line, says):
+    before, wrong, after = read(b"first\n" + line + b"\nlast\n")
+    assert (before.values, after.values) == ({"prompt": "first"}, {"prompt": "last"})
+    assert (wrong.line, after.line) == (2, 3)
+    assert says in str(wrong.error)
+    assert "\n" not in str(wrong.error)
+
+
+class Endless(io.RawIOBase):
+    """A line without an end, after one that has one."""
+
+    def __init__(self):
+        self.given = 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        buffer[:] = b"x" * len(buffer)
+        if not self.given:
+            buffer[:2] = b"a\n"
+        self.given += len(buffer)
+        return len(buffer)
+
+
+def test_a_line_that_never_ends_takes_little_memory_and_ends_the_file():
+    source = Endless()
+    tracemalloc.start()
+    try:
+        first, last = read_entries(io.BufferedReader(source))
+        assert tracemalloc.get_traced_memory()[1] < 8 * MOST_LINE
+    finally:
+        tracemalloc.stop()
+    assert first.values == {"prompt": "a"}
+    assert "goes on for more than" in str(last.error)
+    assert source.given < MOST_SKIPPED + 4 * MOST_LINE
+
+
+@given(
+    st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode(errors="replace"))
+)
+def test_any_bytes_are_entries_or_errors_in_a_line(data):
+    for entry in read(data):
+        assert entry.values or "\n" not in str(entry.error)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+VALUES = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x))
+NAMES = st.sampled_from(
+    [
+        *(
+            "prompt",
+            "output",
+            "seed",
+            "motion-steps",
+            "motion_steps",
+            "guidance",
+            "sampler",
+            "size",
+        ),
+        *("negative", "rehash", "rehash-file", "crf", "format", "sidecar", "no-metadata", "model"),
+        *("batch", "help", "guidance-interval", "fps", "frames", "loop", "codec", "rehash-policy"),
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=st.dictionaries(NAMES | st.text(), VALUES, max_size=4))
+def test_any_object_is_a_job_or_an_error_in_a_line(known, values):
+    flags = known.context.params | {"output": "{index}.mp4"}
+    (job,) = make_jobs([Entry(0, 1, {"prompt": "a cat", **values})], known, flags, num=1)
+    assert isinstance(job, Job) or "\n" not in str(job)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ({"seed": 3, "content-seed": 4, "motion_seed": 5}, {"seed": 3, "content_seed": 4}),
+        ({"guidance": 2, "motion-guidance": 1.5}, {"guidance": 2.0, "motion_guidance": 1.5}),
+        ({"size": "64x32"}, {"width": 64, "height": 32}),
+        ({"guidance-interval": "0.1-0.8"}, {"guidance_interval": (0.1, 0.8)}),
+        ({"rehash": 5}, {"rehash": 5, "rehash_steps": None}),
+        ({"rehash": "0,1,4+0,2"}, {"rehash": None, "rehash_steps": ((0, 1, 4), (0, 2))}),
+        ({"rehash": "off"}, {"rehash": None}),
+        ({"negative": "a\tcar"}, {"negative": "a car"}),
+        ({"steps": None}, {"steps": None}),
+    ],
+)
+def test_options_of_a_line_win_over_flags(given, asked):
+    line = json.dumps({"prompt": "a cat", **given}).encode()
+    flags = ("-o", "a.mp4", "--seed", "1", "--steps", "9", "--fps", "7")
+    (job,) = jobs(line, *flags)
+    assert isinstance(job, Job), job
+    expected = {"steps": 9, "fps": 7, **asked}
+    assert {name: getattr(job.config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"steps": "5"}, "steps '5' is not a whole number"),
+        ({"steps": 5.0}, "steps 5.0 is not a whole number"),
+        ({"steps": True}, "steps True is not a whole number"),
+        ({"steps": 0}, "steps 0 is not at least 1"),
+        ({"steps": [5]}, "steps [5] is not a whole number"),
+        ({"guidance": "7"}, "guidance '7' is not a number"),
+        ({"guidance": 10**400}, "guidance inf is not a number"),
+        ({"sidecar": 1}, "sidecar 1 is not true or false"),
+        ({"size": 64}, "size 64 is not text"),
+        ({"prompt": 5}, "prompt 5 is not text"),
+        ({"prompt": {"a": 1}}, "prompt {'a': 1} is not text"),
+        ({"rehash": 2.5}, "rehash 2.5 is not text"),
+        ({"rehash": "1,2"}, "neither off nor a number of steps"),
+        ({"rehash": "0,4,2"}, "do not rise from 0"),
+        ({"rehash": "0" + ",1" * 9000}, "neither off nor a number of steps"),
+        ({"seed": -1}, "seed -1 is not between"),
+        ({"sampler": "euler"}, "sampler 'euler' is not one of"),
+        ({"format": "avi"}, "format 'avi' is not one of"),
+        ({"crf": 99}, "crf 99 is not one of"),
+        ({"loop": 1}, "mp4 does not say how often it plays"),
+        ({"motion-steps": 1, "motion_steps": 2}, "'motion_steps' is given twice"),
+        ({"model": "x"}, "'model' is the same for all jobs: give it as a flag"),
+        ({"batch": 2}, "'batch' is the same for all jobs"),
+        ({"json": True}, "is not one of codec, content_seed,"),
+        ({"speed": 1}, "'speed' is not one of codec, content_seed,"),
+        ({"output": "../a.mp4"}, "is not a relative path without .."),
+        ({"output": "/tmp/a.mp4"}, "is not a relative path without .."),
+        ({"output": "a\0.mp4"}, "control character U+0000"),
+        ({"output": "{x}.mp4"}, "{x} is none of {index}"),
+        ({"output": "a.avi"}, "must end in"),
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"prompt": "a\0b"}, "the prompt holds the control character U+0000"),
+        ({"prompt": "a\x1b[2Jb"}, "the prompt holds the control character U+001B"),
+        ({"prompt": "a\ud800b"}, "the prompt is not valid UTF-8"),
+        ({"negative": "\udfff"}, "the negative prompt is not valid UTF-8"),
+        ({"prompt": "x" * 100_000}, f"has 100000 bytes, more than {MOST_PROMPT}"),
+    ],
+)
+def test_what_no_flag_takes_no_line_does(given, says):
+    (refused,) = jobs(json.dumps({"prompt": "a cat", **given}).encode(), "-o", "a.mp4")
+    assert isinstance(refused, Refused)
+    assert says in str(refused)
+    assert str(refused).startswith("line 1: ")
+
+
+def test_numbers_have_an_end():
+    (refused,) = jobs(b'{"prompt": "a", "guidance": 1e999}', "-o", "a.mp4")
+    assert "guidance inf is not a number" in str(refused)
+
+
+def test_every_option_of_a_job_is_one_of_the_command(known):
+    assert {"prompt", "output", "seed", "rehash_cut", "crf", "no_metadata"} <= known.of_jobs
+    process = {"model", "device", "dtype", "batch", "num", "file", "like", "overwrite", "as_json"}
+    assert not process & known.of_jobs
+    assert process | known.of_jobs <= set(known.parameters)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a 🐕‍🦺 swims", "قطة تطير", "cafe\u0301", "\u202eabc\u202c", "日本語", "a" * MOST_PROMPT],
+)
+def test_text_of_any_script_stays_as_it_is(text):
+    assert check_text("prompt", text) == text
+
+
+def test_line_breaks_and_tabs_are_spaces():
+    assert check_text("prompt", "a\tcat\r\nflies\u2028high") == "a cat  flies high"
+
+
+def test_seeds_are_consecutive_and_indices_stay_whatever_else_is_wrong():
+    lines = b'a\n# b\n{"prompt": 1}\n{"prompt": "c", "seed": 7}\n'
+    made = jobs(lines, "-o", "{index}-{line}.mp4", "--seed", "3", num=2)
+    found = [(each.index, each.config.seed, each.target) for each in made if isinstance(each, Job)]
+    assert found == [(1, 3, "1-1.mp4"), (2, 4, "2-1.mp4"), (5, 7, "5-4.mp4"), (6, 8, "6-4.mp4")]
+    assert [each.line for each in made if isinstance(each, Refused)] == [3]
+    drawn = {job.config.seed for job in jobs(b"a\nb", "-o", "{index}.mp4", num=3)}
+    assert len(drawn) == 6
+    (refused,) = jobs(b"a", "-o", "{index}.mp4", "--seed", str(2**63 - 1), num=2)
+    assert "seed 9223372036854775808 is not between" in str(refused)
+
+
+def test_own_outputs_lie_in_the_folder_of_the_commands():
+    line = b'{"prompt": "a", "output": "b/{slug}.gif"}'
+    assert jobs(line, "-o", "clips/{index}.mp4")[0].target == "clips/b/a.gif"
+    assert jobs(line)[0].target == "b/a.gif"
+    assert "all of them go to stdout" in str(jobs(line, "-o", "-")[0])
+    assert "no output" in str(jobs(b"a")[0])
+
+
+def test_a_still_has_one_frame():
+    (job,) = jobs(b"a", "-o", "a.png")
+    assert (job.encoding.format, job.config.frames) == ("png", 1)
+    (refused,) = jobs(b"a", "-o", "a.png", "--frames", "4")
+    assert "a.png holds one frame, not 4" in str(refused)
+
+
+def test_a_pipe_gives_its_lines_as_they_come(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = os.open(path, os.O_RDWR)
+    entries, ahead = open_entries(str(path))
+    assert not ahead
+    os.write(writer, b"a\nb\n")
+    assert [next(entries).values["prompt"] for _ in range(2)] == ["a", "b"]
+    started = time.monotonic()
+    assert next(entries) is None
+    assert time.monotonic() - started < 5
+    os.write(writer, b"c\n")
+    assert next(entries).values == {"prompt": "c"}
+
+
+def test_a_file_is_known_to_its_end(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("a\nb\n")
+    entries, ahead = open_entries(str(path))
+    assert ahead and len(list(entries)) == 2
+    with pytest.raises(FileNotFoundError):
+        open_entries(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="is a folder"):
+        open_entries(str(tmp_path))
+
+
+def test_those_that_are_alike_are_made_together_in_order():
+    one = Job(1, 1, "a", SampleConfig(seed=1), "a.mp4", Encoding("mp4"))
+    two, three = replace(one, index=2, config=SampleConfig(seed=2)), replace(one, index=3)
+    other = replace(one, index=4, config=SampleConfig(steps=3))
+    refused, kept = Refused(9, 9, ValueError("no")), Kept(one)
+    assert list(group([one, two, three, other], 2)) == [[one, two], [three], [other]]
+    assert list(group([one, refused, two, kept, three], 8)) == [
+        [one],
+        refused,
+        [two],
+        kept,
+        [three],
+    ]
+    assert list(group([one, None, None, two, three], 8)) == [[one], [two, three]]
