@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from cmdgen.models.text import ClipTextModel, Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import FILENAME, KlVae
 from cmdgen.weights import (
+    hash_weights,
     load_weights,
     read_config,
     read_model,
@@ -339,3 +342,39 @@ def test_names_may_be_many_but_layers_may_not(tmp_path: Path) -> None:
     write_config(VaeConfig(block_out_channels=(32,) * 65), tmp_path)
     with pytest.raises(ValueError, match="block_out_channels has 65 entries, at most 64 are read"):
         read_config(tmp_path, VaeConfig)
+
+
+def test_a_hash_tells_weights_from_others_wherever_they_lie(tmp_path, tiny_model):
+    files = {"unet": "diffusion_pytorch_model.safetensors", "none": "model.safetensors"}
+    files["text_encoder"] = "model.safetensors"
+    shutil.copytree(tiny_model, tmp_path / "a")
+    known = hash_weights(tiny_model, files)
+    assert re.fullmatch("[0-9a-f]{32}", known)
+    assert hash_weights(tmp_path / "a", dict(reversed(files.items()))) == known
+    path = tmp_path / "a" / "unet" / files["unet"]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert hash_weights(tmp_path / "a", files) != known
+    path.unlink()
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: No such file"):
+        hash_weights(tmp_path / "a", files)
+
+
+def test_a_hash_of_much_is_kept_until_a_file_changes(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setattr("cmdgen.weights._HASHED_AT_ONCE", 0)
+    shutil.copytree(tiny_model, tmp_path / "a")
+    files = {"vae": FILENAME}
+    known = hash_weights(tmp_path / "a", files)
+    (note,) = (tmp_path / "cache" / "cmdgen" / "weights").iterdir()
+    assert note.read_text() == known
+    note.write_text("0" * 32)
+    assert hash_weights(tmp_path / "a", files) == "0" * 32
+    # what is no hash is not believed
+    note.write_text("zero")
+    assert hash_weights(tmp_path / "a", files) == known
+    note.write_text("0" * 32)
+    path = tmp_path / "a" / "vae" / FILENAME
+    os.utime(path, ns=(1, 1))
+    assert hash_weights(tmp_path / "a", files) == known

@@ -271,3 +271,21 @@ def test_what_was_not_measured_is_one_line_that_says_how(calibrations, tmp_path:
         plan(tmp_path, rehash=9)
     with pytest.raises(ValueError, match="rehash 2: of 8 steps between 3 and 8 can run in full"):
         plan(tmp_path, **given | {"rehash": 2})
+
+
+def test_a_plan_may_list_its_steps(tmp_path: Path) -> None:
+    listed = ((0, 1, 3), (0, 2))
+    found = plan(tmp_path, rehash_steps=listed)
+    assert (found.policy, found.content, found.motion) == ("listed", *listed)
+    still = replace(MODEL, frames=1)
+    assert plan(tmp_path, still, rehash_steps=((0,), ())).motion == ()
+    for asked, says in (
+        (((0, STEPS), (0,)), f"rehash lists step {STEPS} of content, which has {STEPS} from 0"),
+        (((0,), ()), "rehash lists no steps of motion"),
+        (((1,), (0,)), "do not rise from 0"),
+        (((0, 2, 2), (0,)), "do not rise from 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            plan(tmp_path, rehash_steps=asked)
+    with pytest.raises(ValueError, match="nothing is left to choose"):
+        plan(tmp_path, rehash_steps=listed, rehash=3)

@@ -12,7 +12,7 @@ from cmdgen.config import CMD_SD15, PRESETS, DiTConfig, NoiseConfig
 from cmdgen.config import SAMPLERS as NAMES
 from cmdgen.diffusion.guidance import Denoise, guide
 from cmdgen.diffusion.samplers import SAMPLERS, VISITED, ddim, ddpm, dpm_solver_pp
-from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, velocity
+from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, timesteps, velocity
 
 Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
 Sampler = Callable[..., Tensor]
@@ -291,3 +291,46 @@ def test_one_step_of_a_perfect_denoiser_is_the_clean_sample() -> None:
     for name in NAMES:
         result = SAMPLERS[name](lambda x, t: velocity(x0, eps, alpha), x, MINI, steps=1)
         torch.testing.assert_close(result, x0)
+
+
+@pytest.mark.parametrize("config", [STABLE_DIFFUSION, MOTION, MINI])
+@pytest.mark.parametrize("name", NAMES)
+def test_estimates_of_a_perfect_denoiser_are_the_clean_sample(
+    name: str, config: NoiseConfig
+) -> None:
+    powers = alphas_cumprod(config)
+    clean = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha = float(powers[t[0]])
+        eps = (x - math.sqrt(alpha) * clean) / math.sqrt(1 - alpha)
+        return eps if config.prediction_type == "epsilon" else velocity(clean, eps, alpha)
+
+    estimates: list[Tensor] = []
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
+    kwargs = {"steps": 5, "generator": generator, "on_estimate": estimates.append}
+    SAMPLERS[name](denoise, noise, config, **kwargs)
+    assert len(estimates) == 5
+    for estimate in estimates:
+        torch.testing.assert_close(estimate, clean, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+def test_ddim_with_noise_shows_its_estimate_before_that_is_added(eta: float) -> None:
+    optimal = gaussian_denoiser(STABLE_DIFFUSION)
+    estimates: list[Tensor] = []
+    noise = torch.randn(1, 1, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ddim(
+        *(optimal, noise, STABLE_DIFFUSION),
+        steps=3,
+        eta=eta,
+        generator=torch.Generator().manual_seed(0),
+        on_estimate=estimates.append,
+    )
+    # the first one knows the noise alone
+    first = int(timesteps(STABLE_DIFFUSION, 3)[0])
+    alpha = float(alphas_cumprod(STABLE_DIFFUSION)[first])
+    eps = optimal(noise, torch.tensor([first]))
+    expected = (noise - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
+    torch.testing.assert_close(estimates[0], expected, rtol=1e-6, atol=1e-6)
