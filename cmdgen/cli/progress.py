@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # between two lines where there is no terminal: the first wait doubles up to the longest
 _FIRST_SECONDS, _LONGEST_SECONDS = 2.0, 60.0
+# seconds that tell no rate
+_MOMENT = 0.02
 
 
 class Show(Protocol):
@@ -143,12 +145,12 @@ class _Stages:
             stage = self.known[name] = _Stage(now, done, done)
         stage.done = done
         seconds, count = now - stage.started, done - stage.first
-        if not (count and seconds):
+        if not count or seconds < _MOMENT:
             return ""
         rate = count / seconds
         shown = f"{rate:.1f}/s" if rate >= 1 else f"{seconds / count:.1f} s each"
         if done >= total:
-            return f"{shown}, {_clock(seconds)}"
+            return f"{shown}, {_clock(seconds)}" if count > 1 else _clock(seconds)
         left = (total - done) / rate
         if self.deadline is not None:
             left = min(left, max(0.0, self.deadline - now))

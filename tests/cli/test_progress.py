@@ -53,6 +53,17 @@ def test_the_same_stage_of_the_next_clip_starts_anew(capsys, clock) -> None:
     assert capsys.readouterr().err.splitlines().count(line) == 2
 
 
+def test_one_thing_has_no_rate_and_a_moment_no_time(capsys, clock) -> None:
+    with Say().progress() as show:
+        show("load", 0, 1)
+        clock(2.7)
+        show("load", 1, 1)
+        show("clips", 0, 4)
+        clock(0.001)
+        show("clips", 4, 4)
+    assert capsys.readouterr().err == "load 1/1, 2.7 s\nclips 4/4\n"
+
+
 def test_the_time_left_ends_at_the_deadline(capsys, clock) -> None:
     with Say().progress(deadline=1000 + 60) as show:
         show("train", 0, 1_000_000)
