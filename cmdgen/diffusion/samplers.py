@@ -4,7 +4,7 @@ A denoiser maps samples (B, C, ...) and timesteps (B,) to its raw output (B, C o
 called once for each of the timesteps that VISITED tells beforehand, in their order.
 Coefficients are float64 numbers; samples keep the dtype of the first noise. After each step
 `on_step(done, total)` reports progress, and before that `on_estimate` gets the clean sample
-(B, C, ...) that the step took its direction from.
+(B, C, ...) that the step took its direction from, if it went anywhere.
 """
 
 import math
@@ -50,7 +50,8 @@ def ddim(
         sigma = eta * math.sqrt((1 - after) / (1 - alpha) * (1 - alpha / after))
         keep, move = ddim_weights(alpha, after, config.prediction_type, sigma=sigma)
         noisy, x = x, _linear_step(denoise, x, t, keep, move)
-        if on_estimate is not None:
+        # the step from timestep 0 to its own noise leaves all as it is
+        if on_estimate is not None and after != alpha:
             on_estimate(_between(noisy, x, alpha, after, sigma))
         if sigma > 0:
             x = x + sigma * _draw(x, generator)

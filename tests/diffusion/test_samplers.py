@@ -334,3 +334,14 @@ def test_ddim_with_noise_shows_its_estimate_before_that_is_added(eta: float) -> 
     eps = optimal(noise, torch.tensor([first]))
     expected = (noise - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
     torch.testing.assert_close(estimates[0], expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_step_of_ddim_that_goes_nowhere_has_no_estimate(steps: int) -> None:
+    config = NoiseConfig(set_alpha_to_one=False, steps_offset=0)
+    assert timesteps(config, steps)[-1] == 0
+    estimates: list[Tensor] = []
+    noise = torch.randn(1, 1, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ddim(gaussian_denoiser(config), noise, config, steps=steps, on_estimate=estimates.append)
+    assert len(estimates) == steps - 1
+    assert all(estimate.isfinite().all() for estimate in estimates)
