@@ -68,7 +68,6 @@ def estimate_activations(model: TextToVideo, config: SampleConfig, *, batch: int
     peaks = [
         peak * batch * (2 if branches.get(name, 1.0) != 1 else 1)
         for name, peak in count_peaks(asked, dtype).items()
-        if name in ("text", *branches)
     ]
     slices = model.plan_decoding(config, batch=batch)
     return max(*peaks, decoding_peak(asked, slices, dtype, batch=batch))

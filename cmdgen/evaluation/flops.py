@@ -6,7 +6,7 @@ counter took a multiply-add for one operation and did not see inside fused atten
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import ceil, prod
 from typing import Any
@@ -154,24 +154,32 @@ def count_weights(part: nn.Module, run: Callable[[], object]) -> Weights:
 class Forwards:
     """One forward of each network on one sample; of the VAE, one frame. Stills need no motion.
 
-    Of what makes content and motion, the parts too: what each step runs, and what is made for all
-    steps beforehand.
+    What makes content and motion is in parts: what each step runs, and what is made for all steps
+    beforehand.
     """
 
     text: Products
-    content: Products
     # of a step, of a timestep, of a text
     content_step: Products
     content_time: Products
     content_text: Products
     vae_decode: Products
-    motion: Products = NOTHING
     # of a step, of a timestep and text, of a content frame
     motion_step: Products = NOTHING
     motion_time: Products = NOTHING
     motion_place: Products = NOTHING
     frame_encode: Products = NOTHING
     frame_decode: Products = NOTHING
+
+    @property
+    def content(self) -> Products:
+        """Of the UNet as a whole."""
+        return self.content_step + self.content_time + self.content_text
+
+    @property
+    def motion(self) -> Products:
+        """Of the motion model as a whole."""
+        return self.motion_step + self.motion_time + self.motion_place
 
 
 def build_parts(model: ModelConfig) -> Parts:
@@ -192,20 +200,27 @@ def build_parts(model: ModelConfig) -> Parts:
 def count_forwards(model: ModelConfig, parts: Parts | None = None) -> Forwards:
     """Count each network of a model at its size and length."""
     parts = build_parts(model) if parts is None else parts
+    runs = _forwards(model, parts)
     return Forwards(
-        **{name: count_products(run) for name, (_, run) in _forwards(model, parts).items()}
+        **{
+            each.name: count_products(runs[each.name][1])
+            for each in fields(Forwards)
+            if each.name in runs
+        }
     )
 
 
 def count_peaks(model: ModelConfig, dtype: torch.dtype) -> dict[str, int]:
-    """The fields of `Forwards`: bytes of tensors that one forward of each makes and holds at once.
+    """Of text, content and motion: bytes of tensors that one forward makes and holds at once.
 
     Counted in float32, and taken in proportion for `dtype`.
     """
+    runs = _forwards(model, build_parts(model))
     with _FusedAttention():
         return {
-            name: peak_bytes(run) * dtype.itemsize // 4
-            for name, (_, run) in _forwards(model, build_parts(model)).items()
+            name: peak_bytes(runs[name][1]) * dtype.itemsize // 4
+            for name in ("text", "content", "motion")
+            if name in runs
         }
 
 
@@ -213,7 +228,7 @@ def count_peaks(model: ModelConfig, dtype: torch.dtype) -> dict[str, int]:
 def _forwards(
     model: ModelConfig, parts: Parts
 ) -> dict[str, tuple[nn.Module, Callable[[], object]]]:
-    """The fields of `Forwards` that a model has: the network, and what of it runs."""
+    """What of `Forwards` a model has: the network, and what of it runs."""
     assert model.text is not None and model.vae is not None
     height, width = (side // model.vae.stride for side in (model.height, model.width))
 
