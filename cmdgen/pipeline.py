@@ -672,7 +672,9 @@ class TextToVideo:
         times = self._project(unet.project_time, asked.sampler, asked.noise, asked.steps)
 
         def predict(x: Tensor, t: Tensor, *text: Tensor) -> Tensor:
-            return denoise(x.to(self.dtype), next(times).expand(len(x), -1), *text)
+            # in the same order of memory at every step: a graph's inputs are then one copy
+            x = x.to(self.dtype, memory_format=torch.channels_last)
+            return denoise(x, next(times).repeat(len(x), 1), *text)
 
         interval = _interval(asked, asked.noise)
         noise, generator = self._noise("content", shape, seeds)

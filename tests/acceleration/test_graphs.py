@@ -86,6 +86,31 @@ def test_every_call_has_its_own_inputs_and_every_shape_its_own_graph(monkeypatch
     assert len(captured) == 3
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "asked", [{}, {"guidance": 1.0}, {"rehash": 3, "rehash_policy": "uniform"}]
+)
+def test_inputs_have_one_order_in_memory_so_that_they_are_one_copy(
+    monkeypatch, tiny_model, sampler: str, asked: dict[str, object]
+) -> None:
+    copied: list[int] = []
+
+    def copy(inputs: list[Tensor], given: list[Tensor]) -> None:
+        # what torch asks for, or else it launches a copy for each tensor
+        assert [each.stride() for each in inputs] == [each.stride() for each in given]
+        assert len({each.dtype for each in given}) == 1
+        for target, source in zip(inputs, given, strict=True):
+            target.copy_(source)
+        copied.append(len(given))
+
+    monkeypatch.setattr(graphs, "capture", capture_on_cpu)
+    monkeypatch.setattr(torch, "_foreach_copy_", copy)
+    model = TextToVideo.load(tiny_model)
+    model.uses_graphs = True
+    model.sample("a dog", SampleConfig(sampler=sampler, steps=5, motion_steps=4, **asked))
+    assert len(copied) == 9
+
+
 @pytest.mark.gpu
 def test_replays_equal_the_function_on_a_gpu() -> None:
     layer = torch.nn.Linear(64, 64, device="cuda")
