@@ -98,7 +98,7 @@ class Batch:
 
     def check(self, job: Job) -> Job | Refused | Kept:
         """What is to become of a job; reads no weights."""
-        from cmdgen.video.write import check_output
+        from cmdgen.video.write import check_output, list_taken
 
         try:
             job = replace(job, config=self.files.fit(job.config, self.pipeline.config))
@@ -118,7 +118,10 @@ class Batch:
                 makes_folder=not self.manner.alone,
             )
         except FileExistsError as error:
-            return Kept(job) if self.manner.skip_existing else Refused(job.index, job.line, error)
+            # a sidecar alone is no clip
+            if self.manner.skip_existing and list_taken(Path(job.target), job.encoding):
+                return Kept(job)
+            return Refused(job.index, job.line, error)
         except (ValueError, OSError) as error:
             return Refused(job.index, job.line, error)
         return job
@@ -327,12 +330,12 @@ class Batch:
                 full = _list_steps(plan.motion, asked.motion_steps)
                 self._note_once(f"rehash: motion in full at {full}")
         for job in jobs:
-            of = "" if self.manner.alone else f" of line {job.line}"
+            of = "" if self.manner.alone else f"line {job.line}: "
             if unknown := dict.fromkeys(self.pipeline.tokenizer.unknown_words(job.prompt)):
-                self._note_once(f"note: {own.name} has never seen{of}: {', '.join(unknown)}")
+                self._note_once(f"note: {of}{own.name} has never seen: {', '.join(unknown)}")
             if not self.pipeline.fits(job.prompt):
                 self._note_once(
-                    f"note: {own.name} reads the start of this prompt{of} only: it is too long"
+                    f"note: {of}{own.name} reads the start of this prompt only: it is too long"
                 )
 
     def _note_once(self, line: str) -> None:

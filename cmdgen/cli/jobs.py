@@ -145,10 +145,14 @@ class Options:
             values[name] = self._convert(name, value)
         return values
 
+    def defaults(self, names: Iterable[str]) -> dict[str, Any]:
+        """What options are where neither a flag nor the user's file says so."""
+        return {name: self.parameters[name].default for name in names}
+
     def _convert(self, name: str, value: Any) -> Any:
         parameter, kind = self.parameters[name], self.kinds[name]
         if value is None:
-            return parameter.get_default(self.context)
+            return parameter.default
         wanted = {int: "a whole number", float: "a number", bool: "true or false"}
         # steps in a number, or listed in text
         if name == "rehash" and type(value) is int:

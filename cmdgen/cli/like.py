@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from cmdgen import __version__
 from cmdgen.cli.given import NAMES as FILES
 from cmdgen.cli.jobs import STILL, Options
-from cmdgen.video.formats import choose_encoding
 
 if TYPE_CHECKING:
     from cmdgen.pipeline import TextToVideo
@@ -25,6 +24,8 @@ _OTHER = (
     *("cmdgen", "weights", "width", "height", "guidance_interval", "rehash", "max_memory"),
     "encoding",
 )
+# options of a job that a file does not say
+_FREE = {"output", "format", "sidecar", "no_metadata"}
 # options of the command that a file may set beside those of a job
 OF_COMMAND = ("model", "device", "dtype", "compile", "max_memory")
 
@@ -53,11 +54,12 @@ class Memory:
             yield f"note: not known here, of {self.path}: {', '.join(map(short, self.ignored[:8]))}"
 
 
-def recall(path: Path, options: Options, given: set[str], output: str | None) -> Memory:
+def recall(path: Path, options: Options, given: set[str], target: str | None) -> Memory:
     """What a file remembers, but for what is given; ValueError for a file that is none of ours.
 
-    Names of files that it may hold are not followed: a model is one that ships with cmdgen, or has
-    to be given.
+    What it does not say was the default, whatever the user's file says now. `target` is the format
+    to be written. Names of files that it may hold are not followed: a model is one that ships with
+    cmdgen, or has to be given.
     """
     from cmdgen.pipeline import choose_device
     from cmdgen.video.read import read_metadata
@@ -67,12 +69,16 @@ def recall(path: Path, options: Options, given: set[str], output: str | None) ->
     if not isinstance(metadata.get("cmdgen"), str) or "prompt" not in metadata:
         raise ValueError(f"{path} does not say how cmdgen made it")
     try:
-        said = _translate(metadata, None if output is None else choose_encoding(output).format)
+        said = _translate(metadata, target)
+        # of a picture, the clip that it is of
+        if path.suffix.lower() == f".{STILL}" and said.get("frames") == 1:
+            del said["frames"]
         # options of step rehash are one choice
         if any(name.startswith("rehash") for name in given):
             said = {name: value for name, value in said.items() if not name.startswith("rehash")}
         said = {name: value for name, value in said.items() if name not in given}
-        values = options.check(said, beside=OF_COMMAND)
+        plain = options.defaults(options.of_jobs.union(OF_COMMAND) - given - _FREE)
+        values = plain | options.check(said, beside=OF_COMMAND)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if "model" in values and values["model"] not in packaged_models():

@@ -385,10 +385,14 @@ def sample(
             raise ValueError(f"--{half}-seed draws nothing where the {half} is given: leave it out")
     options = Options(context, get_type_hints(sample), OF_JOBS)
     values = dict(context.params)
+    if output not in (None, STDOUT):
+        # of a template that is none, each line would say so
+        fields(output)
     memory = None
     if like is not None:
         given = {name for name in values if _is_given(context, name)}
-        memory = recall(like, options, given, output)
+        target = None if output is None else choose_encoding(output, format=format).format
+        memory = recall(like, options, given, target)
         files.check_like(memory.files, like, say)
         values |= memory.values
     entries, known = _find_entries(prompt, file, memory)

@@ -87,10 +87,7 @@ def check_output(
         return
     path = Path(target)
     try:
-        if encoding.format == "frames":
-            taken = list_frames(path)[:1]
-        else:
-            taken = [path] if path.is_symlink() or path.exists() else []
+        taken = list_taken(path, encoding)
         if path.is_dir():
             raise ValueError(f"{path} is a folder: give the name of a file in it")
         if encoding.sidecar and name_sidecar(path).exists():
@@ -112,6 +109,13 @@ def check_output(
         raise
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
+
+
+def list_taken(target: Path, encoding: Encoding) -> list[Path]:
+    """What is there already of a video, one file of it at most; a sidecar is none."""
+    if encoding.format == "frames":
+        return list_frames(target)[:1]
+    return [target] if target.is_symlink() or target.exists() else []
 
 
 def _kept(path: Path) -> FileExistsError:
@@ -539,11 +543,17 @@ def _new_stream(name: str, stdout: IO[bytes] | None) -> Iterator[Path]:
 
 @contextmanager
 def _beside(place: Path, comment: str, encoding: Encoding, overwrite: bool) -> Iterator[None]:
-    """Around the writing of a file: its sidecar, if it is to have one, appears after it."""
+    """Around the writing of a file: its sidecar, if it is to have one, appears after it.
+
+    One that tells of what was replaced goes.
+    """
+    sidecar = name_sidecar(place)
     if not (encoding.sidecar and comment):
         yield
+        if overwrite and _is_sidecar(sidecar):
+            with _storing(str(sidecar)):
+                sidecar.unlink()
         return
-    sidecar = name_sidecar(place)
     temporary = _temporary(sidecar)
     try:
         with _storing(str(sidecar)):
@@ -553,6 +563,17 @@ def _beside(place: Path, comment: str, encoding: Encoding, overwrite: bool) -> I
             _move(temporary, sidecar, overwrite)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_sidecar(path: Path) -> bool:
+    """Whether it is metadata that cmdgen wrote, not anything else of such a name."""
+    try:
+        if path.stat().st_size > 2 * MOST_METADATA:
+            return False
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "cmdgen" in found
 
 
 def _temporary(place: Path) -> Path:

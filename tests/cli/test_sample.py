@@ -420,6 +420,19 @@ def test_what_is_there_is_kept_and_may_be_skipped(cmdgen, tiny_model, tmp_path):
     assert "finds nothing: give --seed" in result.err
     result = cmdgen(*sample, "--overwrite", "--skip-existing")
     assert result.code == 2
+    # what a sidecar tells of is not there
+    (tmp_path / "a-dog.rgb").rename(tmp_path / "a-dog.rgb.json")
+    result = cmdgen(*sample, "--skip-existing", "--sidecar")
+    assert (result.code, result.out) == (6, f"{tmp_path / 'a-car.rgb'}\n")
+    assert "a-dog.rgb.json exists and is kept" in result.err
+
+
+def test_a_template_that_is_none_is_refused_once(cmdgen, broken_model, tmp_path):
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text("a dog\na car\n")
+    result = cmdgen("sample", "-f", jobs, "--model", broken_model, "-o", tmp_path / "{x}.mp4")
+    assert result.code == 2
+    assert result.err.count("{x} is none of {index}") == 1
 
 
 def test_names_from_prompts_stay_in_their_folder(cmdgen, tiny_model, tmp_path):
@@ -581,6 +594,52 @@ def test_like_makes_it_again_and_flags_win(cmdgen, tiny_model, tmp_path):
     assert (other["fps"], other["steps"], "rehash" in other) == (6, 4, False)
     assert cmdgen(*like, tmp_path / "d.png").code == 0
     assert read_metadata(tmp_path / "d.png")["frames"] == 1
+
+
+def test_what_a_file_does_not_say_was_the_default_whatever_the_users_file_says(
+    cmdgen, tiny_model, tmp_path
+):
+    config = tmp_path / "config.toml"
+    config.write_text(
+        '[sample]\nseed = 5\ncontent_seed = 6\nnegative = "a car"\nguidance_interval = "0.1-1"\n'
+        f'rehash = 1\nrehash_policy = "uniform"\ncrf = 40\nmodel = "{tiny_model}"\nsidecar = true\n'
+    )
+    first, again = tmp_path / "first.mp4", tmp_path / "again.mp4"
+    made = cmdgen("sample", PROMPT, "-o", first, "--model", tiny_model, "--seed", 7)
+    assert made.code == 0
+    sample = ("--config", config, "sample", "--model", tiny_model)
+    result = cmdgen(*sample, "--like", first, "-o", again)
+    assert result.code == 0, result.err
+    assert again.read_bytes() == first.read_bytes()
+    # what is no part of the clip is as the user likes it
+    assert (tmp_path / "again.mp4.json").exists()
+    # null is the default as well
+    jobs = tmp_path / "jobs.jsonl"
+    unset = dict.fromkeys(("rehash", "rehash_policy", "crf", "seed"))
+    jobs.write_text(json.dumps({"prompt": "a dog", **unset}))
+    result = cmdgen(*sample, "-f", jobs, "-o", tmp_path / "null.mp4")
+    assert result.code == 0, result.err
+    metadata = read_metadata(tmp_path / "null.mp4")
+    assert metadata["content_seed"] == 6 and metadata["seed"] != 5
+    assert "rehash" not in metadata and "encoding" not in metadata
+
+
+def test_like_knows_the_format_by_its_name_too(cmdgen, tiny_model, tmp_path):
+    first, again = tmp_path / "first.mp4", tmp_path / "again"
+    options = ("--model", tiny_model)
+    assert cmdgen("sample", PROMPT, "-o", first, *options, "--crf", 40).code == 0
+    result = cmdgen("sample", "--like", first, *options, "-o", again, "--format", "mp4")
+    assert result.code == 0, result.err
+    assert again.read_bytes() == first.read_bytes()
+
+
+def test_a_still_becomes_the_clip_that_it_is_of(cmdgen, tiny_model, tmp_path):
+    still, clip, both = (tmp_path / name for name in ("a.png", "a.mkv", "b.mkv"))
+    sample = ("sample", "--model", tiny_model, "-o")
+    assert cmdgen(*sample, still, PROMPT, "--seed", 7).code == 0
+    assert cmdgen(*sample, clip, "--like", still).code == 0
+    assert cmdgen(*sample, both, PROMPT, "--seed", 7).code == 0
+    assert clip.read_bytes() == both.read_bytes()
 
 
 FOREIGN = {"cmdgen": "9.9", "model": "mini", "prompt": "a dog", "seed": 1}

@@ -364,3 +364,14 @@ def test_a_sidecar_lies_beside_the_file_and_is_kept_as_it_is(tmp_path, colours):
     assert list(tmp_path.iterdir()) == [sidecar]
     write_video(tmp_path / "a.y4m", colours(2), 8, {"seed": 2}, how, overwrite=True)
     assert json.loads(sidecar.read_text()) == {"seed": 2}
+    # what is no metadata of ours is none of our business
+    write_video(tmp_path / "a.y4m", colours(2, 8, 8), 8, None, overwrite=True)
+    assert sidecar.exists()
+
+
+def test_a_sidecar_of_what_was_replaced_goes(tmp_path, colours):
+    path, how = tmp_path / "a.y4m", choose_encoding("a.y4m", sidecar=True)
+    write_video(path, colours(2, 8, 8), 8, {"cmdgen": "1", "seed": 1}, how)
+    assert len(list(tmp_path.iterdir())) == 2
+    write_video(path, colours(2, 8, 8), 8, {"cmdgen": "1", "seed": 2}, overwrite=True)
+    assert list(tmp_path.iterdir()) == [path]
