@@ -65,8 +65,8 @@ end
 complete --command cmdgen --no-files --arguments '(__cmdgen_complete)'
 """
 
-# parameters that take a name or a folder
-_OR_FOLDERS = ("model", "data")
+# parameters that take a file or folder, or a text: a name, a template, - for stdin or stdout
+_OR_FILES = ("model", "data", "file", "output")
 
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
@@ -229,6 +229,6 @@ def _summarise(text: str) -> str:
 
 def _values(parameter: Any, context: typer.Context, current: str) -> list[tuple[str, str]] | None:
     found = [(item.value, item.help or "") for item in parameter.shell_complete(context, current)]
-    if not found and (parameter.type_descriptor.is_path or parameter.name in _OR_FOLDERS):
+    if not found and (parameter.type_descriptor.is_path or parameter.name in _OR_FILES):
         return None
     return found

@@ -73,6 +73,9 @@ def test_files_are_offered_where_they_are_meant() -> None:
     assert offered("profile", "--trace", "") is None
     assert offered("--config", "") is None
     assert offered("train", "vae", "-o", "ru") is None
+    assert offered("sample", "-f", "") is None
+    assert offered("sample", "-o", "cl") is None
+    assert offered("decode", "a.safetensors", "-o", "") is None
     assert offered("train", "vae", "--output=ru") is None
     # names first, then folders
     assert offered("profile", "--model", "mi") == ["mini"]
