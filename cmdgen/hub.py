@@ -23,10 +23,11 @@ from huggingface_hub.errors import (
 )
 
 from cmdgen.catalogue import PARTS, read_configurations
+from cmdgen.config import CALIBRATION
 from cmdgen.weights import create_folder
 
-# of the whole model; the last is the calibration of step rehash
-_WHOLE = ("model_index.json", "README.md", "LICENSE.md", "rehash.json")
+# of the whole model
+_WHOLE = ("model_index.json", "README.md", "LICENSE.md", CALIBRATION)
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from cmdgen.acceleration import keysteps
 from cmdgen.acceleration.rehash import Network
-from cmdgen.config import CUTS, SAMPLERS, ModelConfig, SampleConfig
+from cmdgen.config import CALIBRATION, CUTS, SAMPLERS, ModelConfig, SampleConfig
 from cmdgen.weights import read_json, replace_with
 
-FILENAME = "rehash.json"
 PARTS = ("content", "motion")
 # a map has the square of it
 MOST_STEPS = 250
@@ -258,7 +257,7 @@ def plan_rehash(config: SampleConfig, model: ModelConfig, folder: Path) -> Plan 
         return _given_plan(config.rehash_cut, *config.rehash_steps, model)
     policy = config.rehash_policy or ("similarity" if config.rehash is None else DEFAULT_POLICY)
     known: list[Calibration] = []
-    path = folder / FILENAME if config.rehash_file is None else Path(config.rehash_file)
+    path = folder / CALIBRATION if config.rehash_file is None else Path(config.rehash_file)
     if policy != "uniform" and (config.rehash_file is not None or path.is_file()):
         known = read_calibrations(path, model.name)
 

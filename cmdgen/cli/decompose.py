@@ -11,7 +11,16 @@ import typer
 
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.models import find_model
-from cmdgen.cli.options import MACHINE, REPORTING, AsJson, Device, Dtype, Model, Quiet
+from cmdgen.cli.options import (
+    MACHINE,
+    OWN,
+    REPORTING,
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+)
 from cmdgen.cli.progress import Say
 from cmdgen.cli.size import parse_memory, parse_size
 from cmdgen.config import SampleConfig
@@ -23,7 +32,6 @@ if TYPE_CHECKING:
     from cmdgen.latents import Latents
     from cmdgen.pipeline import TextToVideo
 
-OWN = "  [default: the model's own]"
 NO_VIDEO = ("png", "safetensors")
 SMALLER = "ask for a smaller --size, fewer --frames, or work within --max-memory"
 

@@ -38,6 +38,7 @@ class Memory:
     values: dict[str, Any]
     version: str
     weights: object
+    device: object
     # keys that are not known
     ignored: tuple[str, ...]
     # of the files that the clip was made with, what tells them from others
@@ -50,6 +51,8 @@ class Memory:
             yield f"note: {self.path} was made by cmdgen {short(self.version)}"
         if self.weights != pipeline.weights_hash:
             yield f"note: {self.path} was made with other weights than those of {name}"
+        if self.device != pipeline.device.type:
+            yield f"note: {self.path} was made on {short(self.device)}, which rounds otherwise"
         if self.ignored:
             yield f"note: not known here, of {self.path}: {', '.join(map(short, self.ignored[:8]))}"
 
@@ -94,7 +97,8 @@ def recall(path: Path, options: Options, given: set[str], target: str | None) ->
             values["device"] = "auto"
     ignored = tuple(key for key in metadata if key not in {*_SAME, *_OTHER, *FILES})
     files = {name: metadata[name] for name in FILES if name in metadata}
-    return Memory(path, values, metadata["cmdgen"], metadata.get("weights"), ignored, files)
+    weights, device = metadata.get("weights"), metadata.get("device")
+    return Memory(path, values, metadata["cmdgen"], weights, device, ignored, files)
 
 
 def _translate(metadata: Mapping[str, Any], target: str | None) -> dict[str, Any]:

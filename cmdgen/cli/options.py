@@ -13,6 +13,9 @@ from cmdgen.training.config import PRECISIONS
 REPORTING = "Reporting"
 MACHINE = "Model and machine"
 
+# in the help of what a model has its own of
+OWN = "  [default: the model's own]"
+
 Quiet = Annotated[
     bool,
     typer.Option(
@@ -42,7 +45,7 @@ Probe = Annotated[
 Sampler = Annotated[
     str | None,
     typer.Option(
-        help=f"One of {', '.join(SAMPLERS)}.  [default: the model's own]",
+        help=f"One of {', '.join(SAMPLERS)}.{OWN}",
         autocompletion=one_of(SAMPLERS),
     ),
 ]

@@ -12,7 +12,14 @@ import typer
 
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.models import find_model
-from cmdgen.cli.options import AsJson, Device, Dtype, Model, Quiet
+from cmdgen.cli.options import (
+    OWN,
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+)
 from cmdgen.cli.progress import Say
 from cmdgen.cli.size import parse_size
 from cmdgen.config import CMD_SD21, ProfileConfig, SampleConfig, SuiteConfig
@@ -25,7 +32,6 @@ if TYPE_CHECKING:
 
 INSTEAD = "Instead of a sample"
 
-OWN = "  [default: the model's own]"
 # characters of the longest bar
 BAR = 25
 

@@ -9,15 +9,24 @@ import typer
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.models import find_model
-from cmdgen.cli.options import AsJson, Cut, Device, Dtype, Model, Protect, Quiet, Sampler
+from cmdgen.cli.options import (
+    OWN,
+    AsJson,
+    Cut,
+    Device,
+    Dtype,
+    Model,
+    Protect,
+    Quiet,
+    Sampler,
+)
 from cmdgen.cli.progress import Say
-from cmdgen.config import MINI_WORLD, SampleConfig
+from cmdgen.config import CALIBRATION, MINI_WORLD, SampleConfig
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Calibrate step rehash, and compare it with fewer steps."
 )
 
-OWN = "  [default: the model's own]"
 # captions of the rendered world, where no others are given
 CAPTIONS = 6
 
@@ -65,7 +74,6 @@ def calibrate(
         cmdgen rehash calibrate --model mini -o rehash.json --prompts prompts.txt
     """
     from cmdgen.acceleration.calibration import (
-        FILENAME,
         MOST_STEPS,
         read_calibrations,
         write_calibrations,
@@ -88,7 +96,7 @@ def calibrate(
     )
     texts = _read_prompts(prompts)
     pipeline = TextToVideo.load(find_model(model), device=device, dtype=dtype)
-    target = pipeline.folder / FILENAME if output is None else output
+    target = pipeline.folder / CALIBRATION if output is None else output
     for path in (target, *([] if plot is None else [plot])):
         _check_writable(path)
     name = pipeline.config.name

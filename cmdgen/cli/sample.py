@@ -28,7 +28,16 @@ from cmdgen.cli.jobs import (
 from cmdgen.cli.like import Memory, recall
 from cmdgen.cli.models import find_model
 from cmdgen.cli.naming import fields
-from cmdgen.cli.options import MACHINE, AsJson, Device, Dtype, Model, Quiet, Verbose
+from cmdgen.cli.options import (
+    MACHINE,
+    OWN,
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Quiet,
+    Verbose,
+)
 from cmdgen.cli.progress import Say
 from cmdgen.config import CUTS, POLICIES, SAMPLERS, SampleConfig
 from cmdgen.video.formats import CODECS, FORMATS, STDOUT, choose_encoding
@@ -36,7 +45,6 @@ from cmdgen.video.formats import CODECS, FORMATS, STDOUT, choose_encoding
 if TYPE_CHECKING:
     from cmdgen.pipeline import TextToVideo
 
-OWN = "  [default: the model's own]"
 # groups of options: a job may set those of the first ones
 WHAT, HOW, FASTER, FILE = "What is made", "How it is sampled", "Faster", "The file"
 OF_JOBS = {WHAT, HOW, FASTER, FILE}

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from cmdgen.config import CALIBRATION
 from cmdgen.weights import read_model, replace_with
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -24,7 +25,7 @@ def export_model(run: Path, target: Path, dtype: torch.dtype) -> dict[str, int]:
     if target.resolve() == run.resolve():
         raise ValueError(f"{target} is the run itself: give another folder")
     parts = [run / part for part in PARTS if (run / part).is_dir()]
-    whole = [run / name for name in ("model_index.json", "rehash.json")]
+    whole = [run / name for name in ("model_index.json", CALIBRATION)]
     sources = [
         *(path for path in whole if path.is_file()),
         *(path for part in parts for path in sorted(part.iterdir())),
