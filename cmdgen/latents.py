@@ -23,7 +23,7 @@ from cmdgen.config import ModelConfig, SampleConfig
 from cmdgen.video.formats import Encoding, list_frames
 from cmdgen.video.read import parse_metadata
 from cmdgen.video.write import check_output
-from cmdgen.weights import FLOATS, open_weights, replace_with
+from cmdgen.weights import FLOATS, check_file, open_weights, replace_with
 
 SUFFIX = ".safetensors"
 # of the file: which one it is, and the JSON of the clip's metadata, as in a video's comment
@@ -110,7 +110,8 @@ def check_fit(model: ModelConfig, content: Shape | None, motion: Shape | None) -
 def describe_origin(path: str | os.PathLike[str]) -> dict[str, str]:
     """What tells a file, or a sequence of them (%04d.png), from others, for metadata.
 
-    Its name, and SHA-256 of all its bytes. Raises FileNotFoundError where there is none.
+    Its name, and SHA-256 of all its bytes. Raises FileNotFoundError where there is none,
+    ValueError for a device or a pipe.
     """
     file, digest = Path(path), hashlib.sha256()
     sequence: list[Path] = []
@@ -119,10 +120,13 @@ def describe_origin(path: str | os.PathLike[str]) -> dict[str, str]:
         with suppress(ValueError):
             sequence = list_frames(file)
     for part in sequence or [file]:
+        check_file(part)
         with part.open("rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
-    return {"file": file.name, "sha256": digest.hexdigest()}
+    # bytes that are no letters are told as such
+    name = os.fsencode(file.name).decode(errors="backslashreplace")
+    return {"file": name, "sha256": digest.hexdigest()}
 
 
 def save_latents(
@@ -177,8 +181,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def _open(path: str | os.PathLike[str]) -> Iterator[safe_open]:
     """Give an open file whose size and header are no larger than ours are."""
     target = Path(path)
-    if target.exists() and not target.is_file():
-        raise ValueError(f"{path} is not a file")
+    check_file(target)
     with target.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         size = os.fstat(raw.fileno()).st_size

@@ -6,7 +6,6 @@ ValueError that names the file. What is written appears whole or not at all.
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -41,6 +40,8 @@ Folder = str | os.PathLike[str]
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # tensors that are copied before their file is mapped anew
 _AT_ONCE = 8
+# bytes of a file of text: the largest tokenizer has a fifth of it
+MOST_TEXT = 2**24
 # bytes of a hash of weights, and of so few weights that hashing them takes a moment
 _DIGEST, _HASHED_AT_ONCE = 16, 2**26
 C = TypeVar("C")
@@ -239,6 +240,7 @@ def load_weights(
 @contextmanager
 def open_weights(path: Path, device: torch.device | str = "cpu") -> Iterator[safe_open]:
     """Give an open safetensors file; ValueError names one that is missing or damaged."""
+    check_file(path)
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
@@ -440,12 +442,36 @@ def _config_name(cls: type) -> str:
     return "scheduler_config.json" if cls is NoiseConfig else "config.json"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+def check_file(path: Path) -> None:
+    """Raise ValueError for what never ends or waits for a writer: devices and pipes, and folders.
+
+    What is not there is left to who opens it.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file")
+
+
+def read_text(path: Path) -> str:
+    """What is in a file of UTF-8, of MOST_TEXT bytes at most; ValueError names one that is not."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        check_file(path)
+        with path.open("rb") as file:
+            data = file.read(MOST_TEXT + 1)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
+    if len(data) > MOST_TEXT:
+        raise ValueError(f"{path}: larger than {MOST_TEXT // 2**20} MiB")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file ({error})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    text = read_text(path)
+    try:
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(data, dict):
@@ -495,6 +521,8 @@ def hash_weights(folder: Folder, files: Mapping[str, str]) -> str:
         if (folder / part).is_dir()
         for path in weight_paths(folder / part, files[part])
     ]
+    for path in paths:
+        check_file(path)
     try:
         state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         note = None
@@ -558,7 +586,8 @@ def _check(value: Any, hint: Any, key: str, path: Path) -> Any:
         raise ValueError(f"{path}: {key} {short(value)} is not supported, expected one of {known}")
     if hint in (int, float):
         low, high = _RANGES.get(key, (1, 2**20) if hint is int else (-1e6, 1e6))
-        if not math.isfinite(value) or not low <= value <= high:
+        # neither an infinity nor what is no number
+        if not low <= value <= high:
             raise ValueError(f"{path}: {key} {short(value)} is not between {low} and {high}")
     return value
 

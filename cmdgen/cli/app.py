@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -26,6 +27,7 @@ from cmdgen.cli.errors import (
     USAGE,
     Failure,
     describe,
+    printable,
 )
 from cmdgen.cli.evaluate import evaluate
 from cmdgen.cli.help import Command, Group
@@ -118,6 +120,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    if isinstance(sys.stdout, TextIOWrapper):
+        # names of files that are no text come out as they went in
+        sys.stdout.reconfigure(errors="surrogateescape")
     code = 0
     try:
         try:
@@ -176,7 +181,7 @@ def _report(error: Exception) -> int:
 def _complain(line: str) -> None:
     # whoever read stderr may have gone as well
     with suppress(BrokenPipeError):
-        typer.echo(line, err=True)
+        typer.echo("\n".join(map(printable, line.split("\n"))), err=True)
 
 
 def _flush(code: int) -> int:

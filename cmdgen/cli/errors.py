@@ -24,6 +24,14 @@ class Failure(Exception):
         self.code = code
 
 
+def printable(text: str) -> str:
+    """A line as a terminal may have it: what it would act on, and halves of letters, as escapes."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 def describe(error: Exception) -> str:
     """An error in one line."""
     text = str(error)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cmdgen.cli.errors import Failure, describe
+from cmdgen.cli.errors import Failure, describe, printable
 from cmdgen.cli.options import AsJson
 
 
@@ -45,12 +45,4 @@ def inspect(
     width = max(map(len, found), default=0)
     for name, value in found.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        typer.echo(_printable(f"{name:{width}}  {text}"))
-
-
-def _printable(text: str) -> str:
-    """Characters that a terminal would act on, and halves of such, as escapes."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+        typer.echo(printable(f"{name:{width}}  {text}"))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
+from cmdgen.cli.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -51,6 +53,8 @@ class Say:
         self._write(f"error: {line}")
 
     def _write(self, line: str) -> None:
+        # names of files come from anywhere
+        line = printable(line)
         if self._console is None:
             typer.echo(line, err=True)
         else:
@@ -64,7 +68,12 @@ class Say:
 
     def result(self, text: object, record: Mapping[str, Any]) -> None:
         """One line on stdout: the record as JSON where JSON was asked for, else the text."""
-        typer.echo(json.dumps(record, ensure_ascii=False) if self.as_json else text)
+        if self.as_json:
+            # what is no letter, in the name of a file, is an escape of JSON so
+            line = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")
+            text = line.decode()
+        # as it is: typer would leave out of a name what a terminal acts on
+        print(text, flush=True)
 
     @contextmanager
     def progress(self, *, deadline: float | None = None) -> Iterator[Show]:

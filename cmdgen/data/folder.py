@@ -107,6 +107,8 @@ def _beside(root: Path) -> Iterator[tuple[Path, list[str]]]:
     for file in sorted(root.rglob("*")):
         if file.suffix.lower() not in _SUFFIXES:
             continue
+        if not file.is_file():
+            raise ValueError(f"{file} is not a file")
         if not file.resolve().is_relative_to(root):
             raise ValueError(f"{file} is a link to outside the folder")
         text = file.with_suffix(".txt")

@@ -23,7 +23,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 
 from cmdgen.config import TextConfig
-from cmdgen.weights import load_model, read_json, replace_with, save_model, write_json
+from cmdgen.weights import load_model, read_json, read_text, replace_with, save_model, write_json
 
 FILENAME = "model.safetensors"
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
@@ -335,12 +335,7 @@ def _pairs(value: object) -> list[tuple[str, str]]:
 
 
 def _read_merges(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file ({error})") from error
+    lines = read_text(path).split("\n")
     return [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
 
 

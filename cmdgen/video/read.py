@@ -458,7 +458,7 @@ def _is_file(file: Path) -> bool:
 
 def _list_sequence(file: Path) -> list[Path]:
     try:
-        return list_frames(file)
+        return [each for each in list_frames(file) if _is_file(each)]
     except ValueError:
         return []
 

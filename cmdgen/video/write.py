@@ -97,7 +97,7 @@ def check_output(
         for file in taken:
             if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
                 raise ValueError(f"{file} exists and may not be replaced: give another name")
-        folder = path.resolve().parent
+        folder = Path(os.path.realpath(path)).parent
         if makes_folder:
             folder = next(each for each in (folder, *folder.parents) if each.exists())
         if not folder.is_dir():
@@ -495,7 +495,7 @@ _INSERT = {"gif": _insert_gif, "apng": _insert_apng, "webp": _insert_webp}
 @contextmanager
 def _new_file(target: Path, comment: str, encoding: Encoding, overwrite: bool) -> Iterator[Path]:
     """Give a temporary path; what was written there becomes `target` if the block ends well."""
-    place = target.resolve()
+    place = Path(os.path.realpath(target))
     with _beside(place, comment, encoding, overwrite):
         temporary = _temporary(place)
         try:
@@ -509,7 +509,7 @@ def _new_file(target: Path, comment: str, encoding: Encoding, overwrite: bool) -
 @contextmanager
 def _new_frames(target: Path, comment: str, encoding: Encoding, overwrite: bool) -> Iterator[Path]:
     """Give a temporary folder; the files in it become the sequence `target` in place of the old."""
-    place = target.parent.resolve() / target.name
+    place = Path(os.path.realpath(target.parent)) / target.name
     with (
         _beside(place, comment, encoding, overwrite),
         tempfile.TemporaryDirectory(prefix=".cmdgen-", dir=place.parent) as folder,
