@@ -324,8 +324,9 @@ class TextToVideo:
                 else:
                     content = self._repeat(given.content, len(prompts))
             with on_stage("VAE decode"):
-                # who is short of memory gets one thing after another
-                stream = self.aside if config.max_memory is None else None
+                # who is short of memory gets one thing after another; beside a still is nothing
+                moves = asked.frames > 1
+                stream = self.aside if moves and config.max_memory is None else None
                 still = content.to(self.dtype)
                 picture = self._decode_content(still, slices, show_content, stream)
 
@@ -478,6 +479,7 @@ class TextToVideo:
             return frames
         with on_stage("frame decode"):
             latents = decode_clip(self.autoencoder, still, motion.to(self.dtype), slices)
+            self._finite(latents, "autoencoder")
         with on_stage("VAE decode"):
             picture.finish()
             return self._decode(latents, slices, pixels, report, show)
@@ -782,7 +784,7 @@ class TextToVideo:
         if not sample.isfinite().all():
             raise ValueError(
                 f"{self.folder / part} overflows in {self._dtype_name}: its weights are damaged"
-                " or need float32"
+                f"{'' if self.dtype == torch.float32 else ' or need float32'}"
             )
         return sample
 
@@ -833,8 +835,13 @@ class TextToVideo:
         """(B, C, h, w) -> uint8 (B, H, W, 3), beside what follows if there is a stream for it."""
 
         def decode(content: Tensor) -> Tensor:
+            sums: list[Tensor] = []
             parts = content.split(slices.pictures)
-            return torch.cat([to_rgb24(self._to_pixels(part, slices)) for part in parts])
+            made = torch.cat([to_rgb24(self._to_pixels(part, slices, sums)) for part in parts])
+            if stream is None:
+                # beside other work nothing may wait: of that, the frames tell
+                self._finite(torch.stack(sums), "vae")
+            return made
 
         def show(pictures: Tensor) -> None:
             for i, picture in enumerate(pictures.numpy()):
@@ -855,7 +862,8 @@ class TextToVideo:
         frames: np.ndarray | None = None
         parts = rearrange(latents, "b c t h w -> (t b) c h w").split(slices.pictures)
         pictures = done = 0
-        for part in fetch(CONVERT[pixels](self._to_pixels(part, slices)) for part in parts):
+        sums: list[Tensor] = []
+        for part in fetch(CONVERT[pixels](self._to_pixels(part, slices, sums)) for part in parts):
             if frames is None:
                 frames = np.empty((batch, count, *part.shape[1:]), np.uint8)
             for picture in part.numpy():
@@ -867,11 +875,21 @@ class TextToVideo:
                     on_frames(i, frames[i, ready])
                 report("decode", done, count)
         assert frames is not None
+        # once, at the end: a GPU waits for nobody
+        self._finite(torch.stack(sums), "vae")
         return frames
 
-    def _to_pixels(self, latents: Tensor, slices: Slices) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W), in [-1, 1] but for overshoot."""
-        return decode_pictures(self.vae, latents, slices.strips)
+    def _to_pixels(
+        self, latents: Tensor, slices: Slices, sums: list[Tensor] | None = None
+    ) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W), in [-1, 1] but for overshoot.
+
+        Their sum, which tells whether all are numbers, is left on the device, in `sums`.
+        """
+        pixels = decode_pictures(self.vae, latents, slices.strips)
+        if sums is not None:
+            sums.append(pixels.sum(dtype=torch.float32))
+        return pixels
 
     def _to_latents(self, frames: np.ndarray, strips: int = 1) -> Tensor:
         """uint8 (N, H, W, 3) -> (N, C, h, w) scaled, the posterior's mean."""

@@ -28,6 +28,7 @@ from cmdgen.cli.errors import (
     Failure,
     describe,
     printable,
+    shorten,
 )
 from cmdgen.cli.evaluate import evaluate
 from cmdgen.cli.help import Command, Group
@@ -157,8 +158,9 @@ def _report(error: Exception) -> int:
         return CLOSED
     if isinstance(error, typer.TyperException):
         message = error.format_message()
-        # the help of a group of commands that was called without one has lines of its own
-        _complain(message if "\n" in message else f"error: {message}")
+        # the help of a group of commands that was called without one is no error
+        helps = type(error).__name__ == "NoArgsIsHelpError"
+        _complain(message if helps else f"error: {shorten(message)}")
         return error.exit_code
     _complain(f"error: {describe(error)}")
     match error:

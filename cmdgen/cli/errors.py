@@ -15,6 +15,9 @@ EXIT_CODES = (
     "141 the output's reader went away."
 )
 
+# characters of an error: a path, and what is wrong with it
+_LONGEST = 1000
+
 
 class Failure(Exception):
     """What was asked is possible, but a file or the machine is at fault: one line and its code."""
@@ -37,7 +40,15 @@ def describe(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(text.split()) or type(error).__name__
+    return shorten(text) or type(error).__name__
+
+
+def shorten(text: str) -> str:
+    """A text in one line, which holds what is far too long in part."""
+    line = " ".join(text.split())
+    return (
+        line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import os
 import re
 import struct
 import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Generator, Iterator
@@ -35,6 +36,8 @@ MOST_PIXELS = 2**26
 MOST_PICTURE = 2**28
 # bytes at the start of a file in which metadata is looked for
 MOST_HEAD = 2**23
+# bytes that ffmpeg may ask for: pictures of MOST_PIXELS wait in several places
+MOST_MEMORY = 2**32
 # until a file must have been read
 MOST_SECONDS = 120
 
@@ -238,8 +241,15 @@ def _video(
     file: Path, fps: float | None, limit: int | None, about: _About
 ) -> Iterator[Iterator[np.ndarray]]:
     """Give a video's frames as ffmpeg decodes them."""
-    # rounded to the nearest: the last one that began by the middle of the time
-    rate = [] if fps is None else [f"setpts=PTS-STARTPTS,fps={float(fps)!r}:round=near"]
+    rate = []
+    if fps is not None:
+        assert limit is not None
+        # where time leaps, ffmpeg makes all that lies between at once: no more than is asked for,
+        # for which the unit of time may not be long
+        rate = ["settb=intb/ceil(intb*1000)"]
+        rate += [f"setpts=min(PTS-STARTPTS\\,ceil({(limit + 2) / fps!r}/TB))"]
+        # rounded to the nearest: the last one that began by the middle of the time
+        rate += [f"fps={float(fps)!r}:round=near"]
     arguments = ["-map", "0:V:0", "-vf", ",".join([*rate, _SQUARE]), "-fps_mode", "passthrough"]
     arguments += [] if limit is None else ["-frames:v", str(limit)]
     with _run(file, *arguments, "-f", "image2pipe", "-c:v", "ppm") as (output, said):
@@ -286,6 +296,7 @@ def _run(file: Path, *arguments: str) -> Iterator[tuple[IO[bytes], bytearray]]:
         start_new_session=True,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
+        _limit_memory(process.pid)
 
         def stop() -> None:
             late.set()
@@ -303,6 +314,16 @@ def _run(file: Path, *arguments: str) -> Iterator[tuple[IO[bytes], bytearray]]:
             listener.join()
     if late.is_set():
         raise ValueError(f"{file} takes longer than {MOST_SECONDS} seconds to read")
+
+
+def _limit_memory(process: int) -> None:
+    """Of a program that reads what strangers wrote, where the system can."""
+    if sys.platform == "linux":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = MOST_MEMORY if hard == resource.RLIM_INFINITY else min(MOST_MEMORY, hard)
+        resource.prlimit(process, resource.RLIMIT_AS, (most, hard))
 
 
 def _listen(stderr: IO[bytes], said: bytearray) -> None:
@@ -395,9 +416,10 @@ def _comment(file: Path) -> str | bytes:
 def _container_comment(file: Path) -> bytes:
     with _run(file, "-f", "ffmetadata") as (output, _):
         text = output.read(MOST_HEAD)
-    # a value ends at the first newline that no backslash precedes, what is said of all at a "["
+    # a value ends at the first newline that no backslash precedes, what is said of all at a "[";
+    # nothing is tried again, as remembering each letter would take a hundred times its room
     for name, value in re.findall(
-        rb"^(?:(\w+)=((?:\\.|[^\\\n])*)|\[\w+\])$", text, re.MULTILINE | re.DOTALL
+        rb"^(?:(\w+)=((?:\\.|[^\\\n])*+)|\[\w+\])$", text, re.MULTILINE | re.DOTALL
     ):
         if not name:
             break
