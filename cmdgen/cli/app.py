@@ -119,8 +119,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # unwinds, so that temporary files are removed
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        # nohup, and a shell's &, say that some are not for us
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)
+    _replace_closed()
     if isinstance(sys.stdout, TextIOWrapper):
         # names of files that are no text come out as they went in
         sys.stdout.reconfigure(errors="surrogateescape")
@@ -139,6 +143,20 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if stopped:
             sys.exit(128 + stopped[0])
     sys.exit(code)
+
+
+def _replace_closed() -> None:
+    """Where a caller has closed one of the three streams, no file may be opened under its number.
+
+    Nothing is said then where stderr is closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _run(arguments: list[str]) -> int:
@@ -181,8 +199,8 @@ def _report(error: Exception) -> int:
 
 
 def _complain(line: str) -> None:
-    # whoever read stderr may have gone as well
-    with suppress(BrokenPipeError):
+    # whoever read stderr may have gone as well, or its disk be full
+    with suppress(OSError):
         typer.echo("\n".join(map(printable, line.split("\n"))), err=True)
 
 
