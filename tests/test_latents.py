@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 from dataclasses import replace
 
@@ -122,6 +123,19 @@ def test_a_file_that_cannot_be_written_leaves_nothing(latents, tmp_path):
     with pytest.raises(TypeError):
         save_latents(tmp_path / "clip.safetensors", broken)
     assert not list(tmp_path.iterdir())
+
+
+def test_origin_of_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "1.png")
+    for name in ("1.png", "%d.png"):
+        with pytest.raises(ValueError, match=r"1\.png is not a file"):
+            describe_origin(tmp_path / name)
+
+
+def test_origin_has_a_name_that_is_text(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.mp4")
+    path.write_bytes(b"")
+    assert describe_origin(path)["file"] == r"\xff.mp4"
 
 
 def test_origin_is_what_sha256sum_says(tmp_path):

@@ -62,6 +62,22 @@ def test_a_picture_that_is_no_number_is_not_shown(tiny_model):
         model.sample(PROMPT, SampleConfig())
 
 
+@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize("part", ["vae", "autoencoder"])
+def test_frames_that_are_no_numbers_are_not_shown(tiny_model, part, frames):
+    model = TextToVideo.load(tiny_model)
+    with torch.no_grad():
+        parameters = dict(getattr(model, part).named_parameters())
+        parameters = {name: value for name, value in parameters.items() if "decoder" in name}
+        next(reversed(parameters.values()))[:] = torch.nan
+    config = SampleConfig(frames=frames)
+    if (part, frames) == ("autoencoder", 1):
+        assert len(model.sample(PROMPT, config).frames) == 1
+    else:
+        with pytest.raises(ValueError, match=rf"{part} overflows in float32"):
+            model.sample(PROMPT, config)
+
+
 @pytest.mark.parametrize("said", ["epsilon", "v_prediction"])
 def test_a_unet_that_predicts_otherwise_than_its_schedule_says_is_refused(tmp_path, said):
     shutil.copytree(resolve_model("mini"), tmp_path / "mini")

@@ -194,6 +194,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(vae_folder: Path) ->
         ({"latent_channels": True}, "latent_channels True is not a whole number"),
         ({"latent_channels": -4}, "latent_channels -4 is not between 1"),
         ({"latent_channels": 10**30}, "is not between 1"),
+        ({"latent_channels": 10**400}, "is not between 1"),
         ({"layers_per_block": 10**6}, "layers_per_block 1000000 is not between 1 and 256"),
         ({"block_out_channels": []}, "block_out_channels [] is not a list"),
         ({"block_out_channels": [4, None]}, "block_out_channels None is not a whole number"),
@@ -231,6 +232,29 @@ def test_a_hostile_unet_configuration_is_one_line(
     edit(tmp_path / "config.json", **changes)
     error = error_of(tmp_path, UNet)
     assert str(tmp_path / "config.json") in error and message in error
+
+
+@pytest.mark.parametrize("part", ["config.json", "diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder", "a link to itself"])
+def test_what_is_no_file_is_refused_and_nothing_waits_for_it(
+    vae_folder: Path, part: str, kind: str
+) -> None:
+    path = vae_folder / part
+    path.unlink()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "a device" else path)
+    assert error_of(vae_folder).startswith(str(path))
+
+
+def test_a_text_has_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    assert error_of(tmp_path) == f"{path}: larger than 16 MiB"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "\ud800", "null"])

@@ -153,6 +153,25 @@ def test_a_full_disk_under_stdout_is_one_line() -> None:
     assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
 
 
+def test_what_a_terminal_would_act_on_is_said_as_escapes(ends_with) -> None:
+    result = ends_with(ValueError("\x1b]0;x\x07\u202e does not exist"))
+    assert result.err == "error: \\x1b]0;x\\x07\\u202e does not exist\n"
+
+
+def test_an_error_has_an_end(ends_with) -> None:
+    result = ends_with(ValueError(f"seed {'9' * 10_000} is not at least 1"))
+    assert len(result.err) < 1100
+    assert result.err.startswith("error: seed 99") and result.err.endswith("99 is not at least 1\n")
+
+
+def test_any_stream_may_be_closed() -> None:
+    # what is opened next would have its number
+    done = spawn("cmdgen completion bash 2>&- <&-")
+    assert done.returncode == 0 and "cmdgen" in done.stdout
+    for stderr in ("&-", "/dev/full"):
+        assert spawn(f"cmdgen nothing 2>{stderr}").returncode == errors.USAGE
+
+
 def test_a_closed_stdout_is_no_error() -> None:
     done = spawn("cmdgen --version >&-")
     assert (done.returncode, done.stderr) == (0, "")

@@ -229,7 +229,9 @@ def test_full_disk_is_one_line_and_leaves_no_file(cmdgen, tiny_model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_interrupted_run_ends_at_once_and_leaves_no_file(tiny_model, tmp_path, number, code):
     command = [sys.executable, "-m", "cmdgen", "sample", PROMPT, "-o", str(tmp_path / "a.mp4")]
     command += ["--model", str(tiny_model), "--steps", "1000", "--motion-steps", "1000"]
@@ -448,6 +450,38 @@ def test_names_from_prompts_stay_in_their_folder(cmdgen, tiny_model, tmp_path):
         for name in ("dog", "etc-passwd", "a" * 60, "clip", "con-", "the-seed", "a-b-c-d")
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "jobs.txt"]
+
+
+@pytest.mark.parametrize("name", [b"\xff.mp4", b"\x1b[31m.gif", b"a\nb.webp", b"\xff%d.png"])
+def test_a_name_of_any_bytes_comes_out_as_it_went_in(streamed, tiny_model, tmp_path, name):
+    path = os.fsencode(tmp_path) + b"/" + name
+    arguments = ("sample", PROMPT, "-o", os.fsdecode(path), "--model", tiny_model)
+    assert streamed(*arguments)[:2] == (0, path + b"\n")
+    code, out, _ = streamed(*arguments, "--overwrite", "--json")
+    assert code == 0
+    found = json.loads(out.decode())["output"]
+    assert found.encode("utf-8", "surrogateescape") == path
+    code, _, err = streamed(*arguments)
+    assert code == 1 and all(letter.isprintable() for letter in err.replace("\n", ""))
+
+
+def test_a_link_to_itself_is_no_name(cmdgen, broken_model, tmp_path):
+    loop = tmp_path / "loop.mp4"
+    loop.symlink_to(loop)
+    kept = cmdgen("sample", PROMPT, "-o", loop, "--model", broken_model)
+    assert (kept.code, kept.err.count("\n")) == (1, 1)
+    inside = cmdgen("sample", PROMPT, "-o", loop / "a.mp4", "--model", broken_model)
+    assert inside.code == 2 and "there is no folder" in inside.err
+
+
+def test_a_calibration_that_never_ends_is_refused(cmdgen, broken_model, stdin, tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    jobs = [{"prompt": "x", "rehash": 1, "rehash_file": file} for file in ("/dev/zero", "PIPE")]
+    text = "\n".join(map(json.dumps, jobs)).replace("PIPE", str(tmp_path / "pipe.json"))
+    stdin(text.encode())
+    result = cmdgen("sample", "-f", "-", "-o", tmp_path / "{line}.mp4", "--model", broken_model)
+    assert result.code == 6
+    assert result.err.count(" is not a file\n") == 2
 
 
 def test_folders_of_several_clips_are_made(cmdgen, tiny_model, tmp_path):

@@ -1,4 +1,6 @@
+import os
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -263,6 +265,41 @@ def test_a_long_video_is_read_no_further_than_needed(tmp_path, ffmpeg):
     ffmpeg(*how, "a.avi", folder=tmp_path)
     clip, source = read_clip(tmp_path / "a.avi", frames=4, size=(16, 16), fps=8)
     assert (len(clip), source.held, source.fps, source.seconds) == (4, 0, 200, 50)
+
+
+@pytest.mark.parametrize(
+    ("first", "rest"),
+    [
+        # a file of 66 bytes whose frames are 30 years apart
+        ("YUV4MPEG2 W2 H2 F1:1000000000", 1),
+        ("YUV4MPEG2 W2 H2 F1:100000", 2),
+        ("YUV4MPEG2 W2 H2 F1:1", 2),
+    ],
+)
+@pytest.mark.parametrize("fps", [1, 8, 240])
+def test_a_leap_in_time_takes_no_memory(tmp_path, monkeypatch, first, rest, fps):
+    # what lies between was made at once before, and needed gigabytes
+    monkeypatch.setattr(read, "MOST_MEMORY", 2**29)
+    dark, bright = (b"FRAME\n" + bytes([luma] * 4 + [128] * 2) for luma in (16, 235))
+    (tmp_path / "a.y4m").write_bytes(first.encode() + b"\n" + dark + bright * rest)
+    clip, source = read_clip(tmp_path / "a.y4m", frames=2, size=(2, 2), fps=fps)
+    shown = [0, 1] if fps == 1 and first.endswith(":1") else [0, 0]
+    assert [frame.mean() > 100 for frame in clip] == shown
+    assert source.held == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits another process")
+def test_a_file_that_asks_for_too_much_memory_is_one_line(tmp_path, monkeypatch, colours):
+    write_video(tmp_path / "a.mkv", colours(2), 8, None, LOSSLESS)
+    monkeypatch.setattr(read, "MOST_MEMORY", 2**24)
+    with pytest.raises(ValueError, match=r"a\.mkv is not a readable video or picture"):
+        read_video(tmp_path / "a.mkv")
+
+
+def test_a_pipe_in_a_sequence_is_no_picture_of_it(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    os.mkfifo(tmp_path / "2.png")
+    assert read_clip(tmp_path / "%d.png", frames=2, size=(4, 4), fps=8)[1].held == 1
 
 
 def test_what_takes_too_long_is_given_up(tmp_path, monkeypatch):
