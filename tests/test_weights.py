@@ -1,5 +1,6 @@
 """Model folders: what is written is read back, and nothing that a stranger wrote gets further."""
 
+import copy
 import json
 import os
 import re
@@ -9,10 +10,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cmdgen.config import CMD_SD15, CMD_UCF, MINI, ModelConfig, NoiseConfig, UNetConfig, VaeConfig
@@ -402,3 +406,66 @@ def test_a_hash_of_much_is_kept_until_a_file_changes(tmp_path, tiny_model, monke
     path = tmp_path / "a" / "vae" / FILENAME
     os.utime(path, ns=(1, 1))
     assert hash_weights(tmp_path / "a", files) == known
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([10**9, 2**63, 10**400, "x" * 10_000, "\x1b[2J"])
+    | st.floats()
+    | st.text(max_size=9)
+)
+VALUES = SCALARS | st.lists(SCALARS, max_size=4) | st.dictionaries(st.text(), SCALARS, max_size=2)
+
+
+@pytest.fixture(scope="module")
+def descriptions(tiny_model: Path) -> dict[str, dict[str, Any]]:
+    """What a model folder says of itself, by the names of files."""
+    paths = [tiny_model / "model_index.json", *tiny_model.glob("*/*config.json")]
+    return {path.relative_to(tiny_model).as_posix(): json.loads(path.read_text()) for path in paths}
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@given(data=st.data())
+def test_any_description_is_a_model_or_one_line(
+    descriptions: dict[str, dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+) -> None:
+    changed = copy.deepcopy(descriptions)
+    for _ in range(data.draw(st.integers(1, 3))):
+        part = changed[data.draw(st.sampled_from(sorted(changed)))]
+        part = part.get("cmdgen", part)
+        if isinstance(part, dict):
+            part[data.draw(st.sampled_from(sorted(part)))] = data.draw(VALUES)
+    folder = tmp_path_factory.mktemp("described") / "tiny"
+    for name, content in changed.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    try:
+        assert read_model(folder).frames >= 1
+    except ValueError as error:
+        assert str(folder) in str(error) and "\n" not in str(error) and len(str(error)) < 600
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@given(changes=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9)), min_size=1, max_size=4))
+def test_any_bytes_are_weights_or_one_line(
+    tiny_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    changes: list[tuple[float, bytes]],
+) -> None:
+    folder = tmp_path_factory.mktemp("weights")
+    shutil.copy(tiny_model / "vae" / "config.json", folder)
+    content = bytearray((tiny_model / "vae" / FILENAME).read_bytes())
+    # most of it is the header's
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    for place, bits in changes:
+        start = int(place * header)
+        content[start : start + len(bits)] = bits
+    (folder / FILENAME).write_bytes(content)
+    try:
+        KlVae.from_pretrained(folder)
+    except ValueError as error:
+        assert str(folder / FILENAME) in str(error) and "\n" not in str(error)
