@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cmdgen.cli.app import main
 from cmdgen.config import SampleConfig
 from cmdgen.evaluation.metrics import compare_frames
 from cmdgen.latents import read_latents, save_latents
@@ -20,24 +18,6 @@ from cmdgen.pipeline import TextToVideo
 from cmdgen.video.read import read_metadata, read_video
 
 PROMPT = "a dog swimming in the ocean"
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cmdgen(capsys):
-    """Runs the command in this process."""
-
-    def run(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return Result(end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

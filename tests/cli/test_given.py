@@ -3,7 +3,6 @@
 import json
 import subprocess
 from dataclasses import replace
-from typing import NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cmdgen.cli.app import main
 from cmdgen.cli.errors import Failure
 from cmdgen.cli.given import GivenFiles
 from cmdgen.cli.progress import Say
@@ -23,24 +21,6 @@ from cmdgen.video.write import write_video
 
 PROMPT = "a dog swimming in the ocean"
 QUIET = Say(quiet=True)
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cmdgen(capsys):
-    """Runs the command in this process."""
-
-    def run(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return Result(end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,24 +21,6 @@ from cmdgen.video import write
 from cmdgen.video.read import read_metadata, read_video
 
 PROMPT = "a dog swimming in the ocean"
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cmdgen(capsys):
-    """Runs the command in this process."""
-
-    def run(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        return Result(end.value.code or 0, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
