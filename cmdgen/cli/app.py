@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from cmdgen import __version__
-from cmdgen.cli.completion import complete, completion
+from cmdgen.cli.completion import VARIABLE, complete, completion
 from cmdgen.cli.data import app as data
 from cmdgen.cli.decompose import decode, encode, reconstruct
 from cmdgen.cli.doctor import doctor
@@ -66,11 +66,10 @@ app.add_typer(rehash, name="rehash", rich_help_panel=MODELS)
 app.command(cls=Command, rich_help_panel=MACHINE)(doctor)
 app.command(cls=Command, epilog=JSON_KEYS, rich_help_panel=MACHINE)(profile)
 app.command(cls=Command, rich_help_panel=MACHINE)(completion)
-app.command("__complete", hidden=True)(complete)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
         typer.echo(f"cmdgen {__version__}")
         raise typer.Exit
 
@@ -106,7 +105,7 @@ def _options(
         context.default_map = read_settings(path, context.command)
     except ValueError:
         # the first says what is wrong with it, the others do without
-        if context.invoked_subcommand not in ("doctor", "completion", "__complete"):
+        if context.invoked_subcommand not in ("doctor", "completion"):
             raise
 
 
@@ -162,6 +161,9 @@ def _replace_closed() -> None:
 def _run(arguments: list[str]) -> int:
     # not the app itself: it would take a closed pipe for a failure
     command = get_command(app)
+    if instruction := os.environ.get(VARIABLE):
+        complete(command, instruction)
+        return 0
     try:
         with command.make_context("cmdgen", arguments) as context:
             command.invoke(context)
