@@ -15,6 +15,7 @@ LAYERS = (
     ("pipeline", "training", "evaluation"),
     ("acceleration", "compression"),
     ("catalogue", "diffusion", "hub", "latents", "models", "data", "video", "weights"),
+    ("files",),
     ("config", "__init__"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}

@@ -171,7 +171,7 @@ def entry(calibrations: list[Calibration], path: Path) -> dict:
         ("protected", 1, "errors is not a list of 7 rows"),
         ("similarity", None, "similarity is not a list of 7 rows"),
         ("similarity", [[0.5] * 8] * 7, "row 0 of similarity is not a list of 7 numbers"),
-        ("errors", [[float("nan")] * n for n in range(6, 0, -1)], "errors has nan, which is no"),
+        ("errors", [[float("nan")] * n for n in range(6, 0, -1)], "NaN is not a finite number"),
         ("errors", [[-1] * n for n in range(6, 0, -1)], "errors has -1, which is no number of 0"),
         ("errors", [["1"] * n for n in range(6, 0, -1)], "errors has '1', which is no number"),
         ("errors", [[True] * n for n in range(6, 0, -1)], "errors has True, which is no number"),
