@@ -9,7 +9,7 @@ torch.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -329,25 +329,15 @@ class KeySteps:
 class Plan:
     """A request resolved against one model: every value is filled in and checked."""
 
+    # with the clip's size, length, rate, sampler, steps and guidance in place of its defaults
     model: ModelConfig
     prompt: str
     negative: str
     seed: int
     content_seed: int
     motion_seed: int
-    frames: int
-    height: int
-    width: int
-    fps: int
-    sampler: str
-    steps: int
-    motion_steps: int
-    guidance: float
-    motion_guidance: float
-    # shares of the noise schedule; None: guidance is on everywhere
-    guidance_interval: tuple[float, float] | None
     # bytes beside the weights; None: no limit
-    max_memory: int | None
+    max_memory: int | None = None
     # None: every step runs in full
     key_steps: KeySteps | None = None
     # the smallest, until a pipeline, which knows dtype and device, has chosen them
@@ -356,7 +346,14 @@ class Plan:
     @property
     def moves(self) -> bool:
         """Return whether the clip is a video, not a still."""
-        return self.frames > 1
+        return self.model.frames > 1
+
+
+# fields of `Request` that replace a model's default of the same name
+_DEFAULTS = (
+    *("frames", "fps", "sampler", "steps", "motion_steps"),
+    *("guidance", "motion_guidance", "guidance_interval"),
+)
 
 
 def resolve(request: Request, model: ModelConfig) -> Plan:
@@ -365,65 +362,53 @@ def resolve(request: Request, model: ModelConfig) -> Plan:
     `Pipeline.plan` calls this and adds key steps and slices. Raises ValueError, saying what is
     possible, where this model cannot make the clip.
     """
+    values = {name: getattr(request, name) for name in _DEFAULTS}
+    if request.size is not None:
+        values["height"], values["width"] = request.size
+    model = replace(model, **{name: value for name, value in values.items() if value is not None})
     seed = 0 if request.seed is None else request.seed
-
-    def own(name: str) -> Any:
-        value = getattr(request, name)
-        return getattr(model, name) if value is None else value
-
-    height, width = request.size or (model.height, model.width)
-    plan = Plan(
-        model=model,
-        prompt=request.prompt or "",
-        negative=request.negative,
-        seed=seed,
+    _check_clip(model)
+    _check_rehash(request, model)
+    return Plan(
+        model,
+        request.prompt or "",
+        request.negative,
+        seed,
         content_seed=seed if request.content_seed is None else request.content_seed,
         motion_seed=seed if request.motion_seed is None else request.motion_seed,
-        height=height,
-        width=width,
         max_memory=request.max_memory,
-        **{
-            name: own(name)
-            for name in (
-                *("frames", "fps", "sampler", "steps", "motion_steps"),
-                *("guidance", "motion_guidance", "guidance_interval"),
-            )
-        },
     )
-    _check_clip(plan)
-    _check_rehash(request, plan)
-    return plan
 
 
-def _check_clip(plan: Plan) -> None:
-    model, multiple = plan.model, plan.model.size_multiple
-    if plan.height % multiple or plan.width % multiple:
-        sides = (plan.width, plan.height)
-        nearest = [max(1, round(side / multiple)) * multiple for side in sides]
+def _check_clip(model: ModelConfig) -> None:
+    multiple = model.size_multiple
+    if model.height % multiple or model.width % multiple:
+        nearest = [
+            max(1, round(side / multiple)) * multiple for side in (model.height, model.width)
+        ]
         raise ValueError(
-            f"size {plan.width}x{plan.height}: both sides must be multiples of {multiple}, such as "
-            f"{nearest[0]}x{nearest[1]}"
+            f"size {model.width}x{model.height}: both sides must be multiples of {multiple}, such "
+            f"as {write_size((nearest[0], nearest[1]))}"
         )
-    if plan.moves and model.motion is None:
+    if model.frames > 1 and model.motion is None:
         raise ValueError(
-            f"frames {plan.frames}: {model.name} has no motion model, it makes stills of 1"
+            f"frames {model.frames}: {model.name} has no motion model, it makes stills of 1"
         )
-    if plan.moves and model.motion is not None and plan.frames % model.motion.patch:
-        raise ValueError(
-            f"frames {plan.frames} is neither 1 nor a multiple of {model.motion.patch}"
-        )
+    if model.frames > 1 and model.motion is not None and model.frames % model.motion.patch:
+        patch = model.motion.patch
+        raise ValueError(f"frames {model.frames} is neither 1 nor a multiple of {patch}")
     noises = {"steps": model.noise, "motion_steps": (model.motion or model).noise}
     for name, noise in noises.items():
-        if getattr(plan, name) > noise.num_train_timesteps:
+        if getattr(model, name) > noise.num_train_timesteps:
             raise ValueError(
-                f"{name.replace('_', ' ')} {getattr(plan, name)} is not between 1 and "
+                f"{name.replace('_', ' ')} {getattr(model, name)} is not between 1 and "
                 f"{noise.num_train_timesteps}"
             )
-    if plan.fps > MAX_FPS:
-        raise ValueError(f"fps {plan.fps} is not between 1 and {MAX_FPS}")
+    if model.fps > MAX_FPS:
+        raise ValueError(f"fps {model.fps} is not between 1 and {MAX_FPS}")
 
 
-def _check_rehash(request: Request, plan: Plan) -> None:
+def _check_rehash(request: Request, model: ModelConfig) -> None:
     policy, threshold = request.rehash_policy, request.rehash_threshold
     if not request.rehashes:
         defaults = options_of(Request)
@@ -433,7 +418,7 @@ def _check_rehash(request: Request, plan: Plan) -> None:
         return
     if isinstance(request.rehash, tuple) and (policy, threshold) != (None, None):
         raise ValueError("rehash lists the steps that run: nothing is left to choose")
-    if plan.guidance_interval is not None and plan.guidance_interval[1] < 1:
+    if model.guidance_interval is not None and model.guidance_interval[1] < 1:
         raise ValueError(
             "where guidance comes on midway there is nothing to reuse: with rehash, a guidance "
             "interval must reach up to 1"
@@ -449,32 +434,29 @@ def describe_plan(plan: Plan, *, content: bool = True, motion: bool = True) -> d
 
     Settings of a part that is not sampled, and the motion's of a still, are left out.
     """
-    motion = motion and plan.moves
+    model, motion = plan.model, motion and plan.moves
     values: dict[str, Any] = {
-        name: getattr(plan, name)
-        for name in ("prompt", "negative", "seed", "frames", "fps", "sampler")
+        name: getattr(plan, name) for name in ("prompt", "negative", "seed", "max_memory")
     }
-    values["size"] = plan.height, plan.width
     if content:
-        values |= {name: getattr(plan, name) for name in ("content_seed", "steps", "guidance")}
+        values["content_seed"] = plan.content_seed
     if motion:
-        names = ("motion_seed", "motion_steps", "motion_guidance")
-        values |= {name: getattr(plan, name) for name in names}
-    for name in ("guidance_interval", "max_memory"):
-        if getattr(plan, name) is not None:
-            values[name] = getattr(plan, name)
+        values["motion_seed"] = plan.motion_seed
+    values["size"] = model.height, model.width
+    unused = set() if content else {"steps", "guidance"}
+    unused |= set() if motion else {"motion_steps", "motion_guidance"}
+    values |= {name: getattr(model, name) for name in _DEFAULTS if name not in unused}
     if plan.key_steps is not None:
         steps = plan.key_steps
         values["rehash"] = (steps.content if content else (), steps.motion if motion else ())
-        values["rehash_policy"] = steps.policy
-        if steps.threshold is not None:
-            values["rehash_threshold"] = steps.threshold
+        values |= {"rehash_policy": steps.policy, "rehash_threshold": steps.threshold}
     table = options_of(Request)
     return {
         name: option_of(table[name][0]).write(value)
         if option_of(table[name][0]).read is not None
         else value
         for name, value in values.items()
+        if value is not None
     }
 
 

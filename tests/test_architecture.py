@@ -16,6 +16,7 @@ LAYERS = (
     ("acceleration", "compression"),
     ("catalogue", "diffusion", "hub", "latents", "models", "data", "video", "weights"),
     ("config", "request", "options", "__init__"),
+    ("files",),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
