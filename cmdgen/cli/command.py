@@ -13,8 +13,6 @@ from cmdgen.options import Option, is_required, option_of, options_of
 
 # what the command line reads by itself; all else comes as text, and the dataclass reads that
 _PLAIN = (int, float, bool, Path, tuple, list)
-# how --help names a value
-_METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 _EMPTY = inspect.Parameter.empty
 
 
@@ -45,7 +43,7 @@ def parameter(
         complete = one_of(described.choices)
     settings: dict[str, Any] = {
         "help": described.help + _bracket(described, shown),
-        "metavar": described.metavar or ("NAME" if complete else _METAVARS.get(value_type)),
+        "metavar": described.metavar or ("NAME" if complete else None),
         "rich_help_panel": described.group,
         "autocompletion": complete,
         # Typer adds the default, or the one in the user's file; `cmdgen.cli.help` shows one of them
@@ -68,10 +66,11 @@ def _bracket(described: Option, shown: str | None) -> str:
     """Return the possible numbers and the default as the end of an option's help."""
     low, high = described.low, described.high
     notes = []
-    if high is not None and high < 2**53:
+    if high is None and low is not None:
+        notes.append(f">= {low}")
+    # the range of a seed says nothing
+    elif high is not None and high < 2**53:
         notes.append(f"{low} to {high}")
-    elif low is not None:
-        notes.append(f"at least {low}")
     if shown:
         notes.append(f"default: {shown}")
     return f"  [{'; '.join(notes)}]" if notes else ""

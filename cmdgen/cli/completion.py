@@ -48,16 +48,11 @@ COMPLETIONS: dict[str | None, Callable[[str], list[str]]] = {
 }
 
 
-def completion(
-    shell: Annotated[
-        str,
-        typer.Argument(
-            metavar="SHELL",
-            help=f"{', '.join(_SEPARATORS)}.",
-            autocompletion=one_of(_SEPARATORS),
-        ),
-    ],
-) -> None:
+_SHELLS = ", ".join(_SEPARATORS)
+_SHELL = typer.Argument(metavar="SHELL", help=f"{_SHELLS}.", autocompletion=one_of(_SEPARATORS))
+
+
+def completion(shell: Annotated[str, _SHELL]) -> None:
     """Print a script that completes commands, options and their values.
 
     Examples:
@@ -80,7 +75,7 @@ def complete(command: Any, instruction: str) -> None:
 
 def _check(shell: str) -> None:
     if shell not in _SEPARATORS:
-        raise ValueError(f"shell {shell!r} is not one of {', '.join(_SEPARATORS)}")
+        raise ValueError(f"shell {shell!r} is not one of {_SHELLS}")
 
 
 class _Words(shell_completion.ShellComplete):

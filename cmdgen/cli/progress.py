@@ -87,7 +87,7 @@ class Say:
         before. `deadline`, in seconds of `time.monotonic`, is when the work stops in any case.
         """
         if self.quiet:
-            yield _show_nothing
+            yield lambda stage, done, total, figures="": None
         elif (console := _open_terminal()) is None:
             yield _Lines(self, deadline)
         else:
@@ -109,41 +109,26 @@ def _open_terminal() -> "Console | None":
     return console if console.is_terminal else None
 
 
-def _show_nothing(stage: str, done: int, total: int, figures: str = "") -> None:
-    pass
-
-
 @contextmanager
 def _draw_bars(console: "Console", deadline: float | None) -> Iterator[Show]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-    columns = (
-        TextColumn("{task.description:>8}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[pace]}", markup=False),
-    )
+    name = TextColumn("{task.description:>8}", markup=False)
+    pace = TextColumn("{task.fields[pace]}", markup=False)
+    # redirected, lines of stdout would go to stderr and not into a pipe
+    settings: Any = {"redirect_stdout": False, "redirect_stderr": False, "console": console}
+    bars = Progress(name, BarColumn(), MofNCompleteColumn(), pace, **settings)
     tasks: dict[str, TaskID] = {}
     rates = _Rates(deadline)
-    # redirected, lines of stdout would go to stderr and not into a pipe
-    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as bars:
 
-        def show(stage: str, done: int, total: int, figures: str = "") -> None:
-            pace = "  ".join(filter(None, (figures, rates.describe(stage, done, total))))
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, pace=pace)
-            bars.update(tasks[stage], completed=done, total=total, pace=pace)
+    def show(stage: str, done: int, total: int, figures: str = "") -> None:
+        pace = "  ".join(filter(None, (figures, rates.update(stage, done, total))))
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total, pace=pace)
+        bars.update(tasks[stage], completed=done, total=total, pace=pace)
 
+    with bars:
         yield show
-
-
-@dataclass
-class _Stage:
-    """When a stage was first shown, and how much of it was done by then and since."""
-
-    started: float
-    first: int
-    done: int
 
 
 class _Rates:
@@ -151,17 +136,18 @@ class _Rates:
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
-        self.stages: dict[str, _Stage] = {}
+        # when each was first shown, how much was done by then, and since
+        self.stages: dict[str, tuple[float, int, int]] = {}
 
-    def describe(self, name: str, done: int, total: int) -> str:
+    def update(self, name: str, done: int, total: int) -> str:
         """Return rate and time left, or the time taken; empty where it is too early to tell."""
         now = time.monotonic()
-        stage = self.stages.get(name)
-        # less than before: the same stage of the next clip
-        if stage is None or done < stage.done:
-            stage = self.stages[name] = _Stage(now, done, done)
-        stage.done = done
-        seconds, count = now - stage.started, done - stage.first
+        start, first, previous = self.stages.get(name, (now, done, done))
+        if done < previous:
+            # the same stage of the next clip
+            start, first = now, done
+        self.stages[name] = start, first, done
+        seconds, count = now - start, done - first
         if not count or seconds < _MOMENT:
             return ""
         rate = count / seconds
@@ -182,7 +168,7 @@ class _Lines:
         self.last_line, self.wait = time.monotonic(), _FIRST_WAIT
 
     def __call__(self, stage: str, done: int, total: int, figures: str = "") -> None:
-        pace, now = self.rates.describe(stage, done, total), time.monotonic()
+        pace, now = self.rates.update(stage, done, total), time.monotonic()
         if done < total:
             if not done or now - self.last_line < self.wait:
                 return
@@ -195,8 +181,7 @@ def _clock(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    if minutes < 60:
-        return f"{minutes}:{rest:02}"
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
