@@ -13,10 +13,11 @@ PACKAGE = ROOT / "cmdgen"
 LAYERS = (
     ("cli", "__main__"),
     ("pipeline", "training", "evaluation"),
+    ("store",),
     ("acceleration", "compression"),
-    ("catalogue", "diffusion", "hub", "latents", "models", "data", "video", "weights"),
-    ("files",),
-    ("config", "__init__"),
+    ("diffusion", "latents", "models", "data", "video", "weights"),
+    ("schema",),
+    ("config", "__init__", "files"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

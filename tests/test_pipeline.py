@@ -16,8 +16,8 @@ from cmdgen.diffusion import samplers
 from cmdgen.diffusion.guidance import guide
 from cmdgen.models.dit import DiT
 from cmdgen.pipeline import Given, TextToVideo, seeded
+from cmdgen.store.find import find_model
 from cmdgen.video.pixels import to_unit, to_yuv420p
-from cmdgen.weights import resolve_model
 
 PROMPT = "a dog swimming in the ocean"
 
@@ -80,7 +80,7 @@ def test_frames_that_are_no_numbers_are_not_shown(tiny_model, part, frames):
 
 @pytest.mark.parametrize("said", ["epsilon", "v_prediction"])
 def test_a_unet_that_predicts_otherwise_than_its_schedule_says_is_refused(tmp_path, said):
-    shutil.copytree(resolve_model("mini"), tmp_path / "mini")
+    shutil.copytree(find_model("mini"), tmp_path / "mini")
     path = tmp_path / "mini" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": said}))
     model = TextToVideo.load(tmp_path / "mini")

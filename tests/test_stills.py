@@ -19,9 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cmdgen.cli.app import main
 from cmdgen.config import SampleConfig
-from cmdgen.models.text import Tokenizer
+from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.pipeline import TextToVideo
-from cmdgen.weights import read_model
+from cmdgen.store.parts import read_model
 
 PROMPT = "a dog swimming in the ocean"
 # Stable Diffusion's schedule, as its folders have it

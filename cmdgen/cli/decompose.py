@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmdgen.cli.errors import on_the_way
-from cmdgen.cli.models import find_model
 from cmdgen.cli.options import (
     MACHINE,
     OWN,
@@ -24,6 +23,7 @@ from cmdgen.cli.options import (
 from cmdgen.cli.progress import Say
 from cmdgen.cli.size import parse_memory, parse_size
 from cmdgen.config import SampleConfig
+from cmdgen.store.find import find_model
 from cmdgen.video.formats import FORMATS, STDOUT, Encoding, choose_encoding
 
 if TYPE_CHECKING:

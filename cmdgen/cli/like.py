@@ -64,9 +64,9 @@ def recall(path: Path, options: Options, given: set[str], target: str | None) ->
     to be written. Names of files that it may hold are not followed: a model is one that ships with
     cmdgen, or has to be given.
     """
+    from cmdgen.config import packaged_models
     from cmdgen.pipeline import choose_device
     from cmdgen.video.read import read_metadata
-    from cmdgen.weights import packaged_models
 
     metadata = read_metadata(path)
     if not isinstance(metadata.get("cmdgen"), str) or "prompt" not in metadata:

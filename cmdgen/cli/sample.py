@@ -26,7 +26,6 @@ from cmdgen.cli.jobs import (
     read_piped,
 )
 from cmdgen.cli.like import Memory, recall
-from cmdgen.cli.models import find_model
 from cmdgen.cli.naming import fields
 from cmdgen.cli.options import (
     MACHINE,
@@ -40,6 +39,7 @@ from cmdgen.cli.options import (
 )
 from cmdgen.cli.progress import Say
 from cmdgen.config import CUTS, POLICIES, SAMPLERS, SampleConfig
+from cmdgen.store.find import find_model
 from cmdgen.video.formats import CODECS, FORMATS, STDOUT, choose_encoding
 
 if TYPE_CHECKING:
