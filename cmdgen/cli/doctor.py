@@ -154,7 +154,7 @@ def _cache() -> dict[str, Any]:
     """The hub's cache: how many models we can see there, and bytes of all that is in it."""
     from huggingface_hub import constants
 
-    from cmdgen.hub import find_cached
+    from cmdgen.store.hub import find_cached
 
     folder = Path(constants.HF_HUB_CACHE)
     size = sum(file.stat().st_size for file in folder.glob("*/blobs/*") if file.is_file())

@@ -7,7 +7,7 @@ from cmdgen.config import UNetConfig
 from cmdgen.pipelines.base import choose_device, choose_dtype
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.still import StillPipeline
-from cmdgen.store.catalogue import find_model
+from cmdgen.store.find import find_model
 from cmdgen.store.parts import read_model
 
 
