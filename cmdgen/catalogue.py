@@ -26,11 +26,11 @@ from cmdgen.config import (
     VaeConfig,
 )
 from cmdgen.data.world import World
+from cmdgen.files import create_folder
 from cmdgen.models import autoencoder, dit, text, unet, vae
 from cmdgen.weights import (
     FLOATS,
     build_empty,
-    create_folder,
     load_model_index,
     open_weights,
     read_config,

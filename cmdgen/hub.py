@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 
 from cmdgen.catalogue import PARTS, read_configurations
 from cmdgen.config import CALIBRATION
-from cmdgen.weights import create_folder
+from cmdgen.files import create_folder
 
 # of the whole model
 _WHOLE = ("model_index.json", "README.md", "LICENSE.md", CALIBRATION)

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmdgen.config import ModelConfig, SampleConfig
+from cmdgen.files import check_file, replace_with
 from cmdgen.video.formats import Encoding, list_frames
 from cmdgen.video.read import parse_metadata
 from cmdgen.video.write import check_output
-from cmdgen.weights import FLOATS, check_file, open_weights, replace_with
+from cmdgen.weights import FLOATS, open_weights
 
 SUFFIX = ".safetensors"
 # of the file: which one it is, and the JSON of the clip's metadata, as in a video's comment

@@ -289,21 +289,6 @@ class TextToVideo:
             check_fit(asked, *(None if half is None else tuple(half.shape) for half in halves))
         report = on_progress or (lambda stage, done, total: None)
         show_content, show = on_content or _ignore, on_frames or _ignore
-        if asked.sampler == "ddpm" and len(prompts) > 1:
-            # its noise at each step comes from one generator: one clip at a time has its own
-            return [
-                self.sample_batch(
-                    *([prompts[i]], config, [seeds[i]]),
-                    pixels=pixels,
-                    on_progress=report,
-                    on_content=partial(lambda i, _, picture: show_content(i, picture), i),
-                    on_frames=partial(lambda i, _, frames: show(i, frames), i),
-                    on_estimate=on_estimate,
-                    on_stage=on_stage,
-                    given=given,
-                )[0]
-                for i in range(len(prompts))
-            ]
         slices = self.plan_decoding(config, batch=len(prompts))
         pairs = [_seeds(config, seed) for seed in seeds]
         content_seeds, motion_seeds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -679,13 +664,13 @@ class TextToVideo:
             return denoise(x, next(times).repeat(len(x), 1), *text)
 
         interval = _interval(asked, asked.noise)
-        noise, generator = self._noise("content", shape, seeds)
+        noise, generators = self._noise("content", shape, seeds)
         content = SAMPLERS[asked.sampler](
             guide(predict, asked.guidance, positive, negative, interval=interval),
             noise,
             asked.noise,
             steps=asked.steps,
-            generator=generator,
+            generators=generators,
             on_step=on_step,
             on_estimate=look,
         )
@@ -752,13 +737,13 @@ class TextToVideo:
         own = torch.arange(count, device=self.device)
         positive, negative = (own, ground), (torch.full_like(own, len(pooled) - 1), ground)
         interval = _interval(asked, asked.motion.noise)
-        noise, generator = self._noise("motion", shape, seeds)
+        noise, generators = self._noise("motion", shape, seeds)
         sampled = SAMPLERS[asked.sampler](
             guide(predict, asked.motion_guidance, positive, negative, interval=interval),
             noise,
             asked.motion.noise,
             steps=asked.motion_steps,
-            generator=generator,
+            generators=generators,
             on_step=on_step,
         )
         return self._finite(sampled, "motion")
@@ -814,11 +799,11 @@ class TextToVideo:
 
     def _noise(
         self, part: str, shape: tuple[int, ...], seeds: list[int]
-    ) -> tuple[Tensor, torch.Generator]:
-        """() -> (B, *shape) float32, each from its seed's generator, and the first generator."""
+    ) -> tuple[Tensor, list[torch.Generator]]:
+        """() -> (B, *shape) float32, each from its seed's generator, and these generators."""
         generators = [seeded(part, seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
-        return noise.to(self.device), generators[0]
+        return noise.to(self.device), generators
 
     @cached_property
     def aside(self) -> torch.cuda.Stream | None:

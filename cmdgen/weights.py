@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -34,14 +33,13 @@ from cmdgen.config import (
     VaeConfig,
     packaged_models,
 )
+from cmdgen.files import check_file, read_json, replace_with, write_json
 
 Folder = str | os.PathLike[str]
 # what weights are stored in
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # tensors that are copied before their file is mapped anew
 _AT_ONCE = 8
-# bytes of a file of text: the largest tokenizer has a fifth of it
-MOST_TEXT = 2**24
 # bytes of a hash of weights, and of so few weights that hashing them takes a moment
 _DIGEST, _HASHED_AT_ONCE = 16, 2**26
 C = TypeVar("C")
@@ -141,47 +139,14 @@ _OURS = (
 )
 
 
-@contextmanager
-def replace_with(path: Path) -> Iterator[Path]:
-    """Give a temporary path; what was written there replaces `path` if the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        # safetensors replaces the file by one that only its owner can read
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def create_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder, which becomes `path` if the block ends well; ValueError if taken."""
-    if os.path.lexists(path):
-        raise ValueError(f"{path} is there already: give another folder")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"folder {path.absolute().parent} does not exist")
-    temporary = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}")
-    try:
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def read_config(folder: Folder, cls: type[C]) -> C:
     """Read the configuration of one part of a model.
 
     Keys that we do not know are ignored; a value that we do not support is a ValueError.
     """
     path = Path(folder) / _config_name(cls)
-    data = read_json(path)
+    # schedulers of diffusers have infinities that we do not read
+    data = read_json(path, finite=False)
     for key, only in _FIXED.get(cls, {}).items():
         values = data[key] if isinstance(data.get(key), list) else [data.get(key, only)]
         if any(
@@ -440,49 +405,6 @@ def write_model_index(folder: Folder, model: ModelConfig) -> None:
 
 def _config_name(cls: type) -> str:
     return "scheduler_config.json" if cls is NoiseConfig else "config.json"
-
-
-def check_file(path: Path) -> None:
-    """Raise ValueError for what never ends or waits for a writer: devices and pipes, and folders.
-
-    What is not there is left to who opens it.
-    """
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a file")
-
-
-def read_text(path: Path) -> str:
-    """What is in a file of UTF-8, of MOST_TEXT bytes at most; ValueError names one that is not."""
-    try:
-        check_file(path)
-        with path.open("rb") as file:
-            data = file.read(MOST_TEXT + 1)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    if len(data) > MOST_TEXT:
-        raise ValueError(f"{path}: larger than {MOST_TEXT // 2**20} MiB")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file ({error})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    text = read_text(path)
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: {short(data)} is not a JSON object")
-    return data
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write an object to a JSON file, keys in order."""
-    with replace_with(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def weight_paths(folder: Path, filename: str) -> list[Path]:

@@ -15,7 +15,8 @@ LAYERS = (
     ("pipeline", "training", "evaluation"),
     ("acceleration", "compression"),
     ("catalogue", "diffusion", "hub", "latents", "models", "data", "video", "weights"),
-    ("config", "__init__"),
+    ("config", "request", "options", "__init__"),
+    ("files",),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

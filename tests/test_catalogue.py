@@ -21,10 +21,11 @@ from cmdgen.config import (
     SampleConfig,
     packaged_models,
 )
+from cmdgen.files import write_json
 from cmdgen.models.text import ClipTextModel, Tokenizer
 from cmdgen.models.vae import FILENAME, KlVae
 from cmdgen.pipeline import TextToVideo
-from cmdgen.weights import read_model, write_config, write_json
+from cmdgen.weights import read_model, write_config
 
 
 def small(model):

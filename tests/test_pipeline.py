@@ -222,11 +222,11 @@ def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(
             resume=lambda feature, *given: cut.resume(feature, *way(*given)),
         )
         interval = own.guidance_interval and tuple(1000 * end for end in own.guidance_interval)
-        start, generator = exact._noise(part, shape, seeds)
+        start, generators = exact._noise(part, shape, seeds)
         return samplers.SAMPLERS[sampler](
             guide(full(network, steps), scale, positive, negative, interval=interval),
             *(start, noise),
-            **{"steps": 9, "generator": generator},
+            **{"steps": 9, "generators": generators},
         )
 
     with torch.inference_mode():

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from cmdgen.config import CMD_SD15, CMD_UCF, MINI, ModelConfig, NoiseConfig, UNetConfig, VaeConfig
 from cmdgen.evaluation.probe import ProbeConfig
+from cmdgen.files import replace_with
 from cmdgen.models.text import ClipTextModel, Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import FILENAME, KlVae
@@ -29,7 +30,6 @@ from cmdgen.weights import (
     load_weights,
     read_config,
     read_model,
-    replace_with,
     resolve_model,
     save_weights,
     write_config,

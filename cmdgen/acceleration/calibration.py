@@ -17,7 +17,7 @@ from torch import Tensor
 from cmdgen.acceleration import keysteps
 from cmdgen.acceleration.rehash import Network
 from cmdgen.config import CALIBRATION, CUTS, SAMPLERS, ModelConfig, SampleConfig
-from cmdgen.weights import read_json, replace_with
+from cmdgen.files import read_json, replace_with
 
 PARTS = ("content", "motion")
 # a map has the square of it

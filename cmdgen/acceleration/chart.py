@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cmdgen.acceleration.calibration import Calibration, Rows
-from cmdgen.weights import replace_with
+from cmdgen.files import replace_with
 
 # dark to bright, so that it reads in grey too: the least similar to the most
 _COLOURS = ((24, 14, 66), (38, 84, 132), (40, 152, 128), (148, 204, 74), (252, 238, 120))

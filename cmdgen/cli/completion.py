@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup, TyperOption
 
 from cmdgen.config import packaged_models
+from cmdgen.video.formats import CODECS, FORMATS
 
 BASH = r"""# bash completion of cmdgen: eval "$(cmdgen completion bash)"
 _cmdgen() {
@@ -88,6 +89,16 @@ def complete_model(incomplete: str) -> list[str]:
     cached = Path(HF_HUB_CACHE).glob("models--*--*/snapshots/*/model_index.json")
     names = {path.parts[-4].removeprefix("models--").replace("--", "/", 1) for path in cached}
     return one_of([*packaged_models(), *sorted(names)])(incomplete)
+
+
+# what completes an option, by `Option.complete`
+COMPLETIONS: dict[str | None, Callable[[str], list[str]]] = {
+    "model": complete_model,
+    "device": one_of(("auto", "cpu", "cuda")),
+    "dtype": one_of(("auto", "float32", "float16", "bfloat16")),
+    "format": one_of(FORMATS),
+    "codec": one_of(CODECS),
+}
 
 
 def completion(

@@ -1,6 +1,7 @@
 """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) as one batched forward."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,24 +12,21 @@ from cmdgen.diffusion.schedule import split_sigma
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass
 class Guided:
     """A denoiser guided from negative to positive conditions; its two branches are one batch."""
 
-    def __init__(
-        self,
-        predict: Callable[..., Tensor],
-        scale: float,
-        positive: tuple[Tensor, ...],
-        negative: tuple[Tensor, ...],
-        interval: tuple[float, float] | None = None,
-    ) -> None:
-        if len(positive) != len(negative):
-            raise ValueError(f"{len(positive)} positive conditions, {len(negative)} negative ones")
-        self.predict = predict
-        self.scale = scale
-        self.positive = positive
-        self.interval = interval
-        self.both = tuple(torch.cat(pair) for pair in zip(negative, positive, strict=True))
+    predict: Callable[..., Tensor]
+    scale: float
+    positive: tuple[Tensor, ...]
+    negative: tuple[Tensor, ...]
+    interval: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        counts = len(self.positive), len(self.negative)
+        if counts[0] != counts[1]:
+            raise ValueError(f"{counts[0]} positive conditions, {counts[1]} negative ones")
+        self.both = tuple(map(torch.cat, zip(self.negative, self.positive, strict=True)))
 
     def at(self, t: int) -> Denoise:
         """The denoiser of a timestep: itself, or the positive branch alone out of the interval."""

@@ -1,31 +1,27 @@
 """Samplers as pure functions over a denoiser: DDIM, ancestral DDPM, DPM-Solver++(2M).
 
-A denoiser maps samples (B, C, ...) and timesteps (B,) to its raw output (B, C or 2 C, ...). It is
-called once for each of the timesteps that VISITED tells beforehand, in their order.
-Coefficients are float64 numbers; samples keep the dtype of the first noise. After each step
-`on_step(done, total)` reports progress, and before that `on_estimate` gets the clean sample
-(B, C, ...) that the step took its direction from, if it went anywhere.
+A denoiser maps samples (B, C, ...) and timesteps (B,) to its raw output (B, C or 2 C, ...). A
+sampler calls it once for each timestep that VISITED lists, in that order. Coefficients are float64
+numbers; samples keep the dtype of the first noise. Noise of later steps comes from `generators`,
+one for each sample of the batch. Each step first gives `on_estimate` the clean sample (B, C, ...)
+that it heads for, if it moves at all, and then calls `on_step(done, total)`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from cmdgen.config import NoiseConfig
+from cmdgen.diffusion import schedule
 from cmdgen.diffusion.guidance import Denoise, Guided
-from cmdgen.diffusion.schedule import (
-    alphas_cumprod,
-    ddim_weights,
-    split_sigma,
-    timesteps,
-    to_x0_eps,
-)
+from cmdgen.diffusion.schedule import alphas_cumprod, timesteps
 from cmdgen_kernels.guided_ddim_step import guided_ddim_step
 
-OnStep = Callable[[int, int], None]
-OnEstimate = Callable[[Tensor], None]
+Generators = Sequence[torch.Generator] | None
+OnStep = Callable[[int, int], None] | None
+OnEstimate = Callable[[Tensor], None] | None
 
 
 def ddim(
@@ -35,9 +31,9 @@ def ddim(
     *,
     steps: int,
     eta: float = 0.0,
-    generator: torch.Generator | None = None,
-    on_step: OnStep | None = None,
-    on_estimate: OnEstimate | None = None,
+    generators: Generators = None,
+    on_step: OnStep = None,
+    on_estimate: OnEstimate = None,
 ) -> Tensor:
     """(B, C, ...) of unit noise -> (B, C, ...). Eq. 12 of Song et al. 2021 (arXiv:2010.02502).
 
@@ -48,13 +44,13 @@ def ddim(
     x = noise
     for t, alpha, after in _walk(config, timesteps(config, steps), end, on_step):
         sigma = eta * math.sqrt((1 - after) / (1 - alpha) * (1 - alpha / after))
-        keep, move = ddim_weights(alpha, after, config.prediction_type, sigma=sigma)
+        keep, move = schedule.ddim_weights(alpha, after, config.prediction_type, sigma=sigma)
         noisy, x = x, _linear_step(denoise, x, t, keep, move)
         # the step from timestep 0 to its own noise leaves all as it is
         if on_estimate is not None and after != alpha:
             on_estimate(_between(noisy, x, alpha, after, sigma))
         if sigma > 0:
-            x = x + sigma * _draw(x, generator)
+            x = x + sigma * _draw(x, generators)
     return x
 
 
@@ -64,9 +60,9 @@ def ddpm(
     config: NoiseConfig,
     *,
     steps: int,
-    generator: torch.Generator | None = None,
-    on_step: OnStep | None = None,
-    on_estimate: OnEstimate | None = None,
+    generators: Generators = None,
+    on_step: OnStep = None,
+    on_estimate: OnEstimate = None,
 ) -> Tensor:
     """(B, C, ...) of unit noise -> (B, C, ...). Ancestral sampling over respaced timesteps.
 
@@ -76,22 +72,19 @@ def ddpm(
     """
     x = noise
     for t, alpha, after in _walk(config, timesteps(config, steps), 1.0, on_step):
-        x0, _, learned = _predict(denoise, x, t, alpha, config)
-        if on_estimate is not None:
-            on_estimate(x0)
+        x0, learned = _predict(denoise, x, t, alpha, config, on_estimate)
         keep = alpha / after
         beta = 1 - keep
         variance = (1 - after) / (1 - alpha) * beta
         mean = math.sqrt(after) * beta / (1 - alpha) * x0
-        mean = mean + math.sqrt(keep) * (1 - after) / (1 - alpha) * x
-        if variance == 0:
-            x = mean
-        elif learned is None:
-            x = mean + math.sqrt(variance) * _draw(x, generator)
-        else:
-            share = (learned.to(x.dtype) + 1) / 2
-            log_variance = share * math.log(beta) + (1 - share) * math.log(variance)
-            x = mean + (log_variance / 2).exp() * _draw(x, generator)
+        x = mean + math.sqrt(keep) * (1 - after) / (1 - alpha) * x
+        deviation: Tensor | float = math.sqrt(variance)
+        if variance > 0:
+            if learned is not None:
+                share = (learned.to(x.dtype) + 1) / 2
+                log_variance = share * math.log(beta) + (1 - share) * math.log(variance)
+                deviation = (log_variance / 2).exp()
+            x = x + deviation * _draw(x, generators)
     return x
 
 
@@ -101,21 +94,19 @@ def dpm_solver_pp(
     config: NoiseConfig,
     *,
     steps: int,
-    generator: torch.Generator | None = None,
-    on_step: OnStep | None = None,
-    on_estimate: OnEstimate | None = None,
+    generators: Generators = None,
+    on_step: OnStep = None,
+    on_estimate: OnEstimate = None,
 ) -> Tensor:
     """(B, C, ...) of unit noise -> (B, C, ...). Algorithm 2 of Lu et al. 2022 (arXiv:2211.01095).
 
-    Deterministic: `generator` is not used. The first step is of first order, and so is the last,
+    Deterministic: `generators` are not used. The first step is of first order, and so is the last,
     which ends without noise and therefore on the last x0.
     """
     x = noise
     previous: tuple[Tensor, float] | None = None
     for t, alpha, after in _walk(config, solver_timesteps(config, steps), 1.0, on_step):
-        x0, _, _ = _predict(denoise, x, t, alpha, config)
-        if on_estimate is not None:
-            on_estimate(x0)
+        x0, _ = _predict(denoise, x, t, alpha, config, on_estimate)
         if after == 1.0:
             x = x0
             continue
@@ -150,7 +141,7 @@ VISITED = {"ddim": timesteps, "ddpm": timesteps, "dpm++": solver_timesteps}
 
 
 def _walk(
-    config: NoiseConfig, visited: Tensor, end: float, on_step: OnStep | None
+    config: NoiseConfig, visited: Tensor, end: float, on_step: OnStep
 ) -> Iterator[tuple[int, float, float]]:
     """(steps,) -> each timestep, its signal power, and the next one's, which is `end` at last."""
     steps = visited.tolist()
@@ -162,12 +153,15 @@ def _walk(
 
 
 def _predict(
-    denoise: Denoise, x: Tensor, t: int, alpha: float, config: NoiseConfig
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(B, C, ...) -> clean sample, noise, learned variance where there is one."""
+    denoise: Denoise, x: Tensor, t: int, alpha: float, config: NoiseConfig, on_estimate: OnEstimate
+) -> tuple[Tensor, Tensor | None]:
+    """(B, C, ...) -> clean sample, learned variance where there is one."""
     output = _choose(denoise, t)(x, _at(t, x))
-    prediction, learned = split_sigma(output, x.shape[1])
-    return *to_x0_eps(prediction, x, alpha, config.prediction_type), learned
+    prediction, learned = schedule.split_sigma(output, x.shape[1])
+    x0, _ = schedule.to_x0_eps(prediction, x, alpha, config.prediction_type)
+    if on_estimate is not None:
+        on_estimate(x0)
+    return x0, learned
 
 
 def _linear_step(denoise: Denoise, x: Tensor, t: int, keep: float, move: float) -> Tensor:
@@ -176,7 +170,7 @@ def _linear_step(denoise: Denoise, x: Tensor, t: int, keep: float, move: float) 
     if isinstance(denoise, Guided):
         output = denoise.branches(x, _at(t, x))
         return guided_ddim_step(x, output, guidance=denoise.scale, keep=keep, move=move)
-    prediction, _ = split_sigma(denoise(x, _at(t, x)), x.shape[1])
+    prediction, _ = schedule.split_sigma(denoise(x, _at(t, x)), x.shape[1])
     return keep * x + move * prediction.to(x.dtype)
 
 
@@ -201,7 +195,11 @@ def _half_log_snr(alpha: float) -> float:
     return math.log(alpha / (1 - alpha)) / 2
 
 
-def _draw(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """(B, C, ...) -> unit noise of that shape: drawn where the generator lives, then moved."""
-    device = torch.device("cpu") if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=device).to(like)
+def _draw(like: Tensor, generators: Generators) -> Tensor:
+    """(B, C, ...) -> unit noise of that shape, drawn where each sample's generator lives."""
+    if generators is None:
+        return torch.randn(like.shape).to(like)
+    shape = like.shape[1:]
+    rows = [torch.randn(shape, generator=each, device=each.device) for each in generators]
+    assert len(rows) == len(like), f"{len(rows)} generators for a batch of {len(like)}"
+    return torch.stack(rows).to(like)

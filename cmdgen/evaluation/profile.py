@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from cmdgen.config import ModelConfig, ProfileConfig, SampleConfig
 from cmdgen.evaluation.flops import count_reads, count_sampling
+from cmdgen.files import replace_with
 from cmdgen.pipeline import OnStage, Parts, TextToVideo
 from cmdgen.video.write import open_video, write_still
-from cmdgen.weights import replace_with
 
 PROMPT = "a corgi swimming"
 # what tells what the machine can do: the product of two square matrices, and copying a buffer that

@@ -23,7 +23,8 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 
 from cmdgen.config import TextConfig
-from cmdgen.weights import load_model, read_json, read_text, replace_with, save_model, write_json
+from cmdgen.files import read_json, read_text, replace_with, write_json
+from cmdgen.weights import load_model, save_model
 
 FILENAME = "model.safetensors"
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cmdgen.files import replace_with
 from cmdgen.training.loop import Report
-from cmdgen.weights import replace_with
 
 # rows of a file: 64 MB of latents at 512x1024
 SHARD = 64

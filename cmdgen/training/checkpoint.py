@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cmdgen.weights import replace_with
+from cmdgen.files import replace_with
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cmdgen.config import DiTConfig, ModelConfig, NoiseConfig, TextConfig
+from cmdgen.files import create_folder, replace_with
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.text import ClipTextModel, Tokenizer
@@ -33,13 +34,7 @@ from cmdgen.training.loop import Report, Stage, train, uses_bf16
 from cmdgen.training.motion import MotionStage
 from cmdgen.training.recompute import recompute_blocks
 from cmdgen.training.vae import VaeStage, fresh_vae
-from cmdgen.weights import (
-    create_folder,
-    read_config,
-    replace_with,
-    write_config,
-    write_model_index,
-)
+from cmdgen.weights import read_config, write_config, write_model_index
 
 # the stage that makes a part
 MAKERS = {

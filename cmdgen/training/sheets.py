@@ -8,7 +8,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from cmdgen.weights import replace_with
+from cmdgen.files import replace_with
 
 
 def grid(rows: Tensor, gap: int = 2) -> Tensor:

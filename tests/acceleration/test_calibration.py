@@ -39,6 +39,10 @@ class Line:
         return 0.5 * x + feature
 
 
+def seeded() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(3)]
+
+
 def measure(sampler: str, protected: int) -> tuple[Line, Calibration]:
     network, noise = Line(), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     measurement = Measurement(STEPS, protected)
@@ -46,7 +50,7 @@ def measure(sampler: str, protected: int) -> tuple[Line, Calibration]:
     final = measurement.add(
         network,
         lambda predict: SAMPLERS[sampler](
-            predict, noise, NoiseConfig(), steps=STEPS, generator=torch.Generator().manual_seed(1)
+            predict, noise, NoiseConfig(), steps=STEPS, generators=seeded()
         ),
         lambda: done.append(1),
     )
@@ -56,7 +60,7 @@ def measure(sampler: str, protected: int) -> tuple[Line, Calibration]:
         noise,
         NoiseConfig(),
         steps=STEPS,
-        generator=torch.Generator().manual_seed(1),
+        generators=seeded(),
     )
     assert torch.equal(final, plain)
     return network, measurement.finish("content", sampler, "layer", 3)
@@ -90,9 +94,7 @@ def test_errors_are_those_of_sampling_with_the_steps_skipped(sampler: str) -> No
             output, feature = network.run(x, t)
             return output
 
-        return SAMPLERS[sampler](
-            predict, noise, NoiseConfig(), steps=STEPS, generator=torch.Generator().manual_seed(1)
-        )
+        return SAMPLERS[sampler](predict, noise, NoiseConfig(), steps=STEPS, generators=seeded())
 
     every = set(range(STEPS))
     whole = run(every)
@@ -171,7 +173,7 @@ def entry(calibrations: list[Calibration], path: Path) -> dict:
         ("protected", 1, "errors is not a list of 7 rows"),
         ("similarity", None, "similarity is not a list of 7 rows"),
         ("similarity", [[0.5] * 8] * 7, "row 0 of similarity is not a list of 7 numbers"),
-        ("errors", [[float("nan")] * n for n in range(6, 0, -1)], "errors has nan, which is no"),
+        ("errors", [[float("nan")] * n for n in range(6, 0, -1)], "NaN is not a finite number"),
         ("errors", [[-1] * n for n in range(6, 0, -1)], "errors has -1, which is no number of 0"),
         ("errors", [["1"] * n for n in range(6, 0, -1)], "errors has '1', which is no number"),
         ("errors", [[True] * n for n in range(6, 0, -1)], "errors has True, which is no number"),

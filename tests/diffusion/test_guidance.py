@@ -79,7 +79,8 @@ def test_outside_of_its_interval_guidance_is_off_and_costs_nothing(name: str) ->
 
     def run(interval: tuple[int, int] | None, scale: float = 3.0) -> Tensor:
         denoise = guide(model, scale, (POSITIVE,), (NEGATIVE,), interval=interval)
-        return SAMPLERS[name](denoise, X, noise, steps=10, generator=torch.Generator())
+        generators = [torch.Generator() for _ in X]
+        return SAMPLERS[name](denoise, X, noise, steps=10, generators=generators)
 
     everywhere, nowhere = run((0, 999)), run((1000, 1000))
     assert torch.equal(everywhere, run(None))

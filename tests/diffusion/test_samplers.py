@@ -2,6 +2,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -83,12 +84,12 @@ def test_deterministic_samplers_reach_the_gaussian(
 @pytest.mark.parametrize("eta", [None, 1.0])
 def test_stochastic_samplers_reach_the_gaussian(config: NoiseConfig, eta: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(20_000, 1, generator=generator)
+    noise = torch.randn(1, 20_000, generator=generator)
     denoise = gaussian_denoiser(config)
     if eta is None:
-        x = ddpm(denoise, noise, config, steps=1000, generator=generator)
+        x = ddpm(denoise, noise, config, steps=1000, generators=[generator])
     else:
-        x = ddim(denoise, noise, config, steps=1000, eta=eta, generator=generator)
+        x = ddim(denoise, noise, config, steps=1000, eta=eta, generators=[generator])
     # three standard errors, and 0.005 of discretisation in the deviation
     assert x.mean().item() == pytest.approx(MEAN, abs=0.0085)
     assert x.std().item() == pytest.approx(DEVIATION, abs=0.011)
@@ -100,6 +101,10 @@ def test_second_order_converges_faster_than_first() -> None:
     )
     assert 3 < first < 5
     assert second > 12
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def network(x: Tensor, t: Tensor) -> Tensor:
@@ -160,8 +165,7 @@ def test_every_sample_on_the_way_is_that_of_diffusers(
 
     expected, theirs = [noise], []
     scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(2)
-    settings = {} if name == "dpm++" else {"generator": generator}
+    settings = {} if name == "dpm++" else {"generator": seeded(2, 5)}
     if name == "ddim noisy":
         settings["eta"] = 0.5
     for t in scheduler.timesteps:
@@ -177,9 +181,8 @@ def test_every_sample_on_the_way_is_that_of_diffusers(
         return denoise(x, t)
 
     settings = {"eta": 0.5} if name == "ddim noisy" else {}
-    generator = torch.Generator().manual_seed(2)
     sampler = SAMPLERS[name.split()[0]]
-    actual.append(sampler(watched, noise, config, steps=steps, generator=generator, **settings))
+    actual.append(sampler(watched, noise, config, steps=steps, generators=seeded(2, 5), **settings))
     assert ours == theirs
     for before, after in zip(actual, expected, strict=True):
         scale = after.abs().max()
@@ -219,7 +222,7 @@ def test_ddim_guides_as_guidance_does(predict: Denoise, eta: float) -> None:
     noise = torch.randn(2, 4, 3, 5)
     guided = guide(conditional, 3.0, (torch.ones(2),), (torch.zeros(2),))
     together, apart = (
-        ddim(denoise, noise, MINI, steps=6, eta=eta, generator=torch.Generator().manual_seed(0))
+        ddim(denoise, noise, MINI, steps=6, eta=eta, generators=seeded(0, 1))
         for denoise in (guided, lambda x, t: guided(x, t))
     )
     assert together.dtype == torch.float32
@@ -270,10 +273,26 @@ def test_samples_keep_the_precision_of_the_noise(name: str) -> None:
 def test_one_generator_state_gives_one_sample(name: str) -> None:
     noise = torch.randn(2, 4, 3, 3)
     first, second = (
-        SAMPLERS[name](network, noise, MOTION, steps=6, generator=torch.Generator().manual_seed(3))
-        for _ in range(2)
+        SAMPLERS[name](network, noise, MOTION, steps=6, generators=seeded(3, 4)) for _ in range(2)
     )
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("settings", [{}, {"eta": 1.0}])
+def test_a_batch_is_its_samples_one_by_one(name: str, settings: dict[str, float]) -> None:
+    if settings and name != "ddim":
+        settings = {}
+    noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    run = partial(SAMPLERS[name], network, config=MOTION, steps=6, **settings)
+    together = run(noise, generators=seeded(3, 4))
+    for i, seed in enumerate((3, 4)):
+        alone = run(noise[i : i + 1], generators=seeded(seed))
+        torch.testing.assert_close(together[i : i + 1], alone)
+    if name == "ddpm" or settings:
+        assert not torch.allclose(together, run(noise, generators=seeded(3, 5)))
+        with pytest.raises(AssertionError, match="1 generators for a batch of 2"):
+            run(noise, generators=seeded(3))
 
 
 @pytest.mark.parametrize("sampler", [ddim, dpm_solver_pp])
@@ -309,7 +328,7 @@ def test_estimates_of_a_perfect_denoiser_are_the_clean_sample(
     estimates: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
-    kwargs = {"steps": 5, "generator": generator, "on_estimate": estimates.append}
+    kwargs = {"steps": 5, "generators": seeded(1, 2), "on_estimate": estimates.append}
     SAMPLERS[name](denoise, noise, config, **kwargs)
     assert len(estimates) == 5
     for estimate in estimates:
@@ -325,7 +344,7 @@ def test_ddim_with_noise_shows_its_estimate_before_that_is_added(eta: float) -> 
         *(optimal, noise, STABLE_DIFFUSION),
         steps=3,
         eta=eta,
-        generator=torch.Generator().manual_seed(0),
+        generators=seeded(0),
         on_estimate=estimates.append,
     )
     # the first one knows the noise alone
