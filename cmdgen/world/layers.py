@@ -54,13 +54,13 @@ def _canvas(scene: Scene, number: int, size: tuple[int, int], rows: slice, width
 def _paint_layer(scene: Scene, number: int, size: tuple[int, int], device: str) -> Strip:
     """Paint layer `number` at every phase, ready to be cut at any shift."""
     layer, (height, width) = scene.layers[number], size
-    sideways = layer.axis == "x"
-    # the dimension that scrolls, how far until it repeats, and how much of it a frame shows
-    dim, period, shown = (2, 2 * width, width) if sideways else (1, height, height)
-    rows = slice(0, height)
-    if sideways:
-        rows = slice(int(layer.span[0] * height), min(height, int(layer.span[1] * height) + 1))
-    canvas = _canvas(scene, number + 1, size, rows, period if sideways else width)
+    if layer.rises:
+        # the dimension that scrolls, and how much of it a frame shows
+        dim, shown, rows = 1, height, slice(0, height)
+    else:
+        top, bottom = (int(side * height) for side in layer.span)
+        dim, shown, rows = 2, width, slice(top, min(height, bottom + 1))
+    canvas = _canvas(scene, number + 1, size, rows, width if layer.rises else 2 * width)
     colour, cover = layer.paint(canvas)
     painted = torch.cat([colour * cover, 1 - cover[None]])  # (4, h·phases, w·phases)
     phases = torch.stack(
@@ -69,6 +69,5 @@ def _paint_layer(scene: Scene, number: int, size: tuple[int, int], device: str) 
     phases = torch.cat([phases, phases.narrow(dim + 1, 0, shown)], dim + 1).to(device)
     windows = phases.contiguous().unfold(dim + 1, shown, 1)
     # unfold puts the pixels of a window last
-    return Strip(
-        windows.permute(0, 3, 1, 2, 4) if sideways else windows.permute(0, 2, 1, 4, 3), rows
-    )
+    order = (0, 2, 1, 4, 3) if layer.rises else (0, 3, 1, 2, 4)
+    return Strip(windows.permute(order), rows)

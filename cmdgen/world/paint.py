@@ -1,7 +1,7 @@
 """Painters of the layers of a scene, periodic in x so that a layer can scroll.
 
-A painter returns (colour (3, h, w), cover (h, w)). Edges are hard: the caller paints at several times
-the size and averages. Lengths are in frame heights, colours are "rrggbb".
+A painter returns (colour (3, h, w), cover (h, w)). Edges are hard: the caller paints at several
+times the size and averages. Lengths are in frame heights, colours are "rrggbb", light before shade.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,6 +16,9 @@ Painter = Callable[..., Painted]
 # length, height and phase of a sine
 Wave = tuple[float, float, float]
 Range = tuple[float, float]
+# right of the middle, down, radius and colour
+Sun = tuple[float, float, float, str]
+Colours = tuple[str, str]
 
 
 def rgb(code: str) -> Tensor:
@@ -29,9 +32,9 @@ def smooth(value: Tensor, low: float, high: float) -> Tensor:
     return t * t * (3 - 2 * t)
 
 
-def mix(first: str, second: str, share: Tensor) -> Tensor:
+def mix(colours: Colours, share: Tensor) -> Tensor:
     """(h, w) -> (3, h, w): from one colour to another."""
-    return torch.lerp(rgb(first), rgb(second), share)
+    return torch.lerp(rgb(colours[0]), rgb(colours[1]), share)
 
 
 def ramp(value: Tensor, stops: str) -> Tensor:
@@ -101,10 +104,8 @@ class Canvas:
         return picture, cover
 
 
-def backdrop(
-    canvas: Canvas, stops: str, sun: tuple[float, float, float, str] | None = None
-) -> Tensor:
-    """() -> (3, h, w): a gradient with a glowing disc (right of the middle, down, radius, colour)."""
+def backdrop(canvas: Canvas, stops: str, sun: Sun | None = None) -> Tensor:
+    """() -> (3, h, w): a vertical gradient, with a glowing disc."""
     picture = ramp(canvas.y + canvas.zeros(), stops)
     if sun is not None:
         right, down, radius, code = sun
@@ -150,8 +151,7 @@ def clouds(
     rows: tuple[float, ...],
     gap: float,
     size: float,
-    light: str = "ffffff",
-    shade: str = "c4dcf2",
+    colours: Colours = ("ffffff", "c4dcf2"),
     opacity: float = 0.95,
 ) -> Painted:
     """Paint puffy clouds with flat feet, one line of them for each height in `rows`."""
@@ -168,7 +168,7 @@ def clouds(
             lit = (0.75 - 0.55 * down - 0.2 * across).clamp(0, 1)
             body = torch.where(inside > 0, torch.maximum(lit, body * cover), body)
             cover = torch.maximum(cover, inside)
-    return mix(shade, light, smooth(body, 0.25, 0.85)), cover * opacity
+    return mix(colours[::-1], smooth(body, 0.25, 0.85)), cover * opacity
 
 
 def discs(
@@ -203,22 +203,16 @@ def nebula(canvas: Canvas, veils: tuple[tuple[float, str], ...]) -> Painted:
     return picture, cover
 
 
-def planet(canvas: Canvas, down: float, radius: float, light: str, shade: str) -> Painted:
+def planet(canvas: Canvas, down: float, radius: float, colours: Colours) -> Painted:
     """Paint one lit ball a period."""
     across = canvas.distance(canvas.uniform(0, canvas.period)) / radius
     below = (canvas.y - down) / radius
-    picture = mix(light, shade, smooth(across + below, -0.9, 1.1))
+    picture = mix(colours, smooth(across + below, -0.9, 1.1))
     return picture, (across**2 + below**2 < 1).float()
 
 
 def peaks(
-    canvas: Canvas,
-    foot: float,
-    gap: float,
-    height: float,
-    light: str,
-    shade: str,
-    cap: str | None = None,
+    canvas: Canvas, foot: float, gap: float, height: float, colours: Colours, cap: str | None = None
 ) -> Painted:
     """Paint a range of mountains lit from the left, with snow on their upper third."""
 
@@ -229,10 +223,10 @@ def peaks(
         side = across - 0.25 * (y - foot + tall) * torch.sin(9 * y + middle)
         inside = ((y - foot + tall) > 1.15 * across.abs()) & (y < foot)
         lit = smooth(side, -0.02, 0.02)
-        face = mix(light, shade, lit)
+        face = mix(colours, lit)
         if cap is not None:
             line = foot - 0.62 * tall + 0.03 * torch.sin(40 * across)
-            face = torch.where(y < line, mix(cap, shade, 0.3 * lit), face)
+            face = torch.where(y < line, mix((cap, colours[1]), 0.3 * lit), face)
         return inside, face
 
     return canvas.stack(map(mountain, canvas.spread(gap)))
@@ -259,13 +253,7 @@ def skyline(
 
 
 def trees(
-    canvas: Canvas,
-    foot: float,
-    gap: float,
-    height: float,
-    light: str,
-    shade: str,
-    round_crown: bool,
+    canvas: Canvas, foot: float, gap: float, height: float, colours: Colours, round_crown: bool
 ) -> Painted:
     """Paint a row of trees, firs or round ones, on brown trunks."""
 
@@ -279,7 +267,7 @@ def trees(
             # three skirts, one above the other
             skirt = torch.remainder((up - 0.18) / 0.274, 1) * 0.12
             crown = (across.abs() < 0.36 * (1 - up) + 0.06 - skirt) & (up > 0.18) & (up < 1)
-        leaf = mix(light, shade, smooth(across - up, -0.9, 0.1))
+        leaf = mix(colours, smooth(across - up, -0.9, 0.1))
         return trunk | crown, torch.where(crown, leaf, rgb("6b4426"))
 
     return canvas.stack(map(tree, canvas.spread(gap)))
@@ -294,15 +282,15 @@ def beams(
     return rgb(colour).expand(3, *cover.shape), cover
 
 
-def stripes(canvas: Canvas, gap: float, light: str, shade: str, rows: Range) -> Painted:
+def stripes(canvas: Canvas, gap: float, colours: Colours, rows: Range) -> Painted:
     """Paint soft upright folds between two heights: a curtain, a wallpaper."""
     x, y = canvas.x, canvas.y
     wave = 0.5 + 0.5 * canvas.outline(((gap, 1.0, 0.0),)) + 0 * y
-    picture = mix(shade, light, smooth(wave, 0.0, 1.0))
+    picture = mix(colours[::-1], smooth(wave, 0.0, 1.0))
     return picture, ((y > rows[0]) & (y < rows[1])).float() + 0 * x
 
 
-def weeds(canvas: Canvas, gap: float, height: float, light: str, shade: str) -> Painted:
+def weeds(canvas: Canvas, gap: float, height: float, colours: Colours) -> Painted:
     """Paint wavy water plants that grow from below."""
     x, y, cover = canvas.x, canvas.y, canvas.zeros()
     for middle in canvas.spread(gap):
@@ -311,14 +299,4 @@ def weeds(canvas: Canvas, gap: float, height: float, light: str, shade: str) -> 
         bend = 0.035 * torch.sin(16 * y + phase) * up
         blade = 0.045 * (1 - up).clamp(min=0) ** 0.5
         cover = torch.maximum(cover, ((canvas.distance(middle) - bend).abs() < blade).float())
-    return mix(light, shade, smooth(y + 0 * x, 1 - height, 1.0)), cover
-
-
-# by the name that world.toml calls them
-PAINTERS: dict[str, Painter] = {
-    painter.__name__: painter
-    for painter in (
-        *(land, clouds, discs, nebula, planet, peaks),
-        *(skyline, trees, beams, stripes, weeds),
-    )
-}
+    return mix(colours, smooth(y + 0 * x, 1 - height, 1.0)), cover

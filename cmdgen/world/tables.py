@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-from cmdgen.world.motions import check_formulas
-from cmdgen.world.paint import PAINTERS, Painter, Range
+from cmdgen.world import paint
+from cmdgen.world.paint import Painter, Range, Sun
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Layer:
-    """Something painted that scrolls: sideways (along "x", repeating) or up (along "y")."""
+    """Something painted that scrolls: sideways, or up."""
 
     paint: Painter
     # rows that it may cover, in frame heights
@@ -58,7 +58,7 @@ class Layer:
     # frame heights a clip that it moves left (or up) by itself, and while the subject travels right
     speed: float = 0.0
     depth: float = 0.0
-    axis: Literal["x", "y"] = "x"
+    rises: bool = False
     # drawn before the subject
     front: bool = False
 
@@ -72,7 +72,7 @@ class Scene:
     tags: tuple[str, ...]
     backdrop: str
     layers: tuple[Layer, ...]
-    sun: tuple[float, float, float, str] | None = None
+    sun: Sun | None = None
     # where the subject stands: its foot with a shadow there, or its centre if there is no ground
     ground: float | None = None
     centre: float = 0.5
@@ -94,9 +94,6 @@ class Motion:
     places: tuple[str, ...] = ()
     # how fast the scene scrolls past
     travel: float = 0.25
-
-    def __post_init__(self) -> None:
-        check_formulas(self.path)
 
     @property
     def camera(self) -> bool:
@@ -135,8 +132,6 @@ def read(hint: Any, value: Any, where: str) -> Any:
     origin, inner = get_origin(hint), get_args(hint)
     if origin is UnionType:
         return read(inner[0], value, where)
-    if origin is Literal and value in inner:
-        return value
     if origin is tuple and type(value) is list:
         hints = inner[:1] * len(value) if inner[-1] is ... else inner
         if len(hints) != len(value):
@@ -157,15 +152,11 @@ def read(hint: Any, value: Any, where: str) -> Any:
 
 def _read_layer(row: dict[str, Any], where: str) -> Layer:
     """Read a row that holds the arguments of its painter beside those of the layer."""
-    painter = PAINTERS.get(row.get("paint", ""))
-    if painter is None:
-        raise ValueError(f"{where}: got no painter, expected one of {', '.join(PAINTERS)}")
-    names = {field.name for field in fields(Layer)}
-    options = {name: value for name, value in row.items() if name not in names}
+    own = {field.name: row.pop(field.name) for field in fields(Layer) if field.name in row}
+    painter = getattr(paint, own.pop("paint"))
     # the canvas comes when it is painted
-    paint = partial(painter, **_read_arguments(painter, options, where, None))
-    own = {name: row[name] for name in names & row.keys() - {"paint"}}
-    return Layer(paint, **_read_arguments(Layer, own, where, None))
+    bound = partial(painter, **_read_arguments(painter, row, where, None))
+    return Layer(bound, **_read_arguments(Layer, own, where, bound))
 
 
 def _read_arguments(

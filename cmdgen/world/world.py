@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from cmdgen.data.clips import Clips
 from cmdgen.world.captions import caption, pick
 from cmdgen.world.config import WorldConfig
-from cmdgen.world.render import Batch, Renderer, Specs
+from cmdgen.world.render import Shot, Specs
+from cmdgen.world.sprites import load_sprites
 from cmdgen.world.tables import read_tables
 
 # shares of subjects with a colour and with a size
@@ -25,6 +26,9 @@ _TINTED = 0.35
 _SIZED = 0.25
 # what is hashed: one stream of random numbers for each
 _SUBJECT, _MOTION, _SCENE, _LOOK, _SCROLL, _CAPTION, _PARTNER, _ADJECTIVE, _WORD = range(9)
+# clips drawn together, fewer of large ones: memory is bounded, and small ones stay in the cache
+_CHUNK = 16
+_CHUNK_PIXELS = 2**18
 # indices looked through before a split counts as empty
 _SEARCH = 2**18
 
@@ -69,7 +73,6 @@ class World:
         ]
         shape = (len(self.subjects), len(self.motions), len(self.scenes))
         self._held_out = torch.tensor(held_out).view(shape)
-        self._renderer = Renderer(self._subjects, self._motions, self._scenes, config)
 
     def _draw(self, indices: Tensor, stream: int, count: int) -> Tensor:
         """(B,) -> (B, count) float64 in [0, 1): splitmix64 of seed, index and stream."""
@@ -164,6 +167,21 @@ class World:
         look = self._draw(indices, _LOOK, 16).view(-1, 2, 8)
         scroll = self._draw(indices, _SCROLL, max(len(scene.layers) for scene in self._scenes))
         time = (torch.arange(frames).double() / frames)[None]
-        video, mask = self._renderer.render(Batch(specs, look, scroll, time, size, device))
+        kind, font = self.config.sprites, self.config.font
+        sprites = load_sprites(tuple(self._subjects), kind, font, device)
+        world = (self.config, sprites, self._motions, self._scenes)
+        batch = Shot(*world, specs, look, scroll, time, size, device)
+        video = torch.empty(len(indices), frames, 3, *size, dtype=torch.uint8, device=device)
+        mask = torch.empty(len(indices), frames, *size, dtype=torch.bool, device=device)
+        chunk = max(1, min(_CHUNK, _CHUNK_PIXELS // (size[0] * size[1])))
+        # clips that one canvas serves
+        cameras = torch.tensor([motion.camera for motion in self._motions])
+        groups = 2 * specs.scene + cameras[specs.motion]
+        for group in groups.unique():
+            for rows in (groups == group).nonzero()[:, 0].split(chunk):
+                picture, cover = batch[rows].film()
+                picture = (picture * 255).round_().clamp_(0, 255).to(torch.uint8)
+                video[rows.to(device)] = picture.view(-1, *video.shape[1:])
+                mask[rows.to(device)] = (cover > 0.5).view(-1, *mask.shape[1:])
         labels = {name: label.to(device) for name, label in specs.labels.items()}
         return Clips(video, mask, self.captions(indices, variant), labels)
