@@ -12,10 +12,11 @@ if not torch.cuda.is_available():
 from cmdgen.config import MINI, ModelConfig, UNetConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
-from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
-from cmdgen.weights import write_model_index
+from cmdgen.store.parts import write_model_index
 
 CAPTIONS = ["a dog swimming in the ocean", "a red car driving", "two birds flying in the sky"]
 

@@ -46,9 +46,9 @@ class Calibration:
     protected: int = option(MISSING, "P, the first steps, which run.", low=1, high=MAX_STEPS)
     # row i has, for each later step j, the mean cosine of the features of steps i and j
     similarity: Rows = ()
-    # row i is of step P - 1 + i. It has, for each j at least 2 later, the squared error of the final
-    # sample, relative to its squared mean, where step i's feature is reused up to j and all other
-    # steps run; j = K reuses it to the end
+    # row i, from step P - 1 on, has for each j at least 2 later the squared error of the final sample,
+    # relative to its squared mean, where step i's feature is reused up to j and all other steps run;
+    # j = K reuses it to the end
     errors: Rows = ()
 
     def __post_init__(self) -> None:
@@ -59,8 +59,8 @@ class Calibration:
             rows, (low, high) = getattr(self, name), bounds[name]
             if not _is_triangle(rows, size, low, high):
                 raise ValueError(
-                    f"{name} {short(rows)} is not {size} rows, of {size} numbers down to 1, between "
-                    f"{low} and {high:g}"
+                    f"{name} {short(rows)} is not {size} rows, of {size} numbers down to 1, "
+                    f"between {low} and {high:g}"
                 )
             object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in rows))
 

@@ -154,7 +154,7 @@ Run = Callable[[Work, Slices], object]
 
 
 def run_vae(work: Work, slices: Slices) -> None:
-    """Run a first slice, beside all frames and, in two orders or in parts and joined, all latents."""
+    """Run a first slice, beside all frames and two copies of all latents."""
     shape = work.batch * work.model.frames, 3, work.model.height, work.model.width
     frames = work.empty(*shape, dtype=torch.uint8)
     latents, *others = (work.latents().flatten(0, 1) for _ in range(2))

@@ -160,7 +160,7 @@ class Moments:
         self.squares: Tensor | float = 0.0
 
     def add(self, x: Tensor) -> Tensor:
-        """(B, C, R, W) -> the same, by the rule of Chan et al. 1979: no difference of large sums."""
+        """(B, C, R, W) -> the same, by Chan et al. 1979: no difference of large sums."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = wide.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
         # on a CPU in a tenth of the time of var_mean
