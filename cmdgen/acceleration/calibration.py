@@ -46,9 +46,9 @@ class Calibration:
     protected: int = option(MISSING, "P, the first steps, which run.", low=1, high=MAX_STEPS)
     # row i has, for each later step j, the mean cosine of the features of steps i and j
     similarity: Rows = ()
-    # row i, from step P - 1 on, has for each j at least 2 later the squared error of the final sample,
-    # relative to its squared mean, where step i's feature is reused up to j and all other steps run;
-    # j = K reuses it to the end
+    # row i is of step P - 1 + i. For each j at least 2 later it has the squared error of the final
+    # sample, relative to its squared mean, where the step's feature is reused up to j and all other
+    # steps run; j = K reuses it to the end
     errors: Rows = ()
 
     def __post_init__(self) -> None:
