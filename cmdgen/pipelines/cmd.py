@@ -13,9 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cmdgen.acceleration.budget import choose_encoding_slices
 from cmdgen.acceleration.calibration import Predict
 from cmdgen.acceleration.graphs import fastest_libraries
+from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.overlap import Pending
 from cmdgen.acceleration.rehash import CutDiT
 from cmdgen.acceleration.slicer import decode_clip, encode_clip
@@ -156,9 +156,8 @@ class CmdPipeline(StillPipeline):
 
     def encoding_slices(self, plan: Plan) -> Slices:
         """Return slices that keep the encoding of one clip within the plan's memory."""
-        return choose_encoding_slices(
-            plan.model, self.dtype, self.device, max_memory=plan.max_memory
-        )
+        work = Work(plan.model, self.dtype, verb="encode")
+        return choose_slices(work, self.device, plan.max_memory)
 
     @torch.inference_mode()
     def encode(
