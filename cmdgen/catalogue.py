@@ -16,7 +16,6 @@ from torch import nn
 
 from cmdgen.config import (
     PRESETS,
-    WORLD,
     AutoencoderConfig,
     DiTConfig,
     ModelConfig,
@@ -25,7 +24,6 @@ from cmdgen.config import (
     UNetConfig,
     VaeConfig,
 )
-from cmdgen.data.world import World
 from cmdgen.files import create_folder
 from cmdgen.models import autoencoder, dit, text, unet, vae
 from cmdgen.weights import (
@@ -37,6 +35,8 @@ from cmdgen.weights import (
     weight_paths,
     write_model_index,
 )
+from cmdgen.world.config import WORLD
+from cmdgen.world.world import World
 
 # folder of a part -> its configuration, what it builds, the file of its weights
 PARTS: dict[str, tuple[type, Callable[[Any], nn.Module], str]] = {

@@ -15,8 +15,9 @@ from cmdgen.cli.progress import Say
 from cmdgen.cli.size import parse_memory, parse_size
 from cmdgen.cli.stop import Stop
 from cmdgen.cli.train import CLIPS_HELP, DATA, DATA_HELP, PRESET, build_config, open_data
-from cmdgen.config import PRESETS, WORLDS, WorldConfig
+from cmdgen.config import PRESETS
 from cmdgen.training.config import TrainConfig, recipe
+from cmdgen.world.config import WORLDS, WorldConfig
 
 app = typer.Typer(
     cls=Group,
@@ -83,7 +84,7 @@ def preview(
     from cmdgen.data.clips import ClipSource
     from cmdgen.data.folder import Folder
     from cmdgen.data.sheet import draw_sheet
-    from cmdgen.data.world import World
+    from cmdgen.world.world import World
 
     source: ClipSource
     if data in WORLDS:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from cmdgen.data.world import World
 from cmdgen.weights import load_model, save_model
+from cmdgen.world.world import World
 
 FILENAME = "model.safetensors"
 # the probe of the small world, which ships with the default model

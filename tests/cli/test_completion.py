@@ -11,7 +11,8 @@ from typer.main import get_command
 
 from cmdgen.cli.app import app
 from cmdgen.cli.completion import SCRIPTS, find
-from cmdgen.config import PRESETS, SAMPLERS, WORLDS
+from cmdgen.config import PRESETS, SAMPLERS
+from cmdgen.world.config import WORLDS
 
 ROOT = Path(__file__).parents[2]
 
