@@ -14,7 +14,7 @@ LAYERS = (
     ("cli", "__main__"),
     ("pipeline", "training", "evaluation"),
     ("acceleration", "compression"),
-    ("catalogue", "diffusion", "hub", "latents", "models", "data", "video", "weights"),
+    ("catalogue", "diffusion", "hub", "latents", "models", "data", "video", "weights", "world"),
     ("config", "request", "options", "__init__"),
     ("files",),
 )
