@@ -20,7 +20,7 @@ class WorldConfig:
     """What the rendered world shows; no names mean everything there is of that kind."""
 
     seed: int = _world(0, "Seed of the world.", low=0)
-    subjects: tuple[str, ...] = _only("Only these subjects: names with commas between.")
+    subjects: tuple[str, ...] = _only("Only these subjects, with commas between.")
     motions: tuple[str, ...] = _only("Only these motions.")
     scenes: tuple[str, ...] = _only("Only these scenes.")
     pairs: float = _share(0.25, "Share of clips with a second subject.")
