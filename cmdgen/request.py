@@ -84,7 +84,7 @@ def parse_rehash(text: str) -> int | Steps | None:
         return None
     if re.fullmatch(r"[0-9]{1,6}", text):
         return int(text)
-    if len(text) > 2**14 or not re.fullmatch(r"0(,[0-9]{1,4})*(\+0(,[0-9]{1,4})*)?", text):
+    if len(text) > 2**13 or not re.fullmatch(r"0(,[0-9]{1,4})*(\+0(,[0-9]{1,4})*)?", text):
         raise ValueError(
             f"rehash {short(text)} is neither off nor a number of steps, such as 13, nor the steps "
             "themselves, such as 0,1,4+0,2"
