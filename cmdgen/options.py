@@ -1,0 +1,144 @@
+"""Dataclass fields that describe themselves, and the one typed reader of their values.
+
+A field made by `option` carries its help, range and choices. The command line, JSON lines, TOML
+tables, the metadata of files and Python callers all read a value by `read_value`, so a value is
+either valid everywhere or refused everywhere, in the same words.
+"""
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from reprlib import repr as short
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+# bytes of a text: hundreds of times what a text encoder reads
+MAX_TEXT_BYTES = 2**14
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one field is shown, checked, read from text and written to text."""
+
+    help: str
+    # title of the options' group in --help
+    group: str | None = None
+    # smallest and largest value
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+    # flags other than --field-name, such as ("--output", "-o"); with `argument`: none
+    flags: tuple[str, ...] = ()
+    argument: bool = False
+    # whether a line of a batch file may set it
+    per_job: bool = False
+    # the default that help shows, where the field's own says little
+    shown: str | None = None
+    # text to value and back, of a field whose values are not plain numbers, texts and paths
+    read: Callable[[str], Any] | None = None
+    write: Callable[[Any], str] = str
+    # what a shell completes: "model" or "file"
+    complete: str | None = None
+
+
+def option(default: Any, help: str, **settings: Any) -> Any:
+    """Return a dataclass field with an `Option`; `MISSING` makes it required."""
+    return field(default=default, metadata={"option": Option(help, **settings)})
+
+
+def option_of(item: Field[Any]) -> Option:
+    """Return the `Option` of a dataclass field."""
+    described: Option = item.metadata["option"]
+    return described
+
+
+@cache
+def options_of(cls: type) -> Mapping[str, tuple[Field[Any], type, bool]]:
+    """Return the fields that have an option by name: the field, its type, whether None is valid."""
+    hints = get_type_hints(cls)
+    table = {}
+    for item in fields(cls):
+        if "option" in item.metadata:
+            hint = hints[item.name]
+            members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            kind = next(member for member in members if member is not NoneType)
+            table[item.name] = (item, get_origin(kind) or kind, NoneType in members)
+    return table
+
+
+def read_value(cls: type, name: str, value: Any) -> Any:
+    """Return the typed value of one field, given as a value of its type or as its text.
+
+    Raises ValueError in one line that says what is possible.
+    """
+    item, kind, optional = options_of(cls)[name]
+    described = option_of(item)
+    title = name.replace("_", " ")
+    if value is None and optional:
+        return None
+    if described.read is not None:
+        try:
+            # a typed value is checked as its text
+            text = value if isinstance(value, str) else described.write(value)
+        except (IndexError, TypeError) as error:
+            raise ValueError(f"{title} {short(value)} is not valid") from error
+        return described.read(text)
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 2**53 else math.inf
+    if kind is Path and isinstance(value, str):
+        value = Path(check_text(name, value))
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{title} {short(value)} is not {_KINDS.get(kind, 'text')}")
+    if isinstance(value, str):
+        value = check_text(title, value)
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{title} {short(value)} is not a number")
+    if described.choices and value not in described.choices:
+        raise ValueError(f"{title} {short(value)} is not one of {', '.join(described.choices)}")
+    _check_range(title, value, described)
+    return value
+
+
+def _check_range(title: str, value: Any, described: Option) -> None:
+    low, high = described.low, described.high
+    if low is not None and high is not None and not low <= value <= high:
+        top = "2^63 - 1" if high == 2**63 - 1 else high
+        raise ValueError(f"{title} {short(value)} is not between {low} and {top}")
+    if low is not None and not value >= low:
+        raise ValueError(f"{title} {short(value)} is not at least {low}")
+
+
+def read_fields(instance: Any) -> None:
+    """Read all fields of a frozen dataclass in place; call it in `__post_init__`."""
+    for name in options_of(type(instance)):
+        object.__setattr__(
+            instance, name, read_value(type(instance), name, getattr(instance, name))
+        )
+
+
+def check_text(title: str, text: str) -> str:
+    """Return a text as one line; tabs and line breaks become spaces.
+
+    Raises ValueError for lone surrogates, control characters and more than `MAX_TEXT_BYTES`.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"the {title} is not valid UTF-8")
+    if (size := len(text.encode())) > MAX_TEXT_BYTES:
+        raise ValueError(f"the {title} has {size} bytes, more than {MAX_TEXT_BYTES}")
+    line = re.sub(r"[\t\n\v\f\r\x85\u2028\u2029]", " ", text)
+    for letter in line:
+        if unicodedata.category(letter) == "Cc":
+            raise ValueError(f"the {title} holds the control character U+{ord(letter):04X}")
+    return line
+
+
+def is_required(item: Field[Any]) -> bool:
+    """Return whether a field has no default."""
+    return item.default is MISSING and item.default_factory is MISSING

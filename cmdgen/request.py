@@ -1,0 +1,509 @@
+"""What a user asks for, `Request`, and the same resolved against one model, `Plan`.
+
+    flags, JSONL line, TOML table, metadata ──► Request ──resolve(request, model)──► Plan
+
+One field of `Request` is one option of `cmdgen sample`, one key of a line of a batch file, one key
+of a clip's metadata and one keyword of `pipeline.sample`. Defaults live here once. Never imports
+torch.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+from cmdgen.config import POLICIES, SAMPLERS, ModelConfig
+from cmdgen.options import option, option_of, options_of, read_fields, read_value
+
+WHAT, HOW, FASTER, FILE = (
+    "What is made",
+    "How it is sampled",
+    "Faster (changes the result)",
+    "The file",
+)
+INPUTS, MACHINE = "Inputs instead of samples", "Model and machine"
+
+# help of a default that each model has
+MODELS_OWN = "the model's own"
+MAX_SEED, MAX_FPS = 2**63 - 1, 240
+
+# (height, width), the order of tensors
+Size = tuple[int, int]
+# steps that run in full: of the content model, of the motion model
+Steps = tuple[tuple[int, ...], tuple[int, ...]]
+
+_UNITS = {"B": 1, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}
+
+
+def parse_size(text: str) -> Size:
+    """Return (height, width) of WIDTHxHEIGHT."""
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
+    if match is None:
+        raise ValueError(f"size {short(text)} is not WIDTHxHEIGHT, such as 64x64")
+    size = int(match[2]), int(match[1])
+    for name, side in zip(("height", "width"), size, strict=True):
+        if side < 1:
+            raise ValueError(f"{name} {side} is not at least 1")
+    return size
+
+
+def write_size(size: Size) -> str:
+    """Return WIDTHxHEIGHT."""
+    return f"{size[1]}x{size[0]}"
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes of a number with its unit, such as 4GB."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Z]{1,3})", text.upper())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"memory {short(text)} is not a number of MB, MiB, GB or GiB, such as 4GB")
+    size = round(float(match[1]) * _UNITS[match[2]])
+    if size < 1:
+        raise ValueError(f"max memory {size} is not at least 1")
+    return size
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """Return the two shares of LOW-HIGH."""
+    match = re.fullmatch(r"([01](?:\.\d{1,17})?)-([01](?:\.\d{1,17})?)", text)
+    if match is None:
+        raise ValueError(f"guidance interval {short(text)} is not LOW-HIGH, such as 0.1-0.8")
+    low, high = float(match[1]), float(match[2])
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"guidance interval {low}-{high} is not within 0-1, lower end first")
+    return low, high
+
+
+def parse_rehash(text: str) -> int | Steps | None:
+    """Return how many steps run in full, or which: of content and, after a +, of motion."""
+    if text == "off":
+        return None
+    if re.fullmatch(r"[0-9]{1,6}", text):
+        return int(text)
+    if len(text) > 2**14 or not re.fullmatch(r"0(,[0-9]{1,4})*(\+0(,[0-9]{1,4})*)?", text):
+        raise ValueError(
+            f"rehash {short(text)} is neither off nor a number of steps, such as 13, nor the steps "
+            "themselves, such as 0,1,4+0,2"
+        )
+    content, _, motion = text.partition("+")
+    both = tuple(tuple(map(int, part.split(","))) if part else () for part in (content, motion))
+    for part in both:
+        if any(a >= b for a, b in pairwise(part)):
+            raise ValueError(f"rehash steps {short(part)} do not rise from 0, which always runs")
+    return both[0], both[1]
+
+
+def write_rehash(value: int | Steps | None) -> str:
+    """Return what `parse_rehash` reads."""
+    if value is None or isinstance(value, int):
+        return "off" if value is None else str(value)
+    # a part that was not sampled has no steps: its first step stands for any
+    return "+".join(",".join(map(str, steps or (0,))) for steps in value)
+
+
+_what = partial(option, group=WHAT, per_job=True)
+_seed = partial(_what, None, low=0, high=MAX_SEED)
+_input = partial(option, None, group=INPUTS, metavar="FILE", complete="file")
+_how = partial(option, None, group=HOW, per_job=True, shown=MODELS_OWN)
+_faster = partial(option, group=FASTER, per_job=True)
+_file = partial(option, group=FILE, per_job=True)
+_machine = partial(option, group=MACHINE)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip as a user asks for it; None means the model's own value.
+
+    Every field is read and checked alone when a request is made, whether it is given as text or as
+    a value. `resolve` checks the fields together, against a model. Raises ValueError in one line.
+    """
+
+    prompt: str | None = _what(
+        None,
+        "What the video shows. Without PROMPT, prompts are read from stdin.",
+        argument=True,
+        metavar="PROMPT",
+    )
+    output: str | None = _what(
+        None,
+        "File to write. Its suffix chooses the format; .png is a still; - is stdout. {index}, "
+        "{line}, {seed} and {slug} are replaced.",
+        flags=("--output", "-o"),
+        metavar="NAME",
+        complete="file",
+    )
+    seed: int | None = _seed("The same seed gives the same frames.", shown="random")
+    content_seed: int | None = _seed("Seed of the content frame.", shown="--seed")
+    motion_seed: int | None = _seed("Seed of the motion.", shown="--seed")
+    negative: str = _what("", "Negative prompt: guidance leads away from it.", shown="none")
+    frames: int | None = _what(
+        None,
+        "Length of the video. 1 makes a still, the content frame alone.",
+        low=1,
+        shown=MODELS_OWN,
+    )
+    size: Size | None = _what(
+        None,
+        "Size of the video.",
+        metavar="WIDTHxHEIGHT",
+        shown=MODELS_OWN,
+        read=parse_size,
+        write=write_size,
+    )
+    fps: int | None = _what(None, "Frames per second.", low=1, shown=MODELS_OWN)
+
+    content_from: Path | None = _input(
+        "Take the content frame from a video, or from latents that `cmdgen encode` wrote. Only the "
+        "motion is sampled."
+    )
+    motion_from: Path | None = _input(
+        "Take the motion from a video or from latents. Only the content frame is sampled."
+    )
+    image: Path | None = _input("Animate a picture of any size: it becomes the content frame.")
+
+    steps: int | None = _how("Sampling steps of the content frame.", low=1)
+    motion_steps: int | None = _how("Sampling steps of the motion.", low=1)
+    sampler: str | None = _how(f"One of {', '.join(SAMPLERS)}.", choices=SAMPLERS)
+    guidance: float | None = _how(
+        "How closely the content frame follows the prompt; 1 is off.", low=0, high=100
+    )
+    motion_guidance: float | None = _how(
+        "How closely the motion follows the prompt; 1 is off.", low=0, high=100
+    )
+
+    guidance_interval: tuple[float, float] | None = _faster(
+        None,
+        "Guide only between these shares of the noise schedule, such as 0.1-0.8.",
+        metavar="LOW-HIGH",
+        read=parse_interval,
+        write="{0[0]}-{0[1]}".format,
+    )
+    rehash: int | Steps | None = _faster(
+        None,
+        "Run N of the steps in full and reuse features in the others; the motion model runs as "
+        "many in proportion. Or list the steps: 0,1,4+0,2 are those of content and motion.",
+        metavar="N|STEPS|off",
+        shown="off",
+        read=parse_rehash,
+        write=write_rehash,
+    )
+    rehash_policy: str | None = _faster(
+        None,
+        f"How the full steps are chosen, one of {', '.join(POLICIES)}.",
+        choices=POLICIES,
+        shown="minimax",
+    )
+    rehash_threshold: float | None = _faster(
+        None,
+        "Run those steps in full that are less similar than G to the last full step, instead of N.",
+        metavar="G",
+        low=-1,
+        high=1,
+    )
+    rehash_protect: float = _faster(
+        0.1,
+        "Share of the content model's steps, from the first, that always run in full.",
+        low=0,
+        high=1,
+    )
+    rehash_file: Path | None = _faster(
+        None,
+        "Calibration that `cmdgen rehash calibrate` wrote.",
+        metavar="FILE",
+        shown=MODELS_OWN,
+        complete="file",
+    )
+
+    format: str | None = _file(
+        None, "Format of the file.", shown="by the suffix; y4m on stdout", complete="format"
+    )
+    crf: int | None = _file(None, "Quality; 0 is best.", shown="the codec's own")
+    codec: str | None = _file(None, "Video codec.", shown="the format's own", complete="codec")
+    loop: int | None = _file(
+        None, "How often a gif, webp or apng plays.", metavar="N", shown="0, for ever"
+    )
+    sidecar: bool = _file(False, "Also write the metadata to NAME.json.")
+    no_metadata: bool = _file(False, "Write no metadata into the file.")
+
+    model: str = _machine(
+        "mini",
+        "Name of a packaged model, a folder, or OWNER/NAME that `cmdgen models pull` brought.",
+        complete="model",
+    )
+    max_memory: int | None = _machine(
+        None,
+        "Limit on what networks hold beside the weights, such as 4GB. The result stays the same.",
+        metavar="SIZE",
+        shown="no limit, fastest",
+        read=parse_memory,
+        write="{}B".format,
+    )
+    device: str = _machine("auto", "auto, cpu, cuda or cuda:N.", complete="device")
+    dtype: str = _machine(
+        "auto",
+        "auto, float32, float16 or bfloat16. auto is float32 on a CPU, bfloat16 on a GPU.",
+        complete="dtype",
+    )
+    compile: bool = _machine(
+        False, "Compile the networks with torch.compile. The first clip of a size takes minutes."
+    )
+
+    def __post_init__(self) -> None:
+        read_fields(self)
+
+    @property
+    def rehashes(self) -> bool:
+        """Return whether step rehash is on."""
+        return self.rehash is not None or self.rehash_threshold is not None
+
+
+# fields that name files, which metadata identifies by name and SHA-256
+INPUT_FIELDS = ("content_from", "motion_from", "image")
+JOB_FIELDS = frozenset(
+    name for name, (item, _, _) in options_of(Request).items() if option_of(item).per_job
+)
+
+
+def read_job(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the typed values of one line of a batch file by field name.
+
+    JSON types are strict: a number is not text. null asks for the default. Raises ValueError for
+    unknown keys, options that hold for all jobs, and values that are not valid.
+    """
+    typed: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name in typed:
+            raise ValueError(f"{short(key)} is given twice")
+        if name not in JOB_FIELDS:
+            table = options_of(Request)
+            raise ValueError(
+                f"{short(key)} is the same for all jobs: give it as a flag"
+                if name in table
+                else f"{short(key)} is not one of {', '.join(sorted(JOB_FIELDS))}"
+            )
+        item = options_of(Request)[name][0]
+        typed[name] = item.default if value is None else _read_json(name, value)
+    return typed
+
+
+def _read_json(name: str, value: Any) -> Any:
+    item, kind, _ = options_of(Request)[name]
+    # of the fields with a text form, only a number of steps is a number
+    numeric = type(value) is int and name == "rehash"
+    if option_of(item).read is not None and not isinstance(value, str) and not numeric:
+        raise ValueError(f"{name} {short(value)} is not text")
+    if kind is float and not isinstance(value, int | float):
+        raise ValueError(f"{name} {short(value)} is not a number")
+    return read_value(Request, name, value)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """How much goes through a group of operators at a time; no result depends on it."""
+
+    # frames through the autoencoder's spatial groups, of all clips together
+    frames: int
+    # positions through its temporal groups, each at all times, of all clips together
+    positions: int
+    # frames through the VAE, of all clips together
+    pictures: int
+    # parts into which the VAE cuts the rows of a frame, at most one for each row of a latent
+    strips: int = 1
+
+
+@dataclass(frozen=True)
+class KeySteps:
+    """The steps of one clip that run in full under step rehash; the others reuse features."""
+
+    policy: str
+    content: tuple[int, ...]
+    # empty for stills
+    motion: tuple[int, ...]
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request resolved against one model: every value is filled in and checked."""
+
+    # with the clip's size, length, rate, sampler, steps and guidance in place of its defaults
+    model: ModelConfig
+    prompt: str
+    negative: str
+    seed: int
+    content_seed: int
+    motion_seed: int
+    # bytes beside the weights; None: no limit
+    max_memory: int | None = None
+    # None: every step runs in full
+    key_steps: KeySteps | None = None
+    # the smallest, until a pipeline, which knows dtype and device, has chosen them
+    slices: Slices = Slices(frames=1, positions=1, pictures=1)
+
+    @property
+    def moves(self) -> bool:
+        """Return whether the clip is a video, not a still."""
+        return self.model.frames > 1
+
+
+# fields of `Request` that replace a model's default of the same name
+_DEFAULTS = (
+    *("frames", "fps", "sampler", "steps", "motion_steps"),
+    *("guidance", "motion_guidance", "guidance_interval"),
+)
+
+
+def resolve(request: Request, model: ModelConfig) -> Plan:
+    """Fill in what `request` leaves to the model, and check all of it together.
+
+    `Pipeline.plan` calls this and adds key steps and slices. Raises ValueError, saying what is
+    possible, where this model cannot make the clip.
+    """
+    values = {name: getattr(request, name) for name in _DEFAULTS}
+    if request.size is not None:
+        values["height"], values["width"] = request.size
+    model = replace(model, **{name: value for name, value in values.items() if value is not None})
+    seed = 0 if request.seed is None else request.seed
+    _check_clip(model)
+    _check_rehash(request, model)
+    return Plan(
+        model,
+        request.prompt or "",
+        request.negative,
+        seed,
+        content_seed=seed if request.content_seed is None else request.content_seed,
+        motion_seed=seed if request.motion_seed is None else request.motion_seed,
+        max_memory=request.max_memory,
+    )
+
+
+def _check_clip(model: ModelConfig) -> None:
+    multiple = model.size_multiple
+    if model.height % multiple or model.width % multiple:
+        nearest = [
+            max(1, round(side / multiple)) * multiple for side in (model.height, model.width)
+        ]
+        raise ValueError(
+            f"size {model.width}x{model.height}: both sides must be multiples of {multiple}, such "
+            f"as {write_size((nearest[0], nearest[1]))}"
+        )
+    if model.frames > 1 and model.motion is None:
+        raise ValueError(
+            f"frames {model.frames}: {model.name} has no motion model, it makes stills of 1"
+        )
+    if model.frames > 1 and model.motion is not None and model.frames % model.motion.patch:
+        patch = model.motion.patch
+        raise ValueError(f"frames {model.frames} is neither 1 nor a multiple of {patch}")
+    noises = {"steps": model.noise, "motion_steps": (model.motion or model).noise}
+    for name, noise in noises.items():
+        if getattr(model, name) > noise.num_train_timesteps:
+            raise ValueError(
+                f"{name.replace('_', ' ')} {getattr(model, name)} is not between 1 and "
+                f"{noise.num_train_timesteps}"
+            )
+    if model.fps > MAX_FPS:
+        raise ValueError(f"fps {model.fps} is not between 1 and {MAX_FPS}")
+
+
+def _check_rehash(request: Request, model: ModelConfig) -> None:
+    policy, threshold = request.rehash_policy, request.rehash_threshold
+    if not request.rehashes:
+        defaults = options_of(Request)
+        names = ("rehash_policy", "rehash_protect", "rehash_file")
+        if any(getattr(request, name) != defaults[name][0].default for name in names):
+            raise ValueError("nothing is rehashed: say how many steps run in full with --rehash N")
+        return
+    if isinstance(request.rehash, tuple) and (policy, threshold) != (None, None):
+        raise ValueError("rehash lists the steps that run: nothing is left to choose")
+    if model.guidance_interval is not None and model.guidance_interval[1] < 1:
+        raise ValueError(
+            "where guidance comes on midway there is nothing to reuse: with rehash, a guidance "
+            "interval must reach up to 1"
+        )
+    if threshold is not None and request.rehash is not None:
+        raise ValueError("a rehash threshold decides how many steps run: leave out the number")
+    if threshold is not None and policy not in (None, "similarity"):
+        raise ValueError(f"rehash policy {policy} has no threshold, similarity has")
+
+
+def describe_plan(plan: Plan, *, content: bool = True, motion: bool = True) -> dict[str, Any]:
+    """Return a plan as metadata: a value for each field of `Request`, as JSON or as its text.
+
+    Settings of a part that is not sampled, and the motion's of a still, are left out.
+    """
+    model, motion = plan.model, motion and plan.moves
+    values: dict[str, Any] = {
+        name: getattr(plan, name) for name in ("prompt", "negative", "seed", "max_memory")
+    }
+    if content:
+        values["content_seed"] = plan.content_seed
+    if motion:
+        values["motion_seed"] = plan.motion_seed
+    values["size"] = model.height, model.width
+    unused = set() if content else {"steps", "guidance"}
+    unused |= set() if motion else {"motion_steps", "motion_guidance"}
+    values |= {name: getattr(model, name) for name in _DEFAULTS if name not in unused}
+    if plan.key_steps is not None:
+        steps = plan.key_steps
+        values["rehash"] = (steps.content if content else (), steps.motion if motion else ())
+        values |= {"rehash_policy": steps.policy, "rehash_threshold": steps.threshold}
+    table = options_of(Request)
+    return {
+        name: option_of(table[name][0]).write(value)
+        if option_of(table[name][0]).read is not None
+        else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def recall_request(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the typed values of `Request` fields that a file's metadata records.
+
+    Metadata is untrusted. Raises ValueError for values that are not valid; ignores unknown keys.
+    """
+    values = _translate(metadata)
+    # seeds that are the clip's own follow --seed
+    for name in ("content_seed", "motion_seed"):
+        if name in values and values[name] == values.get("seed"):
+            del values[name]
+    # metadata lists the full steps themselves: how they were chosen is history
+    if "rehash" in values:
+        values.pop("rehash_policy", None)
+        values.pop("rehash_threshold", None)
+    return {
+        name: _read_json(name, value)
+        for name, value in values.items()
+        if name in options_of(Request) and name not in INPUT_FIELDS
+    }
+
+
+def _translate(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata in today's form; files of version 0.1 kept some values otherwise."""
+    values = dict(metadata)
+    if "width" in values or "height" in values:
+        sides = [values.pop(name, None) for name in ("width", "height")]
+        if any(type(side) is not int for side in sides):
+            raise ValueError(f"width and height {short(sides)} are not whole numbers")
+        values["size"] = "{}x{}".format(*sides)
+    interval = values.get("guidance_interval")
+    if isinstance(interval, list):
+        if [type(share) for share in interval] != [float, float]:
+            raise ValueError(f"guidance_interval {short(interval)} is not two numbers")
+        values["guidance_interval"] = f"{interval[0]}-{interval[1]}"
+    if type(values.get("max_memory")) is int:
+        values["max_memory"] = f"{values['max_memory']}B"
+    if isinstance(values.get("rehash"), dict):
+        steps = [values["rehash"].get(part, [0]) for part in ("content", "motion")]
+        for listed in steps:
+            if not isinstance(listed, list) or any(type(step) is not int for step in listed):
+                raise ValueError(f"rehash {short(listed)} is not a list of steps")
+        values["rehash"] = "+".join(",".join(map(str, listed)) for listed in steps)
+    if isinstance(values.get("encoding"), dict):
+        values |= values.pop("encoding")
+    return values
