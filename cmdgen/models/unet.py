@@ -7,8 +7,7 @@ knows its timesteps beforehand and whose text stays, has all of that made once (
 Parameter names equal diffusers' `UNet2DConditionModel`: its files load here, ours load there.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,15 +131,9 @@ class Stage(nn.Module):
         self, in_channels: tuple[int, ...], channels: int, heads: int, config: UNetConfig
     ) -> None:
         super().__init__()
+        groups, time_width = config.norm_num_groups, 4 * config.block_out_channels[0]
         self.resnets = nn.ModuleList(
-            ResnetBlock(
-                before,
-                channels,
-                groups=config.norm_num_groups,
-                eps=_EPS,
-                time_width=4 * config.block_out_channels[0],
-            )
-            for before in in_channels
+            ResnetBlock(before, channels, groups, _EPS, time_width) for before in in_channels
         )
         if heads:
             self.attentions = nn.ModuleList(
@@ -172,20 +165,17 @@ class DownStage(Stage):
         return [*skips, *(down(x) for down in self.downsamplers)]
 
 
-class MidStage(nn.Module):
+class MidStage(Stage):
     """Residual block, attention, residual block."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig) -> None:
-        super().__init__()
-        stage = Stage((channels, channels), channels, 0, config)
-        self.resnets = stage.resnets
+        super().__init__((channels, channels), channels, 0, config)
         self.attentions = nn.ModuleList([SpatialTransformer(channels, heads, config)])
 
     def forward(self, x: Tensor, given: Given) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        before, after = self.resnets
-        x = self.attentions[0](before(x, given.shifts[before]), given)
-        return after(x, given.shifts[after])
+        last = self.resnets[1]
+        return last(self.layer(0, x, given), given.shifts[last])
 
 
 class UpStage(Stage):
@@ -274,7 +264,7 @@ class UNet(Pretrained[UNetConfig]):
 
     def hand_out(self, time: Tensor, text: tuple[Tensor, ...]) -> Given:
         """(B, P), the projected text -> what each layer takes of them."""
-        resnets = list(self._resnets())
+        resnets = self._resnets()
         shifts = time.split([resnet.conv1.out_channels for resnet in resnets], dim=-1)
         pairs = zip(text[::2], text[1::2], strict=True)
         return Given(
@@ -282,15 +272,16 @@ class UNet(Pretrained[UNetConfig]):
             text=dict(zip(self._readers(), pairs, strict=True)),
         )
 
-    def _resnets(self) -> Iterator[ResnetBlock]:
-        for stage in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            yield from stage.resnets
+    def _stages(self) -> tuple[Any, ...]:
+        return (*self.down_blocks, self.mid_block, *self.up_blocks)
 
-    def _readers(self) -> Iterator[Attention]:
-        """The attentions to the text."""
-        for stage in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            for attention in getattr(stage, "attentions", ()):
-                yield attention.transformer_blocks[0].attn2
+    def _resnets(self) -> list[ResnetBlock]:
+        return [resnet for stage in self._stages() for resnet in stage.resnets]
+
+    def _readers(self) -> list[Attention]:
+        """List the attentions to the text."""
+        readers = (getattr(stage, "attentions", ()) for stage in self._stages())
+        return [part.transformer_blocks[0].attn2 for parts in readers for part in parts]
 
     def embed(self, sample: Tensor) -> Tensor:
         """(B, C, h, w) -> the first skip (B, C', h, w)."""
