@@ -25,11 +25,7 @@ class Pretrained(nn.Module, Generic[C]):
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder: Folder,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        cls, folder: Folder, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Self:
         """Read a folder that `save_pretrained` or the library wrote, in evaluation mode.
 

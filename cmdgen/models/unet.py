@@ -150,9 +150,8 @@ class DownStage(Stage):
     """Layers, then halving except in the last stage; every intermediate result is a skip."""
 
     def __init__(
-        self, in_channels: int, channels: int, heads: int, config: UNetConfig, *, last: bool
+        self, inputs: tuple[int, ...], channels: int, heads: int, config: UNetConfig, *, last: bool
     ) -> None:
-        inputs = (in_channels, *(channels,) * (config.layers_per_block - 1))
         super().__init__(inputs, channels, heads, config)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels, padding=1)])
 
@@ -182,23 +181,17 @@ class UpStage(Stage):
     """Layers that each take one skip, then doubling except in the last stage."""
 
     def __init__(
-        self,
-        in_channels: int,
-        skip_channels: list[int],
-        channels: int,
-        heads: int,
-        config: UNetConfig,
-        *,
-        last: bool,
+        self, inputs: tuple[int, ...], channels: int, heads: int, config: UNetConfig, *, last: bool
     ) -> None:
-        before = (in_channels, *(channels,) * (len(skip_channels) - 1))
-        inputs = tuple(map(sum, zip(before, skip_channels, strict=True)))
         super().__init__(inputs, channels, heads, config)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(channels)])
 
     def forward(self, x: Tensor, skips: list[Tensor], given: Given) -> Tensor:
-        """(B, C, H, W) -> (B, C', 2H, 2W); takes its skips off the end of the list."""
-        for i in range(len(self.resnets)):
+        """(B, C, H, W) -> (B, C', 2H, 2W); takes its skips off the end of the list.
+
+        The first skip of all stays there, and so the last layer of the last stage does not run.
+        """
+        for i in range(min(len(self.resnets), len(skips) - 1)):
             x = self.layer(i, torch.cat([x, skips.pop()], dim=1), given)
         for up in self.upsamplers:
             # an odd side is not twice its half
@@ -225,20 +218,20 @@ class UNet(Pretrained[UNetConfig]):
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
         self.down_blocks, skips = nn.ModuleList(), [widths[0]]
         for i, kind in enumerate(config.down_block_types):
-            last = i == levels - 1
+            last, width = i == levels - 1, widths[i]
             n = heads[i] if kind.startswith("CrossAttn") else 0
-            self.down_blocks.append(DownStage(skips[-1], widths[i], n, config, last=last))
-            skips += [widths[i]] * (config.layers_per_block + (not last))
+            inputs = (skips[-1], *(width,) * (config.layers_per_block - 1))
+            self.down_blocks.append(DownStage(inputs, width, n, config, last=last))
+            skips += [width] * (config.layers_per_block + (not last))
         self.mid_block = MidStage(widths[-1], heads[-1], config)
-        self.up_blocks, channels = nn.ModuleList(), widths[-1]
-        for i, kind in enumerate(config.up_block_types):
-            level = levels - 1 - i
-            n = heads[level] if kind.startswith("CrossAttn") else 0
-            taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            self.up_blocks.append(
-                UpStage(channels, taken, widths[level], n, config, last=level == 0)
-            )
-            channels = widths[level]
+        self.up_blocks, before = nn.ModuleList(), widths[-1]
+        for i, kind in zip(reversed(range(levels)), config.up_block_types, strict=True):
+            width = widths[i]
+            n = heads[i] if kind.startswith("CrossAttn") else 0
+            inputs = (before, *(width,) * config.layers_per_block)
+            inputs = tuple(channels + skips.pop() for channels in inputs)
+            self.up_blocks.append(UpStage(inputs, width, n, config, last=i == 0))
+            before = width
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
@@ -293,12 +286,8 @@ class UNet(Pretrained[UNetConfig]):
         for block in self.down_blocks:
             skips += block(skips[-1], given)
         x = self.mid_block(skips[-1], given)
-        *earlier, last = self.up_blocks
-        assert isinstance(last, UpStage)
-        for block in earlier:
+        for block in self.up_blocks:
             x = block(x, skips, given)
-        for i in range(len(last.resnets) - 1):
-            x = last.layer(i, torch.cat([x, skips.pop()], dim=1), given)
         return x
 
     def tail(self, feature: Tensor, first: Tensor, given: Given) -> Tensor:

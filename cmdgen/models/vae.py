@@ -10,14 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import VaeConfig
-from cmdgen.models.layers import (
-    Attention,
-    Downsample,
-    KeysValues,
-    ResnetBlock,
-    Upsample,
-    normalise,
-)
+from cmdgen.models.layers import Attention, Downsample, KeysValues, ResnetBlock, Upsample, normalise
 from cmdgen.models.pretrained import Pretrained
 
 _EPS = 1e-6
