@@ -13,8 +13,8 @@ import typer
 from typer.main import get_command
 
 from cmdgen import __version__
-from cmdgen.cli.completion import VARIABLE, complete, completion
 from cmdgen.cli.command import expand
+from cmdgen.cli.completion import VARIABLE, complete, completion
 from cmdgen.cli.data import app as data
 from cmdgen.cli.decompose import decode, encode, reconstruct
 from cmdgen.cli.doctor import doctor
