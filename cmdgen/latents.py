@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cmdgen.config import ModelConfig, SampleConfig
+from cmdgen.files import parse_json
 from cmdgen.files import check_file, replace_with
 from cmdgen.video.formats import Encoding, list_frames
-from cmdgen.video.read import parse_metadata
 from cmdgen.video.write import check_output
 from cmdgen.weights import FLOATS, open_weights
 
@@ -225,6 +225,6 @@ def _parse_shape(file: safe_open, name: str, path: str | os.PathLike[str]) -> Sh
 
 def _parse_metadata(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        return parse_metadata(text)
+        return parse_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: its {METADATA_KEY} is no JSON of ours: {text[:40]!r}") from error

@@ -17,7 +17,7 @@ from cmdgen.config import SampleConfig
 from cmdgen.latents import read_latents, save_latents
 from cmdgen.pipeline import TextToVideo
 from cmdgen.video.read import read_clip, read_metadata, read_video
-from cmdgen.video.write import write_video
+from tests.videos import write_video
 
 PROMPT = "a dog swimming in the ocean"
 QUIET = Say(quiet=True)

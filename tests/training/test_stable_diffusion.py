@@ -19,9 +19,9 @@ from cmdgen.config import CMD_SD21, PRESETS, NoiseConfig, SampleConfig
 from cmdgen.models.vae import KlVae
 from cmdgen.pipeline import TextToVideo
 from cmdgen.training import recompute
-from cmdgen.video.write import write_video
 from cmdgen.weights import read_config, write_config
 from tests.conftest import tiny_config
+from tests.videos import write_video
 
 
 class Result(NamedTuple):
