@@ -17,18 +17,18 @@ Pixels = Literal["rgb24", "yuv420p"]
 # where a file keeps its metadata: a tag of the container, a comment block, the user comment of
 # EXIF, a text chunk, a header; nowhere
 Storage = Literal["tag", "comment", "exif", "text", "header", ""]
-# when bytes go to stdout: while frames are written, or when all of them are; never
-Streaming = Literal["at once", "at the end", ""]
+# how bytes go to stdout: while frames are written, or as a whole at the end; never
+Streaming = Literal["live", "whole", ""]
 
 STDOUT = "-"
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How ffmpeg compresses: `crf` is the default, from 0 (best) to `worst`; None is lossless."""
+    """How ffmpeg compresses: `crf` is the default, from 0 (best) to `worst`, 0 where lossless."""
 
     arguments: tuple[str, ...]
-    crf: int | None = None
+    crf: int = 0
     worst: int = 0
 
 
@@ -52,7 +52,7 @@ class Format:
     """A kind of file: the suffixes of its name, how it is written, and what it can hold.
 
     The first of `codecs` is the default. ffmpeg writes it with the arguments `muxer`, and with
-    `stream` too where it goes to stdout at once; a format without `muxer` is a picture file.
+    `stream` too where it goes to stdout live; a format without `muxer` is a picture file.
     `pixels` is what loses nothing: "yuv420p" where frames are stored so, in BT.709.
     """
 
@@ -69,7 +69,7 @@ class Format:
     even: bool = False
     loops: bool = False
     max_fps: float = 1000
-    max_side: int = 16_384
+    max_side: int = 65_535
 
 
 def _to_yuv420p(matrix: str) -> str:
@@ -89,6 +89,7 @@ _PLAIN = ("-fflags", "+bitexact", "-flags:v", "+bitexact")
 # one palette for the clip and an ordered dither: what stands still does not flicker. Pillow's best
 # palette without flicker is 1.6 dB worse on clips of mini
 _PALETTE = "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=4"
+_GIF = ("-filter_complex", _PALETTE, "-f", "gif")
 _MP4 = ("-f", "mp4", "-movflags", "+faststart")
 _FRAGMENTS = ("-movflags", "frag_keyframe+delay_moov+default_base_moof")
 # a y4m cannot name its matrix, and readers take it for BT.601
@@ -96,39 +97,24 @@ _Y4M = ("-vf", f"{_to_yuv420p('bt601')},setsar=1", "-f", "yuv4mpegpipe")
 # players show a frame for 0.1 s that asks for 0.01 s or less
 _BRIEFEST = 90
 
-_film = partial(Format, pixels="yuv420p", metadata="tag", even=True)
+_film = partial(Format, pixels="yuv420p", metadata="tag", even=True, max_side=16_384)
 _animation = partial(Format, loops=True, max_fps=_BRIEFEST)
-
-FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        kind.name: kind
-        for kind in (
-            _film(
-                "mp4", (".mp4", ".m4v"), ("h264", "hevc", "av1"), _MP4, _FRAGMENTS, stdout="at once"
-            ),
-            _film("webm", (".webm",), ("vp9", "av1"), ("-f", "webm")),
-            _film("mkv", (".mkv",), ("h264", "hevc", "av1", "vp9", "ffv1"), ("-f", "matroska")),
-            # a frame is shown for a whole number of 0.01 s, on average for as long as it should be
-            _animation(
-                "gif",
-                (".gif",),
-                muxer=("-filter_complex", _PALETTE, "-f", "gif"),
-                metadata="comment",
-                stdout="at the end",
-                max_fps=50,
-                max_side=65_535,
-            ),
-            _animation("webp", (".webp",), metadata="exif", stdout="at the end", max_side=16_383),
-            _animation("apng", (".apng",), metadata="text"),
-            Format("png", (".png",), metadata="text", video=False),
-            # its name holds a number, such as %04d.png
-            Format("frames", (), muxer=("-pix_fmt", "rgb24", "-f", "image2")),
-            Format("y4m", (".y4m",), muxer=_Y4M, stdout="at once", even=True),
-            Format("raw", (".rgb", ".raw"), muxer=("-f", "rawvideo"), stdout="at once"),
-            Format("safetensors", (".safetensors",), metadata="header", video=False),
-        )
-    }
+_TABLE = (
+    _film("mp4", (".mp4", ".m4v"), ("h264", "hevc", "av1"), _MP4, _FRAGMENTS, stdout="live"),
+    _film("webm", (".webm",), ("vp9", "av1"), ("-f", "webm")),
+    _film("mkv", (".mkv",), ("h264", "hevc", "av1", "vp9", "ffv1"), ("-f", "matroska")),
+    # a frame is shown for a whole number of 0.01 s, on average for as long as it should be
+    _animation("gif", (".gif",), (), _GIF, metadata="comment", stdout="whole", max_fps=50),
+    _animation("webp", (".webp",), metadata="exif", stdout="whole", max_side=16_383),
+    _animation("apng", (".apng",), metadata="text"),
+    Format("png", (".png",), metadata="text", video=False),
+    # its name holds a number, such as %04d.png
+    Format("frames", (), muxer=("-pix_fmt", "rgb24", "-f", "image2")),
+    Format("y4m", (".y4m",), muxer=_Y4M, stdout="live", even=True),
+    Format("raw", (".rgb", ".raw"), muxer=("-f", "rawvideo"), stdout="live"),
+    Format("safetensors", (".safetensors",), metadata="header", video=False),
 )
+FORMATS: Mapping[str, Format] = MappingProxyType({kind.name: kind for kind in _TABLE})
 
 # a number, or %% for a percent sign
 _FIELD = re.compile(r"(%%|%(?:0\d+)?d)")
@@ -154,19 +140,13 @@ class Encoding:
         if self.codec is not None and self.codec not in kind.codecs:
             possible = f"one of {', '.join(kind.codecs)}" if kind.codecs else "none to choose"
             raise ValueError(f"codec {self.codec!r}: {kind.name} has {possible}")
-        if self.crf is not None:
-            codec = CODECS.get(self.codec_used)
-            if codec is None or codec.crf is None:
-                lossy = ", ".join(each.name for each in FORMATS.values() if each.codecs)
-                raise ValueError(
-                    f"crf {self.crf}: {self.codec_used or kind.name} has none, the lossy codecs of "
-                    f"{lossy} have one"
-                )
-            if not 0 <= self.crf <= codec.worst:
-                raise ValueError(
-                    f"crf {self.crf} is not one of 0, the best, to {codec.worst} for "
-                    f"{self.codec_used}"
-                )
+        name = self.codec_used or kind.name
+        worst = CODECS[name].worst if name in CODECS else 0
+        if self.crf is not None and not worst:
+            lossy = f"the lossy codecs of {_list_formats('codecs')}"
+            raise ValueError(f"crf {self.crf}: {name} has none, {lossy} have one")
+        if self.crf is not None and not 0 <= self.crf <= worst:
+            raise ValueError(f"crf {self.crf} is not one of 0, the best, to {worst} for {name}")
         if self.loop:
             _check_loops(kind)
         if not 0 <= self.loop <= 65_535:
@@ -210,7 +190,7 @@ class Encoding:
         arguments = [*_PLAIN, *kind.muxer, *(kind.stream if streams else ())]
         if codec is not None:
             arguments += codec.arguments
-            if codec.crf is not None:
+            if codec.worst:
                 arguments += ["-crf", str(codec.crf if self.crf is None else self.crf)]
             if self.pixels == pixels == "rgb24":
                 arguments += ["-pix_fmt", "bgr0"]
@@ -237,20 +217,21 @@ def choose_encoding(
 
     Raises ValueError, in one line that says what is possible.
     """
-    if target == STDOUT:
-        kind = _find_format(format or "y4m")
-        if not kind.stdout:
-            streams = ", ".join(each.name for each in FORMATS.values() if each.stdout)
-            raise ValueError(f"{kind.name} cannot go to stdout: {streams} can")
-        if sidecar:
-            raise ValueError("a sidecar lies beside a file: give a name instead of -")
-    else:
-        kind = _find_format(format) if format else _find_format_by_name(target)
+    kind = _find_format(format or "y4m") if format or target == STDOUT else _find_by_name(target)
+    if target == STDOUT and not kind.stdout:
+        raise ValueError(f"{kind.name} cannot go to stdout: {_list_formats('stdout')} can")
+    if target == STDOUT and sidecar:
+        raise ValueError("a sidecar lies beside a file: give a name instead of -")
     if kind.name == "frames":
         parse_pattern(target)
     if loop is not None:
         _check_loops(kind)
     return Encoding(kind.name, crf, codec, loop or 0, metadata, sidecar)
+
+
+def _list_formats(field: str) -> str:
+    """Return the names of the formats in whose row a field is set."""
+    return ", ".join(kind.name for kind in FORMATS.values() if getattr(kind, field))
 
 
 def _find_format(name: str) -> Format:
@@ -259,24 +240,24 @@ def _find_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def _find_format_by_name(target: str) -> Format:
+def _find_by_name(target: str) -> Format:
     path = Path(target)
     suffix = path.suffix.lower()
     if suffix == ".png" and {*_FIELD.findall(path.name)} - {"%%"}:
         return FORMATS["frames"]
-    for kind in FORMATS.values():
-        if suffix in kind.suffixes:
-            return kind
-    suffixes = ", ".join(kind.suffixes[0] for kind in FORMATS.values() if kind.suffixes)
-    raise ValueError(
-        f"{target}: the name must end in {suffixes} or %04d.png, or the format must be said"
-    )
+    by_suffix = {suffix: kind for kind in FORMATS.values() for suffix in kind.suffixes}
+    if suffix not in by_suffix:
+        raise ValueError(
+            f"{target}: the name must end in {', '.join(by_suffix)} or %04d.png, or give its format"
+        )
+    return by_suffix[suffix]
 
 
 def _check_loops(kind: Format) -> None:
     if not kind.loops:
-        loops = ", ".join(each.name for each in FORMATS.values() if each.loops)
-        raise ValueError(f"{kind.name} does not say how often it plays: {loops} do")
+        raise ValueError(
+            f"{kind.name} does not say how often it plays: {_list_formats('loops')} do"
+        )
 
 
 def parse_pattern(target: str | Path) -> re.Pattern[str]:

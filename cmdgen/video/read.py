@@ -56,24 +56,25 @@ _SQUARE = (
     "scale=w='if(gt(sar,1),iw,max(1,round(iw*sar)))':h='if(gt(sar,1),max(1,round(ih/sar)),ih)'"
     ":flags=bicubic+accurate_rnd+full_chroma_int,format=rgb24"
 )
+File = str | os.PathLike[str]
 # frames, each with the seconds for which it is shown
 _Shown = Generator[tuple[np.ndarray, float], None, None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
-    """What a file holds that a clip was read from.
+    """What is known of the file that a clip was read from.
 
     `width` and `height` are as it is shown: turned upright, with square pixels. `fps` is the mean,
     None for a still or a sequence of pictures, `seconds` the whole length, None where it is not
     known. `held` counts the frames at the clip's end that repeat the last one for want of more.
     """
 
-    width: int
-    height: int
-    fps: float | None
-    seconds: float | None
-    held: int
+    width: int = 0
+    height: int = 0
+    fps: float | None = None
+    seconds: float | None = None
+    held: int = 0
 
     def __str__(self) -> str:
         """1920x1080, 29.97 fps, 12.4 s."""
@@ -82,16 +83,8 @@ class Source:
         return ", ".join((f"{self.width}x{self.height}", *rate, *length))
 
 
-@dataclass
-class _About:
-    """What has become known of a file: its frames per second, and its length in seconds."""
-
-    fps: float | None = None
-    seconds: float | None = None
-
-
 def read_clip(
-    path: str | os.PathLike[str], *, frames: int, size: tuple[int, int], fps: float | None
+    path: File, *, frames: int, size: tuple[int, int], fps: float | None
 ) -> tuple[np.ndarray, Source]:
     """A video, picture or sequence (%04d.png) -> uint8 (T, H, W, 3) from its start, and its source.
 
@@ -100,31 +93,27 @@ def read_clip(
     Raises ValueError, in one line, for a file that cannot be read, FileNotFoundError for none.
     """
     clip = np.empty((frames, *size, 3), np.uint8)
-    width = height = made = 0
-    last: np.ndarray | None = None
-    with _open(path, fps, frames) as (shown, about):
+    made, last = 0, None
+    with _open(path, fps, frames) as (shown, source):
         for frame in islice(shown, frames):
             clip[made] = clip[made - 1] if frame is last else fit(frame, size)
-            height, width, _ = frame.shape
+            source.height, source.width, _ = frame.shape
             last, made = frame, made + 1
-    if not made:
-        raise ValueError(f"{path} is not a readable video or picture")
+        if not made:
+            raise EOFError
     clip[made:] = clip[made - 1]
-    return clip, Source(width, height, about.fps, about.seconds, frames - made)
+    source.held = frames - made
+    return clip, source
 
 
-def read_video(
-    path: str | os.PathLike[str], *, max_frames: int | None = None
-) -> tuple[np.ndarray, float]:
+def read_video(path: File, *, max_frames: int | None = None) -> tuple[np.ndarray, float]:
     """A file -> uint8 (T, H, W, 3) and its frames per second; the first `max_frames` if given.
 
     Raises ValueError, in one line, for a file that cannot be read, FileNotFoundError for none.
     """
-    with _open(path, None, max_frames) as (shown, about):
-        frames = list(islice(shown, max_frames))
-    if not frames or len({frame.shape for frame in frames}) != 1:
-        raise ValueError(f"{path} is not a readable video or picture")
-    return np.stack(frames), about.fps or 1.0
+    with _open(path, None, max_frames) as (shown, source):
+        frames = np.stack(list(islice(shown, max_frames)))
+    return frames, source.fps or 1.0
 
 
 def fit(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -143,19 +132,19 @@ def fit(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @contextmanager
 def _open(
-    path: str | os.PathLike[str], fps: float | None, limit: int | None
-) -> Iterator[tuple[Iterator[np.ndarray], _About]]:
+    path: File, fps: float | None, limit: int | None
+) -> Iterator[tuple[Iterator[np.ndarray], Source]]:
     """Give the frames of a file, at `fps` unless None, and what is known of it at the end."""
-    files, about = _find_files(path), _About()
+    files, source = _find_files(path), Source()
     try:
         if files != [Path(path)]:
-            frames = (next(_picture(file, _About()))[0] for file in files)
+            frames = (next(_picture(file, Source()))[0] for file in files)
         elif _picture_format(files[0]):
-            frames = _at_times(_picture(files[0], about), fps)
+            frames = _at_times(_picture(files[0], source), fps)
         else:
-            frames = _video(files[0], fps, limit, about)
+            frames = _video(files[0], fps, limit, source)
         with closing(frames):
-            yield frames, about
+            yield frames, source
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} has more than the {MOST_PIXELS} pixels it may have") from error
     except _BROKEN as error:
@@ -164,7 +153,7 @@ def _open(
         raise ValueError(f"{path} is not a readable video or picture") from error
 
 
-def _picture(file: Path, about: _About) -> _Shown:
+def _picture(file: Path, source: Source) -> _Shown:
     """Give the frames of a picture file; a still is shown for ever."""
     late, seconds = monotonic() + MOST_SECONDS, 0.0
     with _open_picture(file, _picture_format(file)) as image:
@@ -180,11 +169,11 @@ def _picture(file: Path, about: _About) -> _Shown:
             # as players do where nothing is said
             shown = float(image.info.get("duration", 0)) / 1000 or 0.1
             seconds += shown
-            about.fps = (number + 1) / seconds
+            source.fps = (number + 1) / seconds
             yield _to_rgb(image), shown
             if monotonic() > late:
                 raise ValueError(f"{file} takes longer than {MOST_SECONDS} seconds to read")
-    about.seconds = seconds
+    source.seconds = seconds
 
 
 def _open_picture(file: Path | IO[bytes], format: str) -> Image.Image:
@@ -225,7 +214,7 @@ def _at_times(shown: _Shown, fps: float | None) -> Generator[np.ndarray, None, N
 
 
 def _video(
-    file: Path, fps: float | None, limit: int | None, about: _About
+    file: Path, fps: float | None, limit: int | None, source: Source
 ) -> Generator[np.ndarray, None, None]:
     """Give the frames of a video as ffmpeg decodes them."""
     rate = []
@@ -244,20 +233,18 @@ def _video(
         with _decode(file, *arguments, "-f", "image2pipe", "-c:v", "ppm") as (output, said):
             yield from _read_ppm(output)
     finally:
-        _describe(said.decode(errors="replace"), about)
+        _describe(said.decode(errors="replace"), source)
 
 
-def _describe(text: str, about: _About) -> None:
+def _describe(text: str, source: Source) -> None:
     """Read what ffmpeg says of a file."""
     if "max_pixels" in text:
         raise Image.DecompressionBombError
-    stream = re.search(r"^  Stream #0:.* Video: .*?([\d.]+) fps", text, re.MULTILINE)
-    length = re.search(r"^  Duration: (\d+):(\d\d):(\d\d\.\d+)", text, re.MULTILINE)
-    if stream and float(stream[1]):
-        about.fps = float(stream[1])
-    if length:
+    if fps := re.search(r"^  Stream #0:.* Video: .*?([\d.]+) fps", text, re.MULTILINE):
+        source.fps = float(fps[1]) or None
+    if length := re.search(r"^  Duration: (\d+):(\d\d):(\d\d\.\d+)", text, re.MULTILINE):
         hours, minutes, seconds = map(float, length.groups())
-        about.seconds = hours * 3600 + minutes * 60 + seconds
+        source.seconds = 3600 * hours + 60 * minutes + seconds
 
 
 def _read_ppm(output: IO[bytes]) -> Iterator[np.ndarray]:
@@ -305,7 +292,7 @@ def _limit_memory(process: int) -> None:
         resource.prlimit(process, resource.RLIMIT_AS, (most, hard))
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_metadata(path: File) -> dict[str, Any]:
     """Return the metadata of a file of ours, of its sidecar where the file has none.
 
     Raises ValueError, in one line, for any other file, FileNotFoundError where there is none.
@@ -362,7 +349,7 @@ def _picture_format(file: Path) -> str:
     return "" if format == "webp" and start[8:] != b"WEBP" else format
 
 
-def _find_files(path: str | os.PathLike[str]) -> list[Path]:
+def _find_files(path: File) -> list[Path]:
     """Return the file, or those of a sequence (%04d.png), that can be read: at least one."""
     try:
         files = [file for file in list_files(Path(path)) if file.is_file()]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from io import FileIO
+from io import BufferedWriter
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -247,7 +247,8 @@ def _open(output: Output) -> Iterator[Writer]:
             if stdout is None:
                 _move_all(output, clip, place)
             elif clip.exists():
-                _write(stdout, clip.read_bytes())
+                stdout.write(clip.read_bytes())
+                stdout.flush()
 
 
 @contextmanager
@@ -281,7 +282,7 @@ def _encode_video(output: Output, clip: Path, stdout: IO[bytes] | None) -> Itera
     """Run ffmpeg on the frames that the `Writer` takes, until it has ended well."""
     kind, (height, width) = output.encoding.kind, output.size
     # where stdout has no number, the video goes there when it is whole
-    streams = kind.stdout == "at once" and isinstance(stdout, FileIO)
+    streams = kind.stdout == "live" and isinstance(stdout, BufferedWriter)
     arguments = ["-v", "error", "-thread_queue_size", str(AHEAD), "-f", "rawvideo"]
     arguments += ["-pix_fmt", output.pixels, "-s", f"{width}x{height}", "-r", str(output.fps)]
     arguments += ["-i", "pipe:0"]
@@ -330,17 +331,11 @@ def _feed(pipe: IO[bytes], frames: np.ndarray) -> None:
 
 
 def _open_stdout() -> IO[bytes]:
-    """Return stdout, without a buffer that keeps what cannot be written, if it has a number."""
+    """Return stdout, apart from Python's buffer, which would keep what cannot be written."""
     sys.stdout.flush()
     with suppress(OSError):
-        return open(sys.stdout.fileno(), "wb", buffering=0, closefd=False)
+        return open(sys.stdout.fileno(), "wb", closefd=False)
     return sys.stdout.buffer
-
-
-def _write(stdout: IO[bytes], part: bytes) -> None:
-    rest = memoryview(part)
-    while rest:
-        rest = rest[stdout.write(rest) :]
 
 
 def _is_closed(stdout: IO[bytes]) -> bool:
@@ -366,7 +361,10 @@ def _add_comment(data: bytes, comment: bytes) -> bytes:
 def _move_all(output: Output, clip: Path, place: Path) -> None:
     """Give all files of an output their names, or none; remove what they replace."""
     moves, sidecar = {clip: place}, name_sidecar(place)
-    old = [sidecar] if _is_sidecar(sidecar) else []
+    old = []
+    # any other file of such a name is none of ours
+    with suppress(ValueError):
+        old += [sidecar] if "cmdgen" in read_json(sidecar, limit=2 * MOST_METADATA) else []
     if output.encoding.format == "frames":
         old += list_frames(place)
         made = sorted(clip.parent.glob("*.png"))
@@ -387,14 +385,6 @@ def _move_all(output: Output, clip: Path, place: Path) -> None:
     if output.overwrite:
         for file in {*old} - {*moves.values()}:
             file.unlink()
-
-
-def _is_sidecar(path: Path) -> bool:
-    """Return whether it is metadata that cmdgen wrote, not any other file of such a name."""
-    try:
-        return "cmdgen" in read_json(path, limit=2 * MOST_METADATA)
-    except ValueError:
-        return False
 
 
 @contextmanager

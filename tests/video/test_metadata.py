@@ -70,7 +70,7 @@ def test_a_sidecar_is_read_where_the_file_has_no_metadata(tmp_path, name):
 
 
 def test_every_format_keeps_its_metadata_somewhere():
-    assert {each.name for each in FORMATS.values() if each.comment} == {
+    assert {each.name for each in FORMATS.values() if each.metadata} == {
         *("mp4", "webm", "mkv", "gif", "webp", "apng", "png", "safetensors")
     }
 

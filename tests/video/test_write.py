@@ -132,7 +132,7 @@ def test_planes_are_refused_where_they_would_be_converted(tmp_path, name, height
     [
         (np.zeros((2, 33, 32, 3), np.uint8), "a.mp4", "32x33 is odd"),
         (np.zeros((2, 32, 32, 3), np.float32), "a.mp4", "expected uint8"),
-        (np.zeros((0, 32, 32, 3), np.uint8), "a.mp4", "at least 1"),
+        (np.zeros((0, 32, 32, 3), np.uint8), "a.mp4", "has no frames"),
         (np.zeros((2, 32, 32, 3), np.uint8), "a.avi", r"end in \.mp4"),
         (np.zeros((2, 32, 32, 3), np.uint8), "a.png", "png is no video"),
         (np.zeros((2, 32, 32, 3), np.uint8), "a.safetensors", "safetensors is no video"),
