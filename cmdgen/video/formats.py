@@ -81,11 +81,10 @@ def _to_yuv420p(matrix: str) -> str:
 # tagged as well as converted: players else guess the matrix from the size of the frame
 _TAGS = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709,setsar=1"
 _BT709 = (
-    *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
-    *("-color_range", "tv", "-pix_fmt", "yuv420p"),
+    "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv -pix_fmt yuv420p"
 )
 # leaves out when a file was made, and by which version of ffmpeg
-_PLAIN = ("-fflags", "+bitexact", "-flags:v", "+bitexact")
+_PLAIN = "-fflags +bitexact -flags:v +bitexact"
 # one palette for the clip and an ordered dither: what stands still does not flicker. Pillow's best
 # palette without flicker is 1.6 dB worse on clips of mini
 _PALETTE = "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=4"
@@ -187,7 +186,7 @@ class Encoding:
     def choose_arguments(self, pixels: Pixels, *, streams: bool) -> list[str]:
         """Return the arguments with which ffmpeg writes frames handed over as `pixels`."""
         kind, codec = self.kind, CODECS.get(self.codec_used)
-        arguments = [*_PLAIN, *kind.muxer, *(kind.stream if streams else ())]
+        arguments = [*_PLAIN.split(), *kind.muxer, *(kind.stream if streams else ())]
         if codec is not None:
             arguments += codec.arguments
             if codec.worst:
@@ -196,7 +195,7 @@ class Encoding:
                 arguments += ["-pix_fmt", "bgr0"]
             else:
                 convert = f"{_to_yuv420p('bt709')}," if pixels == "rgb24" else ""
-                arguments += ["-vf", convert + _TAGS, *_BT709]
+                arguments += ["-vf", convert + _TAGS, *_BT709.split()]
         if kind.loops:
             # 0 is for ever, and else how often it is repeated
             arguments += ["-loop", str({0: 0, 1: -1}.get(self.loop, self.loop - 1))]
@@ -248,7 +247,7 @@ def _find_by_name(target: str) -> Format:
     by_suffix = {suffix: kind for kind in FORMATS.values() for suffix in kind.suffixes}
     if suffix not in by_suffix:
         raise ValueError(
-            f"{target}: the name must end in {', '.join(by_suffix)} or %04d.png, or give its format"
+            f"{target}: the name must end in {', '.join(by_suffix)} or %04d.png, or give a format"
         )
     return by_suffix[suffix]
 

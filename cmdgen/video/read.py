@@ -15,14 +15,14 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from threading import Timer
 from time import monotonic
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 from cmdgen.files import parse_json
 from cmdgen.video.ffmpeg import run_ffmpeg
@@ -44,8 +44,10 @@ MOST_SECONDS = 120
 _CONTAINERS = (
     "mov,matroska,avi,flv,mpeg,mpegvideo,mpegts,ogg,asf,ivf,nut,yuv4mpegpipe,h264,hevc,obu,m4v,dv"
 )
-# how picture files begin, and their formats
-_PICTURES = {b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp", b"\xff\xd8\xff": "jpeg"}
+# how picture files begin, by their formats
+_PICTURES = re.compile(
+    rb"(?P<png>\x89PNG)|(?P<gif>GIF8)|(?P<webp>RIFF.{4}WEBP)|(?P<jpeg>\xff\xd8\xff)", re.DOTALL
+)
 # what Pillow raises on its way through a broken file
 _BROKEN = (
     *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
@@ -160,17 +162,13 @@ def _picture(file: Path, source: Source) -> _Shown:
         if not getattr(image, "is_animated", False):
             yield _to_rgb(ImageOps.exif_transpose(image)), math.inf
             return
-        for number in count():
-            try:
-                image.seek(number)
-            except EOFError:
-                break
-            image.load()
+        for number, page in enumerate(ImageSequence.Iterator(image), 1):
+            page.load()
             # as players do where nothing is said
-            shown = float(image.info.get("duration", 0)) / 1000 or 0.1
+            shown = float(page.info.get("duration", 0)) / 1000 or 0.1
             seconds += shown
-            source.fps = (number + 1) / seconds
-            yield _to_rgb(image), shown
+            source.fps = number / seconds
+            yield _to_rgb(page), shown
             if monotonic() > late:
                 raise ValueError(f"{file} takes longer than {MOST_SECONDS} seconds to read")
     source.seconds = seconds
@@ -322,17 +320,10 @@ def _read_comment(file: Path) -> str | bytes:
         return parse_json(head[8 : 8 + length])["__metadata__"]["comment"]
     with _decode(file, "-f", "ffmetadata") as (output, _):
         text = output.read(MOST_HEAD)
-    # a value ends at the first newline that no backslash precedes, what is said of all at a "[";
-    # nothing is tried again, as remembering each letter would take a hundred times its room
-    for name, value in re.findall(
-        rb"^(?:(\w+)=((?:\\.|[^\\\n])*+)|\[\w+\])$", text, re.MULTILINE | re.DOTALL
-    ):
-        if not name:
-            break
-        # upper case in a Matroska
-        if name.lower() == b"comment":
-            return re.sub(rb"\\(.)", rb"\1", value, flags=re.DOTALL)
-    return b""
+    # upper case in a Matroska. The value ends at a newline without a backslash; `*+` tries nothing
+    # again, as remembering each letter would take a hundred times its room
+    tag = re.compile(rb"^comment=((?:\\.|[^\\\n])*+)$", re.MULTILINE | re.DOTALL | re.IGNORECASE)
+    return re.sub(rb"\\(.)", rb"\1", tag.findall(text)[0], flags=re.DOTALL)
 
 
 def _read_head(file: Path) -> bytes:
@@ -343,10 +334,8 @@ def _read_head(file: Path) -> bytes:
 def _picture_format(file: Path) -> str:
     """Return the format of a picture file by how it begins; empty where it is none."""
     with file.open("rb") as stream:
-        start = stream.read(12)
-    format = next((name for mark, name in _PICTURES.items() if start.startswith(mark)), "")
-    # other files than pictures are a RIFF too
-    return "" if format == "webp" and start[8:] != b"WEBP" else format
+        start = _PICTURES.match(stream.read(12))
+    return start.lastgroup or "" if start else ""
 
 
 def _find_files(path: File) -> list[Path]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from io import BufferedWriter
@@ -283,9 +283,8 @@ def _encode_video(output: Output, clip: Path, stdout: IO[bytes] | None) -> Itera
     kind, (height, width) = output.encoding.kind, output.size
     # where stdout has no number, the video goes there when it is whole
     streams = kind.stdout == "live" and isinstance(stdout, BufferedWriter)
-    arguments = ["-v", "error", "-thread_queue_size", str(AHEAD), "-f", "rawvideo"]
-    arguments += ["-pix_fmt", output.pixels, "-s", f"{width}x{height}", "-r", str(output.fps)]
-    arguments += ["-i", "pipe:0"]
+    frames = f"-f rawvideo -pix_fmt {output.pixels} -s {width}x{height} -r {output.fps} -i pipe:0"
+    arguments = [*f"-v error -thread_queue_size {AHEAD}".split(), *frames.split()]
     if output.storage == "tag":
         # a file: an argument is too short for a long prompt
         tags = clip.with_name("tags")
@@ -373,15 +372,11 @@ def _move_all(output: Output, clip: Path, place: Path) -> None:
         metadata = clip.with_name("sidecar")
         metadata.write_text(output.comment + "\n", encoding="utf-8", newline="\n")
         moves[metadata] = sidecar
-    done: list[Path] = []
-    try:
+    with ExitStack() as undo:
         for source, target in moves.items():
             move_file(source, target, overwrite=output.overwrite)
-            done.append(target)
-    except OSError:
-        for target in done:
-            target.unlink()
-        raise
+            undo.callback(target.unlink)
+        undo.pop_all()
     if output.overwrite:
         for file in {*old} - {*moves.values()}:
             file.unlink()
