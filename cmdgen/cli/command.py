@@ -109,6 +109,9 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
         makers[own.name] = hint, names
         parameters += [parameter(*table[name][:2]) for name in names]
 
+    if not makers:
+        return function
+
     def command(**values: Any) -> None:
         made = {
             name: cls(**{field: read_text(cls, field, values.pop(field)) for field in names})
