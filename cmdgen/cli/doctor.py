@@ -6,7 +6,6 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,6 +49,9 @@ def doctor(
         cmdgen doctor
         cmdgen doctor --device cpu --json > report.json
     """
+    # --help does without
+    from importlib.metadata import distributions
+
     import torch
 
     from cmdgen.pipeline import choose_device
@@ -64,7 +66,7 @@ def doctor(
         "cmdgen": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": next((each.version for each in metadata.distributions(name="triton")), None),
+        "triton": next((each.version for each in distributions(name="triton")), None),
         "system": platform.platform(),
     }
     names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
