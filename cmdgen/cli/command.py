@@ -79,7 +79,9 @@ def _bracket(described: Option, shown: str | None) -> str:
 
 
 def read_text(cls: type, name: str, value: Any) -> Any:
-    """Return the typed value of a field from the command line's; ValueError where not valid."""
+    """Return the typed value of a field, given on the command line; None where it is not given."""
+    if value is None:
+        return None
     kind = options_of(cls)[name][1]
     if isinstance(value, str) and kind in (int, float):
         # what is no number, `read_value` refuses in its words
