@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from cmdgen import __version__
 from cmdgen.cli.completion import VARIABLE, complete, completion
+from cmdgen.cli.command import expand
 from cmdgen.cli.data import app as data
 from cmdgen.cli.decompose import decode, encode, reconstruct
 from cmdgen.cli.doctor import doctor
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for verb in (sample, encode, decode, reconstruct, inspect):
-    app.command(cls=Command, rich_help_panel=VIDEOS)(verb)
+    app.command(cls=Command, rich_help_panel=VIDEOS)(expand(verb))
 for name, group in {"models": models, "train": train, "data": data, "rehash": rehash}.items():
     app.add_typer(group, name=name, rich_help_panel=MODELS)
 app.command("eval", cls=Command, rich_help_panel=MODELS)(evaluate)

@@ -167,7 +167,7 @@ def _check_cache(record: dict[str, Any]) -> str:
     """Count the models in the hub's cache, and the bytes of all that is in it."""
     from huggingface_hub import constants
 
-    from cmdgen.hub import find_cached
+    from cmdgen.store.hub import find_cached
 
     folder = Path(constants.HF_HUB_CACHE)
     size = sum(file.stat().st_size for file in folder.glob("*/blobs/*") if file.is_file())

@@ -7,7 +7,6 @@ knows its timesteps beforehand and whose text stays, has all of that made once (
 Parameter names equal diffusers' `UNet2DConditionModel`: its files load here, ours load there.
 """
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmdgen.config import CUTS, UNetConfig
+from cmdgen.config import UNetConfig
 from cmdgen.models.attention import self_attention
 from cmdgen.models.layers import (
     Attention,
@@ -27,9 +26,8 @@ from cmdgen.models.layers import (
     normalise,
     timestep_embedding,
 )
-from cmdgen.weights import load_model, save_model
+from cmdgen.models.pretrained import Pretrained
 
-FILENAME = "diffusion_pytorch_model.safetensors"
 _EPS = 1e-5
 
 
@@ -218,12 +216,13 @@ class UpStage(Stage):
         return x
 
 
-class UNet(nn.Module):
+class UNet(Pretrained[UNetConfig]):
     """Text-conditional UNet; whether it predicts noise or velocity is the schedule's to say."""
 
+    config_type = UNetConfig
+
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         widths, levels = config.block_out_channels, len(config.block_out_channels)
         for name in ("down_block_types", "up_block_types", "attention_head_dim"):
             value = getattr(config, name)
@@ -271,7 +270,7 @@ class UNet(nn.Module):
         """(B, C, h, w), (B, P), the projected text -> (B, C, h, w)."""
         given = self.hand_out(time, text)
         x = self.embed(sample)
-        return self.tail(self.trunk(x, given, cut="layer"), x, given, cut="layer")
+        return self.tail(self.trunk(x, given), x, given)
 
     def hand_out(self, time: Tensor, text: tuple[Tensor, ...]) -> Given:
         """(B, P), the projected text -> what each layer takes of them."""
@@ -297,8 +296,8 @@ class UNet(nn.Module):
         """(B, C, h, w) -> the first skip (B, C', h, w)."""
         return self.conv_in(sample.contiguous(memory_format=torch.channels_last))
 
-    def trunk(self, x: Tensor, given: Given, *, cut: str) -> Tensor:
-        """(B, C, h, w) -> the feature (B, C, h, w) at one of CUTS."""
+    def trunk(self, x: Tensor, given: Given) -> Tensor:
+        """(B, C, h, w) -> the feature (B, C, h, w) that goes into the last layer."""
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], given)
@@ -309,37 +308,11 @@ class UNet(nn.Module):
             x = block(x, skips, given)
         for i in range(len(last.resnets) - 1):
             x = last.layer(i, torch.cat([x, skips.pop()], dim=1), given)
-        return self._last_layer(x, skips.pop(), given, CUTS[: CUTS.index(cut)])
-
-    def tail(self, feature: Tensor, first: Tensor, given: Given, *, cut: str) -> Tensor:
-        """(B, C, h, w) x 2 -> (B, C', h, w): the output, from a cut on."""
-        x = self._last_layer(feature, first, given, CUTS[CUTS.index(cut) : -1])
-        return self.conv_out(normalise(self.conv_norm_out, x))
-
-    def _last_layer(self, x: Tensor, first: Tensor, given: Given, cuts: tuple[str, ...]) -> Tensor:
-        """(B, C, h, w) x 2 -> (B, C, h, w): what follows each of `cuts`."""
-        last = self.up_blocks[-1]
-        assert isinstance(last, UpStage)
-        if "layer" in cuts:
-            resnet = last.resnets[-1]
-            x = resnet(torch.cat([x, first], dim=1), given.shifts[resnet])
-        if "resnet" in cuts and hasattr(last, "attentions"):
-            x = last.attentions[-1](x, given)
         return x
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> "UNet":
-        """Read a folder in diffusers' layout; ValueError names the file that is wrong."""
-        return load_model(cls, UNetConfig, folder, FILENAME, dtype=dtype, device=device)
-
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write a folder that diffusers' `UNet2DConditionModel` opens."""
-        save_model(self, self.config, folder, FILENAME, dtype=dtype)
+    def tail(self, feature: Tensor, first: Tensor, given: Given) -> Tensor:
+        """(B, C, h, w) x 2 -> (B, C', h, w): the last layer, on a feature and the first skip."""
+        last = self.up_blocks[-1]
+        assert isinstance(last, UpStage)
+        x = last.layer(len(last.resnets) - 1, torch.cat([feature, first], dim=1), given)
+        return self.conv_out(normalise(self.conv_norm_out, x))

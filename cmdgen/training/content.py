@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from cmdgen.config import NoiseConfig
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import ddim
-from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.training.cache import Rows
 from cmdgen.training.config import DenoisingLoss

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from cmdgen.config import NoiseConfig
 from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, split_sigma, velocity
-from cmdgen.models.text import Tokenizer
+from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.training.config import DenoisingLoss
 from cmdgen.training.data import TrainingData
 from cmdgen.training.losses import min_snr_weights, variational_bound

@@ -9,18 +9,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cmdgen.acceleration.budget import choose_encoding_slices
-from cmdgen.acceleration.slicer import Slices, encode_clip, encode_pictures
+from cmdgen.acceleration.memory import Work, choose_slices
+from cmdgen.acceleration.slicer import encode_clip, encode_pictures
 from cmdgen.config import AutoencoderConfig, ModelConfig, VaeConfig
-from cmdgen.models import autoencoder as autoencoders
-from cmdgen.models import vae as vaes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
+from cmdgen.request import Slices
+from cmdgen.schema import read_config
 from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
 from cmdgen.training.data import TrainingData
 from cmdgen.training.loop import Report
 from cmdgen.video.pixels import to_levels, to_unit
-from cmdgen.weights import read_config, weight_paths
+from cmdgen.weights import weight_paths
 
 # pixels that go through the VAE's decoder at once: 64 frames of 64x64, one of 512x512 or more
 VAE_PIXELS = 2**18
@@ -53,7 +53,7 @@ class Codec:
         if self.folder is None or self.config is None:
             return fingerprint([])
         scale = self.config.scaling_factor
-        return fingerprint(weight_paths(self.folder, vaes.FILENAME), str(scale))
+        return fingerprint(weight_paths(self.folder, KlVae.filename), str(scale))
 
     @cached_property
     def config(self) -> VaeConfig | None:
@@ -92,9 +92,8 @@ class Codec:
         if autoencoder is not None:
             model = replace(model, autoencoder=autoencoder)
         # weights are float32; in bf16 the convolutions alone run, and others hold no more than that
-        return choose_encoding_slices(
-            model, torch.float32, self.device, batch=batch, max_memory=self.max_memory
-        )
+        work = Work(model, torch.float32, batch, "encode")
+        return choose_slices(work, self.device, self.max_memory)
 
     def _encode(self, frames: Tensor, strips: int) -> Tensor:
         return frames if self.vae is None else encode_pictures(self.vae, frames, strips).float()
@@ -183,7 +182,7 @@ class Encodings:
 
         `folder` is where the autoencoder was read from.
         """
-        weights = weight_paths(folder, autoencoders.FILENAME)
+        weights = weight_paths(folder, CmdAutoencoder.filename)
         place = self.folder / f"pairs-{fingerprint(weights, self.key)}"
         remove_others(place)
         latents: list[Rows] = []

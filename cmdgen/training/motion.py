@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from cmdgen.diffusion.samplers import ddim
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
-from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.training.cache import Rows
 from cmdgen.training.config import DenoisingLoss
 from cmdgen.training.data import TrainingData

@@ -21,9 +21,12 @@ from cmdgen.config import DiTConfig, ModelConfig, NoiseConfig, TextConfig
 from cmdgen.files import create_folder, replace_with
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
-from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
+from cmdgen.schema import read_config, write_config
+from cmdgen.store.parts import write_model_index
 from cmdgen.training.autoencoder import AutoencoderStage
 from cmdgen.training.cache import Rows
 from cmdgen.training.config import StageConfig, TrainConfig
@@ -34,7 +37,6 @@ from cmdgen.training.loop import Report, Stage, train, uses_bf16
 from cmdgen.training.motion import MotionStage
 from cmdgen.training.recompute import recompute_blocks
 from cmdgen.training.vae import VaeStage, fresh_vae
-from cmdgen.weights import read_config, write_config, write_model_index
 
 # the stage that makes a part
 MAKERS = {
