@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmdgen import __version__
-from cmdgen.cli.command import Only, expand
+from cmdgen.cli.command import Only
 from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.progress import Say
 from cmdgen.cli.settings import config_path, read_settings
-from cmdgen.config import SampleConfig
 from cmdgen.request import Request
 from cmdgen.video.formats import CODECS
 
@@ -33,7 +32,6 @@ TOLERANCE = 2.0
 Result = tuple[dict[str, Any], str]
 
 
-@expand
 def doctor(
     context: typer.Context,
     machine: Annotated[Request, Only(("device",))],
@@ -54,7 +52,7 @@ def doctor(
 
     import torch
 
-    from cmdgen.pipeline import choose_device
+    from cmdgen.pipelines.base import choose_device
     from cmdgen_kernels import samples
 
     device = choose_device(machine.device)
@@ -180,11 +178,11 @@ def _check_model(record: dict[str, Any], device: "torch.device") -> str:
     import numpy as np
 
     from cmdgen.config import packaged_models
-    from cmdgen.pipeline import TextToVideo
+    from cmdgen.pipelines.load import load_pipeline
 
     def sample(place: str) -> np.ndarray:
-        config = SampleConfig(seed=0, steps=1, motion_steps=1)
-        return TextToVideo.load(folder, device=place).sample(PROMPT, config).frames
+        pipeline = load_pipeline(str(folder), device=place)
+        return pipeline.sample(PROMPT, seed=0, steps=1, motion_steps=1).frames
 
     record["name"] = MODEL
     if MODEL not in packaged_models():
