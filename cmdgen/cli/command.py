@@ -51,7 +51,9 @@ def parameter(
     else:
         name = f"--{item.name.replace('_', '-')}"
         info = typer.Option(*(described.flags or (name,)), **settings)
-    typed: Any = kind if kind in _PLAIN and described.read is None else str
+    typed: Any = str
+    if kind in _PLAIN and described.read is None:
+        typed = item.type if kind is tuple else kind
     if default is None:
         typed = typed | None
     return inspect.Parameter(

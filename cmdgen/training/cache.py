@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmdgen.files import replace_with
-from cmdgen.training.loop import Report
+from cmdgen.training.config import Report
 
 # rows of a file: 64 MB of latents at 512x1024
 SHARD = 64

@@ -17,8 +17,8 @@ from cmdgen.models import vae as vaes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
 from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
+from cmdgen.training.config import Report
 from cmdgen.training.data import TrainingData
-from cmdgen.training.loop import Report
 from cmdgen.video.pixels import to_levels, to_unit
 from cmdgen.weights import read_config, weight_paths
 

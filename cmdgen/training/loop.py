@@ -7,8 +7,6 @@ alone), a loss, an evaluation, a sheet of samples and how to export itself.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +15,11 @@ from torch import Tensor, nn
 
 from cmdgen.training.checkpoint import Log, load_checkpoint, save_checkpoint
 from cmdgen.training.config import TrainConfig
+from cmdgen.training.context import Run
 from cmdgen.training.ema import Ema
 from cmdgen.training.sheets import write_png
 
 Batch = dict[str, Tensor]
-# what is going on, how much is done, of how much, latest figures
-Report = Callable[[str, int, int, dict[str, float]], None]
 
 
 class Stage(Protocol):
@@ -47,97 +44,83 @@ class Stage(Protocol):
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine from lr to final_lr * lr at the last step."""
+    """Return the rate of a step: linear warm-up, then a cosine from lr to final_lr * lr."""
     warm = min(1.0, (step + 1) / max(config.warmup, 1))
     progress = max(0, step - config.warmup) / max(config.steps - config.warmup, 1)
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return config.lr * warm * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether forward passes run in bfloat16 autocast; by default on GPUs alone."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+def train(stage: Stage, run: Run) -> int:
+    """Train until the last step, the last minute or a signal; return the number of steps done.
 
-
-def train(
-    stage: Stage,
-    config: TrainConfig,
-    state_folder: Path,
-    model_folder: Path,
-    *,
-    device: torch.device,
-    report: Report,
-    stopped: Callable[[], bool] = lambda: False,
-    started: float | None = None,
-) -> int:
-    """Trains until the last step, the last minute or until stopped; returns the steps done.
-
-    `state_folder` holds checkpoint.pt, log.jsonl and sheet-*.png; a checkpoint in it is continued.
-    `started` is the time.monotonic() from which `minutes` count.
-    Raises FloatingPointError where the weights have diverged; those are not saved.
+    A checkpoint in the run's folder is continued. Raises FloatingPointError where the weights have
+    diverged; those are not saved.
     """
-    started = time.monotonic() if started is None else started
-    run = _Run(stage, config, state_folder, model_folder, device)
-    if run.step >= config.steps:
-        return run.step
-    log = Log(state_folder / "log.jsonl", run.step)
-    deadline = math.inf if config.minutes is None else started + 60 * config.minutes
+    config, report = run.config, run.report
+    state = _State(stage, run)
+    if state.step >= config.steps:
+        return state.step
+    log = Log(run.state / "log.jsonl", state.step)
+    deadline = math.inf if config.minutes is None else run.started + 60 * config.minutes
     last_save = last_log = time.monotonic()
-    logged = run.step
+    logged = state.step
     figures: dict[str, float] = {}
     # seconds that a step, and saving with evaluation at the end, last took
     step_cost = finish_cost = 0.0
-    while run.step < config.steps and not stopped():
+    while state.step < config.steps and not run.stopped():
         begun = time.monotonic()
         if begun + step_cost + finish_cost > deadline and step_cost:
             break
-        run.update()
+        state.update()
         step_cost = max(time.monotonic() - begun, 0.9 * step_cost)
-        if run.step % config.log_steps == 0 or run.step == 1:
+        if state.step % config.log_steps == 0 or state.step == 1:
             now = time.monotonic()
-            figures = run.take_figures()
-            figures["samples/s"] = (run.step - logged) * config.batch / max(now - last_log, 1e-9)
-            log.write({"step": run.step, **figures, "seconds": round(now - started, 1)})
-            last_log, logged = now, run.step
-        report("train", run.step, config.steps, figures)
-        finished = run.step == config.steps
-        if not finished and run.step % config.evaluate_steps == 0:
-            begun = time.monotonic()
-            log.write({"step": run.step, **run.evaluate()})
+            figures = state.take_figures()
+            samples = (state.step - logged) * config.batch
+            figures["samples/s"] = samples / max(now - last_log, 1e-9)
+            log.write({"step": state.step, **figures, "seconds": round(now - run.started, 1)})
+            last_log, logged = now, state.step
+        report("train", state.step, config.steps, figures)
+        if state.step == config.steps:
+            break
+        begun = time.monotonic()
+        if state.step % config.evaluate_steps == 0:
+            log.write({"step": state.step, **state.evaluate()})
             finish_cost = max(finish_cost, time.monotonic() - begun)
-        if not finished and time.monotonic() - last_save >= config.save_seconds:
-            begun = time.monotonic()
-            run.save()
+        begun = time.monotonic()
+        if begun - last_save >= config.save_seconds:
+            state.save()
             last_save = time.monotonic()
             finish_cost = max(finish_cost, last_save - begun)
-    report("evaluate", run.step, config.steps, figures)
-    log.write({"step": run.step, **run.evaluate()})
-    run.save()
+    report("evaluate", state.step, config.steps, figures)
+    log.write({"step": state.step, **state.evaluate()})
+    state.save()
     log.close()
-    return run.step
+    return state.step
 
 
-class _Run:
+class _State:
     """Weights, optimiser, averages and running figures at a step: what a checkpoint holds."""
 
-    def __init__(
-        self, stage: Stage, config: TrainConfig, folder: Path, model: Path, device: torch.device
-    ) -> None:
-        self.stage, self.config, self.folder, self.model = stage, config, folder, model
-        self.step = 0
+    def __init__(self, stage: Stage, run: Run) -> None:
+        config = run.config
+        self.stage, self.run, self.config = stage, run, config
+        self.step = self.summed = 0
         self.sums: dict[str, Tensor] = {}
-        self.summed = 0
-        self.device, self.bf16 = device, uses_bf16(config.precision, device)
         parameters = [p for m in stage.modules.values() for p in m.parameters() if p.requires_grad]
         self.parameters = parameters
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {
+                "params": [p for p in parameters if p.ndim > 1],
+                "weight_decay": self.config.weight_decay,
+            },
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.ema = Ema(stage.modules, config.ema)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = folder / "checkpoint.pt"
+        run.state.mkdir(parents=True, exist_ok=True)
+        self.checkpoint = run.state / "checkpoint.pt"
         if self.checkpoint.exists():
             self._load(load_checkpoint(self.checkpoint))
 
@@ -151,7 +134,7 @@ class _Run:
         self._add("lr", torch.tensor(lr))
         parts = config.accumulate
         for part in range(parts):
-            with self._autocast():
+            with self.run.autocast():
                 loss, named = self.stage.loss(
                     {name: tensor.chunk(parts)[part] for name, tensor in batch.items()}
                 )
@@ -182,9 +165,9 @@ class _Run:
 
     def evaluate(self) -> dict[str, float]:
         """Figures of the averaged weights, and their sheet on disk."""
-        with self._averaged(), self._autocast():
+        with torch.no_grad(), self.ema.swapped(), self.run.autocast():
             figures = self.stage.evaluate()
-            write_png(self.folder / f"sheet-{self.step:07d}.png", self.stage.sheet())
+            write_png(self.run.state / f"sheet-{self.step:07d}.png", self.stage.sheet())
         return figures
 
     def save(self) -> None:
@@ -204,16 +187,8 @@ class _Run:
             "data": json.dumps([self.config.batch, self.config.seed]),
         }
         save_checkpoint(self.checkpoint, state)
-        with self._averaged():
-            self.stage.export(self.model)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
         with torch.no_grad(), self.ema.swapped():
-            yield
+            self.stage.export(self.run.folder)
 
     def _load(self, state: dict[str, Any]) -> None:
         data = json.loads(state["data"])
