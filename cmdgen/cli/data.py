@@ -15,7 +15,6 @@ from cmdgen.cli.options import Device, Precision, Quiet, Threads
 from cmdgen.cli.progress import Say
 from cmdgen.cli.size import parse_memory, parse_size
 from cmdgen.cli.stop import Stop
-from cmdgen.cli.train import open_data
 from cmdgen.config import WORLDS, WorldConfig
 from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
 
@@ -176,6 +175,7 @@ def precompute(
     import torch
 
     from cmdgen.pipeline import choose_device
+    from cmdgen.training.data import open_data
     from cmdgen.training.latents import Codec, Encodings
 
     if threads is not None:

@@ -1,11 +1,10 @@
 """`cmdgen train vae|autoencoder|content|motion` and `cmdgen train export`."""
 
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, make_dataclass, replace
+from dataclasses import field, make_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,14 +15,9 @@ from cmdgen.cli.help import Command, Group
 from cmdgen.cli.options import Device, Quiet, Threads
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
-from cmdgen.config import PRESETS, WORLDS, ModelConfig
-from cmdgen.options import option, option_of, options_of, read_fields
-from cmdgen.training.config import CLIPS, DATA, PRESET, Shared, build_model, recipe
-
-if TYPE_CHECKING:
-    import torch
-
-    from cmdgen.training.data import TrainingData
+from cmdgen.config import PRESETS
+from cmdgen.options import option_of, options_of
+from cmdgen.training.config import DATA, PRESET, Shared, Start, build_model, recipe
 
 app = typer.Typer(
     cls=Group,
@@ -46,55 +40,34 @@ _HELP = """{}
     """
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a stage is trained and what it starts from."""
-
-    output: Path = option(
-        MISSING, "Folder of the run; all stages share it.", flags=("--output", "-o")
-    )
-    clips: int | None = option(
-        None, "Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world"
-    )
-    init: Path | None = option(None, "Model folder to start from, such as a Stable Diffusion.")
-    restart: bool = option(
-        False, "Forget this stage's checkpoint.", flags=("--restart/--no-restart",)
-    )
-
-    def __post_init__(self) -> None:
-        read_fields(self)
-        if self.init is not None and not self.init.is_dir():
-            raise FileNotFoundError(f"init {self.init} is not a folder")
-
-
 def _settings(stage: str) -> type:
     """Return a dataclass of a stage's settings, where None means the value of the recipe."""
     members = []
     for part in recipe(PRESET, stage):
         for name, (item, _, _) in options_of(type(part)).items():
-            described = replace(option_of(item), shown=_show_default(stage, name))
-            none = field(default=None, metadata={"option": described})
-            members.append((name, item.type, none))
+            described = replace(option_of(item), shown=_show_defaults(stage, name))
+            setting = field(default=None, metadata={"option": described})
+            members.append((name, item.type, setting))
     return make_dataclass("Settings", members)
 
 
-def _show_default(stage: str, name: str) -> str | None:
+def _show_defaults(stage: str, name: str) -> str:
     """Return the defaults of a setting as `VALUE; VALUE for PRESET, PRESET`."""
     presets = dict[str, list[str]]()
     for preset in PRESETS:
-        values = {key: value for part in recipe(preset, stage) for key, value in vars(part).items()}
-        presets.setdefault(_show(values[name]), []).append(preset)
+        train, loss = recipe(preset, stage)
+        presets.setdefault(_show((vars(train) | vars(loss))[name]), []).append(preset)
     first, *others = presets
-    if first == "None":
-        return None
     return "; ".join([first, *(f"{value} for {', '.join(presets[value])}" for value in others)])
 
 
 def _show(value: object) -> str:
-    """Return a default as a user would type it."""
+    """Return a default as a user would type it; nothing for None."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, tuple):
         return " ".join(map(str, value))
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+    return "" if value is None else str(value)
 
 
 def _command(stage: str) -> Callable[..., None]:
@@ -133,12 +106,13 @@ def _train(
 
     from cmdgen.pipeline import choose_device
     from cmdgen.training.context import Run
+    from cmdgen.training.data import open_data
     from cmdgen.training.loop import learning_rate
     from cmdgen.training.run import run_stage, settle
 
     if threads is not None:
         torch.set_num_threads(threads)
-    shared = settle(start.output, shared)
+    shared = settle(start.folder, shared)
     model = build_model(shared)
     config, loss = recipe(model.name, stage).replaced(settings)
     device = choose_device(device_name)
@@ -163,21 +137,7 @@ def _train(
                 say.note(f"{stage}: stopped with {done} of {total} clips encoded")
                 raise typer.Exit(stop.code)
 
-        run = Run(
-            start.output,
-            stage,
-            config,
-            loss,
-            model,
-            data,
-            device,
-            shared=shared,
-            init=start.init,
-            restart=start.restart,
-            report=report,
-            stopped=stop,
-            started=started,
-        )
+        run = Run(stage, start, shared, config, loss, model, data, device, report, stop, started)
         try:
             done = run_stage(run)
         except FloatingPointError as error:
@@ -188,7 +148,7 @@ def _train(
             f"note: the learning rate, {learning_rate(config, done):.2g} by now, falls until step "
             f"{config.steps}: the same command goes on, and fewer --steps end it earlier"
         )
-    typer.echo(start.output)
+    typer.echo(start.folder)
     raise typer.Exit(stop.code)
 
 
@@ -198,18 +158,6 @@ def _check_gate(stage: str, start: Start, shared: Shared) -> None:
     for name in shared.gate:
         if start.init is not None and (start.init / part).is_dir():
             raise ValueError(f"{start.init / part} brings its own {name.replace('_', ' ')}")
-
-
-def open_data(
-    name: str, clips: int | None, model: ModelConfig, device: "torch.device"
-) -> "TrainingData":
-    """Open the clips of a world or a folder at a model's size; None: as many as help says."""
-    from cmdgen.training.data import TrainingData, open_source
-
-    source, key = open_source(name)
-    if clips is None:
-        clips = CLIPS if name in WORLDS else len(source.indices("train", sys.maxsize))
-    return TrainingData(source, key, clips, model.frames, (model.height, model.width), device)
 
 
 @app.command(cls=Command)

@@ -1,15 +1,13 @@
 """Training the CMD autoencoder on cached latents: what moves may count more, z is kept small."""
 
-from pathlib import Path
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmdgen.evaluation.metrics import psnr
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.training.config import AutoencoderLoss
 from cmdgen.training.context import Run
-from cmdgen.training.loop import Batch
+from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import l1_plus_l2, moving_weights
 from cmdgen.training.randomness import Order
 from cmdgen.training.sheets import compare
@@ -18,7 +16,7 @@ from cmdgen.training.sheets import compare
 SHEET_CLIPS = 6
 
 
-class AutoencoderStage:
+class AutoencoderStage(Stage):
     """Clips of scaled VAE latents."""
 
     def __init__(self, run: Run) -> None:
@@ -30,7 +28,7 @@ class AutoencoderStage:
         # its VAE leaves its memory to the autoencoder
         del encodings
         self.autoencoder: CmdAutoencoder = run.build("autoencoder")
-        self.modules: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
+        self.modules = {"autoencoder": self.autoencoder}
         self.order, self.codec = Order(len(self.latents), run.config.seed), run.codec()
         clips = run.data.clips(run.data.held_out(len(self.held_out)))
         self.frames, self.mask = clips.frames, clips.mask
@@ -40,7 +38,7 @@ class AutoencoderStage:
     def batch(self, step: int) -> Batch:
         """Return latents (B, C, T, H, W)."""
         rows = self.order.rows(step, self.run.config.batch)
-        return {"latents": self.latents[rows].to(self.run.device).float()}
+        return {"latents": self.latents[rows].float()}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted reconstruction, and what holds z and the content frame."""
@@ -97,7 +95,3 @@ class AutoencoderStage:
         above, below = self.frames[: len(still)].to(still.device), self.codec.decode(output)
         rows = [torch.cat((frames[:, ::2], still), dim=1) for frames in (above, below)]
         return compare(rows[0], rows[1])
-
-    def export(self, folder: Path) -> None:
-        """Write autoencoder/."""
-        self.autoencoder.save_pretrained(folder / "autoencoder")

@@ -5,7 +5,7 @@ Never imports torch.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,10 @@ PRECISIONS = ("auto", "bf16", "fp32")
 # where nobody chose; a world has no end
 PRESET, DATA, CLIPS = "mini", "world", 12_000
 
+# groups of options
 LEARNING, KEEPING, OBJECTIVE = "Learning", "Checkpoints and logs", "What is learned"
+
+_none = partial(option, None)
 _learning = partial(option, group=LEARNING)
 _keeping = partial(option, group=KEEPING)
 _weight = partial(option, group=OBJECTIVE, low=0)
@@ -29,65 +32,71 @@ Report = Callable[[str, int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a stage is trained, and what it starts from."""
+
+    folder: Path = option(
+        MISSING, "Folder of the run; all stages share it.", flags=("--output", "-o")
+    )
+    clips: int | None = _none(
+        "Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world"
+    )
+    init: Path | None = _none("Model folder to start from, such as a Stable Diffusion.")
+    restart: bool = option(
+        False, "Forget this stage's checkpoint.", flags=("--restart/--no-restart",)
+    )
+
+    def __post_init__(self) -> None:
+        read_fields(self)
+        if self.init is not None and not self.init.is_dir():
+            raise FileNotFoundError(f"init {self.init} is not a folder")
+
+
+@dataclass(frozen=True)
 class Shared:
     """What all stages of a run share; None leaves it to the first stage or to the default."""
 
-    preset: str | None = option(None, "Model to build.", choices=tuple(PRESETS), shown=PRESET)
-    data: str | None = option(
-        None,
+    preset: str | None = _none("Model to build.", choices=tuple(PRESETS), shown=PRESET)
+    data: str | None = _none(
         f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.",
         complete="world",
         shown=DATA,
     )
-    size: Size | None = option(
-        None,
+    size: Size | None = _none(
         "Frame size.",
         metavar="WIDTHxHEIGHT",
         shown="the preset's",
         read=parse_size,
         write=write_size,
     )
-    frames: int | None = option(None, "Frames of a clip.", low=1, shown="the preset's")
-    latents: Path | None = option(
-        None, "What `cmdgen data precompute` wrote for these clips and this VAE."
-    )
-    attention: str | None = option(
-        None,
+    frames: int | None = _none("Frames of a clip.", low=1, shown="the preset's")
+    latents: Path | None = _none("Latents of `cmdgen data precompute` for these clips and VAE.")
+    attention: str | None = _none(
         "softmax, or gated: linear where tokens > threshold * head width.",
         choices=ATTENTIONS,
         shown="softmax",
     )
-    attention_threshold: float | None = option(
-        None, "Threshold of gated attention.", shown=str(UNetConfig.attention_threshold)
-    )
-    attention_features: int | None = option(
-        None,
-        "Random features of gated attention.",
-        low=1,
-        shown=str(UNetConfig.attention_features),
+    attention_threshold: float | None = _none("Threshold of gated attention.", low=0, shown="2.0")
+    attention_features: int | None = _none(
+        "Random features of gated attention.", low=1, shown="256"
     )
 
     def __post_init__(self) -> None:
         read_fields(self)
-        _check_above_zero(self, "attention_threshold")
-
-    @property
-    def gate(self) -> dict[str, Any]:
-        """Return the settings of attention that are not left to the model, by their names."""
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name.startswith("attention") and value is not None
-        }
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that are not None, as run.json holds them."""
-        values = {name: value for name, value in vars(self).items() if value is not None}
-        if self.size is not None:
-            values["size"] = write_size(self.size)
-        if self.latents is not None:
-            values["latents"] = str(self.latents.resolve())
-        return values
+        values = vars(self) | {
+            "size": self.size and write_size(self.size),
+            "latents": self.latents and str(self.latents.resolve()),
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def gate(self) -> dict[str, Any]:
+        """Return the settings of attention that are not left to the model."""
+        values = self.to_json()
+        return {name: values[name] for name in values if name.startswith("attention")}
 
 
 def build_model(shared: Shared) -> ModelConfig:
@@ -98,9 +107,9 @@ def build_model(shared: Shared) -> ModelConfig:
         raise ValueError("frames 1: nothing moves in a clip of one frame")
     side = min(model.height, model.width)
     vae = model.vae and replace(model.vae, sample_size=side)
-    stride = 1 if vae is None else vae.stride
     content = model.content
     if isinstance(content, UNetConfig):
+        stride = 1 if vae is None else vae.stride
         content = replace(content, sample_size=side // stride, **shared.gate)
     assert model.autoencoder is not None
     autoencoder = replace(model.autoencoder, **shared.gate)
@@ -113,20 +122,18 @@ class TrainConfig:
 
     steps: int = _learning(20_000, "Updates in all.", low=1)
     minutes: float | None = _learning(
-        None, "Stop cleanly within this time; the learning rate still goes by --steps."
+        None, "Stop cleanly within this time; the learning rate still goes by --steps.", low=0
     )
     batch: int = _learning(32, "Clips (vae: frames) of an update.", low=1)
-    accumulate: int = _learning(
-        1, "Parts of a batch that go through the model one after another.", low=1
-    )
+    accumulate: int = _learning(1, "Parts that a batch is computed in.", low=1)
     lr: float = _learning(4e-4, "Learning rate.", low=0, high=1)
     warmup: int = _learning(200, "Steps of linear warm-up.", low=0)
     final_lr: float = _learning(
-        1.0, "Fraction of lr that a cosine reaches at the last step; 1: constant.", low=0, high=1
+        1.0, "Fraction of lr that a cosine ends at; 1: constant.", low=0, high=1
     )
     weight_decay: float = _learning(0.01, "Weight decay of matrices; 0: Adam.", low=0)
     betas: tuple[float, float] = _learning((0.9, 0.99), "Decays of Adam's two moments.")
-    ema: float = _learning(0.999, "Decay of the averaged weights.")
+    ema: float = _learning(0.999, "Decay of the averaged weights.", low=0, high=1)
     clip_norm: float = 1.0
     gradient_checkpointing: bool = _learning(
         False,
@@ -148,26 +155,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         read_fields(self)
-        _check_above_zero(self, "lr", "minutes")
         if self.batch % self.accumulate:
             raise ValueError(
                 f"batch {self.batch} is not a multiple of accumulate {self.accumulate}"
             )
-        for name, decays in {"betas": self.betas, "ema": (self.ema,)}.items():
-            for decay in decays:
-                if not 0 <= decay < 1:
-                    raise ValueError(f"{name} {decay} is not at least 0 and below 1")
+        for decay in self.betas:
+            if not 0 <= decay < 1:
+                raise ValueError(f"betas {decay} is not at least 0 and below 1")
 
     def uses_bf16(self, device_type: str) -> bool:
         """Return whether forward passes run in bfloat16 autocast; by default on GPUs alone."""
         return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
-
-
-def _check_above_zero(instance: object, *names: str) -> None:
-    for name in names:
-        value = getattr(instance, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name.replace('_', ' ')} {value} is not above 0")
 
 
 @dataclass(frozen=True)
@@ -251,8 +249,8 @@ class Recipe(NamedTuple):
 
 
 def _replace(part: Any, values: Mapping[str, Any]) -> Any:
-    names = [name for name in options_of(type(part)) if values.get(name) is not None]
-    return replace(part, **{name: values[name] for name in names})
+    changes = {name: values[name] for name in options_of(type(part)) if name in values}
+    return replace(part, **{name: value for name, value in changes.items() if value is not None})
 
 
 # App. B.3 and Tables 6 and 7 of Yu et al. 2024 (arXiv:2403.14148). Ours, since the paper does not
@@ -273,8 +271,8 @@ _PAPER = TrainConfig(
     held_out=8,
 )
 _PAPER_RECIPES = {
+    # as many steps as PVDM's, its ancestor; the paper says no more than a week on eight GPUs
     "autoencoder": Recipe(
-        # as many steps as PVDM's, its ancestor; the paper says no more than a week on eight GPUs
         replace(
             _PAPER,
             steps=250_000,

@@ -22,7 +22,7 @@ from cmdgen.models.dit import DiT
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
-from cmdgen.training.config import Loss, Report, Shared, TrainConfig
+from cmdgen.training.config import Loss, Report, Shared, Start, TrainConfig
 from cmdgen.training.data import TrainingData
 from cmdgen.training.latents import Codec, Encodings
 
@@ -54,21 +54,23 @@ PARTS = {
 class Run:
     """One stage of a run."""
 
-    folder: Path
     stage: str
+    start: Start
+    shared: Shared
     config: TrainConfig
     loss: Loss
     model: ModelConfig
     data: TrainingData
     device: torch.device
-    shared: Shared = Shared()
-    # a model folder whose parts are the starting point
-    init: Path | None = None
-    restart: bool = False
     report: Report = lambda *_: None
     stopped: Callable[[], bool] = lambda: False
     # the time.monotonic() from which `config.minutes` count
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        """Return the model's folder."""
+        return self.start.folder
 
     @property
     def state(self) -> Path:
@@ -82,8 +84,8 @@ class Run:
 
     def initial(self, part: str) -> Path | None:
         """Return a part of `init`, if there is one."""
-        place = None if self.init is None else self.init / part
-        return place if place is not None and place.is_dir() else None
+        init = self.start.init
+        return init / part if init is not None and (init / part).is_dir() else None
 
     def finished(self, part: str) -> Path:
         """Return the folder of a part that this stage only reads; copy it from `init` if need be.

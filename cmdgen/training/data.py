@@ -1,5 +1,6 @@
 """The clips of one training run: a source, how many of its clips, at which size."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmdgen.config import WORLDS
+from cmdgen.config import WORLDS, ModelConfig
 from cmdgen.data.clips import Clips, ClipSource
 from cmdgen.data.folder import Folder
 from cmdgen.data.world import World
+from cmdgen.training.config import CLIPS
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class TrainingData:
     """Clips of one size from a source that may know many."""
 
     source: ClipSource
-    # tells one set of clips from another, in whatever words
+    # differs between sets of clips
     name: str
     count: int
     frames: int
@@ -28,7 +30,7 @@ class TrainingData:
 
     @property
     def key(self) -> str:
-        """All that a cached encoding of clip number i depends on."""
+        """Return all that a cached encoding of clip number i depends on."""
         return f"{self.name} {self.frames} {self.size}"
 
     @cached_property
@@ -49,11 +51,18 @@ class TrainingData:
         return self.source.captions(indices, variant)
 
 
-def open_source(name: str) -> tuple[ClipSource, str]:
-    """A world's name or a folder of videos -> the source, and what tells it from others."""
+def open_data(
+    name: str, clips: int | None, model: ModelConfig, device: torch.device
+) -> TrainingData:
+    """Open a world or a folder of videos at a model's size; None: as many clips as help says."""
+    source: ClipSource
     if name in WORLDS:
-        return World(WORLDS[name]), repr(WORLDS[name])
-    if not Path(name).is_dir():
-        raise FileNotFoundError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder")
-    folder = Folder(Path(name))
-    return folder, folder.key
+        source, key, count = World(WORLDS[name]), repr(WORLDS[name]), CLIPS
+    elif Path(name).is_dir():
+        source = folder = Folder(Path(name))
+        key, count = folder.key, len(folder.indices("train", sys.maxsize))
+    else:
+        known = ", ".join(WORLDS)
+        raise FileNotFoundError(f"data {name!r} is neither one of {known} nor a folder")
+    size = model.height, model.width
+    return TrainingData(source, key, count if clips is None else clips, model.frames, size, device)

@@ -5,9 +5,8 @@ A family loads its data and networks, and says what the denoiser is given and ho
 
 import math
 import shutil
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, split_sigma, ve
 from cmdgen.training.cache import Rows
 from cmdgen.training.config import ContentLoss, DenoisingLoss, MotionLoss
 from cmdgen.training.context import Run
-from cmdgen.training.loop import Batch
+from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import min_snr_weights, variational_bound
 from cmdgen.training.randomness import Order, seeded
 from cmdgen.training.sheets import compare
@@ -29,7 +28,7 @@ from cmdgen.weights import write_config
 SHEET_STEPS = 20
 
 
-class DenoisingStage(ABC):
+class DenoisingStage(Stage):
     """Learns to denoise `x0`, one tensor of a batch, given what `condition` makes of the others."""
 
     # of the samples on a sheet
@@ -77,12 +76,11 @@ class DenoisingStage(ABC):
         generator = seeded(self.run.config.seed, self.run.stage, step)
         rows = self.order.rows(step, size)
         batch = self.example(rows, generator)
-        batch |= {
+        return batch | {
             "noise": torch.randn(batch["x0"].shape, generator=generator),
             "timestep": torch.randint(len(self.alphas), (size,), generator=generator),
             "ids": self.text.draw(rows, self.options.text_dropout, generator),
         }
-        return {name: tensor.to(self.run.device) for name, tensor in batch.items()}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean of min-SNR weighted errors, or of MSE and a learned variance's bound.
@@ -122,13 +120,6 @@ class DenoisingStage(ABC):
         sampled, batch = self.sample(self.sheet_clips)
         clips = [self.codec.decode(self.latents(x0, batch)) for x0 in (batch["x0"], sampled)]
         return compare(clips[0][:, ::2], clips[1][:, ::2])
-
-    def export(self, folder: Path) -> None:
-        """Write what is trained, and the tokenizer of a text encoder that is."""
-        for part, module in self.modules.items():
-            module.save_pretrained(folder / part)
-        if "text_encoder" in self.modules:
-            self.text.tokenizer.save_pretrained(folder / "tokenizer", length=self.text.length)
 
 
 class Pairs:
@@ -190,7 +181,7 @@ def _read_frozen_text(run: Run) -> Text:
                 f"{run.folder} has no {name}/ that could stay frozen: give --init a folder that"
                 " has, or --no-freeze-text"
             )
-        if run.restart and run.initial(name) is not None:
+        if run.start.restart and run.initial(name) is not None:
             shutil.rmtree(run.folder / name, ignore_errors=True)
     return Text.read(run)
 

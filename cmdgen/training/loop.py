@@ -7,8 +7,9 @@ alone), a loss, an evaluation, a sheet of samples and how to export itself.
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +23,31 @@ from cmdgen.training.sheets import write_png
 Batch = dict[str, Tensor]
 
 
-class Stage(Protocol):
-    """What the loop trains."""
+class Stage(ABC):
+    """What the loop trains; `modules` are trainable, by the folders that they are written to."""
 
     modules: dict[str, nn.Module]
 
+    @abstractmethod
     def batch(self, step: int) -> Batch:
-        """Tensors of one update, the same whenever the same step is asked for."""
+        """Return the tensors of one update, the same for the same step."""
 
+    @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """A mean over the batch, and named parts of it for the log."""
+        """Return a mean over the batch, and named parts of it for the log."""
 
+    @abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """Figures on held-out data."""
+        """Return figures on held-out data."""
 
+    @abstractmethod
     def sheet(self) -> Tensor:
         """() -> (H, W, 3) uint8, a picture of what the weights do."""
 
     def export(self, folder: Path) -> None:
-        """Writes the trained parts into a model folder."""
+        """Write the trained parts into a model folder."""
+        for part, module in self.modules.items():
+            module.save_pretrained(folder / part)  # type: ignore[operator]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -66,7 +73,7 @@ def train(stage: Stage, run: Run) -> int:
     last_save = last_log = time.monotonic()
     logged = state.step
     figures: dict[str, float] = {}
-    # seconds that a step, and saving with evaluation at the end, last took
+    # seconds of a step, and of evaluation and saving
     step_cost = finish_cost = 0.0
     while state.step < config.steps and not run.stopped():
         begun = time.monotonic()
@@ -87,12 +94,10 @@ def train(stage: Stage, run: Run) -> int:
         begun = time.monotonic()
         if state.step % config.evaluate_steps == 0:
             log.write({"step": state.step, **state.evaluate()})
-            finish_cost = max(finish_cost, time.monotonic() - begun)
-        begun = time.monotonic()
         if begun - last_save >= config.save_seconds:
             state.save()
             last_save = time.monotonic()
-            finish_cost = max(finish_cost, last_save - begun)
+        finish_cost = max(finish_cost, time.monotonic() - begun)
     report("evaluate", state.step, config.steps, figures)
     log.write({"step": state.step, **state.evaluate()})
     state.save()
@@ -109,13 +114,12 @@ class _State:
         self.step = self.summed = 0
         self.sums: dict[str, Tensor] = {}
         parameters = [p for m in stage.modules.values() for p in m.parameters() if p.requires_grad]
+        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+        vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
         self.parameters = parameters
         groups = [
-            {
-                "params": [p for p in parameters if p.ndim > 1],
-                "weight_decay": self.config.weight_decay,
-            },
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.ema = Ema(stage.modules, config.ema)
@@ -125,23 +129,22 @@ class _State:
             self._load(load_checkpoint(self.checkpoint))
 
     def update(self) -> None:
-        """One optimiser step."""
-        config = self.config
-        lr = learning_rate(config, self.step)
+        """Take one optimiser step."""
+        lr, parts = learning_rate(self.config, self.step), self.config.accumulate
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batch = self.stage.batch(self.step)
+        batch = {
+            name: tensor.to(self.run.device) for name, tensor in self.stage.batch(self.step).items()
+        }
         self._add("lr", torch.tensor(lr))
-        parts = config.accumulate
         for part in range(parts):
+            chunk = {name: tensor.chunk(parts)[part] for name, tensor in batch.items()}
             with self.run.autocast():
-                loss, named = self.stage.loss(
-                    {name: tensor.chunk(parts)[part] for name, tensor in batch.items()}
-                )
+                loss, named = self.stage.loss(chunk)
             (loss / parts).backward()
             for name, value in {"loss": loss, **named}.items():
                 self._add(name, value.detach().float() / parts)
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.clip_norm, foreach=True)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm, foreach=True)
         self._add("grad", norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -150,44 +153,44 @@ class _State:
         self.summed += 1
 
     def _add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.sums[name] = self.sums.get(name, 0) + value
 
     def take_figures(self) -> dict[str, float]:
-        """Means since the last call."""
+        """Return the means since the last call."""
+        self._check_finite()
         figures = {name: float(value) / self.summed for name, value in self.sums.items()}
         self.sums, self.summed = {}, 0
-        if not math.isfinite(figures["grad"]):
-            raise FloatingPointError(
-                f"the gradient is not finite at step {self.step}: run again with a lower --lr"
-                " (it continues from the last checkpoint)"
-            )
         return figures
 
+    def _check_finite(self) -> None:
+        for name, value in self.sums.items():
+            if not math.isfinite(float(value)):
+                raise FloatingPointError(
+                    f"{name} is not finite at step {self.step}: run again with a lower"
+                    " --lr (it continues from the last checkpoint)"
+                )
+
     def evaluate(self) -> dict[str, float]:
-        """Figures of the averaged weights, and their sheet on disk."""
-        with torch.no_grad(), self.ema.swapped(), self.run.autocast():
+        """Return figures of the averaged weights, and draw their sheet."""
+        with self.ema.swapped(), self.run.autocast():
             figures = self.stage.evaluate()
             write_png(self.run.state / f"sheet-{self.step:07d}.png", self.stage.sheet())
         return figures
 
     def save(self) -> None:
-        """Checkpoint first, then the averaged weights into the model folder."""
-        if not all(math.isfinite(float(value)) for value in self.sums.values()):
-            raise FloatingPointError(
-                f"the loss is not finite before step {self.step}: run again with a lower --lr"
-                " (it continues from the last checkpoint)"
-            )
+        """Write a checkpoint, then the averaged weights into the model folder."""
+        self._check_finite()
         state = {
             "step": self.step,
             "modules": {name: m.state_dict() for name, m in self.stage.modules.items()},
             "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict(),
+            "ema": self.ema.averages,
             "sums": self.sums,
             "summed": self.summed,
             "data": json.dumps([self.config.batch, self.config.seed]),
         }
         save_checkpoint(self.checkpoint, state)
-        with torch.no_grad(), self.ema.swapped():
+        with self.ema.swapped():
             self.stage.export(self.run.folder)
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -202,11 +205,10 @@ class _State:
                 module.load_state_dict(state["modules"][name])
             self.optimizer.load_state_dict(state["optimizer"])
             for moments in self.optimizer.state.values():
-                # off the file, which the next checkpoint replaces
+                # copied: the next checkpoint replaces the mapped file
                 moments |= {name: tensor.clone() for name, tensor in moments.items()}
         except (RuntimeError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{self.checkpoint} is of a model of another shape: use --restart"
-            ) from error
-        self.ema.load_state_dict(state["ema"], state["step"])
+            message = f"{self.checkpoint} is of a model of another shape: use --restart"
+            raise ValueError(message) from error
+        self.ema.load(state["ema"], state["step"])
         self.sums, self.summed, self.step = state["sums"], state["summed"], state["step"]

@@ -48,11 +48,12 @@ def run_stage(run: Run) -> int:
 
     Raises ValueError where a former stage is missing, or a part of `init` does not fit.
     """
-    if run.init is not None:
-        if run.init.resolve() == run.folder.resolve():
+    init = run.start.init
+    if init is not None:
+        if init.resolve() == run.folder.resolve():
             raise ValueError(f"{run.folder} cannot start from itself: leave --init out")
-        _check_init(run.init, run.model)
-    if run.restart:
+        _check_init(init, run.model)
+    if run.start.restart:
         shutil.rmtree(run.state, ignore_errors=True)
     scheduler = run.initial("scheduler") or run.folder / "scheduler"
     if scheduler.is_dir():

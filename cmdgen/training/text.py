@@ -32,7 +32,7 @@ class Text:
         """
         assert run.model.text is not None
         place, initial = run.folder / "tokenizer", run.initial("tokenizer")
-        if place.is_dir() and not run.restart:
+        if place.is_dir() and not run.start.restart:
             tokenizer = Tokenizer.from_pretrained(place)
         elif initial is not None:
             tokenizer = Tokenizer.from_pretrained(initial)

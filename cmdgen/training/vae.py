@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmdgen.evaluation.metrics import psnr
 from cmdgen.models.vae import KlVae
 from cmdgen.training.config import VaeLoss
 from cmdgen.training.context import Run
-from cmdgen.training.loop import Batch
+from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import edge_difference, gaussian_kl, l1_plus_l2
 from cmdgen.training.randomness import Order, seeded
 from cmdgen.training.sheets import compare
@@ -22,7 +22,7 @@ FRAMES = 2
 MEASURED, HELD_OUT = 64, 32
 
 
-class VaeStage:
+class VaeStage(Stage):
     """Frames of clips that are rendered when they are needed."""
 
     def __init__(self, run: Run) -> None:
@@ -37,7 +37,7 @@ class VaeStage:
         self.vae: KlVae = run.build("vae")
         if run.initial("vae") is None:
             _narrow_posterior(self.vae)
-        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        self.modules = {"vae": self.vae}
         self.training = run.data.training
         self.order = Order(len(self.training), seed)
         self.held_out = self._frames(run.data.held_out(HELD_OUT), seeded(seed, "held out"))
@@ -51,7 +51,7 @@ class VaeStage:
         frames, config = batch["frames"], self.vae.config
         size = [side // config.stride for side in frames.shape[-2:]]
         noise = torch.randn((len(frames), config.latent_channels, *size), generator=generator)
-        return {**batch, "noise": noise.to(self.run.device)}
+        return batch | {"noise": noise}
 
     def _frames(self, indices: Tensor, generator: torch.Generator) -> Batch:
         clips = self.run.data.clips(indices)
@@ -99,10 +99,10 @@ class VaeStage:
         return compare(frames[:, None], self._reconstruct(frames)[:, None])
 
     def export(self, folder: Path) -> None:
-        """Measure the scale of the latents, then write vae/."""
+        """Write vae/ with the measured scale of its latents."""
         scale = 1 / float(self._means(self.measured).float().std())
         self.vae.config = replace(self.vae.config, scaling_factor=round(scale, 6))
-        self.vae.save_pretrained(folder / "vae")
+        super().export(folder)
 
 
 @torch.no_grad()
