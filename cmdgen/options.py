@@ -84,11 +84,12 @@ def read_value(cls: type, name: str, value: Any) -> Any:
     if value is None and optional:
         return None
     if described.read is not None:
-        if isinstance(value, str):
-            return described.read(value)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return described.read(str(value))
-        return value
+        try:
+            # a typed value is checked as its text
+            text = value if isinstance(value, str) else described.write(value)
+        except (IndexError, TypeError) as error:
+            raise ValueError(f"{title} {short(value)} is not valid") from error
+        return described.read(text)
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**53 else math.inf
     if kind is Path and isinstance(value, str):

@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cmdgen import __version__, models
+from cmdgen import __version__
 from cmdgen.acceleration.budget import choose_encoding_slices, choose_slices
 from cmdgen.acceleration.calibration import Calibration, Measurement, Plan, Predict, plan_rehash
 from cmdgen.acceleration.compiled import Compiled, check_compiler
@@ -39,21 +39,14 @@ from cmdgen.diffusion.samplers import OnEstimate as OnLatent
 from cmdgen.latents import Latents, check_fit, fit_model, latent_shapes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
-from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
+from cmdgen.store.find import find_model
+from cmdgen.store.parts import hash_weights, read_model
 from cmdgen.video.formats import Pixels
 from cmdgen.video.pixels import CONVERT, to_rgb24, to_unit
-from cmdgen.weights import hash_weights, read_model, resolve_model
-
-# what `Parts` is read from
-WEIGHTS = {
-    "text_encoder": models.text.FILENAME,
-    "unet": models.unet.FILENAME,
-    "vae": models.vae.FILENAME,
-    "autoencoder": models.autoencoder.FILENAME,
-    "motion": models.dit.FILENAME,
-}
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -155,7 +148,7 @@ class TextToVideo:
         compiler, which takes minutes for the first clip of a size. Raises ValueError, saying what
         is possible.
         """
-        folder = resolve_model(model)
+        folder = find_model(os.fspath(model))
         config = read_model(folder)
         if config.text is None or config.vae is None or not isinstance(config.content, UNetConfig):
             raise ValueError(f"{folder} makes no video from text: it needs text_encoder, unet, vae")
@@ -223,7 +216,7 @@ class TextToVideo:
         """Tells these weights from others, wherever they lie; a thread may ask for it early."""
         with self._hashing:
             if self._hash is None:
-                self._hash = hash_weights(self.folder, WEIGHTS)
+                self._hash = hash_weights(self.folder)
         return self._hash
 
     def fits(self, prompt: str) -> bool:

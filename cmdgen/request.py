@@ -261,6 +261,8 @@ class Request:
         return self.rehash is not None or self.rehash_threshold is not None
 
 
+# fields that name files, which metadata identifies by name and SHA-256
+INPUT_FIELDS = ("content_from", "motion_from", "image")
 JOB_FIELDS = frozenset(
     name for name, (item, _, _) in options_of(Request).items() if option_of(item).per_job
 )
@@ -474,11 +476,10 @@ def recall_request(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if "rehash" in values:
         values.pop("rehash_policy", None)
         values.pop("rehash_threshold", None)
-    inputs = ("content_from", "motion_from", "image")
     return {
         name: _read_json(name, value)
         for name, value in values.items()
-        if name in options_of(Request) and name not in inputs
+        if name in options_of(Request) and name not in INPUT_FIELDS
     }
 
 

@@ -1,6 +1,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ if not torch.cuda.is_available():
 from cmdgen.config import MINI, ModelConfig, UNetConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
-from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
-from cmdgen.weights import write_model_index
+from cmdgen.store.parts import write_model_index
 
 CAPTIONS = ["a dog swimming in the ocean", "a red car driving", "two birds flying in the sky"]
 
@@ -78,3 +80,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder / "tokenizer")
     write_model_index(folder, config)
     return folder
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cmdgen(capsys):
+    """Runs the command in this process."""
+    from cmdgen.cli.app import main
+
+    def run(*arguments: object) -> Result:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        return Result(end.value.code or 0, *capsys.readouterr())
+
+    return run

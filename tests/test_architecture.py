@@ -12,11 +12,13 @@ PACKAGE = ROOT / "cmdgen"
 # an import may point to a later row, or stay in its own
 LAYERS = (
     ("cli", "__main__"),
-    ("pipeline", "training", "evaluation"),
+    ("pipeline", "pipelines", "training", "evaluation"),
+    ("store",),
     ("acceleration", "compression"),
-    ("catalogue", "diffusion", "hub", "latents", "models", "data", "video", "weights"),
-    ("config", "request", "options", "__init__"),
-    ("files",),
+    ("diffusion", "latents", "models", "data", "video", "weights"),
+    ("schema",),
+    ("request",),
+    ("config", "options", "__init__", "files"),
 )
 ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

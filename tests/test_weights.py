@@ -22,19 +22,14 @@ from safetensors.torch import load_file, save_file
 from cmdgen.config import CMD_SD15, CMD_UCF, MINI, ModelConfig, NoiseConfig, UNetConfig, VaeConfig
 from cmdgen.evaluation.probe import ProbeConfig
 from cmdgen.files import replace_with
-from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
-from cmdgen.models.vae import FILENAME, KlVae
-from cmdgen.weights import (
-    hash_weights,
-    load_weights,
-    read_config,
-    read_model,
-    resolve_model,
-    save_weights,
-    write_config,
-    write_model_index,
-)
+from cmdgen.models.vae import KlVae
+from cmdgen.schema import read_config, write_config
+from cmdgen.store.find import find_model
+from cmdgen.store.parts import read_model, write_model_index
+from cmdgen.weights import hash_weights, load_weights, save_weights
 
 TINY = VaeConfig(block_out_channels=(4, 8), norm_num_groups=2, layers_per_block=1)
 
@@ -76,7 +71,7 @@ def vae_folder(tmp_path: Path) -> Path:
 def test_a_model_is_read_as_it_was_written(model: ModelConfig, tmp_path: Path) -> None:
     write_parts(model, tmp_path)
     assert read_model(tmp_path) == model
-    assert resolve_model(str(tmp_path)) == tmp_path
+    assert find_model(str(tmp_path)) == tmp_path
 
 
 def test_diffusers_opens_a_whole_model_as_stable_diffusion(tmp_path: Path) -> None:
@@ -106,7 +101,9 @@ def test_diffusers_opens_a_whole_model_as_stable_diffusion(tmp_path: Path) -> No
 def test_half_precision_files_load_to_the_dtype_asked_for(tmp_path: Path) -> None:
     vae = KlVae(TINY)
     vae.save_pretrained(tmp_path, dtype=torch.float16)
-    assert {value.dtype for value in load_file(tmp_path / FILENAME).values()} == {torch.float16}
+    assert {value.dtype for value in load_file(tmp_path / KlVae.filename).values()} == {
+        torch.float16
+    }
     for asked, got in ((None, torch.float32), (torch.float64, torch.float64)):
         loaded = KlVae.from_pretrained(tmp_path, dtype=asked)
         assert {parameter.dtype for parameter in loaded.parameters()} == {got}
@@ -117,7 +114,7 @@ def test_half_precision_files_load_to_the_dtype_asked_for(tmp_path: Path) -> Non
 
 
 def test_shards_and_the_fp16_variant_are_found(vae_folder: Path) -> None:
-    whole = vae_folder / FILENAME
+    whole = vae_folder / KlVae.filename
     state = load_file(whole)
     variant = vae_folder / "diffusion_pytorch_model.fp16.safetensors"
     whole.rename(variant)
@@ -128,7 +125,7 @@ def test_shards_and_the_fp16_variant_are_found(vae_folder: Path) -> None:
         save_file({n: state[n].clone() for n in state if names[n] == part}, vae_folder / part)
     # of a variant it has had two names
     for index in (
-        *(f"{FILENAME}.index.json", f"{FILENAME}.index.fp16.json"),
+        *(f"{KlVae.filename}.index.json", f"{KlVae.filename}.index.fp16.json"),
         "diffusion_pytorch_model.fp16.safetensors.index.json",
     ):
         index = vae_folder / index
@@ -143,7 +140,7 @@ def test_shards_and_the_fp16_variant_are_found(vae_folder: Path) -> None:
 
 def test_a_save_that_fails_leaves_the_old_file_and_no_other(vae_folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in vae_folder.iterdir()}
-    with pytest.raises(KeyError), replace_with(vae_folder / FILENAME) as temporary:
+    with pytest.raises(KeyError), replace_with(vae_folder / KlVae.filename) as temporary:
         temporary.write_bytes(b"half")
         raise KeyError
     assert {path.name: path.read_bytes() for path in vae_folder.iterdir()} == before
@@ -166,14 +163,14 @@ def test_written_files_are_readable_as_the_umask_says(vae_folder: Path) -> None:
     ],
 )
 def test_a_damaged_file_is_named(vae_folder: Path, damage, message: str) -> None:
-    path = vae_folder / FILENAME
+    path = vae_folder / KlVae.filename
     path.write_bytes(damage(path.read_bytes()))
     error = error_of(vae_folder)
     assert message in error and str(path) in error
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(vae_folder: Path) -> None:
-    path, name = vae_folder / FILENAME, "quant_conv.weight"
+    path, name = vae_folder / KlVae.filename, "quant_conv.weight"
     state = load_file(path)
     save_file({key: value for key, value in state.items() if key != name}, path)
     assert error_of(vae_folder) == f"{path}: tensor {name} is missing"
@@ -293,19 +290,24 @@ def test_parts_that_do_not_meet_and_bad_defaults_are_refused(tmp_path: Path) -> 
             read_model(tmp_path)
     edit(index, cmdgen=good)
     edit(tmp_path / "unet" / "config.json", out_channels=16)
-    with pytest.raises(ValueError, match="content takes 8 channels, its out_channels is 16"):
+    with pytest.raises(
+        ValueError, match="in_channels of unet/ is 8, but out_channels of unet/ is 16"
+    ):
         read_model(tmp_path)
     edit(tmp_path / "unet" / "config.json", out_channels=8)
     edit(tmp_path / "motion" / "config.json", text_width=77)
-    with pytest.raises(ValueError, match="motion takes 77 channels, text hidden_size is"):
+    with pytest.raises(ValueError, match="text_width of motion/ is 77, but hidden_size of text_e"):
         read_model(tmp_path)
 
 
-def test_an_unknown_model_lists_what_is_possible(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown model 'maxi': expected .* or a folder with"):
-        resolve_model("maxi")
-    with pytest.raises(ValueError, match="unknown model"):
-        resolve_model(tmp_path)
+def test_an_unknown_model_and_an_empty_folder_are_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match=r"unknown model 'maxi': expected a folder, OWNER"):
+        find_model("maxi")
+    with pytest.raises(ValueError, match=r"cmd-sd15 is a preset, its weights are random: cmdgen"):
+        find_model("cmd-sd15")
+    with pytest.raises(ValueError, match=r"model_index\.json: No such file"):
+        read_model(find_model(str(tmp_path)))
 
 
 def test_weights_load_into_a_built_module_without_sharing(tmp_path: Path) -> None:
@@ -393,7 +395,7 @@ def test_a_hash_of_much_is_kept_until_a_file_changes(tmp_path, tiny_model, monke
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
     monkeypatch.setattr("cmdgen.weights._HASHED_AT_ONCE", 0)
     shutil.copytree(tiny_model, tmp_path / "a")
-    files = {"vae": FILENAME}
+    files = {"vae": KlVae.filename}
     known = hash_weights(tmp_path / "a", files)
     (note,) = (tmp_path / "cache" / "cmdgen" / "weights").iterdir()
     assert note.read_text() == known
@@ -403,7 +405,7 @@ def test_a_hash_of_much_is_kept_until_a_file_changes(tmp_path, tiny_model, monke
     note.write_text("zero")
     assert hash_weights(tmp_path / "a", files) == known
     note.write_text("0" * 32)
-    path = tmp_path / "a" / "vae" / FILENAME
+    path = tmp_path / "a" / "vae" / KlVae.filename
     os.utime(path, ns=(1, 1))
     assert hash_weights(tmp_path / "a", files) == known
 
@@ -458,14 +460,14 @@ def test_any_bytes_are_weights_or_one_line(
 ) -> None:
     folder = tmp_path_factory.mktemp("weights")
     shutil.copy(tiny_model / "vae" / "config.json", folder)
-    content = bytearray((tiny_model / "vae" / FILENAME).read_bytes())
+    content = bytearray((tiny_model / "vae" / KlVae.filename).read_bytes())
     # most of it is the header's
     header = 8 + struct.unpack("<Q", content[:8])[0]
     for place, bits in changes:
         start = int(place * header)
         content[start : start + len(bits)] = bits
-    (folder / FILENAME).write_bytes(content)
+    (folder / KlVae.filename).write_bytes(content)
     try:
         KlVae.from_pretrained(folder)
     except ValueError as error:
-        assert str(folder / FILENAME) in str(error) and "\n" not in str(error)
+        assert str(folder / KlVae.filename) in str(error) and "\n" not in str(error)

@@ -6,68 +6,99 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmdgen.cli.advice import advise
 from cmdgen.cli.errors import MEMORY, PARTIAL, Failure, on_the_way
-from cmdgen.cli.given import GivenFiles
+from cmdgen.cli.inputs import InputFiles
 from cmdgen.cli.jobs import LATENTS, STILL, Job, Refused
 from cmdgen.cli.progress import Say, Show
-from cmdgen.config import ModelConfig
+from cmdgen.options import option, read_fields
+from cmdgen.pipelines.observer import Observer
+from cmdgen.request import Plan, write_size
 from cmdgen.video.formats import STDOUT, Encoding
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from cmdgen.pipeline import Clip, Given, TextToVideo
+    from cmdgen.pipelines.base import Clip, Inputs
+    from cmdgen.pipelines.still import StillPipeline
     from cmdgen.video.write import Writer
 
 # formats whose frames can follow one another without an end: clips of one size are one stream
 STREAMS = ("y4m", "raw", "mp4")
-# of the time that sampling takes, at most, for looking at it
+# largest share of sampling's time that the preview may take
 PREVIEW_SHARE = 0.1
-# lines that are said once
-_MOST_NOTED = 1000
+# notes that are remembered, so that each is printed once
+_MAX_NOTES = 1000
+
+_jobs = partial(option, group="Several clips")
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How jobs are made, whatever they are."""
+class Batching:
+    """Options of `cmdgen sample` that hold for all jobs."""
 
-    # clips in a forward
-    batch: int = 1
-    overwrite: bool = False
-    skip_existing: bool = False
-    fail_fast: bool = False
-    preview: Path | None = None
-    # one job that is asked for by name: what is wrong with it is what is wrong
-    alone: bool = False
-    # how many there are, where that is known
-    total: int | None = None
+    file: str | None = _jobs(
+        None,
+        "Read prompts, one a line, or JSON objects with options' names as keys, which win over "
+        "flags; - is stdin.",
+        flags=("--file", "-f"),
+        metavar="FILE",
+        complete="file",
+    )
+    num: int = _jobs(
+        1,
+        "Clips of each prompt. Their seeds count up from --seed, or are random.",
+        metavar="N",
+        low=1,
+        high=100_000,
+    )
+    batch: int = _jobs(
+        1,
+        "Clips per forward pass. Each clip is what it would be alone, except for rounding.",
+        metavar="N",
+        low=1,
+        high=1024,
+    )
+    overwrite: bool = _jobs(False, "Replace existing files.")
+    skip_existing: bool = _jobs(False, "Make only clips whose files do not exist yet.")
+    fail_fast: bool = _jobs(False, "Stop at the first error.")
+    like: Path | None = _jobs(
+        None,
+        "Make the clip of a file that cmdgen wrote again, except for the options you change.",
+        metavar="FILE",
+        complete="file",
+    )
+    preview: Path | None = _jobs(
+        None,
+        "Rewrite this .png with the content frame while it is sampled.",
+        metavar="FILE",
+        complete="file",
+    )
+    dry_run: bool = _jobs(
+        False, "Check everything and print what would be made, with estimates of memory and time."
+    )
+
+    def __post_init__(self) -> None:
+        read_fields(self)
+        if self.overwrite and self.skip_existing:
+            raise ValueError("--overwrite and --skip-existing contradict each other: give one")
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A job whose file is there already."""
-
-    job: Job
-
-
-def group(
-    jobs: Iterable[Job | Refused | Kept | None], most: int
-) -> Iterator[list[Job] | Refused | Kept]:
-    """Jobs in their order, those together that can be one forward; None ends what waits."""
+def group(jobs: Iterable[Job | Refused | None], most: int) -> Iterator[list[Job] | Refused]:
+    """Yield jobs in order, those together that can be one forward; None ends a group early."""
     together: list[Job] = []
     for job in jobs:
         if together and not (isinstance(job, Job) and _alike(together[0], job)):
             yield together
             together = []
-        if isinstance(job, Refused | Kept):
+        if isinstance(job, Refused):
             yield job
         elif job is not None:
             together.append(job)
-        if len(together) == most:
+        if together and (len(together) == most or together[0].exists):
             yield together
             together = []
     if together:
@@ -75,65 +106,81 @@ def group(
 
 
 def _alike(one: Job, other: Job) -> bool:
-    if one.encoding.pixels != other.encoding.pixels:
+    if one.exists or other.exists or one.encoding.pixels != other.encoding.pixels:
         return False
-    return replace(one.config, seed=0) == replace(other.config, seed=0)
+    first, second = (
+        replace(job.plan, prompt="", seed=0, content_seed=0, motion_seed=0) for job in (one, other)
+    )
+    return first == second
 
 
 class Batch:
-    """One model and the jobs that it makes."""
+    """One model and the jobs that it makes.
+
+    `alone` is one job that was named on the command line: its error is the command's. `total` is
+    the number of jobs, where it is known.
+    """
 
     def __init__(
-        self, pipeline: "TextToVideo", manner: Manner, say: Say, files: GivenFiles
+        self,
+        pipeline: "StillPipeline",
+        options: Batching,
+        say: Say,
+        files: InputFiles,
+        *,
+        alone: bool,
+        total: int | None,
     ) -> None:
-        self.pipeline, self.manner, self.say = pipeline, manner, say
-        self.files = files
+        self.pipeline, self.options, self.say, self.files = pipeline, options, say, files
+        self.alone, self.total = alone, total
         self.made = self.failed = 0
-        # of the stream on stdout, if it is one of several clips
+        # of the stream on stdout, if it has several clips
         self.shape: tuple[object, ...] | None = None
         self.writer: Writer | None = None
-        # names to the index and the line of the job that has them
+        # names of files to the index and the line of their job
         self.targets: dict[str, tuple[int, int]] = {}
-        self.noted: set[str] = set()
+        self.notes: set[str] = set()
 
-    def check(self, job: Job) -> Job | Refused | Kept:
-        """What is to become of a job; reads no weights."""
+    def check(self, job: Job) -> Job | Refused:
+        """Resolve a job and check where it goes; reads no weights."""
         from cmdgen.video.write import check_output, list_taken
 
         try:
-            job = replace(job, config=self.files.fit(job.config, self.pipeline.config))
-            asked = job.config.apply(self.pipeline.config)
-            if job.encoding.format == LATENTS and asked.frames == 1:
+            request = self.files.fit(job.request, self.pipeline.config)
+            batch = min(self.options.batch, self.total or self.options.batch)
+            plan = self.pipeline.plan(request, batch=batch)
+            job = replace(job, request=request, resolved=plan)
+            size = plan.model.height, plan.model.width
+            if job.encoding.format == LATENTS and not plan.moves:
                 raise ValueError(f"{job.target} holds content and motion: a still has no motion")
-            self.pipeline.plan_rehash(job.config)
-            self.pipeline.plan_decoding(job.config)
-            job.encoding.check((asked.height, asked.width), asked.fps)
+            job.encoding.check(size, plan.model.fps)
             if job.target == STDOUT:
-                self._check_stream(job, asked)
+                self._check_stream(job, plan)
             else:
                 self._check_name(job)
             check_output(
                 *(job.target, job.encoding),
-                overwrite=self.manner.overwrite,
-                makes_folder=not self.manner.alone,
+                overwrite=self.options.overwrite,
+                makes_folder=not self.alone,
             )
         except FileExistsError as error:
             # a sidecar alone is no clip
-            if self.manner.skip_existing and list_taken(Path(job.target), job.encoding):
-                return Kept(job)
+            if self.options.skip_existing and list_taken(Path(job.target), job.encoding):
+                return replace(job, exists=True)
             return Refused(job.index, job.line, error)
         except (ValueError, OSError) as error:
             return Refused(job.index, job.line, error)
         return job
 
-    def _check_stream(self, job: Job, asked: ModelConfig) -> None:
-        if self.manner.total == 1:
+    def _check_stream(self, job: Job, plan: Plan) -> None:
+        if self.total == 1:
             return
         if job.encoding.format not in STREAMS:
             raise ValueError(
                 f"several clips are no {job.encoding.format} on stdout: {', '.join(STREAMS)} can be"
             )
-        shape = (asked.width, asked.height, asked.fps, job.encoding)
+        model = plan.model
+        shape = (model.width, model.height, model.fps, job.encoding)
         if self.shape is None:
             self.shape = shape
         elif self.shape != shape:
@@ -144,57 +191,55 @@ class Batch:
             )
 
     def _check_name(self, job: Job) -> None:
-        if self.manner.preview is not None and os.path.abspath(job.target) == os.path.abspath(
-            self.manner.preview
-        ):
+        path, preview = os.path.abspath(job.target), self.options.preview
+        if preview is not None and path == os.path.abspath(preview):
             raise ValueError(f"{job.target} is the preview's name: give another one")
-        own = job.index, job.line
-        index, line = self.targets.setdefault(os.path.abspath(job.target), own)
+        index, line = self.targets.setdefault(path, (job.index, job.line))
         if index != job.index:
             raise SameName(
                 f"{job.target} is the name of a clip of line {line} already: let names differ, by "
                 "{index}, {slug} or {seed} in --output"
             )
 
-    def run(self, jobs: Iterable[Job | Refused | Kept | None]) -> None:
-        """Make them in their order; Failure where some could not be made."""
+    def run(self, jobs: Iterable[Job | Refused | None]) -> None:
+        """Make the jobs in order; Failure where some could not be made."""
         with ExitStack() as stack, self.say.progress() as show:
-            for each in group(jobs, self.manner.batch):
-                if isinstance(each, Refused):
-                    self._refuse(each)
-                elif isinstance(each, Kept):
+            for jobs_together in group(jobs, self.options.batch):
+                if isinstance(jobs_together, Refused):
+                    self._refuse(jobs_together)
+                elif jobs_together[0].exists:
                     self.made += 1
-                    self.say.note(f"{each.job.target} is there already")
-                    record = {**each.job.describe(), "skipped": True}
-                    self.say.result(each.job.target, record)
+                    job = jobs_together[0]
+                    self.say.note(f"{job.target} exists already")
+                    self.say.result(job.target, {**job.describe(), "skipped": True})
                 else:
-                    self._make(each, show, stack)
-                if self.manner.total is not None and not self.manner.alone:
-                    show("clips", self.made + self.failed, self.manner.total)
+                    self._make(jobs_together, show, stack)
+                if self.total is not None and not self.alone:
+                    show("clips", self.made + self.failed, self.total)
         if self.failed:
             count = self.made + self.failed
             raise Failure(f"{self.failed} of {count} clips were not made", PARTIAL)
 
     def _refuse(self, refused: Refused) -> None:
-        if self.manner.alone:
+        if self.alone:
             raise refused.error
-        if self.manner.fail_fast:
+        if self.options.fail_fast:
             raise refused.located
         self.failed += 1
-        if not refused.told:
+        if not refused.reported:
             self.say.error(str(refused))
         if self.say.as_json:
             self.say.result("", refused.describe())
 
     def _make(self, jobs: list[Job], show: Show, stack: ExitStack) -> None:
         started = time.monotonic()
-        files = [_File(job, self.manner) for job in jobs if job.target != STDOUT]
+        files = [_File(job, self) for job in jobs if job.target != STDOUT]
         try:
-            with on_the_way(lambda: advise(self.pipeline, jobs[0].config, len(jobs))):
+            with on_the_way(partial(self._advise, jobs)):
                 self._sample(jobs, files, show, stack)
         except Failure as failure:
-            # of weights that cannot be read, all jobs would say the same
-            if "parts" not in vars(self.pipeline) or self.manner.alone:
+            # weights that cannot be read are an error of all jobs
+            if not self.pipeline.loaded or self.alone:
                 raise
             if failure.code == MEMORY and len(jobs) > 1 and files:
                 self.say.note(f"note: not enough memory for {len(jobs)} clips at a time")
@@ -205,73 +250,49 @@ class Batch:
                 self._refuse(Refused(job.index, job.line, failure))
             return
         seconds = (time.monotonic() - started) / len(jobs)
-        failed = {file.job: file.error for file in files if file.error is not None}
+        failed = {file.job.index: file.error for file in files if file.error is not None}
         for job in jobs:
-            if job in failed:
-                self._refuse(Refused(job.index, job.line, failed[job]))
+            if job.index in failed:
+                self._refuse(Refused(job.index, job.line, failed[job.index]))
             else:
-                self._tell(job, seconds)
+                self._report(job, seconds)
 
-    def _tell(self, job: Job, seconds: float) -> None:
+    def _advise(self, jobs: list[Job]) -> str:
+        from cmdgen.cli.advice import advise
+
+        return advise(self.pipeline, jobs[0].request, len(jobs))
+
+    def _report(self, job: Job, seconds: float) -> None:
         self.made += 1
-        asked = job.config.apply(self.pipeline.config)
-        if not self.manner.alone:
-            of = "" if self.manner.total is None else f" of {self.manner.total}"
-            self.say.note(f"{job.index}{of}: {job.target}, seed {job.config.seed}, {seconds:.1f} s")
-        if job.target == STDOUT:
-            return
-        record = {
-            **job.describe(),
-            **{"frames": asked.frames, "width": asked.width, "height": asked.height},
-            **{"fps": asked.fps, "seconds": round(seconds, 3)},
-        }
-        self.say.result(job.target, record)
+        if not self.alone:
+            of = "" if self.total is None else f" of {self.total}"
+            seed = job.request.seed
+            self.say.note(f"{job.index}{of}: {job.target}, seed {seed}, {seconds:.1f} s")
+        if job.target != STDOUT:
+            model = job.plan.model
+            size = {name: getattr(model, name) for name in ("frames", "width", "height", "fps")}
+            self.say.result(job.target, {**job.describe(), **size, "seconds": round(seconds, 3)})
 
     def _sample(self, jobs: list[Job], files: list["_File"], show: Show, stack: ExitStack) -> None:
-        """Frames go on as they are decoded; of several clips on stdout, those of the first one."""
-        config = jobs[0].config
-        asked = config.apply(self.pipeline.config)
-        self._note(jobs, asked)
-        self._load(show)
-        given = self.files.read(self.pipeline, config, self.say)
-        preview = None if self.manner.preview is None else _Preview(self.manner.preview)
+        """Write frames as they are decoded; of several clips on stdout, those of the first one."""
+        self._note(jobs)
+        if not self.pipeline.loaded:
+            # before a file is opened, whose metadata has the weights' hash
+            self.pipeline.load(_Loading(show))
+        inputs = self.files.read(self.pipeline, jobs[0].request, self.say)
         with ExitStack() as opened:
             for file in files:
                 opened.enter_context(file)
-                file.open(self.pipeline, asked, given)
-            if not files:
-                self._open_stream(jobs[0], asked, given, stack)
-
-            def take(i: int, frames: "np.ndarray") -> None:
-                if files:
-                    files[i].write(frames)
-                    # the rest of clips that cannot be written need not be made
-                    if all(file.error is not None for file in files):
-                        raise _AllFailed
-                elif i == 0:
-                    assert self.writer is not None
-                    self.writer(frames)
-
-            def show_content(i: int, picture: "np.ndarray") -> None:
-                if preview is not None and i == 0:
-                    preview.show(picture)
-
-            def report(stage: str, done: int, total: int) -> None:
-                if self.writer is not None:
-                    self.writer.check()
-                if stage != "load" and self._shows_stages:
-                    show(stage, done, total)
-
+                file.open(inputs)
+            if not files and self.writer is None:
+                self._open_stream(jobs[0], inputs, stack)
+            observer = _Writing(self, files, show)
             with suppress(_AllFailed):
-                clips = self.pipeline.sample_batch(
-                    *([job.prompt for job in jobs], replace(config, seed=0)),
-                    [job.config.seed for job in jobs],
+                clips = self.pipeline.run(
+                    [job.plan for job in jobs],
+                    observer,
                     pixels=jobs[0].encoding.pixels,
-                    on_progress=report,
-                    on_content=show_content,
-                    on_frames=take,
-                    on_estimate=None if preview is None else preview.look,
-                    given=given,
+                    inputs=inputs,
                 )
                 for file, clip in zip(files, clips, strict=False):
                     file.finish(clip)
@@ -279,80 +300,51 @@ class Batch:
                     for clip in clips[1:]:
                         self.writer(clip.frames)
 
-    @property
-    def _shows_stages(self) -> bool:
-        # of several clips, lines would be too many
-        return self.manner.alone or sys.stderr.isatty()
+    def _open_stream(self, job: Job, inputs: "Inputs | None", stack: ExitStack) -> None:
+        alone = self.total == 1 and job.encoding.metadata
+        about = describe_clip(self.pipeline, job, inputs) if alone else None
+        self.writer = stack.enter_context(open_job(job, about))
 
-    def _load(self, show: Show) -> None:
-        """Read the weights; before a file is opened, whose metadata has their hash."""
-        if "parts" not in vars(self.pipeline):
-            show("load", 0, 1)
-            _ = self.pipeline.parts
-            show("load", 1, 1)
-
-    def _open_stream(
-        self, job: Job, asked: ModelConfig, given: "Given | None", stack: ExitStack
-    ) -> None:
-        from cmdgen.video.write import open_video
-
-        if self.writer is None:
-            alone = self.manner.total == 1 and job.encoding.metadata
-            self.writer = stack.enter_context(
-                open_video(
-                    *(STDOUT, (asked.height, asked.width), asked.fps),
-                    describe_clip(self.pipeline, job, given) if alone else None,
-                    job.encoding,
-                    pixels=job.encoding.pixels,
-                )
-            )
-
-    def _note(self, jobs: list[Job], asked: ModelConfig) -> None:
-        own, config = self.pipeline.config, jobs[0].config
-        slices = self.pipeline.plan_decoding(config, batch=len(jobs))
-        self._detail_once(
-            f"{own.name} of {self.pipeline.folder} on {self.pipeline.device}, {self.pipeline.dtype}"
+    def _note(self, jobs: list[Job]) -> None:
+        own, plan = self.pipeline.config, jobs[0].plan
+        model, slices = plan.model, plan.slices
+        pipeline = self.pipeline
+        self._note_once(
+            f"{own.name} of {pipeline.folder} on {pipeline.device}, {pipeline.dtype}", detail=True
         )
-        self._detail_once(
+        self._note_once(
             f"{len(jobs)} at a time, decoded in slices of {slices.frames} frames, "
-            f"{slices.positions} positions, {slices.pictures} pictures in {slices.strips} strips"
+            f"{slices.positions} positions, {slices.pictures} pictures in {slices.strips} strips",
+            detail=True,
         )
-        if self.manner.alone:
-            self.say.note(f"seed {config.seed}")
-        if (asked.width, asked.height) != (own.width, own.height):
-            self._note_once(f"note: {own.name} was trained at {own.width}x{own.height}")
-        if asked.frames not in (own.frames, 1):
+        if self.alone:
+            self.say.note(f"seed {plan.seed}")
+        if (model.width, model.height) != (own.width, own.height):
+            size = write_size((own.height, own.width))
+            self._note_once(f"note: {own.name} was trained at {size}")
+        if model.frames not in (own.frames, 1):
             self._note_once(f"note: {own.name} was trained on {own.frames} frames")
-        if (plan := self.pipeline.plan_rehash(config)) is not None:
-            full = f"content in full at {_list_steps(plan.content, asked.steps)}"
-            self._note_once(f"rehash: {plan.policy}, {full}")
-            if plan.motion:
-                full = _list_steps(plan.motion, asked.motion_steps)
+        if (steps := plan.key_steps) is not None:
+            full = f"content in full at {_list_steps(steps.content, model.steps)}"
+            self._note_once(f"rehash: {steps.policy}, {full}")
+            if steps.motion:
+                full = _list_steps(steps.motion, model.motion_steps)
                 self._note_once(f"rehash: motion in full at {full}")
         for job in jobs:
-            of = "" if self.manner.alone else f"line {job.line}: "
-            if unknown := dict.fromkeys(self.pipeline.tokenizer.unknown_words(job.prompt)):
-                self._note_once(f"note: {of}{own.name} has never seen: {', '.join(unknown)}")
-            if not self.pipeline.fits(job.prompt):
-                self._note_once(
-                    f"note: {of}{own.name} reads the start of this prompt only: it is too long"
-                )
+            of = "" if self.alone else f"line {job.line}: "
+            prompt = job.plan.prompt
+            if unknown := dict.fromkeys(pipeline.tokenizer.unknown_words(prompt)):
+                self._note_once(f"note: {of}unknown words for {own.name}: {', '.join(unknown)}")
+            if not pipeline.fits(prompt):
+                self._note_once(f"note: {of}{own.name} reads only the start of this long prompt")
 
-    def _note_once(self, line: str) -> None:
-        if self._is_new(line):
-            self.say.note(line)
-
-    def _detail_once(self, line: str) -> None:
-        if self._is_new(line):
-            self.say.detail(line)
-
-    def _is_new(self, line: str) -> bool:
-        # of a pipe that never ends, the latest will do
-        if len(self.noted) >= _MOST_NOTED:
-            self.noted.clear()
-        known = line in self.noted
-        self.noted.add(line)
-        return not known
+    def _note_once(self, line: str, *, detail: bool = False) -> None:
+        # a pipe may never end: the latest notes are enough
+        if len(self.notes) >= _MAX_NOTES:
+            self.notes.clear()
+        if line not in self.notes:
+            self.notes.add(line)
+            (self.say.detail if detail else self.say.note)(line)
 
 
 class SameName(ValueError):
@@ -363,24 +355,87 @@ class _AllFailed(Exception):
     """No clip of a forward can be written."""
 
 
-def describe_clip(pipeline: "TextToVideo", job: Job, given: "Given | None") -> dict[str, Any]:
-    """The metadata of a job's file: what makes the clip, and how it is encoded unless plainly."""
-    metadata = pipeline.describe(job.prompt, job.config, given=given)
-    plain = Encoding(job.encoding.format)
+class _Loading(Observer):
+    """Shows that weights are read."""
+
+    def __init__(self, show: Show) -> None:
+        self.show = show
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        self.show(stage, done, total)
+
+
+class _Writing(Observer):
+    """Hands frames on, keeps the preview up to date and shows progress."""
+
+    def __init__(self, batch: Batch, files: list["_File"], show: Show) -> None:
+        self.batch, self.files, self.show = batch, files, show
+        self.preview = batch.options.preview
+        self.estimates = self.preview is not None
+        self.started = time.monotonic()
+        self.spent = self.last = 0.0
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        if self.batch.writer is not None:
+            self.batch.writer.check()
+        # of several clips, lines would be too many
+        if stage != "load" and (self.batch.alone or sys.stderr.isatty()):
+            self.show(stage, done, total)
+
+    def estimate(self, decode: Callable[[], "np.ndarray"]) -> None:
+        now = time.monotonic()
+        if self.spent + self.last <= PREVIEW_SHARE * (now - self.started):
+            self.content(0, decode())
+            self.last = time.monotonic() - now
+            self.spent += self.last
+
+    def content(self, clip: int, picture: "np.ndarray") -> None:
+        from cmdgen.video.write import write_still
+
+        if self.preview is not None and clip == 0:
+            write_still(self.preview, picture, None, overwrite=True)
+
+    def frames(self, clip: int, frames: "np.ndarray") -> None:
+        if self.files:
+            self.files[clip].write(frames)
+            # the rest of clips that cannot be written need not be made
+            if all(file.error is not None for file in self.files):
+                raise _AllFailed
+        elif clip == 0:
+            assert self.batch.writer is not None
+            self.batch.writer(frames)
+
+
+def describe_clip(pipeline: "StillPipeline", job: Job, inputs: "Inputs | None") -> dict[str, Any]:
+    """Return the metadata of a job's file: how the clip is made, and how encoded if not plainly."""
+    plain, encoding = Encoding(job.encoding.format), job.encoding
+    names = ("crf", "codec", "loop")
     differs = {
-        name: value
-        for name in ("crf", "codec", "loop")
-        if (value := getattr(job.encoding, name)) != getattr(plain, name)
+        name: getattr(encoding, name)
+        for name in names
+        if getattr(encoding, name) != getattr(plain, name)
     }
-    return metadata | ({"encoding": {"format": plain.format, **differs}} if differs else {})
+    metadata = pipeline.describe(job.plan, inputs)
+    return metadata | ({"format": plain.format, **differs} if differs else {})
+
+
+def open_job(job: Job, metadata: dict[str, Any] | None, *, overwrite: bool = False) -> Any:
+    """Return a context whose value writes the job's frames."""
+    from cmdgen.video.write import open_video
+
+    model = job.plan.model
+    return open_video(
+        *(job.target, (model.height, model.width), model.fps, metadata, job.encoding),
+        overwrite=overwrite,
+        pixels=job.encoding.pixels,
+    )
 
 
 class _File:
-    """Where the frames of one job go; what fails here fails this job alone."""
+    """The file of one job; its errors are this job's alone."""
 
-    def __init__(self, job: Job, manner: Manner) -> None:
-        self.job, self.overwrite, self.makes_folder = job, manner.overwrite, not manner.alone
-        self.format = job.encoding.format
+    def __init__(self, job: Job, batch: Batch) -> None:
+        self.job, self.batch = job, batch
         self.error: OSError | None = None
         self.stack = ExitStack()
         self.writer: Writer | None = None
@@ -395,7 +450,7 @@ class _File:
 
     @contextmanager
     def _part(self) -> Iterator[None]:
-        """Around a part of the work: what it leaves behind where it fails is removed at once."""
+        """Remove at once what a failed part of the work leaves behind."""
         try:
             try:
                 yield
@@ -405,23 +460,16 @@ class _File:
         except OSError as error:
             self.error = error
 
-    def open(self, pipeline: "TextToVideo", asked: ModelConfig, given: "Given | None") -> None:
-        from cmdgen.video.write import open_video
-
+    def open(self, inputs: "Inputs | None") -> None:
         if self.job.encoding.metadata:
-            self.metadata = describe_clip(pipeline, self.job, given)
-        if self.makes_folder:
-            with self._part():
+            self.metadata = describe_clip(self.batch.pipeline, self.job, inputs)
+        with self._part():
+            if not self.batch.alone:
                 Path(self.job.target).parent.mkdir(parents=True, exist_ok=True)
-        if self.error is None and self.format not in (STILL, LATENTS):
-            with self._part():
+            if self.job.encoding.format not in (STILL, LATENTS):
+                overwrite = self.batch.options.overwrite
                 self.writer = self.stack.enter_context(
-                    open_video(
-                        *(self.job.target, (asked.height, asked.width), asked.fps, self.metadata),
-                        self.job.encoding,
-                        overwrite=self.overwrite,
-                        pixels=self.job.encoding.pixels,
-                    )
+                    open_job(self.job, self.metadata, overwrite=overwrite)
                 )
 
     def write(self, frames: "np.ndarray") -> None:
@@ -435,38 +483,17 @@ class _File:
 
         if self.error is not None:
             return
+        target, overwrite = self.job.target, self.batch.options.overwrite
         with self._part():
-            if self.format == LATENTS:
+            if self.job.encoding.format == LATENTS:
                 assert clip.latents is not None
                 latents = replace(clip.latents, metadata=self.metadata or {})
-                save_latents(self.job.target, latents, overwrite=self.overwrite)
-            elif self.format == STILL:
+                save_latents(target, latents, overwrite=overwrite)
+            elif self.job.encoding.format == STILL:
                 write_still(
-                    *(self.job.target, clip.content, self.metadata, self.job.encoding),
-                    overwrite=self.overwrite,
+                    *(target, clip.content, self.metadata, self.job.encoding), overwrite=overwrite
                 )
             self.stack.close()
-
-
-class _Preview:
-    """Shows the content frame while it is sampled, in little of that time."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.started = time.monotonic()
-        self.spent = self.last = 0.0
-
-    def look(self, estimate: Callable[[], "np.ndarray"]) -> None:
-        now = time.monotonic()
-        if self.spent + self.last <= PREVIEW_SHARE * (now - self.started):
-            self.show(estimate())
-            self.last = time.monotonic() - now
-            self.spent += self.last
-
-    def show(self, picture: "np.ndarray") -> None:
-        from cmdgen.video.write import write_still
-
-        write_still(self.path, picture, None, overwrite=True)
 
 
 def _list_steps(steps: tuple[int, ...], total: int) -> str:

@@ -15,8 +15,8 @@ from cmdgen.cli.options import Device, Precision, Quiet, Threads
 from cmdgen.cli.progress import Say
 from cmdgen.cli.size import parse_memory, parse_size
 from cmdgen.cli.stop import Stop
-from cmdgen.config import WORLDS, WorldConfig
 from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
+from cmdgen.world.config import WORLDS, WorldConfig
 
 app = typer.Typer(
     cls=Group,

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from cmdgen.cli.models import find_model
 from cmdgen.cli.options import AsJson, Device, ModelArgument, Probe, Quiet
 from cmdgen.cli.progress import Say
 from cmdgen.config import MINI_WORLD
 from cmdgen.evaluation.report import Report
+from cmdgen.store.find import find_model
 
 INSTEAD = "Instead of the evaluation"
 
@@ -106,5 +106,5 @@ def _train_probe(folder: Path, device: str, say: Say) -> None:
         probe = train_probe(
             World(MINI_WORLD), device=choose_device(device), on_step=partial(show, "train")
         )
-    probe.save_pretrained(folder)
+    probe.half().save_pretrained(folder)
     typer.echo(folder)

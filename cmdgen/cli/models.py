@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cmdgen.cli.completion import complete_model, one_of
-from cmdgen.cli.errors import NOT_FOUND, Failure, describe
+from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.options import AsJson
 from cmdgen.config import PRESETS, packaged_models
+from cmdgen.store.find import find_model
 
 if TYPE_CHECKING:
-    from cmdgen.catalogue import Model
+    from cmdgen.store.catalogue import Model
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="List, describe, pull and create models.")
 
@@ -26,8 +27,8 @@ def _complete_name(incomplete: str) -> list[str]:
 @app.command("list", cls=Command)
 def list_models(as_json: AsJson = False) -> None:
     """List packaged models, presets, and models of the hub in the local cache."""
-    from cmdgen.catalogue import describe_folder, describe_preset
-    from cmdgen.hub import find_cached
+    from cmdgen.store.catalogue import describe_folder, describe_preset
+    from cmdgen.store.hub import find_cached
 
     rows: list[dict[str, Any]] = []
     for name, folder in packaged_models().items():
@@ -77,7 +78,7 @@ def show(
         cmdgen models show mini
         cmdgen models show cmd-sd21 --json
     """
-    from cmdgen.catalogue import describe_preset
+    from cmdgen.store.catalogue import describe_preset
 
     folder = None if _is_bare_preset(model) else find_model(model)
     found = describe_preset(PRESETS[model]) if folder is None else _describe_files(folder, model)
@@ -125,8 +126,8 @@ def init(
         raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
     if seed >= 2**63:
         raise ValueError(f"seed {seed} is not between 0 and 2^63 - 1")
-    from cmdgen.catalogue import create_model
     from cmdgen.pipeline import DTYPES
+    from cmdgen.store.catalogue import create_model
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -157,12 +158,12 @@ def pull(
         cmdgen models pull OWNER/NAME
         cmdgen models pull OWNER/NAME@v1 -o DIR
     """
-    from cmdgen import hub
+    from cmdgen.store import hub
 
-    repo, revision = hub.parse_name(repository)
+    hub.parse_name(repository)
     if output is not None and (output.exists() or output.is_symlink()):
         raise ValueError(f"{output} is there already: give another folder")
-    folder = hub.pull(repo, revision)
+    folder = hub.pull(repository)
     found = _describe_files(folder, repository)
     typer.echo(f"licence: {found.licence or 'not stated'}", err=True)
     typer.echo(f"{found.parameters / 1e6:.1f} M parameters, {_size(found.bytes)}", err=True)
@@ -175,37 +176,9 @@ def _is_bare_preset(model: str) -> bool:
     return model in PRESETS and model not in packaged_models()
 
 
-def find_model(model: str) -> Path:
-    """The folder of a packaged model's name, of a path, or of OWNER/NAME in the local cache."""
-    packaged = packaged_models()
-    if model in packaged:
-        return packaged[model]
-    if Path(model).is_dir():
-        return Path(model)
-    if model in PRESETS:
-        raise ValueError(
-            f"{model} is a preset, its weights are random: cmdgen models init {model} -o DIR"
-        )
-    from cmdgen import hub
-
-    try:
-        repo, revision = hub.parse_name(model)
-    except ValueError:
-        cached = None
-    else:
-        cached = hub.cached_folder(repo, revision)
-    if cached is None:
-        raise Failure(
-            f"unknown model {model!r}: expected a folder, OWNER/NAME that was pulled, or one of "
-            "cmdgen models list",
-            NOT_FOUND,
-        )
-    return cached
-
-
 def _describe_files(folder: Path, name: str) -> "Model":
     """What a folder holds; its being there, what is wrong with it is no fault of the question."""
-    from cmdgen.catalogue import describe_folder
+    from cmdgen.store.catalogue import describe_folder
 
     try:
         return describe_folder(folder, name)

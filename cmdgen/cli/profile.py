@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cmdgen.cli.errors import on_the_way
-from cmdgen.cli.models import find_model
 from cmdgen.cli.options import (
     OWN,
     AsJson,
@@ -24,6 +23,7 @@ from cmdgen.cli.progress import Say
 from cmdgen.cli.size import parse_size
 from cmdgen.config import CMD_SD21, ProfileConfig, SampleConfig, SuiteConfig
 from cmdgen.evaluation.report import table
+from cmdgen.store.find import find_model
 
 if TYPE_CHECKING:
     from cmdgen.evaluation.flops import PaperTables

@@ -8,7 +8,6 @@ import typer
 
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.models import find_model
 from cmdgen.cli.options import (
     OWN,
     AsJson,
@@ -22,6 +21,7 @@ from cmdgen.cli.options import (
 )
 from cmdgen.cli.progress import Say
 from cmdgen.config import CALIBRATION, MINI_WORLD, SampleConfig
+from cmdgen.store.find import find_model
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Calibrate step rehash, and compare it with fewer steps."

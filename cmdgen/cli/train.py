@@ -104,7 +104,7 @@ def _train(
 
     import torch
 
-    from cmdgen.pipeline import choose_device
+    from cmdgen.pipelines.base import choose_device
     from cmdgen.training.context import Run
     from cmdgen.training.data import open_data
     from cmdgen.training.loop import learning_rate

@@ -4,7 +4,6 @@ It learns from rendered training clips only, blurred, noisy and shifted in brigh
 judges what a generated clip shows and not how cleanly it is drawn.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from cmdgen.data.world import World
-from cmdgen.weights import load_model, save_model
+from cmdgen.models.pretrained import Pretrained
 
-FILENAME = "model.safetensors"
 # the probe of the small world, which ships with the default model
 PACKAGED = Path(__file__).parents[1] / "assets" / "mini" / "probe"
 HEADS = ("subject", "motion", "scene")
@@ -69,12 +67,14 @@ def _convolve(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
     return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
 
 
-class Probe(nn.Module):
+class Probe(Pretrained[ProbeConfig]):
     """Frames one by one, then their features over time, then three linear heads."""
 
+    config_type = ProbeConfig
+    filename = "model.safetensors"
+
     def __init__(self, config: ProbeConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width, features = config.width, config.features
         self.trunk = nn.Sequential(
             # every frame beside its change to the next
@@ -130,15 +130,6 @@ class Probe(nn.Module):
         device = next(self.parameters()).device
         features, logits = self(frames.to(device).float() / 255)
         return features.float().cpu(), {name: row.argmax(1).cpu() for name, row in logits.items()}
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> "Probe":
-        """Read a folder that `save_pretrained` wrote, ready to read clips."""
-        return load_model(cls, ProbeConfig, folder, FILENAME)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write config.json and weights in half precision."""
-        save_model(self, self.config, folder, FILENAME, dtype=torch.float16)
 
 
 def degrade(frames: Tensor, generator: torch.Generator) -> Tensor:

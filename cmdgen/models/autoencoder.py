@@ -4,9 +4,6 @@ Sec. 3.2 of Yu et al. 2024 (arXiv:2403.14148). Tokens travel as `(T, B, N, D)`, 
 attention over time and attention over space both read the projections through views, uncopied.
 """
 
-import os
-from typing import Self
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,10 +11,8 @@ from torch import Tensor, nn
 
 from cmdgen.config import AutoencoderConfig
 from cmdgen.models.attention import self_attention
-from cmdgen.weights import load_model, save_model
+from cmdgen.models.pretrained import Pretrained
 from cmdgen_kernels import content_frame, motion_latents, motion_tokens
-
-FILENAME = "diffusion_pytorch_model.safetensors"
 
 # an axis has tens of positions: slower rotations than this would tell nothing apart
 SLOWEST_ROTATION = 1 / 100
@@ -133,11 +128,13 @@ class Unpatch(nn.Module):
         )
 
 
-class CmdAutoencoder(nn.Module):
+class CmdAutoencoder(Pretrained[AutoencoderConfig]):
     """Frames (scaled VAE latents, or pixels in [-1, 1]) to content and motion, and back."""
 
+    config_type = AutoencoderConfig
+
     def __init__(self, config: AutoencoderConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         width, channels, patch = config.width, config.channels, config.patch
         if width % (2 * config.heads):
             raise ValueError(f"width {width} is not an even multiple of heads {config.heads}")
@@ -147,7 +144,6 @@ class CmdAutoencoder(nn.Module):
             raise ValueError(
                 f"motion activation {config.motion_activation!r} is not one of tanh, linear"
             )
-        self.config = config
         self.embed_frames = nn.Linear(patch * patch * channels, width)
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.importance: Unpatch | nn.Linear
@@ -162,23 +158,6 @@ class CmdAutoencoder(nn.Module):
         self.embed_motion_height = nn.Linear(config.motion_channels, width)
         self.decoder = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.output = Unpatch(width, channels, patch)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """Read a folder that `save_pretrained` wrote; ValueError names a file that is wrong."""
-        return load_model(cls, AutoencoderConfig, folder, FILENAME, dtype=dtype, device=device)
-
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write the folder that `from_pretrained` reads."""
-        save_model(self, self.config, folder, FILENAME, dtype=dtype)
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, T, H, W) -> content (B, C, H, W), motion (B, K, T, W' + H').

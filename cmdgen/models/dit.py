@@ -9,8 +9,6 @@ sampler has all of that made once (`modulations`, `place`) and each step's part 
 """
 
 import math
-import os
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +17,8 @@ from torch import Tensor, nn
 
 from cmdgen.config import DiTConfig
 from cmdgen.models.layers import timestep_embedding
-from cmdgen.weights import load_model, save_model
+from cmdgen.models.pretrained import Pretrained
 from cmdgen_kernels.gated_attention import softmax_attention
-
-FILENAME = "diffusion_pytorch_model.safetensors"
 
 FREQUENCIES = 256
 
@@ -79,17 +75,18 @@ class Block(nn.Module):
         return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
 
 
-class DiT(nn.Module):
+class DiT(Pretrained[DiTConfig]):
     """Predicts noise (and its variance) of an image, or of motion latents given a content frame."""
 
+    config_type = DiTConfig
+
     def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         width = config.width
         if width % config.heads:
             raise ValueError(f"width {width} is not a multiple of heads {config.heads}")
         if width % 4:
             raise ValueError(f"width {width} is not a multiple of 4")
-        self.config = config
         self.out_channels = config.in_channels * (2 if config.learned_sigma else 1)
         self.embed_sample = nn.Linear(config.patch**2 * config.in_channels, width)
         self.embed_time = nn.Sequential(
@@ -119,23 +116,6 @@ class DiT(nn.Module):
                 nn.init.uniform_(parameter, -0.02 * math.sqrt(3), 0.02 * math.sqrt(3))
             else:
                 nn.init.xavier_uniform_(parameter)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """Read a folder that `save_pretrained` wrote; ValueError names a file that is wrong."""
-        return load_model(cls, DiTConfig, folder, FILENAME, dtype=dtype, device=device)
-
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write the folder that `from_pretrained` reads."""
-        save_model(self, self.config, folder, FILENAME, dtype=dtype)
 
     def forward(
         self,

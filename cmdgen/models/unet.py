@@ -7,7 +7,6 @@ knows its timesteps beforehand and whose text stays, has all of that made once (
 Parameter names equal diffusers' `UNet2DConditionModel`: its files load here, ours load there.
 """
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,9 +26,8 @@ from cmdgen.models.layers import (
     normalise,
     timestep_embedding,
 )
-from cmdgen.weights import load_model, save_model
+from cmdgen.models.pretrained import Pretrained
 
-FILENAME = "diffusion_pytorch_model.safetensors"
 _EPS = 1e-5
 
 
@@ -218,12 +216,13 @@ class UpStage(Stage):
         return x
 
 
-class UNet(nn.Module):
+class UNet(Pretrained[UNetConfig]):
     """Text-conditional UNet; whether it predicts noise or velocity is the schedule's to say."""
 
+    config_type = UNetConfig
+
     def __init__(self, config: UNetConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         widths, levels = config.block_out_channels, len(config.block_out_channels)
         for name in ("down_block_types", "up_block_types", "attention_head_dim"):
             value = getattr(config, name)
@@ -326,20 +325,3 @@ class UNet(nn.Module):
         if "resnet" in cuts and hasattr(last, "attentions"):
             x = last.attentions[-1](x, given)
         return x
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> "UNet":
-        """Read a folder in diffusers' layout; ValueError names the file that is wrong."""
-        return load_model(cls, UNetConfig, folder, FILENAME, dtype=dtype, device=device)
-
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write a folder that diffusers' `UNet2DConditionModel` opens."""
-        save_model(self, self.config, folder, FILENAME, dtype=dtype)

@@ -3,8 +3,6 @@
 Parameter names equal diffusers' `AutoencoderKL`: its files load here, ours load there.
 """
 
-import os
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -18,11 +16,9 @@ from cmdgen.models.layers import (
     Upsample,
     normalise,
 )
-from cmdgen.weights import load_model, save_model
+from cmdgen.models.pretrained import Pretrained
 
-FILENAME = "diffusion_pytorch_model.safetensors"
 _EPS = 1e-6
-# attention was named otherwise before diffusers 0.17; stock Stable Diffusion files still are
 _OLD_NAMES = {
     ".query.": ".to_q.",
     ".key.": ".to_k.",
@@ -150,12 +146,13 @@ class Decoder(nn.Module):
         return self.conv_out(normalise(self.conv_norm_out, x))
 
 
-class KlVae(nn.Module):
+class KlVae(Pretrained[VaeConfig]):
     """Frames to latents, `config.stride` times smaller along each side, and back."""
 
+    config_type = VaeConfig
+
     def __init__(self, config: VaeConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
@@ -193,28 +190,10 @@ class KlVae(nn.Module):
         """(B, c, h, w) scaled -> (B, 3, H, W), about [-1, 1]."""
         return self.decode(latents / self.config.scaling_factor)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> "KlVae":
-        """Read a folder in diffusers' layout; ValueError names the file that is wrong."""
-        return load_model(
-            cls, VaeConfig, folder, FILENAME, dtype=dtype, device=device, rename=_rename
-        )
-
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
-    ) -> None:
-        """Write a folder that diffusers' `AutoencoderKL` opens."""
-        save_model(self, self.config, folder, FILENAME, dtype=dtype)
-
-
-def _rename(name: str) -> str:
-    for old, new in _OLD_NAMES.items():
-        if "attentions" in name:
-            name = name.replace(old, new)
-    return name
+    @staticmethod
+    def rename_stored(name: str) -> str:
+        """Map the names of attention before diffusers 0.17, as in stock files, to today's."""
+        for old, new in _OLD_NAMES.items():
+            if "attentions" in name:
+                name = name.replace(old, new)
+        return name

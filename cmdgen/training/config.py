@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cmdgen.config import ATTENTIONS, PRESETS, WORLDS, ModelConfig, UNetConfig
+from cmdgen.config import ATTENTIONS, PRESETS, ModelConfig, UNetConfig
 from cmdgen.options import option, options_of, read_fields
 from cmdgen.request import MAX_SEED, Request, Size, parse_size, resolve, write_size
+from cmdgen.world.config import WORLDS
 
 PAPER = ("cmd-sd15", "cmd-sd21", "cmd-ucf")
 PRECISIONS = ("auto", "bf16", "fp32")

@@ -11,43 +11,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from cmdgen.config import ModelConfig
 from cmdgen.files import create_folder
-from cmdgen.models.autoencoder import CmdAutoencoder
-from cmdgen.models.dit import DiT
-from cmdgen.models.text import ClipTextModel
-from cmdgen.models.unet import UNet
-from cmdgen.models.vae import KlVae
+from cmdgen.store.parts import PARTS, load_part
 from cmdgen.training.config import Loss, Report, Shared, Start, TrainConfig
 from cmdgen.training.data import TrainingData
 from cmdgen.training.latents import Codec, Encodings
-
-
-class Part(NamedTuple):
-    """One network of a model folder."""
-
-    # of ModelConfig
-    field: str
-    module: Any
-    # the stage that trains it
-    stage: str
-    # what a part that training starts from must have in common with the model
-    agree: tuple[str, ...]
-
-
-PARTS = {
-    "vae": Part("vae", KlVae, "vae", ("latent_channels",)),
-    "autoencoder": Part(
-        "autoencoder", CmdAutoencoder, "autoencoder", ("channels", "motion_channels")
-    ),
-    "text_encoder": Part("text", ClipTextModel, "content", ("hidden_size",)),
-    "unet": Part("content", UNet, "content", ("in_channels", "cross_attention_dim")),
-    "motion": Part("motion", DiT, "motion", ("in_channels", "context_channels", "text_width")),
-}
 
 
 @dataclass(frozen=True)
@@ -96,10 +69,9 @@ class Run:
         if place.is_dir():
             return place
         if initial is None:
-            stage = PARTS[part].stage if part in PARTS else "content"
             raise ValueError(
                 f"{self.folder} has no {part}/ yet: first run"
-                f" `cmdgen train {stage} -o {self.folder}`"
+                f" `cmdgen train {PARTS[part].stage} -o {self.folder}`"
             )
         # Stable Diffusion's folders hold the same weights in other formats too
         others = shutil.ignore_patterns("*.bin", "*.msgpack", "*.onnx*")
@@ -110,16 +82,16 @@ class Run:
 
     def read(self, part: str) -> Any:
         """Return the network of a former stage, frozen."""
-        module = PARTS[part].module.from_pretrained(self.finished(part), device=self.device)
+        module = load_part(self.finished(part).parent, part, device=self.device)
         return module.requires_grad_(False)
 
     def build(self, part: str) -> Any:
         """Return the network that this stage trains: that of `init`, or one with fresh weights."""
-        row, initial = PARTS[part], self.initial(part)
+        initial = self.initial(part)
         if initial is None:
-            module = row.module(getattr(self.model, row.field))
+            module: Any = PARTS[part].network(getattr(self.model, PARTS[part].field))
         else:
-            module = row.module.from_pretrained(initial)
+            module = load_part(initial.parent, part)
         # the layout in which convolutions are fastest
         return module.to(memory_format=torch.channels_last).to(self.device)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmdgen.config import WORLDS, ModelConfig
+from cmdgen.config import ModelConfig
 from cmdgen.data.clips import Clips, ClipSource
 from cmdgen.data.folder import Folder
-from cmdgen.data.world import World
 from cmdgen.training.config import CLIPS
+from cmdgen.world.config import WORLDS
+from cmdgen.world.world import World
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from cmdgen.config import NoiseConfig, UNetConfig
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import ddim
 from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, split_sigma, velocity
+from cmdgen.schema import write_config
 from cmdgen.training.cache import Rows
 from cmdgen.training.config import ContentLoss, DenoisingLoss, MotionLoss
 from cmdgen.training.context import Run
@@ -23,7 +24,6 @@ from cmdgen.training.losses import min_snr_weights, variational_bound
 from cmdgen.training.randomness import Order, seeded
 from cmdgen.training.sheets import compare
 from cmdgen.training.text import Text
-from cmdgen.weights import write_config
 
 SHEET_STEPS = 20
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cmdgen.config import CALIBRATION
 from cmdgen.files import replace_with
-from cmdgen.weights import read_model
+from cmdgen.store.parts import read_model
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PARTS = ("vae", "autoencoder", "unet", "text_encoder", "tokenizer", "scheduler", "motion")

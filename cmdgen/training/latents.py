@@ -11,15 +11,14 @@ from torch import Tensor
 from cmdgen.acceleration.budget import choose_encoding_slices
 from cmdgen.acceleration.slicer import Slices, encode_clip, encode_pictures
 from cmdgen.config import AutoencoderConfig, ModelConfig, VaeConfig
-from cmdgen.models import autoencoder as autoencoders
-from cmdgen.models import vae as vaes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
+from cmdgen.schema import read_config
 from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
 from cmdgen.training.config import Report
 from cmdgen.training.data import TrainingData
 from cmdgen.video.pixels import to_levels, to_unit
-from cmdgen.weights import read_config, weight_paths
+from cmdgen.weights import weight_paths
 
 # pixels that go through the VAE's decoder at once: 64 frames of 64x64, one of 512x512 or more
 VAE_PIXELS = 2**18
@@ -57,7 +56,7 @@ class Codec:
         if self.folder is None or self.config is None:
             return fingerprint([])
         scale = self.config.scaling_factor
-        return fingerprint(weight_paths(self.folder, vaes.FILENAME), str(scale))
+        return fingerprint(weight_paths(self.folder, KlVae.filename), str(scale))
 
     def autocast(self) -> torch.autocast:
         """Return the precision of encoders and decoders."""
@@ -165,7 +164,7 @@ class Encodings:
 
         `folder` is where the autoencoder was read from.
         """
-        weights = weight_paths(folder, autoencoders.FILENAME)
+        weights = weight_paths(folder, CmdAutoencoder.filename)
         place = self.folder / f"pairs-{fingerprint(weights, self.key)}"
         remove_others(place)
         # read when the first pair is missing

@@ -9,14 +9,15 @@ import torch
 
 from cmdgen.config import ModelConfig, NoiseConfig
 from cmdgen.files import read_json, write_json
+from cmdgen.schema import read_config
+from cmdgen.store.parts import network_configs, shared_fields, write_model_index
 from cmdgen.training.autoencoder import AutoencoderStage
 from cmdgen.training.config import DATA, PRESET, Shared
-from cmdgen.training.context import PARTS, Run
+from cmdgen.training.context import Run
 from cmdgen.training.denoising import ContentStage, MotionStage
 from cmdgen.training.loop import Stage, train
 from cmdgen.training.recompute import recompute_blocks
 from cmdgen.training.vae import VaeStage
-from cmdgen.weights import read_config, write_model_index
 
 BUILD: dict[str, Callable[[Run], Stage]] = {
     "vae": VaeStage,
@@ -76,12 +77,11 @@ def _check_init(init: Path, model: ModelConfig) -> None:
             f"{init} has unet/ but no scheduler/: whether its UNet predicts noise or velocity is"
             " written there and nowhere else"
         )
-    for part, row in PARTS.items():
-        config = getattr(model, row.field)
-        if config is None or not (init / part).is_dir():
+    for part, config in network_configs(model).items():
+        if not (init / part).is_dir():
             continue
         initial = read_config(init / part, type(config))
-        for name in row.agree:
+        for name in sorted(shared_fields(part)):
             got, expected = getattr(initial, name), getattr(config, name)
             if got != expected:
                 raise ValueError(

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from cmdgen.models.text import ClipTextModel, Tokenizer
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.training.context import Run
 
 # that a tokenizer is learned from, each in two phrasings

@@ -22,8 +22,8 @@ from cmdgen.config import SampleConfig, WorldConfig
 from cmdgen.evaluation import probe as probes
 from cmdgen.evaluation.probe import HEADS, Probe, ProbeConfig
 from cmdgen.pipeline import TextToVideo
+from cmdgen.store.find import find_model
 from cmdgen.video.read import read_metadata
-from cmdgen.weights import resolve_model
 
 PROMPT = "a dog swimming in the ocean"
 STEPS = {"steps": 6, "motion_steps": 6}
@@ -307,7 +307,7 @@ def test_compare_has_a_row_for_each_way_at_equal_full_steps(
 
 def test_mini_ships_its_calibration() -> None:
     model = TextToVideo.load("mini")
-    path = resolve_model("mini") / "rehash.json"
+    path = find_model("mini") / "rehash.json"
     assert path.stat().st_size < 50_000
     for number in (13, 9):
         for policy in ("similarity", "uniform", "minimax"):

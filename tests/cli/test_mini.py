@@ -8,8 +8,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
+from cmdgen.store.find import find_model
+from cmdgen.store.parts import read_model
 from cmdgen.video.read import read_metadata, read_video
-from cmdgen.weights import read_model, resolve_model
 
 PROMPTS = ("a corgi swimming", "a rocket flying in space")
 
@@ -35,7 +36,7 @@ def clips(videos):
 
 
 def test_video_is_sixteen_frames_of_h264_at_the_size_of_the_model(videos, clips):
-    mini = read_model(resolve_model("mini"))
+    mini = read_model(find_model("mini"))
     for path, clip, prompt in zip(videos, clips, PROMPTS, strict=True):
         assert clip.shape == (16, mini.height, mini.width, 3)
         assert read_metadata(path)["prompt"] == prompt

@@ -24,7 +24,7 @@ from cmdgen.evaluation.profile import (
 )
 from cmdgen.evaluation.suite import Row, Suite
 from cmdgen.pipeline import TextToVideo
-from cmdgen.weights import load_model_index
+from cmdgen.store.parts import read_index
 
 STAGES = ["load", "text", "content", "motion", "frame decode", "VAE decode", "video encode"]
 # what reads `--json` relies on
@@ -159,7 +159,7 @@ def test_a_still_has_neither_motion_nor_frame_decode(profile, tiny_model, tmp_pa
     # what diffusers writes: the parts of Stable Diffusion alone
     folder = tmp_path / "stable"
     shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("autoencoder", "motion"))
-    index = load_model_index(folder)
+    index = read_index(folder)
     del index["cmdgen"]
     (folder / "model_index.json").write_text(json.dumps(index))
     arguments = ("--model", folder, "--steps", 2, "--size", "32x16", "--runs", 1)

@@ -16,7 +16,9 @@ from cmdgen.diffusion.schedule import (
     to_x0_eps,
     velocity,
 )
-from cmdgen.weights import read_config, read_model, resolve_model, write_config
+from cmdgen.schema import read_config, write_config
+from cmdgen.store.find import find_model
+from cmdgen.store.parts import read_model
 
 STABLE_DIFFUSION = CMD_SD15.noise
 TRAILING = replace(STABLE_DIFFUSION, timestep_spacing="trailing")
@@ -66,7 +68,7 @@ def test_the_presets_are_stable_diffusions_schedule() -> None:
 
 def test_mini_ends_without_noise() -> None:
     """As it always has: a stray `false` in its files would change every video of DDIM."""
-    mini = read_model(resolve_model("mini"))
+    mini = read_model(find_model("mini"))
     assert mini.noise == MINI.noise and mini.noise.set_alpha_to_one
     assert mini.motion == MINI.motion and mini.motion.noise.set_alpha_to_one
 

@@ -20,9 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from cmdgen.config import CMD_SD15, CMD_SD21, TextConfig, UNetConfig
 from cmdgen.models.text import ClipTextModel
-from cmdgen.models.unet import FILENAME, UNet
+from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
-from cmdgen.weights import write_config
+from cmdgen.schema import write_config
 
 # of the largest value; 1e-14 is what is seen
 TOLERANCE = 1e-10
@@ -194,7 +194,7 @@ def test_whole_unet_goes_both_ways(name: str, folder: Path) -> None:
     gc.collect()
 
     # the same model again, without running it again
-    assert_same_file(folder / "ours" / FILENAME, folder / "theirs" / FILENAME)
+    assert_same_file(folder / "ours" / UNet.filename, folder / "theirs" / UNet.filename)
 
 
 def assert_same_file(actual: Path, expected: Path) -> None:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cmdgen.config import TextConfig
-from cmdgen.models.text import FILENAME, ClipTextModel, Tokenizer
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
 
 TINY = TextConfig(
     vocab_size=60,
@@ -182,7 +183,10 @@ def test_transformers_and_we_open_each_other_and_give_the_same_numbers(
     ours = ClipTextModel.from_pretrained(tmp_path / "theirs")
     assert ours.config == config
     ours.save_pretrained(tmp_path / "ours")
-    assert all(name.startswith("text_model.") for name in load_file(tmp_path / "ours" / FILENAME))
+    assert all(
+        name.startswith("text_model.")
+        for name in load_file(tmp_path / "ours" / ClipTextModel.filename)
+    )
     ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))
     ids[:, 5], ids[1, 8:] = 1, 1
     output = ours(ids)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cmdgen.config import MINI, VaeConfig
-from cmdgen.models.vae import FILENAME, KlVae
+from cmdgen.models.vae import KlVae
 
 TINY = VaeConfig(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=2)
 assert MINI.vae is not None
@@ -67,11 +67,11 @@ def test_old_names_of_attention_are_read(tmp_path) -> None:
     ours = KlVae(TINY)
     ours.save_pretrained(tmp_path)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    state = load_file(tmp_path / FILENAME)
+    state = load_file(tmp_path / KlVae.filename)
     for new, name in old.items():
         state = {key.replace(f".{new}.", f".{name}."): value for key, value in state.items()}
     assert any("proj_attn" in key for key in state)
-    save_file(state, tmp_path / FILENAME)
+    save_file(state, tmp_path / KlVae.filename)
     again = KlVae.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(again[name], value) for name, value in ours.state_dict().items())
 

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from cmdgen.catalogue import create_model, describe_folder, describe_preset, read_licence
 from cmdgen.config import (
     CMD_SD15,
     CMD_SD21,
@@ -22,10 +21,13 @@ from cmdgen.config import (
     packaged_models,
 )
 from cmdgen.files import write_json
-from cmdgen.models.text import ClipTextModel, Tokenizer
-from cmdgen.models.vae import FILENAME, KlVae
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
+from cmdgen.models.vae import KlVae
 from cmdgen.pipeline import TextToVideo
-from cmdgen.weights import read_model, write_config
+from cmdgen.schema import write_config
+from cmdgen.store.catalogue import create_model, describe_folder, describe_preset, read_licence
+from cmdgen.store.parts import read_model
 
 
 def small(model):
@@ -107,7 +109,7 @@ def test_parts_of_stable_diffusion_fit_though_their_files_differ_in_what_does_no
         modules = {"vae": KlVae(vae), "text_encoder": ClipTextModel(text)}
     for name, module in modules.items():
         write_config(module.config, tmp_path / name)
-        file = FILENAME if name == "vae" else "model.safetensors"
+        file = KlVae.filename if name == "vae" else "model.safetensors"
         count = sum(value.numel() for value in module.state_dict().values())
         write_sparse(tmp_path / name / file, count)
     write_json(tmp_path / "model_index.json", {})
@@ -146,11 +148,11 @@ def test_what_is_wrong_with_a_folder_is_named(tiny_model: Path, tmp_path: Path) 
 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
-    weights = folder / "vae" / FILENAME
+    weights = folder / "vae" / KlVae.filename
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
     assert f"{weights}: not a readable safetensors file" in error(folder)
-    state = load_file(tiny_model / "vae" / FILENAME)
+    state = load_file(tiny_model / "vae" / KlVae.filename)
     lost = state.pop("quant_conv.bias").numel()
     save_file(state, weights)
     count = sum(value.numel() for value in state.values())
@@ -174,7 +176,7 @@ def test_a_random_mini_samples_and_is_the_same_for_the_same_seed(tmp_path: Path)
     create_model(MINI, tmp_path / "c", seed=4, dtype=torch.float16)
     assert read_model(tmp_path / "a") == MINI
     assert describe_folder(tmp_path / "a", "a").presets == ("mini",)
-    states = [load_file(tmp_path / name / "unet" / FILENAME) for name in "abc"]
+    states = [load_file(tmp_path / name / "unet" / KlVae.filename) for name in "abc"]
     name = "conv_in.weight"
     assert torch.equal(states[0][name], states[1][name].half())
     assert not torch.equal(states[0][name], states[2][name])

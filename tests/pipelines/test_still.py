@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cmdgen.models.tokenizer import Tokenizer
+from cmdgen.store.parts import read_model
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -18,10 +20,8 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cmdgen.cli.app import main
-from cmdgen.config import SampleConfig
-from cmdgen.models.text import Tokenizer
-from cmdgen.pipeline import TextToVideo
-from cmdgen.weights import read_model
+from cmdgen.pipelines.load import load_pipeline
+from cmdgen.request import Request, resolve
 
 PROMPT = "a dog swimming in the ocean"
 # Stable Diffusion's schedule, as its folders have it
@@ -77,22 +77,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sample_is_that_of_diffusers_from_the_same_latents(
     folder: Path, sampler: str, scheduler: type, guidance: float
 ) -> None:
-    model = TextToVideo.load(folder)
-    config = SampleConfig(
-        **{"seed": 3, "steps": 6, "guidance": guidance, "sampler": sampler},
-        **{"negative": "a car", "height": 64, "width": 128},
-    )
+    model = load_pipeline(folder)
     latents: list[torch.Tensor] = []
-    decode = model.parts.vae.from_latents
-    model.parts.vae.from_latents = lambda x: decode(latents.append(x) or x)
-    clip = model.sample(PROMPT, config)
+    decode = model.vae.from_latents
+    model.vae.from_latents = lambda x: decode(latents.append(x) or x)
+    clip = model.sample(
+        PROMPT,
+        **{"seed": 3, "steps": 6, "guidance": guidance, "sampler": sampler},
+        **{"negative": "a car", "size": "128x64"},
+    )
     (ours,) = latents
 
     peer = StableDiffusionPipeline.from_pretrained(folder)
     # of Stable Diffusion's own folders; diffusers' default for DDIM is to clip
     peer.scheduler = scheduler.from_config({**peer.scheduler.config, "clip_sample": False})
     peer.set_progress_bar_config(disable=True)
-    noise, _ = model._noise("content", (4, 8, 16), [3])
+    noise, _ = model.noise("content", (4, 8, 16), [3])
     theirs, image = (
         peer(
             PROMPT,
@@ -116,7 +116,7 @@ def test_what_it_is_is_read_from_the_folder(folder: Path) -> None:
     assert model.noise.prediction_type == "epsilon" and model.noise.timestep_spacing == "leading"
     assert (model.sampler, model.steps, model.guidance) == ("ddim", 50, 7.5)
     with pytest.raises(ValueError, match="frames 16: tiny-diffusion has no motion model, it makes"):
-        SampleConfig(frames=16).apply(model)
+        resolve(Request(frames=16), model)
 
 
 def test_a_folder_of_ours_that_lacks_its_motion_is_not_taken_for_one(

@@ -1,6 +1,6 @@
-"""Models from the Hugging Face hub: which files of theirs are read, and the cache they lie in.
+"""Models from the Hugging Face hub: the files that are downloaded, and the cache they lie in.
 
-huggingface_hub itself reads HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT.
+huggingface_hub reads HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT.
 """
 
 import re
@@ -22,12 +22,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from cmdgen.catalogue import PARTS, read_configurations
 from cmdgen.config import CALIBRATION
 from cmdgen.files import create_folder
+from cmdgen.store.catalogue import check_folder
+from cmdgen.store.parts import NETWORKS, PARTS
+from cmdgen.weights import weight_names
 
-# of the whole model
-_WHOLE = ("model_index.json", "README.md", "LICENSE.md", CALIBRATION)
+# files beside the parts
+_BESIDE = ("model_index.json", "README.md", "LICENSE.md", CALIBRATION)
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -37,24 +39,24 @@ class Snapshot:
 
     repo: str
     commit: str
-    # branches and tags that meant this commit when it was pulled
+    # branches and tags that named this commit when it was pulled
     refs: frozenset[str]
     folder: Path
 
 
-def parse_name(name: str) -> tuple[str, str | None]:
-    """REPO or REPO@REVISION -> both; ValueError where it is neither."""
+def parse_name(name: str) -> tuple[str, str]:
+    """Split REPO or REPO@REVISION, whose revision is "main" by default; ValueError for others."""
     if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+(?:@[\w./-]+)?", name, re.ASCII) or ".." in name:
         raise ValueError(f"{name!r} is no repository: expected OWNER/NAME or OWNER/NAME@REVISION")
     repo, _, revision = name.partition("@")
-    return repo, revision or None
+    return repo, revision or "main"
 
 
 def choose_files(names: Iterable[str], repo: str) -> list[str]:
-    """The files of a repository that a model is read from; ValueError where it is none of ours.
+    """Choose the files of a repository that a model is read from; ValueError if it is none of ours.
 
-    Of weights one form each: whole, else the fp16 variant, else shards. Never pickled ones, nor
-    parts that are not read, such as a safety checker.
+    Of weights that is one form: whole, else the fp16 variant, else shards. Pickled files are never
+    chosen, nor parts that are not read, such as a safety checker.
     """
     names = sorted(names)
     pickled = [name for name in names if name.endswith(_PICKLED)]
@@ -63,32 +65,26 @@ def choose_files(names: Iterable[str], repo: str) -> list[str]:
         if pickled and not any(name.endswith(".safetensors") for name in names):
             raise ValueError(f"{unsafe}; it has {pickled[0]} and no safetensors")
         raise ValueError(f"{repo} has no model_index.json: expected a folder in diffusers' layout")
-    chosen = [name for name in names if name in _WHOLE]
-    for folder in ("scheduler", "tokenizer", *PARTS):
-        inside = [
-            name.removeprefix(f"{folder}/")
-            for name in names
-            if re.fullmatch(rf"{folder}/[\w.-]+", name, re.ASCII)
-        ]
-        keep = [
-            name
-            for name in inside
-            if name.endswith((".json", ".txt")) and ".safetensors.index" not in name
-        ]
-        if folder in PARTS and "config.json" in inside:
-            filename = PARTS[folder][2]
+    chosen = [name for name in names if name in _BESIDE]
+    for part in PARTS:
+        inside = [name[len(part) + 1 :] for name in names if name.startswith(f"{part}/")]
+        inside = [name for name in inside if re.fullmatch(r"[\w.-]+", name, re.ASCII)]
+        texts = [name for name in inside if name.endswith((".json", ".txt"))]
+        files = [name for name in texts if ".safetensors.index" not in name]
+        if part in NETWORKS and "config.json" in inside:
+            filename = PARTS[part].network.filename
             weights = _choose_weights(inside, filename)
             if not weights and any(name.endswith(_PICKLED) for name in inside):
-                raise ValueError(f"{unsafe}; {folder} has no safetensors")
+                raise ValueError(f"{unsafe}; {part} has no safetensors")
             if not weights:
-                raise ValueError(f"{repo}: {folder} has no {filename}")
-            keep += weights
-        chosen += [f"{folder}/{name}" for name in keep]
+                raise ValueError(f"{repo}: {part} has no {filename}")
+            files += weights
+        chosen += [f"{part}/{name}" for name in files]
     return chosen
 
 
 def find_cached() -> list[Snapshot]:
-    """All revisions of models in diffusers' layout in the local cache, ones we cannot use too."""
+    """List the revisions in the local cache of models in diffusers' layout, usable or not."""
     try:
         info = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
@@ -103,40 +99,43 @@ def find_cached() -> list[Snapshot]:
     return sorted(found, key=lambda snapshot: (snapshot.repo, snapshot.commit))
 
 
-def cached_folder(repo: str, revision: str | None) -> Path | None:
-    """The folder of a revision, "main" unless given, in the local cache."""
-    wanted = revision or "main"
+def cached_folder(name: str) -> Path | None:
+    """Return the folder of REPO or REPO@REVISION in the local cache, if it is there."""
+    try:
+        repo, revision = parse_name(name)
+    except ValueError:
+        return None
     for snapshot in find_cached():
-        if snapshot.repo == repo and wanted in (snapshot.commit, *snapshot.refs):
+        if snapshot.repo == repo and revision in (snapshot.commit, *snapshot.refs):
             return snapshot.folder
     return None
 
 
-def pull(repo: str, revision: str | None = None, *, api: Any = None) -> Path:
-    """Bring a model into the local cache, unless it is there already, and give its folder.
+def pull(name: str, *, api: Any = None) -> Path:
+    """Bring REPO or REPO@REVISION into the local cache, unless it is there, and give its folder.
 
-    Where the hub cannot be asked, what the cache has is given, which may be a part of a model.
+    Where the hub does not answer, that is what the cache has, which may be a part of a model.
     ValueError where we read none of it; FileNotFoundError where there is no such model,
     ConnectionError where network or hub fail, another OSError where token or disk do.
     """
+    repo, revision = parse_name(name)
     api = api or huggingface_hub.HfApi(library_name="cmdgen")
-    at = f"{repo}@{revision}" if revision else repo
     try:
         info = api.model_info(repo, revision=revision)
     except (HTTPError, OSError) as error:
         reason = _explain(error, repo, revision)
         if not isinstance(reason, ConnectionError):
             raise reason from error
-        folder = cached_folder(repo, revision)
+        folder = cached_folder(name)
         if folder is None:
-            raise ConnectionError(f"{reason}; {at} is not in the local cache") from error
+            raise ConnectionError(f"{reason}; {name} is not in the local cache") from error
         return folder
-    files = choose_files((file.rfilename for file in info.siblings or []), at)
+    files = choose_files((file.rfilename for file in info.siblings or []), name)
     # configurations first: a model that we cannot build is refused before its gigabytes come
     small = [name for name in files if not name.endswith(".safetensors")]
     try:
         folder = api.snapshot_download(repo, revision=revision, allow_patterns=small)
-        read_configurations(Path(folder))
+        check_folder(Path(folder))
         return Path(api.snapshot_download(repo, revision=revision, allow_patterns=files))
     except (HTTPError, OSError) as error:
         raise _explain(error, repo, revision) from error
@@ -145,12 +144,12 @@ def pull(repo: str, revision: str | None = None, *, api: Any = None) -> Path:
 def copy_snapshot(snapshot: Path, folder: Path) -> None:
     """Copy a model out of the cache, whole or not at all; ValueError where `folder` is taken."""
     with create_folder(folder) as target:
-        # the cache holds links to files: what is written is the files
+        # the cache holds links; the copy holds files
         shutil.copytree(snapshot, target, dirs_exist_ok=True, ignore_dangling_symlinks=False)
 
 
-def _explain(error: Exception, repo: str, revision: str | None) -> OSError:
-    """What went wrong between us and the hub, and what to do."""
+def _explain(error: Exception, repo: str, revision: str) -> OSError:
+    """Return an error that says what went wrong between us and the hub, and what to do."""
     hub = constants.ENDPOINT
     if isinstance(error, GatedRepoError):
         return PermissionError(
@@ -171,25 +170,21 @@ def _explain(error: Exception, repo: str, revision: str | None) -> OSError:
             return PermissionError(f"HF_TOKEN is not accepted for {repo} (status {status})")
         return ConnectionError(f"{hub} answers with status {status}")
     if isinstance(error, OSError) and error.errno is not None:
-        # a full disk or a cache that cannot be written
+        # a full disk, or a cache that is not writable
         return error
     return ConnectionError(f"{hub} cannot be reached ({type(error).__name__})")
 
 
 def _choose_weights(names: list[str], filename: str) -> list[str]:
-    """The files of one part's weights; none where there are none that we read."""
-    stem = filename.removesuffix(".safetensors")
-    half = f"{stem}.fp16"
-    for name in (filename, f"{half}.safetensors"):
-        if name in names:
-            return [name]
-    for prefix, indices in (
-        (stem, [f"{filename}.index.json"]),
-        # the index of a variant has been named either way
-        (half, [f"{filename}.index.fp16.json", f"{half}.safetensors.index.json"]),
-    ):
-        index = [name for name in indices if name in names][:1]
-        shards = [n for n in names if re.fullmatch(rf"{prefix}-\d+-of-\d+\.safetensors", n)]
-        if index and shards:
-            return index + shards
+    """Choose the files of one part's weights; none where we can read none of them."""
+    wholes, indices = weight_names(filename)
+    whole = [name for name in wholes if name in names]
+    if whole:
+        return whole[:1]
+    for index in indices:
+        stem = wholes[index != indices[0]].removesuffix(".safetensors")
+        pattern = rf"{re.escape(stem)}-\d+-of-\d+\.safetensors"
+        shards = [name for name in names if re.fullmatch(pattern, name)]
+        if index in names and shards:
+            return [index, *shards]
     return []

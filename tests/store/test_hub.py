@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants
 
 from cmdgen.cli.app import main
-from cmdgen.hub import cached_folder, choose_files, find_cached, parse_name
+from cmdgen.store.hub import cached_folder, choose_files, find_cached, parse_name
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SD = [
@@ -167,7 +167,7 @@ def test_names_that_lead_out_of_the_folder_are_not_chosen() -> None:
 
 
 def test_a_repository_may_have_a_revision() -> None:
-    assert parse_name("acme/model") == ("acme/model", None)
+    assert parse_name("acme/model") == ("acme/model", "main")
     assert parse_name("acme/model@refs/pr/1") == ("acme/model", "refs/pr/1")
     for wrong in ("", "a/b/c", "../x", "a/b@", "https://hub/a/b", "a b", "a/b@x@y", "a/..b"):
         with pytest.raises(ValueError, match="is no repository"):
@@ -269,4 +269,4 @@ def test_without_a_network_one_line_says_so(hub, models, monkeypatch) -> None:
     code, out, last = models("pull", "acme/model")
     assert (code, out) == (3, "")
     assert last.startswith("error: http://127.0.0.1:9 cannot be reached (")
-    assert cached_folder("acme/model", None) is None
+    assert cached_folder("acme/model") is None

@@ -1,0 +1,55 @@
+"""Networks that live in folders: config.json beside weights in safetensors."""
+
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from torch import nn
+
+from cmdgen.schema import Folder, config_path, read_config, write_config
+from cmdgen.weights import build_empty, load_weights, save_weights
+
+C = TypeVar("C")
+
+
+class Pretrained(nn.Module, Generic[C]):
+    """A network built from one configuration, with the names that its library gives its files."""
+
+    # the class of `config`, and the file of the weights
+    config_type: ClassVar[type]
+    filename: ClassVar[str] = "diffusion_pytorch_model.safetensors"
+
+    def __init__(self, config: C) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Folder,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Read a folder that `save_pretrained` or the library wrote, in evaluation mode.
+
+        Nothing is initialised first. ValueError names the file that is wrong.
+        """
+        config: Any = read_config(folder, cls.config_type)
+        try:
+            model = build_empty(cls, config)
+        except ValueError as error:
+            raise ValueError(f"{config_path(folder, cls.config_type)}: {error}") from error
+        load_weights(
+            model, folder, cls.filename, dtype=dtype, device=device, rename=cls.rename_stored
+        )
+        return model.eval()
+
+    def save_pretrained(self, folder: Folder, *, dtype: torch.dtype | None = None) -> None:
+        """Write the folder that `from_pretrained` and the library read."""
+        save_weights(self, folder, self.filename, dtype)
+        write_config(self.config, folder)
+
+    @staticmethod
+    def rename_stored(name: str) -> str | None:
+        """Map a stored tensor's name to the module's, or to None for a tensor that is skipped."""
+        return name

@@ -1,0 +1,1 @@
+"""Complete systems: each file composes the networks of one family."""

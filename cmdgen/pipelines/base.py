@@ -1,0 +1,374 @@
+"""What all pipelines share: the clip, the device, noise per clip, graphs, one sampling loop."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmdgen import __version__
+from cmdgen.acceleration.budget import choose_slices
+from cmdgen.acceleration.calibration import Predict, plan_rehash
+from cmdgen.acceleration.compiled import Compiled
+from cmdgen.acceleration.graphs import Graphed, GraphedNetwork, Out
+from cmdgen.acceleration.rehash import CutDiT, CutUNet, Rehash
+from cmdgen.config import ModelConfig, NoiseConfig
+from cmdgen.diffusion.guidance import guide
+from cmdgen.diffusion.samplers import SAMPLERS, VISITED
+from cmdgen.latents import Latents, check_fit, save_latents
+from cmdgen.pipelines.observer import Observer
+from cmdgen.request import Plan, Request, describe_plan, resolve
+from cmdgen.store.parts import hash_weights, load_part, network_configs
+from cmdgen.video.formats import Pixels, choose_encoding
+from cmdgen.video.write import open_video, write_still
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# timesteps that are projected at once: all of them, except for very long schedules
+TIMESTEPS_TOGETHER = 64
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video and how it was made."""
+
+    frames: np.ndarray  # uint8: (T, H, W, 3) of rgb24, planes (T, 3 * H // 2, W) of yuv420p
+    pixels: Pixels
+    content: np.ndarray  # (H, W, 3) uint8: the content frame as a picture
+    fps: int
+    metadata: dict[str, Any]
+    # None for a still
+    latents: Latents | None
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the clip; the suffix chooses the format, as for `cmdgen sample -o`."""
+        target = os.fspath(path)
+        encoding = choose_encoding(target)
+        size, about = (self.content.shape[0], self.content.shape[1]), self.metadata
+        if encoding.format == "png":
+            write_still(target, self.content, about, encoding, overwrite=overwrite)
+        elif encoding.format == "safetensors":
+            if self.latents is None:
+                raise ValueError(f"{target} holds content and motion: a still has no motion")
+            save_latents(target, self.latents, overwrite=overwrite)
+        else:
+            with open_video(
+                *(target, size, self.fps, about, encoding),
+                overwrite=overwrite,
+                pixels=self.pixels,
+            ) as write:
+                write(self.frames)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Parts of a clip that are given instead of sampled, the same for all clips of a batch.
+
+    `origin` goes into the metadata: the files that they come from.
+    """
+
+    content: Tensor | None = None  # (C, h, w), as in Latents
+    motion: Tensor | None = None  # (K, T, W' + H')
+    origin: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """One part of a batch of clips that a sampler makes from noise."""
+
+    part: str
+    shape: tuple[int, ...]  # of one clip
+    seeds: Sequence[int]
+    schedule: NoiseConfig
+    steps: int
+    guidance: float
+
+
+class Pipeline:
+    """A model folder, ready to sample; its weights are read when first needed."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        compile: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.uses_compiler = compile
+        # on a GPU, launching kernels takes longer than running them
+        self.uses_graphs = device.type == "cuda"
+        # compiled and captured functions, and the memory of the captured ones
+        self.prepared: dict[object, Callable[..., Any]] = {}
+        self.pool = cache(torch.cuda.graph_pool_handle)
+        self._parts: dict[str, Any] = {}
+        self._hash: str | None = None
+        self._hashing = Lock()
+        # searching for key steps and slices takes time
+        self._plans: dict[object, Plan] = {}
+
+    def sample(self, prompt: str, **options: Any) -> Clip:
+        """Make one clip; options are fields of `Request`, such as seed, steps and size.
+
+        Raises ValueError, saying what is possible, where this model cannot do it.
+        """
+        return self.run([self.plan(Request(prompt=prompt, **options))])[0]
+
+    def run(
+        self,
+        plans: Sequence[Plan],
+        observer: Observer | None = None,
+        *,
+        pixels: Pixels = "rgb24",
+        inputs: Inputs | None = None,
+    ) -> list[Clip]:
+        """Make a batch of clips whose plans differ in prompt and seeds only.
+
+        Each clip is what it would be alone, except for rounding. `pixels` is the form of the
+        frames; the content frame's picture is always RGB. `inputs` are not sampled: ValueError
+        where they do not fit the plans.
+        """
+        raise NotImplementedError
+
+    def plan(self, request: Request, *, batch: int = 1) -> Plan:
+        """Resolve a request for this model: all values, key steps, slices for a batch of clips.
+
+        Reads no weights. Raises ValueError, saying what is possible, where it cannot be made.
+        """
+        plan = resolve(request, self.config)
+        # prompt and seeds do not matter for key steps and slices
+        key = (
+            batch,
+            *(
+                replace(each, prompt="", seed=0, content_seed=0, motion_seed=0)
+                for each in (request, plan)
+            ),
+        )
+        if key not in self._plans:
+            self._plans[key] = replace(
+                plan,
+                key_steps=_key_steps(request, plan.model, self.folder),
+                slices=choose_slices(
+                    *(plan.model, self.dtype, self.device),
+                    batch=batch,
+                    max_memory=plan.max_memory,
+                ),
+            )
+        chosen = self._plans[key]
+        return replace(plan, key_steps=chosen.key_steps, slices=chosen.slices)
+
+    def part(self, name: str) -> Any:
+        """Return one part of the model, read when first needed.
+
+        Raises ValueError, naming the file at fault.
+        """
+        if name not in self._parts:
+            self._parts[name] = load_part(self.folder, name, dtype=self.dtype, device=self.device)
+        return self._parts[name]
+
+    @property
+    def loaded(self) -> bool:
+        """Return whether all weights have been read."""
+        return all(name in self._parts for name in network_configs(self.config))
+
+    def load(self, observer: Observer | None = None) -> None:
+        """Read all weights that are not read yet; raises ValueError, naming the file at fault."""
+        observer = observer or Observer()
+        observer.step("load", 0, 1)
+        with observer.stage("load"):
+            if not self.loaded:
+                for name in network_configs(self.config):
+                    self.part(name)
+                self.check_parts()
+        observer.step("load", 1, 1)
+
+    def check_parts(self) -> None:
+        """Raise ValueError where parts that were read do not go together."""
+
+    def check_batch(self, plans: Sequence[Plan], inputs: Inputs) -> None:
+        """Raise ValueError where `inputs` do not fit plans that differ in prompt and seeds only."""
+        first, *others = (
+            replace(plan, prompt="", seed=0, content_seed=0, motion_seed=0) for plan in plans
+        )
+        assert all(other == first for other in others)
+        halves = inputs.content, inputs.motion
+        if any(half is not None for half in halves):
+            check_fit(
+                first.model, *(None if half is None else tuple(half.shape) for half in halves)
+            )
+
+    def describe(self, plan: Plan, inputs: Inputs | None = None) -> dict[str, Any]:
+        """Return the metadata of the clip that `run` would make; reads no weights."""
+        inputs = inputs or Inputs()
+        return {
+            **self.identity,
+            **describe_plan(plan, content=inputs.content is None, motion=inputs.motion is None),
+            **inputs.origin,
+        }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Return what tells this pipeline from others in metadata."""
+        about = {"cmdgen": __version__, "model": self.config.name, "weights": self.weights_hash}
+        about |= {"dtype": dtype_name(self.dtype), "device": self.device.type}
+        # compiled code rounds differently
+        return about | ({"compile": True} if self.uses_compiler else {})
+
+    @property
+    def weights_hash(self) -> str:
+        """Return a hash of the weights, wherever they lie; a thread may ask for it early."""
+        with self._hashing:
+            if self._hash is None:
+                self._hash = hash_weights(self.folder)
+        return self._hash
+
+    def denoise(
+        self,
+        what: Denoising,
+        predict: Callable[..., Tensor],
+        conditions: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
+        plan: Plan,
+        observer: Observer,
+        look: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """(B, *shape) of each clip's noise -> (B, *shape), float32, by the plan's sampler.
+
+        `conditions` are those of the positive and of the negative branch of guidance. `look` gets
+        the clean sample that each step is heading for.
+        """
+        noise, generators = self.noise(what.part, what.shape, what.seeds)
+        interval = plan.model.guidance_interval
+        if interval is not None:
+            low, high = (share * what.schedule.num_train_timesteps for share in interval)
+            interval = low, high
+        return SAMPLERS[plan.model.sampler](
+            guide(predict, what.guidance, *conditions, interval=interval),
+            noise,
+            what.schedule,
+            steps=what.steps,
+            generators=generators,
+            on_step=partial(observer.step, what.part),
+            on_estimate=look,
+        )
+
+    def noise(
+        self, part: str, shape: tuple[int, ...], seeds: Sequence[int]
+    ) -> tuple[Tensor, list[torch.Generator]]:
+        """() -> (B, *shape) float32, each from its seed's generator, and the generators."""
+        generators = [seeded(part, seed) for seed in seeds]
+        noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
+        return noise.to(self.device), generators
+
+    def project_times(
+        self, project: Callable[[Tensor], Tensor], plan: Plan, schedule: NoiseConfig, steps: int
+    ) -> Iterator[Tensor]:
+        """(S,) -> (S, ...) of all timesteps of the sampler, then (...) of each one in turn.
+
+        A network's weights for timesteps are read once for a clip, not at each step. A sampler
+        calls its denoiser once for each timestep: nothing is looked up on the device.
+        """
+        visited = VISITED[plan.model.sampler](schedule, steps).to(self.device)
+        for some in visited.split(TIMESTEPS_TOGETHER):
+            yield from project(some)
+
+    def rehashed(self, network: CutUNet | CutDiT, full: tuple[int, ...]) -> Predict:
+        """Return a denoiser that runs `full` steps in full and reuses features in the others."""
+        run, resume = (
+            self.graphed((network, name), getattr(network, name)) for name in ("run", "resume")
+        )
+        return Rehash(GraphedNetwork(run, resume), full)
+
+    def graphed(self, key: object, function: Callable[..., Out]) -> Callable[..., Out]:
+        """Return a function compiled if asked for, and as CUDA graphs where they pay.
+
+        Compiled and captured functions of earlier clips serve again.
+        """
+        if not (self.uses_compiler or self.uses_graphs):
+            return function
+        if key not in self.prepared:
+            if self.uses_compiler:
+                function = Compiled(function)
+            # the first calls, before a capture, compile
+            self.prepared[key] = Graphed(function, self.pool) if self.uses_graphs else function
+        return self.prepared[key]
+
+    @cached_property
+    def side_stream(self) -> torch.cuda.Stream | None:
+        """Return the one stream for work beside larger work: libraries keep memory for each."""
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def check_finite(self, sample: Tensor, part: str) -> Tensor:
+        """(...) -> the same; ValueError, naming the part's folder, where it has NaN or inf."""
+        if not sample.isfinite().all():
+            raise ValueError(
+                f"{self.folder / part} overflows in {dtype_name(self.dtype)}: its weights are "
+                f"damaged{'' if self.dtype == torch.float32 else ' or need float32'}"
+            )
+        return sample
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def seeded(part: str, seed: int) -> torch.Generator:
+    """Return a CPU generator for one part of one clip.
+
+    torch keeps 32 bits of a seed: all of ours is hashed into them.
+    """
+    digest = hashlib.blake2b(f"{part}/{seed}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; "auto" is a GPU if there is one. ValueError lists the names."""
+    possible = ["cpu"]
+    if torch.cuda.is_available():
+        possible += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return torch.device("cuda" if "cuda" in possible else "cpu")
+    if name not in possible:
+        raise ValueError(f"device {name!r} is not one of auto, {', '.join(possible)}")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of a name; "auto" is the fastest safe one. ValueError lists the names."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _key_steps(request, model, folder):
+    from cmdgen.config import SampleConfig
+    from cmdgen.request import KeySteps
+
+    r = request.rehash
+    p = plan_rehash(
+        SampleConfig(
+            rehash=r if isinstance(r, int) else None,
+            rehash_steps=r if isinstance(r, tuple) else None,
+            rehash_policy=request.rehash_policy,
+            rehash_threshold=request.rehash_threshold,
+            rehash_protect=request.rehash_protect,
+            rehash_file=str(request.rehash_file) if request.rehash_file else None,
+        ),
+        model,
+        folder,
+    )
+    return p and KeySteps(p.policy, p.content, p.motion, p.threshold)

@@ -1,0 +1,223 @@
+"""Text to video by content-frame motion-latent decomposition (CMD; Yu et al. 2024).
+
+    text ─► content frame x̄ by the UNet ─► motion latents z, given text and x̄, by the DiT
+         ─► frames' latents by the CMD decoder of x̄ and z ─► frames by the VAE decoder
+
+arXiv:2403.14148.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cmdgen.acceleration.budget import choose_encoding_slices
+from cmdgen.acceleration.calibration import Predict
+from cmdgen.acceleration.graphs import fastest_libraries
+from cmdgen.acceleration.overlap import Pending
+from cmdgen.acceleration.rehash import CutDiT
+from cmdgen.acceleration.slicer import decode_clip, encode_clip
+from cmdgen.latents import Latents, check_fit, fit_model, latent_shapes
+from cmdgen.models.autoencoder import CmdAutoencoder
+from cmdgen.models.dit import DiT
+from cmdgen.pipelines.base import Clip, Denoising, Inputs, Observer
+from cmdgen.pipelines.decode import Decoder, encode_frames
+from cmdgen.pipelines.still import StillPipeline
+from cmdgen.request import Plan, Slices
+from cmdgen.video.formats import Pixels
+
+
+class CmdPipeline(StillPipeline):
+    """A folder with a content model, a motion model and CMD's autoencoder."""
+
+    @property
+    def autoencoder(self) -> CmdAutoencoder:
+        """Return the autoencoder; reading it raises ValueError, naming the file at fault."""
+        return self.part("autoencoder")
+
+    @property
+    def motion(self) -> DiT:
+        """Return the motion model, as `autoencoder`."""
+        return self.part("motion")
+
+    @torch.inference_mode()
+    def run(
+        self,
+        plans: Sequence[Plan],
+        observer: Observer | None = None,
+        *,
+        pixels: Pixels = "rgb24",
+        inputs: Inputs | None = None,
+    ) -> list[Clip]:
+        """Make clips; a clip of one frame is its content frame. See `Pipeline.run`."""
+        if not plans[0].moves:
+            return super().run(plans, observer, pixels=pixels, inputs=inputs)
+        observer, inputs = observer or Observer(), inputs or Inputs()
+        self.check_batch(plans, inputs)
+        self.load(observer)
+        decoder = self.decoder(plans[0], observer)
+        # with little memory, one thing is done after another
+        stream = self.side_stream if plans[0].max_memory is None else None
+        with fastest_libraries(self.device):
+            with observer.stage("text"):
+                text = self.encode_text(plans)
+            with observer.stage("content"):
+                content = self.sample_content(plans, text, observer, inputs)
+            with observer.stage("VAE decode"):
+                picture = decoder.start_pictures(content.to(self.dtype), stream)
+            with observer.stage("motion"):
+                motion = self.sample_motion(plans, text, content, observer, inputs, picture)
+            frames = self.decode_frames(decoder, picture, content, motion, pixels)
+        pictures = picture.finish()
+        # a GPU is waited for once, when it has made everything
+        contents, motions = content.cpu(), motion.cpu()
+        clips = []
+        for i, plan in enumerate(plans):
+            about, fps = self.describe(plan, inputs), plan.model.fps
+            latents = Latents(contents[i], motions[i], fps, about)
+            clips.append(Clip(frames[i], pixels, pictures[i].numpy(), fps, about, latents))
+        return clips
+
+    def sample_motion(
+        self,
+        plans: Sequence[Plan],
+        text: Tensor,
+        content: Tensor,
+        observer: Observer,
+        inputs: Inputs,
+        picture: Pending | None = None,
+        predict: Predict | None = None,
+    ) -> Tensor:
+        """(B + 1, L, D), (B, C, h, w) -> (B, K, T, W' + H'): motion latents, in float32.
+
+        `predict` stands for the motion model's own `denoise`; `picture` is shown when it is ready.
+        """
+        plan, count, motion = plans[0], len(plans), self.motion
+        if inputs.motion is not None:
+            return self.repeat(inputs.motion, count)
+        model = plan.model
+        assert model.motion is not None
+        if predict is None:
+            predict = (
+                self.graphed("motion", motion.denoise)
+                if plan.key_steps is None
+                else self.rehashed(CutDiT(motion), plan.key_steps.motion)
+            )
+        shape = latent_shapes(model)[1]
+        columns = content.shape[-1] // self.autoencoder.config.patch
+        # all that is taken of a text is the mean of its tokens
+        states = text if model.motion_guidance != 1 else text[:count]
+        pooled = states.mean(dim=1, keepdim=True)  # (texts, 1, D)
+
+        def modulate(timesteps: Tensor) -> Tensor:
+            """(S,) -> (S, texts, P)."""
+            texts = pooled.repeat(len(timesteps), 1, 1)
+            rows = motion.modulations(
+                timesteps.repeat_interleave(len(pooled)),
+                text=None if motion.config.text_width is None else texts,
+            )
+            return rows.unflatten(0, (-1, len(pooled)))
+
+        times = self.project_times(modulate, plan, model.motion.noise, model.motion_steps)
+
+        def denoise(x: Tensor, t: Tensor, which: Tensor, ground: Tensor) -> Tensor:
+            if picture is not None:
+                picture.poll()
+            return predict(x.to(self.dtype), next(times)[which], ground)
+
+        # guidance is on the text alone: both branches see the content frame
+        ground = motion.place(*shape[1:], context=content.to(self.dtype), split=columns)
+        rows = torch.arange(count, device=self.device)
+        conditions = (rows, ground), (torch.full_like(rows, len(pooled) - 1), ground)
+        what = Denoising(
+            part="motion",
+            shape=shape,
+            seeds=[each.motion_seed for each in plans],
+            schedule=model.motion.noise,
+            steps=model.motion_steps,
+            guidance=model.motion_guidance,
+        )
+        sampled = self.denoise(what, denoise, conditions, plan, observer)
+        return self.autoencoder.destandardise(self.check_finite(sampled, "motion"))
+
+    def decode_frames(
+        self, decoder: Decoder, picture: Pending, content: Tensor, motion: Tensor, pixels: Pixels
+    ) -> np.ndarray:
+        """(B, C, h, w), (B, K, T, W' + H') -> uint8 (B, T, ...) in `pixels`."""
+        halves = content.to(self.dtype), motion.to(self.dtype)
+        with decoder.observer.stage("frame decode"):
+            latents = decode_clip(self.autoencoder, *halves, decoder.slices)
+            self.check_finite(latents, "autoencoder")
+        with decoder.observer.stage("VAE decode"):
+            picture.finish()
+            return decoder.frames(latents, pixels)
+
+    def encoding_slices(self, plan: Plan) -> Slices:
+        """Return slices that keep the encoding of one clip within the plan's memory."""
+        return choose_encoding_slices(
+            plan.model, self.dtype, self.device, max_memory=plan.max_memory
+        )
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        frames: np.ndarray,
+        plan: Plan,
+        observer: Observer | None = None,
+        *,
+        origin: Mapping[str, object] | None = None,
+    ) -> Latents:
+        """uint8 (T, H, W, 3) -> the clip's content frame and motion latents, nothing sampled.
+
+        `plan` gives size, length, rate and memory; `origin` goes into the metadata. Raises
+        ValueError where the model makes no clips of this size and length.
+        """
+        model, observer = plan.model, observer or Observer()
+        size, count = f"{model.width}x{model.height}", model.frames
+        assert frames.shape[:3] == (count, model.height, model.width)
+        fit_model(model, *latent_shapes(model))
+        slices = self.encoding_slices(plan)
+        observer.step("load", 0, 1)
+        autoencoder, vae = self.autoencoder, self.vae
+        observer.step("load", 1, 1)
+        with fastest_libraries(self.device):
+            parts = []
+            for done in range(0, count, slices.pictures):
+                some = frames[done : done + slices.pictures]
+                parts.append(encode_frames(vae, some, slices.strips))
+                observer.step("encode", done + len(some), count)
+            latents = rearrange(torch.cat(parts), "t c h w -> 1 c t h w")
+            halves = encode_clip(autoencoder, latents, slices)
+        content, motion = (
+            self.check_finite(half, "autoencoder")[0].float().cpu() for half in halves
+        )
+        clip = {"frames": count, "size": size, "fps": model.fps}
+        return Latents(content, motion, model.fps, {**self.identity, **clip, **(origin or {})})
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        latents: Latents,
+        plan: Plan,
+        observer: Observer | None = None,
+        *,
+        pixels: Pixels = "rgb24",
+    ) -> Clip:
+        """Return the clip of these latents, with their metadata; ValueError where they do not fit.
+
+        `plan` is of the latents' size and length.
+        """
+        check_fit(plan.model, tuple(latents.content.shape), tuple(latents.motion.shape))
+        observer = observer or Observer()
+        observer.step("load", 0, 1)
+        _ = self.autoencoder, self.vae
+        observer.step("load", 1, 1)
+        decoder = self.decoder(plan, observer)
+        content, motion = (self.repeat(half, 1) for half in (latents.content, latents.motion))
+        with fastest_libraries(self.device):
+            picture = decoder.start_pictures(content.to(self.dtype))
+            frames = self.decode_frames(decoder, picture, content, motion, pixels)
+        picture_of_clip = picture.finish()[0].numpy()
+        return Clip(frames[0], pixels, picture_of_clip, latents.fps, latents.metadata, latents)

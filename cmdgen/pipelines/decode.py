@@ -1,0 +1,100 @@
+"""Latents to pictures, frame by frame, as soon as they can be shown, and frames to latents."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cmdgen.acceleration.overlap import Pending, start
+from cmdgen.acceleration.slicer import decode_pictures, encode_pictures, fetch
+from cmdgen.models.vae import KlVae
+from cmdgen.pipelines.base import Observer
+from cmdgen.request import Slices
+from cmdgen.video.formats import Pixels
+from cmdgen.video.pixels import CONVERT, to_rgb24, to_unit
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A VAE that decodes in slices; `check` raises ValueError for a sample with NaN or inf."""
+
+    vae: KlVae
+    slices: Slices
+    check: Callable[[Tensor, str], Tensor]
+    observer: Observer
+
+    def decode(self, latents: Tensor, sums: list[Tensor] | None = None) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W), in [-1, 1] except for overshoot.
+
+        Their sum, which tells whether all are finite, is left on the device, in `sums`.
+        """
+        pixels = decode_pictures(self.vae, latents, self.slices.strips)
+        if sums is not None:
+            sums.append(pixels.sum(dtype=torch.float32))
+        return pixels
+
+    def picture(self, latent: Tensor) -> np.ndarray:
+        """(B, C, h, w) -> uint8 (H, W, 3) of the first latent."""
+        picture: np.ndarray = to_rgb24(self.decode(latent[:1]))[0].cpu().numpy()
+        return picture
+
+    def start_pictures(self, content: Tensor, stream: torch.cuda.Stream | None = None) -> Pending:
+        """(B, C, h, w) -> uint8 (B, H, W, 3), beside other work if there is a stream for it."""
+
+        def decode(content: Tensor) -> Tensor:
+            sums: list[Tensor] = []
+            parts = content.split(self.slices.pictures)
+            made = torch.cat([to_rgb24(self.decode(part, sums)) for part in parts])
+            if stream is None:
+                # beside other work nothing may wait: there, the frames tell
+                self.check(torch.stack(sums), "vae")
+            return made
+
+        def show(pictures: Tensor) -> None:
+            for i, picture in enumerate(pictures.numpy()):
+                self.observer.content(i, picture)
+
+        return start(decode, content, show, stream=stream)
+
+    def frames(self, latents: Tensor, pixels: Pixels) -> np.ndarray:
+        """(B, C, T, h, w) -> uint8 (B, T, ...) in `pixels`; all clips' first frames come first."""
+        batch, _, count = latents.shape[:3]
+        frames: np.ndarray | None = None
+        parts = rearrange(latents, "b c t h w -> (t b) c h w").split(self.slices.pictures)
+        pictures = done = 0
+        sums: list[Tensor] = []
+        for part in fetch(CONVERT[pixels](self.decode(part, sums)) for part in parts):
+            if frames is None:
+                frames = np.empty((batch, count, *part.shape[1:]), np.uint8)
+            for picture in part.numpy():
+                frames[pictures % batch, pictures // batch] = picture
+                pictures += 1
+            ready, done = slice(done, pictures // batch), pictures // batch
+            if ready.start < done:
+                for i in range(batch):
+                    self.observer.frames(i, frames[i, ready])
+                self.observer.step("decode", done, count)
+        assert frames is not None
+        # once, at the end: the GPU is never waited for
+        self.check(torch.stack(sums), "vae")
+        return frames
+
+    def still_frames(self, pictures: Tensor, pixels: Pixels) -> np.ndarray:
+        """uint8 (B, H, W, 3) -> uint8 (B, 1, ...) in `pixels`: clips of one frame."""
+        levels = rearrange(pictures, "b h w c -> b c h w")
+        frames: np.ndarray = CONVERT[pixels](to_unit(levels))[:, None].numpy()
+        for i, frame in enumerate(frames):
+            self.observer.frames(i, frame)
+        return frames
+
+
+def encode_frames(vae: KlVae, frames: np.ndarray, strips: int = 1) -> Tensor:
+    """uint8 (N, H, W, 3) -> (N, C, h, w), scaled: the mean of the VAE's posterior."""
+    weights = next(vae.parameters())
+    # copied: the frames of others may be read-only
+    pixels = torch.tensor(frames, device=weights.device)
+    unit = to_unit(rearrange(pixels, "n h w c -> n c h w"))
+    return encode_pictures(vae, unit.to(weights.dtype), strips)

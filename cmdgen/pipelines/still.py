@@ -1,0 +1,196 @@
+"""Text to a still: text encoder, UNet, VAE decoder, as in Stable Diffusion."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmdgen.acceleration.calibration import Predict
+from cmdgen.acceleration.graphs import fastest_libraries
+from cmdgen.acceleration.rehash import CutUNet
+from cmdgen.diffusion.parametrisation import recognise_prediction
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
+from cmdgen.models.unet import UNet
+from cmdgen.models.vae import KlVae
+from cmdgen.pipelines.base import Clip, Denoising, Inputs, Observer, Pipeline
+from cmdgen.pipelines.decode import Decoder, encode_frames
+from cmdgen.request import Plan, Request
+from cmdgen.video.formats import Pixels
+
+
+class StillPipeline(Pipeline):
+    """Any Stable Diffusion 1.5 or 2.1 folder; also the content half of CMD."""
+
+    @property
+    def text_encoder(self) -> ClipTextModel:
+        """Return the text encoder; reading it raises ValueError, naming the file at fault."""
+        return self.part("text_encoder")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer: prompts to token ids."""
+        return Tokenizer.from_pretrained(self.folder / "tokenizer")
+
+    @property
+    def unet(self) -> UNet:
+        """Return the content model, as `text_encoder`."""
+        return self.part("unet")
+
+    @property
+    def vae(self) -> KlVae:
+        """Return the VAE, as `text_encoder`."""
+        return self.part("vae")
+
+    @torch.inference_mode()
+    def run(
+        self,
+        plans: Sequence[Plan],
+        observer: Observer | None = None,
+        *,
+        pixels: Pixels = "rgb24",
+        inputs: Inputs | None = None,
+    ) -> list[Clip]:
+        """Make stills; see `Pipeline.run`."""
+        observer, inputs = observer or Observer(), inputs or Inputs()
+        self.check_batch(plans, inputs)
+        self.load(observer)
+        decoder = self.decoder(plans[0], observer)
+        with fastest_libraries(self.device):
+            with observer.stage("text"):
+                text = self.encode_text(plans)
+            with observer.stage("content"):
+                content = self.sample_content(plans, text, observer, inputs)
+            with observer.stage("VAE decode"):
+                pictures = decoder.start_pictures(content.to(self.dtype)).finish()
+                frames = decoder.still_frames(pictures, pixels)
+        return [
+            Clip(
+                *(frames[i], pixels, pictures[i].numpy(), plan.model.fps),
+                *(self.describe(plan, inputs), None),
+            )
+            for i, plan in enumerate(plans)
+        ]
+
+    def encode_text(self, plans: Sequence[Plan]) -> Tensor:
+        """() -> (B + 1, L, D): the states of all prompts, then of the negative prompt."""
+        prompts = [*(plan.prompt for plan in plans), plans[0].negative]
+        ids = self.tokenizer(prompts, self.text_length)
+        return self.text_encoder(ids.to(self.device)).last_hidden_state
+
+    def sample_content(
+        self,
+        plans: Sequence[Plan],
+        text: Tensor,
+        observer: Observer,
+        inputs: Inputs,
+        predict: Predict | None = None,
+    ) -> Tensor:
+        """(B + 1, L, D) -> (B, C, h, w): content frames, scaled latents, in float32.
+
+        `predict` stands for the UNet's own `denoise`.
+        """
+        plan, count, unet = plans[0], len(plans), self.unet
+        if inputs.content is not None:
+            return self.repeat(inputs.content, count)
+        if predict is None:
+            predict = (
+                self.graphed("content", unet.denoise)
+                if plan.key_steps is None
+                else self.rehashed(CutUNet(unet, "layer"), plan.key_steps.content)
+            )
+        model, vae = plan.model, self.vae.config
+        states = text if model.guidance != 1 else text[:count]
+        projected = unet.project_text(states)
+        positive = tuple(rows[:count] for rows in projected)
+        negative = tuple(rows[-1:].expand(count, -1, -1, -1) for rows in projected)
+        times = self.project_times(unet.project_time, plan, model.noise, model.steps)
+
+        def denoise(x: Tensor, t: Tensor, *text: Tensor) -> Tensor:
+            # in the same order of memory at every step: a graph's inputs are then one copy
+            x = x.to(self.dtype, memory_format=torch.channels_last)
+            return predict(x, next(times).repeat(len(x), 1), *text)
+
+        decoder = self.decoder(plan, observer)
+
+        def look(content: Tensor) -> None:
+            latent = content[:1].to(self.dtype)
+            observer.estimate(lambda: decoder.picture(latent))
+
+        what = Denoising(
+            part="content",
+            shape=(vae.latent_channels, model.height // vae.stride, model.width // vae.stride),
+            seeds=[each.content_seed for each in plans],
+            schedule=model.noise,
+            steps=model.steps,
+            guidance=model.guidance,
+        )
+        content = self.denoise(
+            what,
+            denoise,
+            (positive, negative),
+            plan,
+            observer,
+            look if observer.estimates else None,
+        )
+        return self.check_finite(content, "unet")
+
+    def decoder(self, plan: Plan, observer: Observer | None = None) -> Decoder:
+        """Return the VAE with the plan's slices."""
+        return Decoder(self.vae, plan.slices, self.check_finite, observer or Observer())
+
+    @torch.inference_mode()
+    def encode_still(self, picture: np.ndarray) -> Tensor:
+        """uint8 (H, W, 3) -> (C, h, w) on the CPU: the content frame of a clip that shows it."""
+        with fastest_libraries(self.device):
+            latents = encode_frames(self.vae, picture[None])
+        return self.check_finite(latents, "vae")[0].float().cpu()
+
+    @torch.inference_mode()
+    def decode_still(self, content: Tensor) -> np.ndarray:
+        """(C, h, w) -> uint8 (H, W, 3): a content frame as a picture."""
+        stride = self.vae.config.stride
+        size = content.shape[1] * stride, content.shape[2] * stride
+        plan = self.plan(Request(frames=1, size=size))
+        with fastest_libraries(self.device):
+            return self.decoder(plan).picture(self.repeat(content, 1).to(self.dtype))
+
+    def repeat(self, half: Tensor, count: int) -> Tensor:
+        """(...) -> (B, ...) float32 on the device."""
+        return half.to(self.device, torch.float32).expand(count, *half.shape)
+
+    @property
+    def text_length(self) -> int:
+        """Return how many tokens the text encoder reads."""
+        assert self.config.text is not None
+        return self.config.text.max_position_embeddings
+
+    def fits(self, prompt: str) -> bool:
+        """Return whether the text encoder reads the prompt to its end."""
+        length = self.text_length
+        ids = self.tokenizer([prompt], length + 1)
+        # a longer text has a token of its own where one that fits has ended
+        return int(ids[0, length - 1]) in (self.tokenizer.eos_id, self.tokenizer.pad_id)
+
+    @torch.inference_mode()
+    def check_parts(self) -> None:
+        """Raise ValueError where the UNet predicts something else than the schedule says."""
+        said, unet = self.config.noise.prediction_type, self.unet
+        ids = self.tokenizer([""], self.text_length).to(self.device)
+        text = self.text_encoder(ids).last_hidden_state
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            output: Tensor = unet(x.to(self.dtype), t, text.expand(len(x), -1, -1))
+            return output
+
+        # a few positions tell what is predicted of noise
+        side = 2 ** len(unet.config.block_out_channels)
+        noise = self.noise("check", (unet.config.in_channels, side, side), [0])[0]
+        predicts = recognise_prediction(predict, noise, self.config.noise)
+        if predicts not in (said, None):
+            path = self.folder / "scheduler" / "scheduler_config.json"
+            raise ValueError(
+                f"{path}: prediction_type is {said}, but unet/ predicts {predicts}: correct it"
+            )

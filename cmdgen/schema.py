@@ -1,0 +1,139 @@
+"""Untrusted JSON as frozen dataclasses: every value is checked against its type and range.
+
+assets/configs.json lists the keys of diffusers and transformers that have no field here: "fixed"
+ones are written with the one value that we support, and any other value is refused; "written" ones
+are never read. Never imports torch.
+"""
+
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from cmdgen.config import ATTENTIONS, SAMPLERS, NoiseConfig, VaeConfig
+from cmdgen.files import read_json, write_json
+
+Folder = str | os.PathLike[str]
+C = TypeVar("C")
+
+# ours alone: written only where they are used, so that diffusers need not warn of them
+_GATE = ("attention", "attention_features", "attention_threshold")
+_CHOICES = {
+    "attention": ATTENTIONS,
+    "beta_schedule": ("linear", "scaled_linear"),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "hidden_act": ("quick_gelu", "gelu"),
+    "importance": ("pixel", "patch"),
+    "motion_activation": ("tanh", "linear"),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "sampler": SAMPLERS,
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+# smallest and largest value; other integers lie in 1 .. 2^20, other numbers in -10^6 .. 10^6
+_RANGES = {
+    "attention_features": (1, 2**14),
+    "attention_threshold": (0, 1e6),
+    "beta_end": (1e-9, 0.999),
+    "beta_start": (1e-9, 0.999),
+    "depth": (1, 256),
+    "eos_token_id": (0, 2**20),
+    "guidance": (0, 100),
+    "layer_norm_eps": (1e-12, 1),
+    "layers_per_block": (1, 256),
+    "motion_guidance": (0, 100),
+    "motion_std": (1e-6, 1e6),
+    "num_hidden_layers": (1, 256),
+    "scaling_factor": (1e-6, 1e6),
+    "steps_offset": (0, 1000),
+}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
+
+def config_path(folder: Folder, cls: type) -> Path:
+    """Return the file that holds the configuration of one part of a model."""
+    return Path(folder) / ("scheduler_config.json" if cls is NoiseConfig else "config.json")
+
+
+def read_config(folder: Folder, cls: type[C]) -> C:
+    """Read the configuration of one part of a model.
+
+    Unknown keys are ignored; an unsupported value is a ValueError that names the file.
+    """
+    path = config_path(folder, cls)
+    # schedulers of diffusers hold infinities under keys that we do not read
+    data = read_json(path, finite=False)
+    try:
+        for key, only in _tables()["fixed"].get(cls.__name__, {}).items():
+            values = data[key] if isinstance(data.get(key), list) else [data.get(key, only)]
+            # True equals 1, but is not what is meant
+            if any((value, type(value) is bool) != (only, type(only) is bool) for value in values):
+                raise ValueError(f"{key} {short(data[key])} is not supported, only {only!r} is")
+        return cls(**check_fields(cls, data))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_config(config: object, folder: Folder) -> None:
+    """Write the configuration of one part of a model, as diffusers or transformers would."""
+    cls = type(config)
+    outer = [kind.get(cls.__name__, {}) for kind in _tables().values()]
+    data = {**outer[0], **outer[1], **asdict(config)}  # type: ignore[call-overload]
+    if data.get("attention") == "softmax":
+        data = {key: value for key, value in data.items() if key not in _GATE}
+    if isinstance(config, VaeConfig):
+        for key in ("down_block_types", "up_block_types"):
+            data[key] = [data[key]] * len(config.block_out_channels)
+    write_json(config_path(folder, cls), data)
+
+
+@cache
+def _tables() -> dict[str, dict[str, Any]]:
+    """Read the keys of diffusers and transformers, by kind and by class of configuration."""
+    path = Path(__file__).parent / "assets" / "configs.json"
+    return read_json(path)
+
+
+def check_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `data` that a dataclass has fields for, each checked."""
+    hints = get_type_hints(cls)
+    names = [field.name for field in fields(cls) if field.name in data]
+    return {name: check_value(data[name], hints[name], name) for name in names}
+
+
+def check_value(value: Any, hint: Any, key: str) -> Any:
+    """Return `value` as the type `hint`, lists as tuples; ValueError says what `key` may be."""
+    if get_origin(hint) in (Union, types.UnionType):
+        options = [option for option in get_args(hint) if option is not types.NoneType]
+        if value is None and len(options) < len(get_args(hint)):
+            return None
+        # a list means the tuple of `int | tuple[int, ...]`, anything else the plain type
+        fitting = [o for o in options if (get_origin(o) is tuple) == isinstance(value, list)]
+        hint = (fitting or options)[0]
+    if get_origin(hint) is tuple and isinstance(value, list) and value:
+        item = get_args(hint)[0]
+        # a name builds nothing; anything else may be a layer
+        most = 4096 if item is str and key not in _CHOICES else 64
+        if len(value) > most:
+            raise ValueError(f"{key} has {len(value)} entries, at most {most} are read")
+        return tuple(check_value(each, item, key) for each in value)
+    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
+        return hint(**check_fields(hint, value))
+    if hint is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
+    if type(value) is not hint:
+        kind = _KINDS.get(hint, "a list" if get_origin(hint) is tuple else "an object")
+        raise ValueError(f"{key} {short(value)} is not {kind}")
+    if value not in _CHOICES.get(key, (value,)):
+        expected = ", ".join(_CHOICES[key])
+        raise ValueError(f"{key} {short(value)} is not supported, expected one of {expected}")
+    if hint in (int, float):
+        low, high = _RANGES.get(key, (1, 2**20) if hint is int else (-1e6, 1e6))
+        # NaN lies in no range
+        if not low <= value <= high:
+            raise ValueError(f"{key} {short(value)} is not between {low} and {high}")
+    return value
