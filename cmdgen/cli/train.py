@@ -1,18 +1,18 @@
 """`cmdgen train vae|autoencoder|content|motion` and `cmdgen train export`."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cmdgen.cli.command import expand
+from cmdgen.cli.command import Only, expand
 from cmdgen.cli.completion import one_of
 from cmdgen.cli.errors import Failure, describe, within_memory
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.options import Device, Quiet, Threads
+from cmdgen.cli.options import Device, Threads
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
 from cmdgen.config import PRESETS
@@ -43,7 +43,8 @@ _HELP = """{}
 def _settings(stage: str) -> type:
     """Return a dataclass of a stage's settings, where None means the value of the recipe."""
     members = []
-    for part in recipe(PRESET, stage):
+    parts: Iterable[Any] = recipe(PRESET, stage)
+    for part in parts:
         for name, (item, _, _) in options_of(type(part)).items():
             described = replace(option_of(item), shown=_show_defaults(stage, name))
             setting = field(default=None, metadata={"option": described})
@@ -74,14 +75,15 @@ def _command(stage: str) -> Callable[..., None]:
     settings_type: Any = _settings(stage)
 
     def command(
+        *,
         start: Start,
         shared: Shared,
         settings: settings_type,
         device: Device = "auto",
         threads: Threads = None,
-        quiet: Quiet = False,
+        say: Annotated[Say, Only(("quiet",))],
     ) -> None:
-        _train(stage, start, shared, vars(settings), device, threads, quiet)
+        _train(stage, start, shared, vars(settings), device, threads, say)
 
     return expand(command)
 
@@ -97,7 +99,7 @@ def _train(
     settings: dict[str, Any],
     device_name: str,
     threads: int | None,
-    quiet: bool,
+    say: Say,
 ) -> None:
     started = time.monotonic()
     _check_gate(stage, start, shared)
@@ -120,7 +122,6 @@ def _train(
         # kernels are launched on the current GPU
         torch.cuda.set_device(device)
     data = open_data(shared.data or DATA, start.clips, model, device)
-    say = Say(quiet=quiet)
     deadline = None if config.minutes is None else started + 60 * config.minutes
     smaller = "ask for a smaller --batch or --size, more --accumulate, or --gradient-checkpointing"
     with (

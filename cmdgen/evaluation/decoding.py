@@ -11,12 +11,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cmdgen.acceleration.budget import choose_slices, decoding_peak
-from cmdgen.acceleration.slicer import Slices, decode_clip, decode_pictures
+from cmdgen.acceleration.memory import Work, choose_slices, peak_bytes
+from cmdgen.acceleration.slicer import decode_clip, decode_pictures
 from cmdgen.config import ModelConfig
-from cmdgen.evaluation.memory import peak_bytes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
+from cmdgen.request import Slices
 from cmdgen.video.pixels import to_rgb24
 
 # of the peak of whole clips: what decoding in slices is to stay below
@@ -124,8 +124,8 @@ def compare_decoding(
         budget = int(TARGET * max(whole["live" if device.type == "cpu" else "allocated"], 1))
         ways = [
             None,
-            choose_slices(model, dtype, device),
-            choose_slices(model, dtype, device, max_memory=budget),
+            choose_slices(Work(model, dtype), device),
+            choose_slices(Work(model, dtype), device, budget),
         ]
         memory = [whole, *(_measure_memory(decoder, slices) for slices in ways[1:])]
     if device.type == "cpu":
@@ -140,7 +140,7 @@ def compare_decoding(
         Decoding(
             slices=slices,
             memory=taken,
-            predicted=None if slices is None else decoding_peak(model, slices, dtype),
+            predicted=None if slices is None else Work(model, dtype).peak(slices),
             clip_seconds=min(clip for clip, _ in each),
             vae_seconds=min(vae for _, vae in each),
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from cmdgen.acceleration.budget import decoding_peak
+from cmdgen.acceleration.memory import Work
 from cmdgen.config import SampleConfig
 from cmdgen.evaluation.flops import build_parts, count_peaks
 from cmdgen.evaluation.profile import Limits, count_work
@@ -70,7 +70,7 @@ def estimate_activations(model: TextToVideo, config: SampleConfig, *, batch: int
         for name, peak in count_peaks(asked, dtype).items()
     ]
     slices = model.plan_decoding(config, batch=batch)
-    return max(*peaks, decoding_peak(asked, slices, dtype, batch=batch))
+    return max(*peaks, Work(asked, dtype, batch).peak(slices))
 
 
 def find_fitting(model: TextToVideo, config: SampleConfig, memory: int) -> SampleConfig | None:

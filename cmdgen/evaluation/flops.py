@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmdgen.acceleration.budget import choose_slices
+from cmdgen.acceleration.memory import Work, choose_slices, peak_bytes
 from cmdgen.config import CMD_SD21, ModelConfig, UNetConfig
-from cmdgen.evaluation.memory import peak_bytes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.text import ClipTextModel
@@ -321,7 +320,7 @@ def count_reads(
     """
     runs = _forwards(model, build_parts(model))
     times = _times(model, batch)
-    together = choose_slices(model, dtype, torch.device("meta"), batch=batch // times).pictures
+    together = choose_slices(Work(model, dtype, batch // times), torch.device("meta")).pictures
     # beside the content frame
     slices = ceil(batch // times * model.frames / together) if model.frames > 1 else 0
     forwards = {

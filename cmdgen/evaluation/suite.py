@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from cmdgen.acceleration.calibration import Plan
 from cmdgen.acceleration.rehash import CutDiT, CutUNet
 from cmdgen.config import ModelConfig, SampleConfig, SuiteConfig
 from cmdgen.evaluation.flops import (
@@ -22,6 +21,7 @@ from cmdgen.evaluation.flops import (
 )
 from cmdgen.evaluation.profile import PROMPT, Stopwatch, device_name, highest, measure_limits
 from cmdgen.pipeline import TextToVideo
+from cmdgen.request import KeySteps
 from cmdgen.video.write import open_video
 
 # CMD's (Yu et al. 2024, arXiv:2403.14148), for its speed too
@@ -253,7 +253,7 @@ def count_row(model: TextToVideo, asked: SampleConfig) -> dict[str, Products]:
     return stages
 
 
-def count_skipped(model: ModelConfig, plan: Plan) -> tuple[Products, Products]:
+def count_skipped(model: ModelConfig, plan: KeySteps) -> tuple[Products, Products]:
     """A skipped step of the content model and one of the motion model, one branch of one clip."""
     parts = build_parts(model)
     assert model.text is not None and model.vae is not None
@@ -265,7 +265,7 @@ def count_skipped(model: ModelConfig, plan: Plan) -> tuple[Products, Products]:
         rows, columns = (side // parts.autoencoder.config.patch for side in (height, width))
         channels = parts.autoencoder.config.motion_channels
         size = model.frames, columns + rows
-        unet, dit = CutUNet(parts.content, plan.cut), CutDiT(parts.motion)
+        unet, dit = CutUNet(parts.content), CutDiT(parts.motion)
         x = still, parts.content.project_time(when), *parts.content.project_text(states)
         given = None if parts.motion.config.text_width is None else states
         z = (

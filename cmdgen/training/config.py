@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmdgen.config import ATTENTIONS, PRESETS, ModelConfig, UNetConfig
-from cmdgen.options import option, options_of, read_fields
+from cmdgen.options import option, read_fields
 from cmdgen.request import MAX_SEED, Request, Size, parse_size, resolve, write_size
 from cmdgen.world.config import WORLDS
 
@@ -246,12 +246,12 @@ class Recipe(NamedTuple):
 
     def replaced(self, values: Mapping[str, Any]) -> "Recipe":
         """Return the recipe with those of `values`, by field name, that are not None."""
+        values = {name: value for name, value in values.items() if value is not None}
         return Recipe(*(_replace(part, values) for part in self))
 
 
 def _replace(part: Any, values: Mapping[str, Any]) -> Any:
-    changes = {name: values[name] for name in options_of(type(part)) if name in values}
-    return replace(part, **{name: value for name, value in changes.items() if value is not None})
+    return replace(part, **{name: values[name] for name in vars(part) if name in values})
 
 
 # App. B.3 and Tables 6 and 7 of Yu et al. 2024 (arXiv:2403.14148). Ours, since the paper does not

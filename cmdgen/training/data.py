@@ -52,18 +52,21 @@ class TrainingData:
         return self.source.captions(indices, variant)
 
 
+def open_source(name: str) -> tuple[ClipSource, str]:
+    """Open a world or a folder of videos; return it and a text that differs between sources."""
+    if name in WORLDS:
+        return World(WORLDS[name]), repr(WORLDS[name])
+    if not Path(name).is_dir():
+        raise FileNotFoundError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder")
+    folder = Folder(Path(name))
+    return folder, folder.key
+
+
 def open_data(
     name: str, clips: int | None, model: ModelConfig, device: torch.device
 ) -> TrainingData:
-    """Open a world or a folder of videos at a model's size; None: as many clips as help says."""
-    source: ClipSource
-    if name in WORLDS:
-        source, key, count = World(WORLDS[name]), repr(WORLDS[name]), CLIPS
-    elif Path(name).is_dir():
-        source = folder = Folder(Path(name))
-        key, count = folder.key, len(folder.indices("train", sys.maxsize))
-    else:
-        known = ", ".join(WORLDS)
-        raise FileNotFoundError(f"data {name!r} is neither one of {known} nor a folder")
-    size = model.height, model.width
-    return TrainingData(source, key, count if clips is None else clips, model.frames, size, device)
+    """Open a source at a model's size; None: all clips of a folder, and CLIPS of a world."""
+    source, key = open_source(name)
+    if clips is None:
+        clips = CLIPS if name in WORLDS else len(source.indices("train", sys.maxsize))
+    return TrainingData(source, key, clips, model.frames, (model.height, model.width), device)
