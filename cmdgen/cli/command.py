@@ -82,8 +82,8 @@ def read_text(cls: type, name: str, value: Any) -> Any:
     """Return the typed value of a field, given on the command line; None where it is not given."""
     if value is None:
         return None
-    kind = options_of(cls)[name][1]
-    if isinstance(value, str) and kind in (int, float):
+    item, kind, _ = options_of(cls)[name]
+    if isinstance(value, str) and kind in (int, float) and option_of(item).read is None:
         # what is no number, `read_value` refuses in its words
         with suppress(ValueError):
             value = kind(value)
