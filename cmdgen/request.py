@@ -281,7 +281,7 @@ def read_json(name: str, value: Any) -> Any:
         raise ValueError(f"{name} {short(value)} is not text")
     if kind is float and not isinstance(value, int | float):
         raise ValueError(f"{name} {short(value)} is not a number")
-    return read_value(Request, name, check_text(name, value) if is_text else value)
+    return read_value(Request, name, check_text(name, value) if isinstance(value, str) else value)
 
 
 def read_job(values: Mapping[str, Any]) -> dict[str, Any]:
