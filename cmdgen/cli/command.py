@@ -52,8 +52,12 @@ def parameter(
         # Typer adds the default, or the one in the user's file; `cmdgen.cli.help` shows one of them
         "show_default": not shown or default is None,
     }
-    flags = described.flags or (f"--{item.name.replace('_', '-')}",)
-    info = typer.Argument(**settings) if described.argument else typer.Option(*flags, **settings)
+    if described.argument:
+        settings["metavar"] = described.metavar or item.name.upper()
+        info: Any = typer.Argument(**settings)
+    else:
+        flags = described.flags or (f"--{item.name.replace('_', '-')}",)
+        info = typer.Option(*flags, **settings)
     if default is None:
         value_type = value_type | None
     return inspect.Parameter(
