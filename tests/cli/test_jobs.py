@@ -187,7 +187,7 @@ def test_options_of_a_line_win_over_flags(given, asked):
         ({"rehash": 2.5}, "rehash 2.5 is not text"),
         ({"rehash": "1,2"}, "neither off nor a number of steps"),
         ({"rehash": "0,4,2"}, "do not rise from 0"),
-        ({"rehash": "0" + ",1" * 9000}, "neither off nor a number of steps"),
+        ({"rehash": "0" + ",1" * 8000}, "neither off nor a number of steps"),
         ({"seed": -1}, "seed -1 is not between"),
         ({"sampler": "euler"}, "sampler 'euler' is not one of"),
         ({"format": "avi"}, "format 'avi' is not one of"),
