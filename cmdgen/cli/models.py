@@ -108,7 +108,7 @@ class Init:
     """Options of `cmdgen models init`."""
 
     preset: str = option(
-        MISSING, f"One of {', '.join(PRESETS)}.", choices=tuple(PRESETS), argument=True
+        MISSING, f"One of {', '.join(PRESETS)}.", choices=tuple(PRESETS), argument=True, metavar="PRESET"
     )
     output: Path = option(MISSING, "The folder to write.", flags=("--output", "-o"))
     seed: int = option(0, "Same seed, same weights.", low=0, high=2**63 - 1)
