@@ -29,9 +29,7 @@ _NAME = typer.Argument(
     help="A packaged model, a preset, a folder, or OWNER/NAME in the local cache.",
 )
 _REPOSITORY = typer.Argument(metavar="REPO[@REV]", help="OWNER/NAME on the Hugging Face hub.")
-_COPY = typer.Option(
-    "--output", "-o", help="A folder to copy it to.  [default: only the hub's cache]"
-)
+_COPY = typer.Option("--output", "-o", help="A folder for a copy.  [default: the hub's cache]")
 
 
 @app.command("list", cls=Command)
@@ -108,7 +106,10 @@ class Init:
     """Options of `cmdgen models init`."""
 
     preset: str = option(
-        MISSING, f"One of {', '.join(PRESETS)}.", choices=tuple(PRESETS), argument=True, metavar="PRESET"
+        *(MISSING, f"One of {', '.join(PRESETS)}."),
+        choices=tuple(PRESETS),
+        argument=True,
+        metavar="PRESET",
     )
     output: Path = option(MISSING, "The folder to write.", flags=("--output", "-o"))
     seed: int = option(0, "Same seed, same weights.", low=0, high=2**63 - 1)
@@ -155,7 +156,6 @@ def pull(
     """
     from cmdgen.store import hub
 
-    hub.parse_name(repository)
     if output is not None and (output.exists() or output.is_symlink()):
         raise ValueError(f"{output} is there already: give another folder")
     folder = hub.pull(repository)
