@@ -174,7 +174,8 @@ def export(
     ] = "float16",
 ) -> None:
     """Copy a finished run's model, without training state, to a folder."""
-    from cmdgen.training.export import DTYPES, export_model
+    from cmdgen.pipelines.base import DTYPES
+    from cmdgen.training.export import export_model
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
