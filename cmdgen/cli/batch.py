@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmdgen.cli.advice import advise
 from cmdgen.cli.errors import MEMORY, PARTIAL, Failure, on_the_way
 from cmdgen.cli.inputs import InputFiles
 from cmdgen.cli.jobs import LATENTS, STILL, Job, Refused
@@ -23,8 +22,8 @@ from cmdgen.video.formats import STDOUT, Encoding
 if TYPE_CHECKING:
     import numpy as np
 
-    from cmdgen.pipelines import StillPipeline
     from cmdgen.pipelines.base import Clip, Inputs
+    from cmdgen.pipelines.still import StillPipeline
     from cmdgen.video.write import Writer
 
 # formats whose frames can follow one another without an end: clips of one size are one stream
@@ -236,7 +235,7 @@ class Batch:
         started = time.monotonic()
         files = [_File(job, self) for job in jobs if job.target != STDOUT]
         try:
-            with on_the_way(lambda: advise(self.pipeline, jobs[0].request, len(jobs))):
+            with on_the_way(partial(self._advise, jobs)):
                 self._sample(jobs, files, show, stack)
         except Failure as failure:
             # weights that cannot be read are an error of all jobs
@@ -257,6 +256,11 @@ class Batch:
                 self._refuse(Refused(job.index, job.line, failed[job.index]))
             else:
                 self._report(job, seconds)
+
+    def _advise(self, jobs: list[Job]) -> str:
+        from cmdgen.cli.advice import advise
+
+        return advise(self.pipeline, jobs[0].request, len(jobs))
 
     def _report(self, job: Job, seconds: float) -> None:
         self.made += 1

@@ -9,10 +9,11 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from cmdgen.cli.completion import COMPLETIONS, one_of
-from cmdgen.options import is_required, option_of, options_of
+from cmdgen.options import Option, is_required, option_of, options_of
 
 # what the command line reads by itself; all else comes as text, and the dataclass reads that
-_PLAIN = (int, float, bool, Path, tuple)
+_PLAIN = (int, float, bool, Path, tuple, list)
+_EMPTY = inspect.Parameter.empty
 
 
 class Only(tuple[str, ...]):
@@ -20,53 +21,67 @@ class Only(tuple[str, ...]):
 
 
 def parameter(
-    item: Field[Any],
-    kind: type,
-    *,
-    default: Any = inspect.Parameter.empty,
-    shown: str | None = None,
+    item: Field[Any], kind: type, *, default: Any = _EMPTY, shown: str | None = None
 ) -> inspect.Parameter:
     """Return one field as a parameter of a command.
 
     `default` and `shown`, the default that help shows, stand for the field's own.
     """
     described = option_of(item)
-    if default is inspect.Parameter.empty and not is_required(item):
+    shown = shown or described.shown
+    if default is _EMPTY and not is_required(item):
         default = item.default
         if described.read is not None and default is not None:
             default = described.write(default)
-    shown = shown or described.shown
-    settings: dict[str, Any] = {
-        "help": f"{described.help}  [default: {shown}]" if shown else described.help,
-        "metavar": described.metavar,
-        "rich_help_panel": described.group,
-        "show_default": not shown and default not in (None, "", False),
-    }
+    value_type: Any = str
+    if kind in _PLAIN and described.read is None:
+        # `kind` itself, or the tuple or list with the types of its members
+        candidates = (item.type, *get_args(item.type))
+        value_type = next(each for each in candidates if (get_origin(each) or each) is kind)
+    complete = COMPLETIONS.get(described.complete)
     if described.choices:
-        settings["autocompletion"] = one_of(described.choices)
-    elif described.complete in COMPLETIONS:
-        settings["autocompletion"] = COMPLETIONS[described.complete]
+        complete = one_of(described.choices)
+    settings: dict[str, Any] = {
+        "help": described.help + _bracket(described, shown),
+        "metavar": described.metavar or ("NAME" if complete else None),
+        "rich_help_panel": described.group,
+        "autocompletion": complete,
+        # Typer adds the default, or the one in the user's file; `cmdgen.cli.help` shows one of them
+        "show_default": not shown or default is None,
+    }
     if described.argument:
         info: Any = typer.Argument(**settings)
     else:
-        name = f"--{item.name.replace('_', '-')}"
-        info = typer.Option(*(described.flags or (name,)), **settings)
-    typed: Any = kind if kind in _PLAIN and described.read is None else str
-    if default is None:
-        typed = typed | None
+        flags = described.flags or (f"--{item.name.replace('_', '-')}",)
+        info = typer.Option(*flags, **settings)
     return inspect.Parameter(
         item.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[typed, info],
+        annotation=Annotated[value_type | None if default is None else value_type, info],
     )
+
+
+def _bracket(described: Option, shown: str | None) -> str:
+    """Return the possible numbers and the default as the end of an option's help."""
+    low, high = described.low, described.high
+    notes = []
+    if high is None and low is not None:
+        notes.append(f">= {low}")
+    # the range of a seed says nothing
+    elif high is not None and high < 2**53:
+        notes.append(f"{low} to {high}")
+    if shown:
+        notes.append(f"default: {shown}")
+    return f"  [{'; '.join(notes)}]" if notes else ""
 
 
 def expand(function: Callable[..., None]) -> Callable[..., None]:
     """Return a command with one option for each field of the dataclasses that `function` takes.
 
     Parameters of other types stay as they are. The dataclasses are made of the options' values, so
-    that a value which is not valid is their ValueError.
+    that a value which is not valid is their ValueError. `command.fields` holds the class and the
+    field's name for each of these options.
     """
     makers: dict[str, tuple[type, list[str]]] = {}
     parameters: list[inspect.Parameter] = []
@@ -90,6 +105,9 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
         function(**values, **made)
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
+    vars(command).update(
+        __signature__=inspect.Signature(parameters),
+        fields={name: (cls, name) for cls, names in makers.values() for name in names},
+    )
     return command

@@ -5,18 +5,21 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
+from importlib import metadata
 from pathlib import Path
-from subprocess import SubprocessError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from cmdgen import __version__
+from cmdgen.cli.command import Only, expand
 from cmdgen.cli.errors import Failure, describe
-from cmdgen.cli.options import AsJson, Device
+from cmdgen.cli.progress import Say
 from cmdgen.cli.settings import config_path, read_settings
 from cmdgen.config import SampleConfig
+from cmdgen.request import Request
 from cmdgen.video.formats import CODECS
 
 if TYPE_CHECKING:
@@ -24,18 +27,25 @@ if TYPE_CHECKING:
 
     from cmdgen_kernels.samples import Op
 
-# the model that is tried, and with what
 MODEL, PROMPT = "mini", "a dog swimming in the ocean"
-# of pixel values, 0-255: what rounding may make of one step on different devices, on average
-APART = 2.0
+# mean difference of pixel values, 0-255, that rounding may make between two devices
+TOLERANCE = 2.0
+
+# a record of the report, and its line
+Result = tuple[dict[str, Any], str]
 
 
-def doctor(context: typer.Context, device: Device = "auto", as_json: AsJson = False) -> None:
-    """Say what this machine has, which ops run as kernels, and whether the default model works.
+@expand
+def doctor(
+    context: typer.Context,
+    machine: Annotated[Request, Only(("device",))],
+    say: Annotated[Say, Only(("as_json",))],
+) -> None:
+    """Check this machine: devices, ffmpeg, kernels, and whether the default model works.
 
-    Where an op runs as a kernel, it is tried against its definition in plain PyTorch; the model
-    makes a clip in one step, on a GPU compared with the same on the CPU. Exits with 1 where
-    something is broken.
+    Where an op runs as a kernel, its result is compared with its definition in plain PyTorch. The
+    model makes a clip in one step, on a GPU compared with the CPU's. Exits with 1 if something is
+    broken.
 
     Examples:
         cmdgen doctor
@@ -46,154 +56,159 @@ def doctor(context: typer.Context, device: Device = "auto", as_json: AsJson = Fa
     from cmdgen.pipeline import choose_device
     from cmdgen_kernels import samples
 
-    chosen = choose_device(device)
-    if chosen.index is not None:
+    device = choose_device(machine.device)
+    if device.index is not None:
         # kernels are launched on the current GPU
-        torch.cuda.set_device(chosen)
+        torch.cuda.set_device(device)
     torch.manual_seed(0)
-    report: dict[str, Any] = {
+    facts = {
         "cmdgen": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _triton(),
+        "triton": next((each.version for each in metadata.distributions(name="triton")), None),
         "system": platform.platform(),
-        "devices": _devices(),
-        "device": str(chosen),
-        "ffmpeg": _ffmpeg(),
-        "config": _config(context),
-        "cache": _cache(),
-        "model": _try_model(chosen),
-        "ops": {op.name: _examine(op, chosen) for op in samples.OPS},
     }
-    typer.echo(json.dumps(report, indent=2) if as_json else "\n".join(_lines(report)))
-    broken = [name for name in ("ffmpeg", "config", "model") if "error" in report[name]]
-    wrong = [name for name, op in report["ops"].items() if op["agrees"] is False]
-    faults = [f"broken: {', '.join(broken)}"] if broken else []
+    devices = _list_devices()
+    checks = {
+        "ffmpeg": _try(_check_ffmpeg),
+        "config": _try(partial(_check_config, context)),
+        "cache": _try(_check_cache),
+        "model": _try(partial(_check_model, device)),
+    }
+    ops = {op.name: _check_op(op, device) for op in samples.OPS}
+    if say.as_json:
+        report: dict[str, Any] = {**facts, "devices": devices, "device": str(device)}
+        report |= {name: record for name, (record, _) in checks.items()}
+        report["ops"] = {name: record for name, (record, _) in ops.items()}
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        lines = facts | {"triton": facts["triton"] or "not installed"}
+        lines |= {each["device"]: _describe_device(each) for each in devices}
+        lines["runs on"] = str(device)
+        lines |= {name: line for name, (_, line) in {**checks, **ops}.items()}
+        typer.echo("\n".join(f"{name:18}{line}" for name, line in lines.items()))
+    broken = ", ".join(name for name, (record, _) in checks.items() if "error" in record)
+    wrong = ", ".join(name for name, (record, _) in ops.items() if record["agrees"] is False)
+    faults = [f"broken: {broken}"] if broken else []
     if wrong:
-        faults.append(f"not what the definition gives, on {chosen}: {', '.join(wrong)}")
+        faults.append(f"not what the definition gives, on {device}: {wrong}")
     if faults:
         raise Failure("; ".join(faults))
 
 
-def _triton() -> str | None:
-    # help does without
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return None
-
-
-def _devices() -> list[dict[str, Any]]:
-    """All devices that `--device` takes, with memory in GiB; of GPUs compute capability."""
+def _list_devices() -> list[dict[str, Any]]:
+    """Return all devices that --device takes, with memory in GiB; of GPUs compute capability."""
     import torch
 
     from cmdgen.evaluation.memory import measure_memory
 
-    def in_gib(place: torch.device) -> dict[str, float | None]:
-        memory = measure_memory(place)
-        free = None if memory.free is None else round(memory.free / 2**30, 1)
-        return {"memory": round(memory.total / 2**30, 1), "free": free}
-
-    cpu = torch.device("cpu")
-    devices: list[dict[str, Any]] = [
-        {"device": "cpu", "threads": torch.get_num_threads(), **in_gib(cpu)}
-    ]
+    devices: list[dict[str, Any]] = [{"device": "cpu", "threads": torch.get_num_threads()}]
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        devices.append(
-            {
-                "device": f"cuda:{index}",
-                "name": gpu.name,
-                **in_gib(torch.device("cuda", index)),
-                "capability": f"{gpu.major}.{gpu.minor}",
-            }
-        )
+        capability = f"{gpu.major}.{gpu.minor}"
+        devices.append({"device": f"cuda:{index}", "name": gpu.name, "capability": capability})
+    for each in devices:
+        memory = measure_memory(torch.device(each["device"]))
+        each["memory"] = round(memory.total / 2**30, 1)
+        each["free"] = None if memory.free is None else round(memory.free / 2**30, 1)
     return devices
 
 
-def _ffmpeg() -> dict[str, Any]:
-    """The encoder that is used, its version, and which codecs of ours it has."""
+def _describe_device(device: dict[str, Any]) -> str:
+    kind = "{threads} threads"
+    if "name" in device:
+        kind = "{name}, compute capability {capability}"
+    free = "" if device["free"] is None else ", {free} free"
+    return f"{kind}, {{memory}} GiB{free}".format(**device)
+
+
+def _try(check: Callable[[dict[str, Any]], str]) -> Result:
+    """Run a check, which fills in its record and returns its line."""
+    record: dict[str, Any] = {}
+    try:
+        return record, check(record)
+    except (RuntimeError, OSError, ValueError, MemoryError, subprocess.SubprocessError) as error:
+        record["error"] = describe(error)
+        return record, f"broken: {record['error']}"
+
+
+def _check_ffmpeg(record: dict[str, Any]) -> str:
     from imageio_ffmpeg import get_ffmpeg_exe
 
-    try:
-        path = get_ffmpeg_exe()
-        first, *_ = _ask(path, "-version").splitlines()
-        listed = _ask(path, "-hide_banner", "-encoders")
-    except (RuntimeError, OSError, SubprocessError, ValueError) as error:
-        return {"error": describe(error)}
-    encoders = set(re.findall(r"^ V\S{5} (\S+)", listed, re.MULTILINE))
-    # of a codec's arguments the first two are -c:v and its encoder
+    def ask(*arguments: str) -> str:
+        command = [path, "-hide_banner", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout
+
+    record["path"] = path = get_ffmpeg_exe()
+    record["version"] = version = ask("-version").split()[2]
+    encoders = set(re.findall(r"^ V\S{5} (\S+)", ask("-encoders"), re.MULTILINE))
+    # a codec's first two arguments are -c:v and its encoder
     codecs = {name: codec.arguments[1] in encoders for name, codec in CODECS.items()}
-    found = {"path": path, "version": first.split()[2], "codecs": codecs}
-    # what an mp4 is made with, unless another is asked for
-    return found if codecs["h264"] else {**found, "error": "it cannot encode h264"}
+    record["codecs"] = codecs
+    if not codecs["h264"]:
+        raise ValueError("it cannot encode h264")
+    missing = [name for name in codecs if not codecs[name]]
+    without = f", without {', '.join(missing)}" if missing else ""
+    return f"{version} with {', '.join(name for name in codecs if codecs[name])}{without}; {path}"
 
 
-def _ask(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-
-
-def _config(context: typer.Context) -> dict[str, Any]:
-    """The file of defaults, and what is wrong with it."""
+def _check_config(context: typer.Context, record: dict[str, Any]) -> str:
     root = context.find_root()
     path = root.params["config"] or config_path()
-    found = {"path": str(path), "exists": path.exists()}
-    if not found["exists"] or root.params["no_config"]:
-        return found
-    assert isinstance(root.command, TyperGroup)
-    try:
+    record.update(path=str(path), exists=path.exists())
+    if not record["exists"]:
+        return f"{path} (there is none)"
+    if not root.params["no_config"]:
         read_settings(path, root.command)
-    except ValueError as error:
-        return {**found, "error": describe(error)}
-    return found
+    return str(path)
 
 
-def _cache() -> dict[str, Any]:
-    """The hub's cache: how many models we can see there, and bytes of all that is in it."""
+def _check_cache(record: dict[str, Any]) -> str:
+    """Count the models in the hub's cache, and the bytes of all that is in it."""
     from huggingface_hub import constants
 
     from cmdgen.store.hub import find_cached
 
     folder = Path(constants.HF_HUB_CACHE)
     size = sum(file.stat().st_size for file in folder.glob("*/blobs/*") if file.is_file())
-    return {"folder": str(folder), "models": len(find_cached()), "bytes": size}
+    record.update(folder=str(folder), models=len(find_cached()), bytes=size)
+    return f"{folder} ({record['models']} models, {size / 2**30:.1f} GiB)"
 
 
-def _try_model(device: "torch.device") -> dict[str, Any]:
-    """Whether the default model can be read and makes a clip, in one step each."""
+def _check_model(device: "torch.device", record: dict[str, Any]) -> str:
+    """Make a clip in one step of each model, on a GPU also on the CPU."""
     import numpy as np
 
     from cmdgen.config import packaged_models
     from cmdgen.pipeline import TextToVideo
 
-    def run(place: str) -> np.ndarray:
+    def sample(place: str) -> np.ndarray:
         config = SampleConfig(seed=0, steps=1, motion_steps=1)
         return TextToVideo.load(folder, device=place).sample(PROMPT, config).frames
 
+    record["name"] = MODEL
     if MODEL not in packaged_models():
-        return {"name": MODEL, "error": "it does not ship with this installation"}
+        raise ValueError("it does not ship with this installation")
     folder = packaged_models()[MODEL]
-    found: dict[str, Any] = {"name": MODEL, "folder": str(folder)}
-    started = time.monotonic()
-    try:
-        frames = run(str(device))
-        found["seconds"] = round(time.monotonic() - started, 2)
-        if not frames.std():
-            return {**found, "error": "its clip is of one colour"}
-        if device.type != "cpu":
-            apart = np.abs(frames.astype(float) - run("cpu")).mean()
-            found["apart"] = round(float(apart), 3)
-            if apart > APART:
-                return {**found, "error": f"its clip is {apart:.1f} of 255 from the CPU's"}
-    except (RuntimeError, OSError, ValueError, MemoryError) as error:
-        return {**found, "error": describe(error)}
-    return found
+    record["folder"] = str(folder)
+    start = time.monotonic()
+    frames = sample(str(device))
+    record["seconds"] = round(time.monotonic() - start, 2)
+    line = f"{MODEL} makes a clip in one step, {record['seconds']} s"
+    if not frames.std():
+        raise ValueError("its clip is of one colour")
+    if device.type == "cpu":
+        return line
+    difference = float(np.abs(frames.astype(float) - sample("cpu")).mean())
+    record["apart"] = round(difference, 3)
+    if difference > TOLERANCE:
+        raise ValueError(f"its clip is {difference:.1f} of 255 from the CPU's")
+    return f"{line}, {record['apart']:g} of 255 from the CPU's clip"
 
 
-def _examine(op: "Op", device: "torch.device") -> dict[str, Any]:
-    """What an op runs as, why not as a kernel, and whether the kernel is right."""
+def _check_op(op: "Op", device: "torch.device") -> Result:
+    """Find out what an op runs as, why not as a kernel, and whether the kernel is right."""
     import torch
 
     from cmdgen_kernels.samples import errors
@@ -201,52 +216,13 @@ def _examine(op: "Op", device: "torch.device") -> dict[str, Any]:
     inputs = op.inputs(op.small, torch.float32, device)
     reason = op.obstacle(*inputs)
     if reason is not None:
-        return {"runs": "reference", "reason": reason, "agrees": None}
+        return {"runs": "reference", "reason": reason, "agrees": None}, f"reference: {reason}"
+    record: dict[str, Any] = {"runs": "kernel"}
     try:
         (error,) = errors(op, inputs)
-    except (RuntimeError, OSError, SubprocessError) as failure:
-        return {"runs": "kernel", "reason": describe(failure), "agrees": False}
-    return {"runs": "kernel", "error": error.size, "allowed": error.allowed, "agrees": error.agrees}
-
-
-def _lines(report: dict[str, Any]) -> list[str]:
-    shown = {name: report[name] for name in ("cmdgen", "python", "torch")}
-    shown["triton"] = report["triton"] or "not installed"
-    shown["system"] = report["system"]
-    for device in report["devices"]:
-        if "name" in device:
-            text = "{name}, compute capability {capability}, {memory} GiB".format(**device)
-        else:
-            text = "{threads} threads, {memory} GiB".format(**device)
-        shown[device["device"]] = text + (
-            "" if device["free"] is None else f", {device['free']} free"
-        )
-    shown["runs on"] = report["device"]
-    ffmpeg, config, cache, model = (report[name] for name in ("ffmpeg", "config", "cache", "model"))
-    codecs = [name for name, there in ffmpeg.get("codecs", {}).items() if there]
-    missing = [name for name, there in ffmpeg.get("codecs", {}).items() if not there]
-    if "path" in ffmpeg:
-        without = f", without {', '.join(missing)}" if missing else ""
-        shown["ffmpeg"] = f"{ffmpeg['version']} with {', '.join(codecs)}{without}; {ffmpeg['path']}"
-    shown["config"] = config["path"] + ("" if config["exists"] else " (there is none)")
-    shown["hub's cache"] = f"{cache['folder']} ({cache['models']} models, {_size(cache['bytes'])})"
-    if "seconds" in model:
-        apart = f", {model['apart']:g} of 255 from the CPU's clip" if "apart" in model else ""
-        shown["model"] = f"{model['name']} makes a clip in one step, {model['seconds']} s{apart}"
-    for name in ("ffmpeg", "config", "model"):
-        if "error" in report[name]:
-            shown[name] = f"broken: {report[name]['error']}"
-    for name, op in report["ops"].items():
-        if op["agrees"] is None:
-            text = f"reference: {op['reason']}"
-        elif "error" not in op:
-            text = f"kernel, fails: {op['reason']}"
-        else:
-            verdict = "agrees" if op["agrees"] else "does not agree"
-            text = f"kernel, {verdict} with the reference (error {op['error']:.1e})"
-        shown[name] = text
-    return [f"{name:18}{text}" for name, text in shown.items()]
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+    except (RuntimeError, OSError, subprocess.SubprocessError) as failure:
+        record.update(reason=describe(failure), agrees=False)
+        return record, f"kernel, fails: {record['reason']}"
+    record.update(error=error.size, allowed=error.allowed, agrees=error.agrees)
+    verdict = "agrees" if error.agrees else "does not agree"
+    return record, f"kernel, {verdict} with the reference (error {error.size:.1e})"

@@ -1,4 +1,4 @@
-"""How commands end: the exit codes, and one line for what went wrong."""
+"""Exit codes, and one line for what went wrong."""
 
 import re
 import traceback
@@ -6,29 +6,47 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 FAILED, USAGE, NOT_FOUND, MEMORY, ENCODER, PARTIAL = 1, 2, 3, 4, 5, 6
-# of whoever reads stdout, as a shell counts what ended by SIGPIPE
+# broken pipe: 128 + SIGPIPE, as shells have it
 CLOSED = 141
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 failed; 2 asked for something impossible; 3 not found, or offline; "
-    "4 out of memory; 5 the encoder failed; 6 some of several failed; 130 interrupted; "
-    "141 the output's reader went away."
+    "Exit codes: 0 done; 1 failed; 2 invalid request; 3 not found, or offline; 4 out of memory; "
+    "5 the encoder failed; 6 some of several jobs failed; 130 interrupted; 141 broken pipe."
 )
 
-# characters of an error: a path, and what is wrong with it
+# characters of a message: a path, and what is wrong with it
 _LONGEST = 1000
 
 
 class Failure(Exception):
-    """What was asked is possible, but a file or the machine is at fault: one line and its code."""
+    """A valid request failed, a file or the machine is at fault: one line and its exit code."""
 
     def __init__(self, message: str, code: int = FAILED) -> None:
         super().__init__(message)
         self.code = code
 
 
+def exit_code(error: Exception) -> int:
+    """Return the exit code of an error that is reported in one line."""
+    match error:
+        case Failure():
+            return error.code
+        case BrokenPipeError():
+            return CLOSED
+        case FileNotFoundError() | ConnectionError():
+            return NOT_FOUND
+        case MemoryError():
+            return MEMORY
+        case ValueError():
+            return USAGE
+    # imports take a moment, and --help needs none of them
+    from cmdgen.video.write import EncoderError
+
+    return ENCODER if isinstance(error, EncoderError) else FAILED
+
+
 def printable(text: str) -> str:
-    """A line as a terminal may have it: what it would act on, and halves of letters, as escapes."""
+    """Escape control characters and lone surrogates."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text
@@ -36,7 +54,7 @@ def printable(text: str) -> str:
 
 
 def describe(error: Exception) -> str:
-    """An error in one line."""
+    """Return an error as one line."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -44,18 +62,16 @@ def describe(error: Exception) -> str:
 
 
 def shorten(text: str) -> str:
-    """A text in one line, which holds what is far too long in part."""
-    line = " ".join(text.split())
-    return (
-        line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
-    )
+    """Return a text as one line, without its middle if it is far too long."""
+    line, half = " ".join(text.split()), _LONGEST // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}"
 
 
 @contextmanager
 def on_the_way(smaller: str | Callable[[], str]) -> Iterator[None]:
-    """Around what was asked and is possible: what goes wrong there is a file or the machine.
+    """Turn errors of a valid request into `Failure`: a file or the machine is at fault.
 
-    `smaller` says what to ask for where memory is short, see `within_memory`.
+    `smaller` is the advice where memory is short, see `within_memory`.
     """
     try:
         with within_memory(smaller):
@@ -66,17 +82,18 @@ def on_the_way(smaller: str | Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def within_memory(smaller: str | Callable[[], str]) -> Iterator[None]:
-    """Around what may take more memory than there is.
+    """Turn errors about memory into `Failure`.
 
-    `smaller` says what to ask for then: an option, or a function that finds out what would fit.
+    `smaller` is the advice: options that need less, or a function that finds them.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        of_memory = re.search("alloc|overflow|out of memory", str(error), re.IGNORECASE)
-        if not (of_memory or isinstance(error, MemoryError)):
+        text = str(error)
+        about_memory = re.search("alloc|overflow|out of memory", text, re.IGNORECASE)
+        if not (about_memory or isinstance(error, MemoryError)):
             raise
-        # what the work had made is no longer needed, and its memory may tell what would fit
+        # frees what the work had made, so that the advice can count on that memory
         traceback.clear_frames(error.__traceback__)
         advice = smaller if isinstance(smaller, str) else smaller()
         raise Failure(f"not enough memory: {advice}", MEMORY) from error

@@ -1,10 +1,10 @@
-"""How `--help` looks: options and commands in groups, then examples, in plain text."""
+"""What `--help` prints: commands and options in groups, then examples, in plain text."""
 
 import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import typer
@@ -12,98 +12,114 @@ from typer.core import TyperCommand, TyperGroup
 
 from cmdgen.cli.errors import EXIT_CODES
 
-# of options and commands that are in no group
+# titles of what is in no group
 OPTIONS, COMMANDS = "Options", "Commands"
 EXAMPLES = "Examples"
-# of a page, at most; and of the column of names
+# columns: of a page at most, and of the names of options and commands
 _WIDTH, _NAMES = 80, 28
+# how the values of a type are named
+_VALUES = {"int": "N", "float": "X", "str": "TEXT", "path": "PATH"}
+_TYPE = re.compile(r"<(?:list\[)?([a-z,]+)\]?(?: range)?>(?:\.\.\.)?")
+_NOTES = re.compile(r"  \[([^]]*)\]")
+_fill = partial(textwrap.fill, break_on_hyphens=False, break_long_words=False)
 
-Row = tuple[str, str]
+Rows = list[tuple[str, str]]
 
 
-class Command(TyperCommand):
+class _Plain:
     """A command whose help is `describe`'s."""
 
-    def get_help(self, ctx: Any) -> str:
-        return describe(self, ctx, min(_WIDTH, shutil.get_terminal_size().columns))
-
-
-class Group(TyperGroup):
-    """Commands under one name, whose help is `describe`'s."""
+    help: str | None
 
     def get_help(self, ctx: Any) -> str:
         return describe(self, ctx, min(_WIDTH, shutil.get_terminal_size().columns))
 
+    def get_short_help_str(self, limit: int = 0) -> str:
+        return " ".join(split_help(self.help)[0].partition("\n\n")[0].split())
 
-def describe(command: TyperCommand | TyperGroup, context: typer.Context, width: int) -> str:
-    """The help of a command: usage, what it does, its arguments, options and examples."""
-    said, examples = split_help(command.help)
-    pieces = [context.command_path, *command.collect_usage_pieces(context)]
-    parts = [_wrap(" ".join(pieces), width, "Usage: ", " " * 7)]
-    parts += [_wrap(paragraph, width) for paragraph in said.split("\n\n")]
+
+class Command(_Plain, TyperCommand):
+    """A command that does something."""
+
+
+class Group(_Plain, TyperGroup):
+    """Commands under one name."""
+
+
+def describe(command: Any, context: typer.Context, width: int) -> str:
+    """Return the help of a command: usage, what it does, its options and examples."""
+    text, examples = split_help(command.help)
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    parts = [_fill(f"Usage: {usage}", width, subsequent_indent=" " * 7)]
+    parts += [_fill(paragraph, width) for paragraph in text.split("\n\n")]
     groups = sections(command, context)
     column = 4 + min(_NAMES, max(len(name) for rows in groups.values() for name, _ in rows))
-    for name, rows in groups.items():
-        parts.append("\n".join([f"{name}:", *_lay_out(rows, column, width)]))
+    for title, rows in groups.items():
+        parts.append("\n".join([f"{title}:", *_lay_out(rows, column, width)]))
     if examples:
         parts.append("\n  ".join([f"{EXAMPLES}:", *examples]))
     if command.epilog:
         parts.append(command.epilog)
-    return "\n\n".join([*parts, _wrap(EXIT_CODES, width)])
+    return "\n\n".join([*parts, _fill(EXIT_CODES, width)])
 
 
 def split_help(text: str | None) -> tuple[str, list[str]]:
-    """A docstring -> what it says, and the lines of its last section, `Examples:`."""
-    said, _, examples = inspect.cleandoc(text or "").partition(f"\n{EXAMPLES}:\n")
-    return said.strip(), textwrap.dedent(examples).splitlines()
+    """Split a docstring into its text and the lines of its last section, `Examples:`."""
+    text, _, examples = inspect.cleandoc(text or "").partition(f"\n{EXAMPLES}:\n")
+    return text.strip(), textwrap.dedent(examples).splitlines()
 
 
-def sections(command: TyperCommand | TyperGroup, context: typer.Context) -> dict[str, list[Row]]:
-    """The rows of arguments, of options by group and of commands by group, under their titles.
+def sections(command: Any, context: typer.Context) -> dict[str, Rows]:
+    """Return the names and meanings of commands, arguments and options by the group's title.
 
-    Groups come in the order of their first option; one that holds `--help` alone comes last.
+    Groups come in the order of their first member; one that holds `--help` alone comes last.
     """
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, Rows] = {}
+    for name, inner in getattr(command, "commands", {}).items():
+        if not inner.hidden:
+            title = getattr(inner, "rich_help_panel", None) or COMMANDS
+            groups.setdefault(title, []).append((name, inner.get_short_help_str()))
     for parameter in command.get_params(context):
-        row = parameter.get_help_record(context)
-        if row is not None:
-            group = getattr(parameter, "rich_help_panel", None)
+        if record := parameter.get_help_record(context):
+            name = _TYPE.sub(lambda match: _name_values(match[1]), record[0])
             own = OPTIONS if parameter.param_type_name == "option" else "Arguments"
-            found.setdefault(group or own, []).append((row[0], _keep_last_default(row[1])))
-    if len(found[OPTIONS]) == 1:
-        found[OPTIONS] = found.pop(OPTIONS)
-    for name, each in command.commands.items() if isinstance(command, TyperGroup) else ():
-        if not each.hidden:
-            group = getattr(each, "rich_help_panel", None) or COMMANDS
-            summary, *_ = split_help(each.help)[0].split("\n\n")
-            found.setdefault(group, []).append((name, summary))
-    return found
+            title = getattr(parameter, "rich_help_panel", None) or own
+            groups.setdefault(title, []).append((name, _merge_notes(record[1])))
+    if len(groups[OPTIONS]) == 1:
+        groups[OPTIONS] = groups.pop(OPTIONS)
+    return groups
 
 
-def _keep_last_default(text: str) -> str:
-    """Help without the default that its text names, where the user's file has another."""
-    named, *others = re.findall(r" *\[default: [^]]*\]", text) or [""]
-    return text.replace(named, "", 1) if others else text
+def _name_values(types: str) -> str:
+    return " ".join(_VALUES.get(each, each.upper()) for each in types.split(","))
 
 
-def _wrap(text: str, width: int, first: str = "", other: str = "") -> str:
-    return textwrap.fill(
-        text,
-        width,
-        initial_indent=first,
-        subsequent_indent=other,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
+def _merge_notes(text: str) -> str:
+    """Return help with one bracket at its end: the possible values, and the last default."""
+    notes = [note.partition("default: ") for note in _NOTES.findall(text)]
+    kept = [before.rstrip("; ") for before, _, _ in notes if before]
+    kept += [f"default: {default}" for _, _, default in notes if default][-1:]
+    text = _NOTES.sub("", text)
+    return f"{text}  [{'; '.join(kept)}]" if kept else text
 
 
-def _lay_out(rows: Sequence[Row], column: int, width: int) -> list[str]:
-    """Names, and what they mean from a column on; a name that is too long has its own line."""
+def _lay_out(rows: Rows, column: int, width: int) -> list[str]:
+    """Return lines with meanings from `column` on; a name that is too long has its own line."""
     lines = []
     for name, text in rows:
         start = f"  {name}"
         if len(start) + 2 > column:
             lines.append(start)
             start = ""
-        lines.append(_wrap(text, width, start.ljust(column), " " * column))
+        meaning, bracket, notes = text.partition("  [")
+        if len(notes) < width - column:
+            # on one line
+            notes = notes.replace(" ", "\xa0")
+        filled = _fill(
+            meaning + bracket + notes,
+            width,
+            initial_indent=start.ljust(column),
+            subsequent_indent=" " * column,
+        )
+        lines.append(filled.replace("\xa0", " "))
     return lines

@@ -1,4 +1,4 @@
-"""`cmdgen inspect`: what a file of ours says about how it was made."""
+"""`cmdgen inspect`: how a file was made, from the metadata in it."""
 
 import json
 from pathlib import Path
@@ -6,43 +6,43 @@ from typing import Annotated, Any
 
 import typer
 
+from cmdgen.cli.command import Only, expand
 from cmdgen.cli.errors import Failure, describe, printable
-from cmdgen.cli.options import AsJson
+from cmdgen.cli.progress import Say
+
+_FILE = typer.Argument(metavar="FILE", help="A video, picture or latents that cmdgen wrote.")
 
 
-def inspect(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="A video, picture or latents that cmdgen wrote.")
-    ],
-    as_json: AsJson = False,
-) -> None:
-    """Print what a file says about how it was made: model, prompt, seeds, options.
+@expand
+def inspect(file: Annotated[Path, _FILE], say: Annotated[Say, Only(("as_json",))]) -> None:
+    """Print how a file was made: model, prompt, seeds, options.
 
-    Of latents, the shapes of the two tensors as well.
+    Of latents, it also prints the shapes of the two tensors.
 
     Examples:
         cmdgen inspect corgi.mp4
         cmdgen inspect corgi.mp4 --json | jq .seed
     """
+    try:
+        metadata = _read(file)
+    except ValueError as error:
+        raise Failure(describe(error)) from error
+    if say.as_json:
+        # in ASCII: metadata is untrusted, and may hold lone surrogates
+        typer.echo(json.dumps(metadata))
+        return
+    width = max(map(len, metadata), default=0)
+    for name, value in metadata.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        typer.echo(printable(f"{name:{width}}  {text}"))
+
+
+def _read(file: Path) -> dict[str, Any]:
     from cmdgen.latents import SUFFIX, read_header
     from cmdgen.video.read import read_metadata
 
-    found: dict[str, Any]
-    try:
-        if file.suffix.lower() == SUFFIX:
-            header = read_header(file)
-            shapes = {"content": list(header.content), "motion": list(header.motion)}
-            found = {**header.metadata, "tensors": shapes | {"dtype": header.dtype}}
-        else:
-            found = read_metadata(file)
-    except ValueError as error:
-        # a fault of the file
-        raise Failure(describe(error)) from error
-    if as_json:
-        # escaped: what a stranger wrote may be no Unicode
-        typer.echo(json.dumps(found))
-        return
-    width = max(map(len, found), default=0)
-    for name, value in found.items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        typer.echo(printable(f"{name:{width}}  {text}"))
+    if file.suffix.lower() != SUFFIX:
+        return read_metadata(file)
+    header = read_header(file)
+    shapes = {"content": list(header.content), "motion": list(header.motion)}
+    return {**header.metadata, "tensors": shapes | {"dtype": header.dtype}}

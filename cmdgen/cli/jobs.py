@@ -227,10 +227,8 @@ def make_jobs(
             if entry.error is not None:
                 raise entry.error
             values = read_job(entry.values)
-            template = _choose_template(values.get("output"), request.output)
-            merged = replace(
-                request, **values, **({} if template is None else {"output": template})
-            )
+            values["output"] = _choose_template(values.get("output"), request.output)
+            merged = replace(request, **values)
             jobs = [_make_job(entry.line, merged, index + i, i) for i in range(num)]
         except ValueError as error:
             yield Refused(index, entry.line, error)

@@ -12,7 +12,7 @@ from cmdgen.options import options_of
 from cmdgen.request import INPUT_FIELDS, Request, recall_request
 
 if TYPE_CHECKING:
-    from cmdgen.pipelines import StillPipeline
+    from cmdgen.pipelines.still import StillPipeline
 
 # options that --like does not reset to their defaults: where and how the new file is written
 _KEPT = {"output", "format", "sidecar", "no_metadata"}
@@ -43,9 +43,8 @@ class Recalled:
         if metadata.get("weights") != pipeline.weights_hash:
             yield f"note: {path} was made with other weights than those of {name}"
         if metadata.get("device") != pipeline.device.type:
-            yield (
-                f"note: {path} was made on {short(metadata.get('device'))}, which rounds differently"
-            )
+            device = short(metadata.get("device"))
+            yield f"note: {path} was made on {device}, which rounds differently"
         if unknown := [key for key in metadata if key not in {*options_of(Request), *_OTHER}]:
             yield f"note: unknown metadata of {path}: {', '.join(map(short, unknown[:8]))}"
 
@@ -59,7 +58,7 @@ def recall(path: Path, request: Request, flags: set[str], target: str | None) ->
     metadata are never followed.
     """
     from cmdgen.config import packaged_models
-    from cmdgen.pipelines import choose_device
+    from cmdgen.pipelines.base import choose_device
     from cmdgen.video.read import read_metadata
 
     metadata = read_metadata(path)
@@ -69,8 +68,6 @@ def recall(path: Path, request: Request, flags: set[str], target: str | None) ->
         values = recall_request(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if "prompt" in flags and request.prompt is None:
-        flags = flags - {"prompt"}
     dropped = set(flags)
     if values.get("format") != target:
         dropped |= _ENCODING

@@ -1,4 +1,4 @@
-"""What is said on stderr while a command works, and how its results are printed."""
+"""Notes and progress on stderr, results on stdout."""
 
 import json
 import os
@@ -6,20 +6,25 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
 from cmdgen.cli.errors import printable
+from cmdgen.options import option, read_fields
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-# between two lines where there is no terminal: the first wait doubles up to the longest
-_FIRST_SECONDS, _LONGEST_SECONDS = 2.0, 60.0
-# seconds that tell no rate
+REPORTING = "Reporting"
+# seconds between two lines where there is no terminal: the first wait doubles up to the longest
+_FIRST_WAIT, _LONGEST_WAIT = 2.0, 60.0
+# seconds that are too few to tell a rate
 _MOMENT = 0.02
+
+_flag = partial(option, False, group=REPORTING)
 
 
 class Show(Protocol):
@@ -28,95 +33,74 @@ class Show(Protocol):
     def __call__(self, stage: str, done: int, total: int, figures: str = "") -> None: ...
 
 
+@dataclass
 class Say:
-    """Notes and progress on stderr, results on stdout.
+    """Print notes and progress on stderr, results on stdout. `--verbose` wins over `--quiet`."""
 
-    Quiet, nothing goes to stderr; verbose, quiet or not, details do as well; `as_json` makes
-    results JSON.
-    """
+    as_json: bool = _flag("Print JSON on stdout instead of text.", flags=("--json",))
+    quiet: bool = _flag("Print nothing but errors on stderr.", flags=("--quiet", "-q"))
+    verbose: bool = _flag("Print more on stderr.", flags=("--verbose", "-v"))
+    # a rich Console while bars are drawn: lines go above them
+    _console: Any = field(default=None, init=False, repr=False)
 
-    def __init__(
-        self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False
-    ) -> None:
+    def __post_init__(self) -> None:
+        read_fields(self)
         # where one is a default from the user's file, the other must be able to win
-        self.quiet, self.verbose, self.as_json = quiet and not verbose, verbose, as_json
-        # while bars are drawn: a line goes above them
-        self._console: Console | None = None
+        self.quiet = self.quiet and not self.verbose
 
     def note(self, line: str) -> None:
-        """A line for a human."""
+        """Print a line on stderr, unless quiet."""
         if not self.quiet:
             self._write(line)
 
+    def detail(self, line: str) -> None:
+        """Print a line on stderr if verbose."""
+        if self.verbose:
+            self._write(line)
+
     def error(self, line: str) -> None:
-        """What became of one job of several: said where nothing else is."""
+        """Print what went wrong with one of several jobs, even if quiet."""
         self._write(f"error: {line}")
 
     def _write(self, line: str) -> None:
-        # names of files come from anywhere
         line = printable(line)
         if self._console is None:
             typer.echo(line, err=True)
         else:
-            # as it is: neither markup nor broken at the terminal's width
+            # no markup, and not wrapped at the terminal's width
             self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
-    def detail(self, line: str) -> None:
-        """A line for a human who asked for more."""
-        if self.verbose:
-            self.note(line)
-
     def result(self, text: object, record: Mapping[str, Any]) -> None:
-        """One line on stdout: the record as JSON where JSON was asked for, else the text."""
+        """Print one line on stdout: the record with --json, else the text."""
         if self.as_json:
-            # what is no letter, in the name of a file, is an escape of JSON so
+            # a file's name may hold lone surrogates: they become escapes of JSON
             line = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")
             text = line.decode()
-        # as it is: typer would leave out of a name what a terminal acts on
+        # typer.echo would strip control characters from a file's name
         print(text, flush=True)
 
     @contextmanager
     def progress(self, *, deadline: float | None = None) -> Iterator[Show]:
-        """Give a function that shows how far stages are.
+        """Yield a function that shows how far each stage is.
 
-        Bars on a terminal; elsewhere a line when a stage ends, and now and then until it does.
-        `deadline`, in `time.monotonic`'s seconds, is when the work stops whatever is left.
+        On a terminal, a bar for each stage; elsewhere a line when a stage ends and now and then
+        before. `deadline`, in seconds of `time.monotonic`, is when the work stops in any case.
         """
         if self.quiet:
-            yield _show_nothing
+            yield lambda stage, done, total, figures="": None
         elif (console := _open_terminal()) is None:
             yield _Lines(self, deadline)
         else:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            columns = (
-                TextColumn("{task.description:>8}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[pace]}", markup=False),
-            )
-            # rich would send stdout's lines to stderr, away from a pipe
-            with Progress(
-                *columns, console=console, redirect_stdout=False, redirect_stderr=False
-            ) as bars:
-                tasks: dict[str, Any] = {}
-                stages = _Stages(deadline)
-
-                def show(stage: str, done: int, total: int, figures: str = "") -> None:
-                    pace = "  ".join(filter(None, (figures, stages.pace(stage, done, total))))
-                    if stage not in tasks:
-                        tasks[stage] = bars.add_task(stage, total=total, pace=pace)
-                    bars.update(tasks[stage], completed=done, total=total, pace=pace)
-
-                self._console = console
-                try:
+            self._console = console
+            try:
+                with _draw_bars(console, deadline) as show:
                     yield show
-                finally:
-                    self._console = None
+            finally:
+                self._console = None
 
 
 def _open_terminal() -> "Console | None":
-    """Where bars can be drawn: stderr, if it is a terminal that can move its cursor."""
+    """Return stderr as a console if it is a terminal that can move its cursor."""
     if not sys.stderr.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
         return None
     from rich.console import Console
@@ -125,35 +109,45 @@ def _open_terminal() -> "Console | None":
     return console if console.is_terminal else None
 
 
-def _show_nothing(stage: str, done: int, total: int, figures: str = "") -> None:
-    pass
+@contextmanager
+def _draw_bars(console: "Console", deadline: float | None) -> Iterator[Show]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+    name = TextColumn("{task.description:>8}", markup=False)
+    pace = TextColumn("{task.fields[pace]}", markup=False)
+    # redirected, lines of stdout would go to stderr and not into a pipe
+    settings: Any = {"redirect_stdout": False, "redirect_stderr": False, "console": console}
+    bars = Progress(name, BarColumn(), MofNCompleteColumn(), pace, **settings)
+    tasks: dict[str, TaskID] = {}
+    rates = _Rates(deadline)
+
+    def show(stage: str, done: int, total: int, figures: str = "") -> None:
+        pace = "  ".join(filter(None, (figures, rates.update(stage, done, total))))
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total, pace=pace)
+        bars.update(tasks[stage], completed=done, total=total, pace=pace)
+
+    with bars:
+        yield show
 
 
-@dataclass
-class _Stage:
-    """When a stage was first heard of, and how much of it was done by then and since."""
-
-    started: float
-    first: int
-    done: int
-
-
-class _Stages:
-    """How fast stages are."""
+class _Rates:
+    """How fast stages run."""
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
-        self.known: dict[str, _Stage] = {}
+        # when each was first shown, how much was done by then, and since
+        self.stages: dict[str, tuple[float, int, int]] = {}
 
-    def pace(self, name: str, done: int, total: int) -> str:
-        """Rate and time left, or time taken; nothing where it cannot be known yet."""
+    def update(self, name: str, done: int, total: int) -> str:
+        """Return rate and time left, or the time taken; empty where it is too early to tell."""
         now = time.monotonic()
-        stage = self.known.get(name)
-        # less than before: the same stage of the next clip
-        if stage is None or done < stage.done:
-            stage = self.known[name] = _Stage(now, done, done)
-        stage.done = done
-        seconds, count = now - stage.started, done - stage.first
+        start, first, previous = self.stages.get(name, (now, done, done))
+        if done < previous:
+            # the same stage of the next clip
+            start, first = now, done
+        self.stages[name] = start, first, done
+        seconds, count = now - start, done - first
         if not count or seconds < _MOMENT:
             return ""
         rate = count / seconds
@@ -170,16 +164,16 @@ class _Lines:
     """Progress where there is no terminal."""
 
     def __init__(self, say: Say, deadline: float | None) -> None:
-        self.say, self.stages = say, _Stages(deadline)
-        self.line, self.wait = time.monotonic(), _FIRST_SECONDS
+        self.say, self.rates = say, _Rates(deadline)
+        self.last_line, self.wait = time.monotonic(), _FIRST_WAIT
 
     def __call__(self, stage: str, done: int, total: int, figures: str = "") -> None:
-        pace, now = self.stages.pace(stage, done, total), time.monotonic()
+        pace, now = self.rates.update(stage, done, total), time.monotonic()
         if done < total:
-            if not done or now - self.line < self.wait:
+            if not done or now - self.last_line < self.wait:
                 return
-            self.wait = min(2 * self.wait, _LONGEST_SECONDS)
-        self.line = now
+            self.wait = min(2 * self.wait, _LONGEST_WAIT)
+        self.last_line = now
         self.say.note(", ".join(filter(None, (f"{stage} {done}/{total}", figures, pace))))
 
 
@@ -187,8 +181,7 @@ def _clock(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    if minutes < 60:
-        return f"{minutes}:{rest:02}"
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from cmdgen.cli.batch import Batch, Batching, SameName
-from cmdgen.cli.forecast import print_forecast
 from cmdgen.cli.inputs import InputFiles
 from cmdgen.cli.jobs import (
     MAX_JOBS,
@@ -83,11 +82,9 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
         total = len(made)
         several = several or total > 1
         _check_known(made, several)
-    if several and jobs.skip_existing and request.seed is None and request.output:
-        if "seed" in fields(request.output):
-            raise ValueError(
-                "--skip-existing with random seeds in names finds nothing: give --seed"
-            )
+    random = several and request.seed is None and request.output is not None
+    if jobs.skip_existing and random and "seed" in fields(request.output or ""):
+        raise ValueError("--skip-existing with random seeds in names finds nothing: give --seed")
     _check_targets(request, jobs)
     from cmdgen.pipelines.load import load_pipeline
 
@@ -110,6 +107,8 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
         for line in recalled.compare(pipeline):
             say.note(line)
     if jobs.dry_run:
+        from cmdgen.cli.forecast import print_forecast
+
         print_forecast(checked, work)
     else:
         work.run(checked)

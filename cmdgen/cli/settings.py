@@ -1,4 +1,4 @@
-"""Defaults for options from a file: TOML, a table for each command, keys as its long options.
+"""Default values of options from a file: TOML, a table for each command, keys as its long options.
 
 [sample]
 steps = 20
@@ -9,111 +9,98 @@ batch = 16
 """
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.core import TyperOption
+
+from cmdgen.options import read_value
 
 # bytes; what a person writes is far smaller
-_MOST = 2**20
+_LARGEST = 2**20
 
 
 def config_path() -> Path:
-    """Where the file is looked for unless another is named."""
+    """Return where the file is unless --config names another."""
     from platformdirs import user_config_path
 
     return user_config_path("cmdgen") / "config.toml"
 
 
-def read_settings(path: Path, commands: TyperGroup) -> dict[str, Any]:
-    """The defaults in a file, for `Context.default_map`.
+def read_settings(path: Path, commands: Any) -> dict[str, Any]:
+    """Return the values in a file, for `Context.default_map`.
 
-    ValueError names the file and the key that is unknown or that its option does not take;
-    FileNotFoundError where there is no file.
+    Raises ValueError, with the file and the key, for unknown keys and values that are not valid.
     """
     with path.open("rb") as file:
-        text = file.read(_MOST + 1)
-    if len(text) > _MOST:
-        raise ValueError(f"{path}: larger than {_MOST // 1024} KiB")
+        text = file.read(_LARGEST + 1)
+    if len(text) > _LARGEST:
+        raise ValueError(f"{path}: larger than {_LARGEST // 1024} KiB")
     try:
         tables = tomllib.loads(text.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as TOML ({error})") from error
     try:
-        return _parse(tables, commands, typer.Context(commands, info_name="cmdgen"), [])
+        return _read_table(tables, typer.Context(commands, info_name="cmdgen"), [])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _parse(
-    table: Mapping[str, Any], command: Any, context: typer.Context, above: list[str]
-) -> dict[str, Any]:
-    """A table whose command is `command`, in the tables named `above`."""
-    where = f"[{'.'.join(above)}]"
-    commands = command.commands if isinstance(command, TyperGroup) else {}
-    options = {} if not above else _options(command)
-    found: dict[str, Any] = {}
+def _read_table(table: Mapping[str, Any], context: Any, above: list[str]) -> dict[str, Any]:
+    """Return the values for the command of `context`, in the tables named `above`."""
+    title = f"[{'.'.join(above)}]"
+    commands = getattr(context.command, "commands", {})
+    options = {
+        flag.removeprefix("--"): option
+        for option in context.command.params
+        if isinstance(option, TyperOption) and not option.hidden
+        for flag in option.opts
+        if flag.startswith("--")
+    }
+    values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("_", "-")
         if isinstance(value, dict):
             if name not in commands:
-                inside = f"{where} has" if above else "there is"
+                inside = f"{title} has" if above else "there is"
                 raise ValueError(f"{inside} no command {key!r}{_suggest(name, commands)}")
             inner = typer.Context(commands[name], info_name=name, parent=context)
-            found[name] = _parse(value, commands[name], inner, [*above, name])
+            values[name] = _read_table(value, inner, [*above, name])
         elif not above:
             raise ValueError(f"{key} is in no table: expected it in one such as [sample]")
         elif name not in options:
-            raise ValueError(f"{where} has no option {key!r}{_suggest(name, options)}")
+            raise ValueError(f"{title} has no option {key!r}{_suggest(name, options)}")
         else:
             option = options[name]
             try:
-                found[option.name] = typed = _as_typed(value, option)
-                option.process_value(context, typed)
-            except typer.BadParameter as error:
-                raise ValueError(f"{where} {key} {_show(value)}: {error.message}") from error
-            except ValueError as error:
-                raise ValueError(f"{where} {key}: {error}") from error
-    return found
+                values[option.name] = _check_value(value, option, context)
+            except (typer.BadParameter, ValueError) as error:
+                raise ValueError(f"{title} {key}: {getattr(error, 'message', error)}") from error
+    return values
 
 
-def _options(command: TyperCommand | TyperGroup) -> dict[str, TyperOption]:
-    """The options of a command by their long names, without dashes."""
-    return {
-        flag.removeprefix("--"): parameter
-        for parameter in command.params
-        if isinstance(parameter, TyperOption) and not parameter.hidden
-        for flag in parameter.opts
-        if flag.startswith("--")
-    }
-
-
-def _as_typed(value: Any, option: TyperOption) -> bool | str | list[str]:
-    """A value of TOML as it would stand on the command line: the option checks it as there."""
-    if option.is_flag or isinstance(value, bool):
-        if not (option.is_flag and isinstance(value, bool)):
-            expected = "true or false" if option.is_flag else "a value, not true or false"
-            raise ValueError(f"{_show(value)} is not allowed, expected {expected}")
-        return value
+def _check_value(value: Any, option: TyperOption, context: Any) -> bool | str | list[str]:
+    """Return a value as it stands on the command line, where its option takes it."""
     several = option.multiple or option.nargs != 1
-    if isinstance(value, list) and several:
-        return [_scalar(each) for each in value]
-    return [_scalar(value)] if several else _scalar(value)
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{_show(value)} is not allowed, expected a number or a text")
-    return str(value)
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, int | float | str) else f"a {type(value).__name__}"
+    items = value if several and isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, bool) != option.is_flag or not isinstance(item, int | float | str):
+            known = json.dumps(item) if isinstance(item, bool | int | float | str) else None
+            expected = "true or false" if option.is_flag else "a number or a text"
+            shown = known or f"a {type(item).__name__}"
+            raise ValueError(f"{shown} is not allowed, expected {expected}")
+    texts = [str(item) for item in items]
+    words: Any = value if option.is_flag else texts if several else texts[0]
+    typed = option.process_value(context, words)
+    # of a command that `expand` made
+    if field := getattr(context.command.callback, "fields", {}).get(option.name):
+        cls, name = field
+        read_value(cls, name, typed)
+    return words
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

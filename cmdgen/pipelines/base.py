@@ -59,8 +59,11 @@ class Clip:
                 raise ValueError(f"{target} holds content and motion: a still has no motion")
             save_latents(target, self.latents, overwrite=overwrite)
         else:
-            kept = {"overwrite": overwrite, "pixels": self.pixels}
-            with open_video(target, size, self.fps, about, encoding, **kept) as write:
+            with open_video(
+                *(target, size, self.fps, about, encoding),
+                overwrite=overwrite,
+                pixels=self.pixels,
+            ) as write:
                 write(self.frames)
 
 
@@ -114,7 +117,7 @@ class Pipeline:
         self._hash: str | None = None
         self._hashing = Lock()
         # searching for key steps and slices takes time
-        self._plans: dict[Request, Plan] = {}
+        self._plans: dict[object, Plan] = {}
 
     def sample(self, prompt: str, **options: Any) -> Clip:
         """Make one clip; options are fields of `Request`, such as seed, steps and size.
@@ -145,27 +148,26 @@ class Pipeline:
         Reads no weights. Raises ValueError, saying what is possible, where it cannot be made.
         """
         plan = resolve(request, self.config)
-        # prompt and seeds do not matter for what takes time
+        # prompt and seeds do not matter for key steps and slices
         key = (
-            replace(plan, prompt="", seed=0, content_seed=0, motion_seed=0),
             batch,
             *(
-                getattr(request, name)
-                for name in ("rehash", "rehash_policy", "rehash_threshold", "rehash_protect")
+                replace(each, prompt="", seed=0, content_seed=0, motion_seed=0)
+                for each in (request, plan)
             ),
         )
-        if (key, request.rehash_file) not in self._plans:
-            key_steps = _key_steps(request, plan.model, self.folder)
-            slices = choose_slices(
-                *(plan.model, self.dtype, self.device),
-                batch=batch,
-                max_memory=plan.max_memory,
+        if key not in self._plans:
+            self._plans[key] = replace(
+                plan,
+                key_steps=_key_steps(request, plan.model, self.folder),
+                slices=choose_slices(
+                    *(plan.model, self.dtype, self.device),
+                    batch=batch,
+                    max_memory=plan.max_memory,
+                ),
             )
-            self._plans[key, request.rehash_file] = replace(
-                plan, key_steps=key_steps, slices=slices
-            )
-        found = self._plans[key, request.rehash_file]
-        return replace(plan, key_steps=found.key_steps, slices=found.slices)
+        chosen = self._plans[key]
+        return replace(plan, key_steps=chosen.key_steps, slices=chosen.slices)
 
     def part(self, name: str) -> Any:
         """Return one part of the model, read when first needed.
@@ -196,7 +198,7 @@ class Pipeline:
         """Raise ValueError where parts that were read do not go together."""
 
     def check_batch(self, plans: Sequence[Plan], inputs: Inputs) -> None:
-        """Raise ValueError where `inputs` do not fit; plans must differ in prompt and seeds only."""
+        """Raise ValueError where `inputs` do not fit plans that differ in prompt and seeds only."""
         first, *others = (
             replace(plan, prompt="", seed=0, content_seed=0, motion_seed=0) for plan in plans
         )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -39,7 +38,8 @@ class Decoder:
 
     def picture(self, latent: Tensor) -> np.ndarray:
         """(B, C, h, w) -> uint8 (H, W, 3) of the first latent."""
-        return cast(np.ndarray, to_rgb24(self.decode(latent[:1]))[0].cpu().numpy())
+        picture: np.ndarray = to_rgb24(self.decode(latent[:1]))[0].cpu().numpy()
+        return picture
 
     def start_pictures(self, content: Tensor, stream: torch.cuda.Stream | None = None) -> Pending:
         """(B, C, h, w) -> uint8 (B, H, W, 3), beside other work if there is a stream for it."""
@@ -85,7 +85,7 @@ class Decoder:
     def still_frames(self, pictures: Tensor, pixels: Pixels) -> np.ndarray:
         """uint8 (B, H, W, 3) -> uint8 (B, 1, ...) in `pixels`: clips of one frame."""
         levels = rearrange(pictures, "b h w c -> b c h w")
-        frames = cast(np.ndarray, CONVERT[pixels](to_unit(levels))[:, None].numpy())
+        frames: np.ndarray = CONVERT[pixels](to_unit(levels))[:, None].numpy()
         for i, frame in enumerate(frames):
             self.observer.frames(i, frame)
         return frames

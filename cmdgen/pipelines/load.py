@@ -25,7 +25,7 @@ def load_pipeline(
     compiler, which takes minutes for the first clip of a size. Raises ValueError, saying what is
     possible.
     """
-    folder = find_model(model)
+    folder = find_model(os.fspath(model))
     config = read_model(folder)
     if config.text is None or config.vae is None or not isinstance(config.content, UNetConfig):
         raise ValueError(f"{folder} makes no video from text: it needs text_encoder, unet, vae")

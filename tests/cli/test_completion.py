@@ -1,41 +1,51 @@
-"""What shells offer: through the command that their scripts run, and in the shells themselves."""
+"""What shells offer: as Typer's scripts ask the command, and in the shells themselves."""
 
 import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
-from cmdgen.cli.app import app
-from cmdgen.cli.completion import SCRIPTS, find
 from cmdgen.config import PRESETS, SAMPLERS, WORLDS
 
 ROOT = Path(__file__).parents[2]
+SHELLS = ["bash", "zsh", "fish"]
 
 
-def offered(*words: str) -> list[str] | None:
-    """What can stand for the last word; None: a file."""
-    found = find(get_command(app), list(words))
-    return None if found is None else [value for value, _ in found]
+@pytest.fixture
+def offered(cmdgen, monkeypatch):
+    """Returns what can stand for the last word; where that is nothing, a shell offers files."""
+
+    def ask(*words: str, shell: str = "bash") -> list[str]:
+        monkeypatch.setenv("_CMDGEN_COMPLETE", f"complete_{shell}")
+        # bash gives all words and the index of the last one, the others a part of a line
+        monkeypatch.setenv("COMP_WORDS", "\n".join(["cmdgen", *words]))
+        monkeypatch.setenv("COMP_CWORD", str(max(1, len(words))))
+        monkeypatch.setenv("_TYPER_COMPLETE_ARGS", " ".join(["cmdgen", *words]))
+        monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+        result = cmdgen()
+        assert (result.code, result.err) == (0, "")
+        return result.out.split("\n")[:-1] if result.out.strip() else []
+
+    return ask
 
 
-def test_commands_are_offered_without_those_that_are_hidden() -> None:
+def test_commands_are_offered(offered) -> None:
     commands = offered("")
-    assert commands is not None
     assert {"sample", "eval", "doctor", "models", "train", "completion"} <= set(commands)
-    assert "__complete" not in commands
     assert offered() == commands
     assert offered("mod") == ["models"]
     assert offered("models", "") == ["list", "show", "init", "pull"]
-    assert offered("nothing", "") == []
+    # nothing is printed by a flag that would end the command
+    assert offered("--version", "") == commands
 
 
-def test_options_are_offered_once_with_their_meaning() -> None:
+def test_options_are_offered_once_with_their_meaning(offered) -> None:
     options = offered("profile", "--")
-    assert options is not None
     assert {"--model", "--steps", "--json", "--help"} <= set(options)
     assert "--json" not in offered("profile", "--json", "--")
     # one that may be repeated
@@ -44,16 +54,22 @@ def test_options_are_offered_once_with_their_meaning() -> None:
     # options of other stages are hidden
     assert "--mask" in offered("train", "vae", "--")
     assert "--mask" not in offered("train", "content", "--")
-    meanings = dict(find(get_command(app), ["data", "preview", "--sp"]) or ())
-    assert meanings == {"--split": "train, or test: held out"}
+    # of the help, the first sentence without the default
+    assert offered("profile", "--dt", shell="fish")[0].startswith("--dtype\tauto")
+    (meaning,) = offered("data", "preview", "--sp", shell="fish")
+    assert meaning.startswith("--split\t") and "default" not in meaning and "." not in meaning
+    assert all("\t" in line for line in offered("sample", "--", shell="fish"))
+    assert offered("data", "preview", "--sp", shell="zsh")[0].startswith(
+        """_arguments '*: :(("--split":"""
+    )
 
 
-def test_values_are_offered() -> None:
+def test_values_are_offered(offered) -> None:
     assert offered("rehash", "calibrate", "--sampler", "") == list(SAMPLERS)
     assert offered("profile", "--device", "c") == ["cpu", "cuda"]
     assert offered("models", "init", "cmd-") == [name for name in PRESETS if "cmd-" in name]
     assert offered("train", "vae", "--data", "") == list(WORLDS)
-    assert offered("completion", "") == list(SCRIPTS)
+    assert offered("completion", "") == SHELLS
     # numbers have no end
     assert offered("profile", "--steps", "") == []
     assert offered("train", "vae", "--betas", "0.9", "") == []
@@ -61,34 +77,66 @@ def test_values_are_offered() -> None:
     assert "--lr" in offered("train", "vae", "--betas", "0.9", "0.99", "--l")
 
 
-def test_values_after_an_equals_sign_are_offered_in_each_shells_words() -> None:
+def test_values_after_an_equals_sign_are_offered_in_each_shells_words(offered) -> None:
     # as zsh and fish have it, and as bash has
-    assert offered("profile", "--dtype=b") == ["--dtype=bfloat16"]
+    assert offered("profile", "--dtype=b", shell="fish") == ["--dtype=bfloat16"]
     assert offered("profile", "--dtype", "=", "b") == ["bfloat16"]
     assert offered("profile", "--device", "=") == ["auto", "cpu", "cuda"]
     assert offered("profile", "--steps=3", "--mod") == ["--model"]
 
 
-def test_files_are_offered_where_they_are_meant() -> None:
-    assert offered("profile", "--trace", "") is None
-    assert offered("--config", "") is None
-    assert offered("train", "vae", "-o", "ru") is None
-    assert offered("sample", "-f", "") is None
-    assert offered("sample", "-o", "cl") is None
-    assert offered("decode", "a.safetensors", "-o", "") is None
-    assert offered("train", "vae", "--output=ru") is None
-    # names first, then folders
-    assert offered("profile", "--model", "mi") == ["mini"]
-    assert offered("profile", "--model", "./mo") is None
+@pytest.mark.parametrize(
+    "words",
+    [
+        "profile --trace ",
+        "--config ",
+        "train vae -o ru",
+        "sample -f ",
+        "sample -o cl",
+        "decode a.safetensors -o ",
+        "train vae --output=ru",
+        # no model's name begins so
+        "profile --model ./mo",
+    ],
+)
+def test_files_are_left_to_the_shell(offered, words) -> None:
+    assert offered(*words.split(" ")) == []
 
 
-def test_models_in_the_hubs_cache_are_offered(monkeypatch, tmp_path) -> None:
+def test_models_in_the_hubs_cache_are_offered(offered, monkeypatch, tmp_path) -> None:
     snapshot = tmp_path / "models--acme--video--small" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert offered("eval", "") == ["mini"]
     (snapshot / "model_index.json").write_text("{}")
     assert offered("eval", "") == ["mini", "acme/video--small"]
+
+
+def test_completion_imports_neither_torch_nor_rich() -> None:
+    code = "import sys\nfrom cmdgen.cli.app import main\ntry: main([])\n"
+    code += "finally: assert not {'torch', 'rich'} & {*sys.modules}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "_CMDGEN_COMPLETE": "complete_fish",
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+            "_TYPER_COMPLETE_ARGS": "cmdgen sample --s",
+        },
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--sampler\t" in done.stdout
+
+
+# what is typed, with Tab after it, and what the line becomes
+TYPED = {
+    "cmdgen prof": "cmdgen profile",
+    "cmdgen profile --dtype=b": "cmdgen profile --dtype=bfloat16",
+    "cmdgen profile --dtype b": "cmdgen profile --dtype bfloat16",
+    "cmdgen profile --trace a": r"cmdgen profile --trace a\ clip.mp4",
+}
 
 
 @pytest.fixture
@@ -102,40 +150,64 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def environment(folder: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
+    }
+
+
 def run(shell: str, script: str, folder: Path) -> list[str]:
-    """A shell's script in a folder -> its lines."""
+    """A shell's script, with all of TYPED as its arguments -> its lines."""
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     done = subprocess.run(
-        [shell, "-c", script],
+        [shell, "-c", script, *([shell] if shell == "zsh" else []), *TYPED],
         capture_output=True,
         text=True,
         cwd=folder,
-        env={
-            **os.environ,
-            "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
-        },
+        env=environment(folder),
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 
 
+# prints each line when Ctrl-G is pressed
+BASH_SETUP = r"""
+PS1=; stty -echo; bind 'set enable-bracketed-paste off'
+bind -x '"\C-g": printf "LINE:%s:\n" "$READLINE_LINE"; READLINE_LINE='
+eval "$(cmdgen completion bash)"; printf '%s\n' REA""DY
+"""
+
+
 def test_bash_completes(folder: Path) -> None:
-    script = 'eval "$(cmdgen completion bash)"\n'
-    script += "ask() { COMP_WORDS=(cmdgen \"$@\"); COMP_CWORD=$#; _cmdgen cmdgen '' ''; "
-    script += "printf '%s\\n' \"${COMPREPLY[@]}\" --; }\n"
-    script += "ask prof; ask profile --dtype = b; ask profile --trace a; complete -p cmdgen"
-    assert run("bash", script, folder) == [
-        *("profile", "--", "bfloat16", "--", "a clip.mp4", "--"),
-        "complete -F _cmdgen cmdgen",
-    ]
+    leader, follower = pty.openpty()
+    shell = subprocess.Popen(
+        ["bash", "--norc", "--noprofile", "-i"],
+        **{"stdin": follower, "stdout": follower, "stderr": follower, "start_new_session": True},
+        **{"cwd": folder, "env": {**environment(folder), "TERM": "dumb"}},
+    )
+    os.close(follower)
+
+    def type_in(text: str, end: bytes) -> str:
+        os.write(leader, text.encode())
+        shown = b""
+        while end not in shown:
+            assert select.select([leader], [], [], 60)[0], shown
+            shown += os.read(leader, 4096)
+        return shown.decode()
+
+    type_in(BASH_SETUP, b"READY\r\n")
+    lines = [type_in(f"{text}\t\a", b":\r\n").partition("LINE:")[2] for text in TYPED]
+    assert [line.strip(": \r\n") for line in lines] == list(TYPED.values())
+    os.write(leader, b"exit\n")
+    assert shell.wait(timeout=10) == 0
+    os.close(leader)
 
 
 def test_fish_completes(folder: Path) -> None:
-    script = "cmdgen completion fish | source\n"
-    script += "for line in 'prof' 'profile --dtype=b' 'profile --dtype b' 'profile --trace a'; "
-    script += 'complete -C "cmdgen $line"; end'
+    script = "cmdgen completion fish | source; for line in $argv; complete -C $line; end"
     found = [line.partition("\t")[0] for line in run("fish", script, folder)]
     assert found == ["profile", "--dtype=bfloat16", "bfloat16", "a clip.mp4"]
 
@@ -150,8 +222,7 @@ ask 'eval "$(cmdgen completion zsh)"'
 ask 'show() { print -r -- "LINE:$BUFFER:"; BUFFER=; zle accept-line }; zle -N show'
 ask 'bindkey "^I" complete-word; bindkey "^G" show; print READY'
 while zpty -r shell line; do [[ $line == *READY* ]] && break; done
-for text in 'cmdgen prof' 'cmdgen profile --dtype=b' 'cmdgen profile --dtype b' \\
-    'cmdgen profile --trace a'; do
+for text; do
     zpty -w -n shell "$text"$'\\t'
     zpty -w -n shell $'\\a'
     while zpty -r shell line; do [[ $line == *LINE:* ]] && break; done
@@ -162,19 +233,12 @@ zpty -d shell
 
 
 def test_zsh_completes(folder: Path) -> None:
-    assert [line.rstrip() for line in run("zsh", TYPE_INTO_ZSH, folder)] == [
-        "cmdgen profile",
-        "cmdgen profile --dtype=bfloat16",
-        "cmdgen profile --dtype bfloat16",
-        r"cmdgen profile --trace a\ clip.mp4",
-    ]
+    lines = run("zsh", TYPE_INTO_ZSH, folder)
+    assert [line.rstrip() for line in lines] == list(TYPED.values())
 
 
-def test_an_unknown_shell_is_refused(capsys) -> None:
-    from cmdgen.cli.app import main
-
-    with pytest.raises(SystemExit) as end:
-        main(["completion", "tcsh"])
-    out, err = capsys.readouterr()
-    assert (end.value.code, out) == (2, "")
-    assert err == "error: shell 'tcsh' is not one of bash, zsh, fish\n"
+def test_an_unknown_shell_is_refused(cmdgen, monkeypatch) -> None:
+    refused = (2, "", "error: shell 'tcsh' is not one of bash, zsh, fish\n")
+    assert cmdgen("completion", "tcsh") == refused
+    monkeypatch.setenv("_CMDGEN_COMPLETE", "complete_tcsh")
+    assert cmdgen() == refused

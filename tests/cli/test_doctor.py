@@ -50,7 +50,7 @@ def test_json_holds_what_the_lines_say(doctor):
 def test_kernels_are_tried_against_their_definitions(doctor, monkeypatch):
     pytest.importorskip("triton")
     # minutes in the interpreter
-    monkeypatch.setattr("cmdgen.cli.doctor._try_model", lambda device: {"name": "mini"})
+    monkeypatch.setattr("cmdgen.cli.doctor._check_model", lambda device, record: "not tried")
     with interpreted():
         code, out, _ = doctor("--device", "cpu")
     assert code == 0

@@ -1,0 +1,103 @@
+"""Pictures of the subjects: emoji, or shapes where there is no font."""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cmdgen.world.tables import Subject
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
+# side of a sprite in the atlas, its smallest copy, and the only size that the font can be drawn at
+_SIDE = 128
+_SMALLEST = 8
+_FONT_SIZE = 109
+_FONT = "NotoColorEmoji.ttf"
+
+
+@dataclass(frozen=True)
+class Sprites:
+    """Pictures of some subjects, premultiplied; the longer side fills the square."""
+
+    # sides N, N/√2, N/2, ...: (S, 4, N, N) each, area averages of the first
+    levels: tuple[Tensor, ...]
+    extents: Tensor  # (S, 2): width and height as a share of the square
+    facing: Tensor  # (S,): 1 right, -1 left
+
+
+@lru_cache(maxsize=8)
+def load_sprites(
+    subjects: tuple[Subject, ...], kind: str, font: str | None, device: str
+) -> Sprites:
+    """Draw the pictures of subjects, "emoji" or "shapes".
+
+    FileNotFoundError says where to get the font; without `font` it is where fonts usually are.
+    """
+    if kind == "shapes":
+        sprites = torch.stack([_draw_shape(i) for i in range(len(subjects))])
+    else:
+        sprites = torch.stack([_draw_glyph(subject.glyph, font) for subject in subjects])
+    cover = sprites[:, 3] > 0.1
+    extents = torch.stack([cover.any(1).sum(1), cover.any(2).sum(1)], 1) / _SIDE
+    levels, side = [], _SIDE
+    while side >= _SMALLEST:
+        levels.append(F.interpolate(sprites.to(device), size=(side, side), mode="area"))
+        side = round(_SIDE / 2 ** (len(levels) / 2))
+    return Sprites(tuple(levels), extents, torch.tensor([subject.facing for subject in subjects]))
+
+
+@cache
+def _open_font(path: str | None) -> "FreeTypeFont":
+    from PIL import ImageFont
+
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"font {path} does not exist")
+    try:
+        # Pillow looks for a name without a folder where fonts usually are
+        return ImageFont.truetype(path or _FONT, _FONT_SIZE)
+    except OSError as error:
+        if path is not None:
+            raise ValueError(f"font {path}: {error}; a colour bitmap font is needed") from None
+    raise FileNotFoundError(
+        f"{_FONT} not found: install the Debian package fonts-noto-color-emoji, or pass --font"
+    )
+
+
+@cache
+def _draw_glyph(glyph: str, font: str | None) -> Tensor:
+    """-> (4, 128, 128) premultiplied."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    page = Image.new("RGBA", (192, 192))
+    ImageDraw.Draw(page).text((20, 20), glyph, font=_open_font(font), embedded_color=True)
+    box = page.getbbox()
+    if box is None:
+        raise ValueError(f"font {font or _FONT} has no picture of {glyph}")
+    picture = page.crop(box)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    pixels[:3] *= pixels[3:]
+    scale = (_SIDE - 2) / max(picture.size)
+    height, width = (max(1, round(side * scale)) for side in (picture.height, picture.width))
+    pixels = F.interpolate(pixels[None], size=(height, width), mode="bicubic", antialias=True)
+    top, left = (_SIDE - height) // 2, (_SIDE - width) // 2
+    margins = (left, _SIDE - width - left, top, _SIDE - height - top)
+    return F.pad(pixels[0].clamp(0, 1), margins)
+
+
+def _draw_shape(number: int) -> Tensor:
+    """-> (4, 128, 128): a two-coloured star or polygon, another for every number."""
+    y, x = torch.meshgrid(*2 * [torch.linspace(-1, 1, _SIDE)], indexing="ij")
+    radius, angle = torch.hypot(x, y), torch.atan2(y, x)
+    edge = 0.75 + 0.2 * torch.cos((2 + number % 5) * angle)
+    alpha = ((edge - radius) * 32 + 0.5).clamp(0, 1)
+    hue = torch.tensor([0.0, 2.1, 4.2]) + 2.4 * number
+    colour = 0.5 + 0.45 * torch.cos(hue)[:, None, None]
+    inner = (radius < 0.35).float() * (x > -0.1).float()
+    return torch.cat([(colour * (1 - inner) + (1 - colour) * inner) * alpha, alpha[None]])
