@@ -182,14 +182,6 @@ class Row:
     total: Measured
 
     @property
-    def full_steps(self) -> tuple[int, int]:
-        """Return how many steps of content and motion skip nothing."""
-        model, key_steps = self.plan.model, self.plan.key_steps
-        if key_steps is None:
-            return model.steps, model.motion_steps
-        return len(key_steps.content), len(key_steps.motion)
-
-    @property
     def step_seconds(self) -> float:
         """Return the content model's seconds for a step, full or skipped, in the median run."""
         return median(self.stages["content"].seconds) / self.plan.model.steps
@@ -249,6 +241,13 @@ class Way:
 def vary(plan: Plan, prompt: str, seed: int) -> Plan:
     """Return the plan of another clip."""
     return replace(plan, prompt=prompt, seed=seed, content_seed=seed, motion_seed=seed)
+
+
+def full_steps(plan: Plan) -> tuple[int, int]:
+    """Return how many steps of content and motion skip nothing."""
+    if plan.key_steps is None:
+        return plan.model.steps, plan.model.motion_steps
+    return len(plan.key_steps.content), len(plan.key_steps.motion)
 
 
 def profile(
