@@ -16,15 +16,14 @@ from einops import rearrange
 from torch import Tensor
 
 from cmdgen import __version__
-from cmdgen.acceleration.budget import choose_encoding_slices, choose_slices
-from cmdgen.acceleration.calibration import Calibration, Measurement, Plan, Predict, plan_rehash
+from cmdgen.acceleration.calibration import Calibration, Measurement, Predict, choose_key_steps
 from cmdgen.acceleration.compiled import Compiled, check_compiler
 from cmdgen.acceleration.graphs import Graphed, GraphedNetwork, Out, fastest_libraries
 from cmdgen.acceleration.keysteps import count_protected
+from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.overlap import Pending, start
 from cmdgen.acceleration.rehash import CutDiT, CutUNet, Network, Rehash
 from cmdgen.acceleration.slicer import (
-    Slices,
     decode_clip,
     decode_pictures,
     encode_clip,
@@ -43,6 +42,7 @@ from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
+from cmdgen.request import KeySteps, Request, Slices
 from cmdgen.store.find import find_model
 from cmdgen.store.parts import hash_weights, read_model
 from cmdgen.video.formats import Pixels
@@ -131,7 +131,7 @@ class TextToVideo:
         self._hash: str | None = None
         self._hashing = Lock()
         # searching for the steps of a plan takes time
-        self.plans: dict[SampleConfig, Plan | None] = {}
+        self.plans: dict[SampleConfig, KeySteps | None] = {}
 
     @classmethod
     def load(
@@ -414,7 +414,7 @@ class TextToVideo:
         """The clip of these latents, with their metadata; ValueError where they are not its."""
         shapes = tuple(latents.content.shape), tuple(latents.motion.shape)
         model = fit_model(self.config, *shapes)
-        slices = choose_slices(model, self.dtype, self.device, max_memory=max_memory)
+        slices = choose_slices(Work(model, self.dtype), self.device, max_memory)
         report = on_progress or _ignore
         report("load", 0, 1)
         _ = self.autoencoder, self.vae
@@ -470,7 +470,7 @@ class TextToVideo:
         return self._describe(prompt, config, config.seed, plan, given or Given())
 
     def _describe(
-        self, prompt: str, config: SampleConfig, seed: int, plan: Plan | None, given: Given
+        self, prompt: str, config: SampleConfig, seed: int, plan: KeySteps | None, given: Given
     ) -> dict[str, Any]:
         asked = config.apply(self.config)
         recorded = asdict(asked)
@@ -486,11 +486,13 @@ class TextToVideo:
             # it rounds otherwise
             recorded["compile"] = True
         if plan is not None:
-            recorded["rehash"] = replace(
-                plan,
-                content=plan.content if draws_content else (),
-                motion=plan.motion if draws_motion else (),
-            ).to_dict()
+            steps = {
+                "content": plan.content if draws_content else (),
+                "motion": plan.motion if draws_motion else (),
+                "threshold": plan.threshold,
+            }
+            kept = {name: value for name, value in steps.items() if value not in ((), None)}
+            recorded["rehash"] = {"policy": plan.policy, **kept}
         # rounding alone depends on it
         if config.max_memory is not None:
             recorded["max_memory"] = config.max_memory
@@ -509,23 +511,15 @@ class TextToVideo:
 
         Raises ValueError, saying how much memory would do, where that is too little.
         """
-        return choose_slices(
-            config.apply(self.config),
-            *(self.dtype, self.device),
-            batch=batch,
-            max_memory=config.max_memory,
-        )
+        work = Work(config.apply(self.config), self.dtype, batch)
+        return choose_slices(work, self.device, config.max_memory)
 
     def plan_encoding(self, config: SampleConfig, *, batch: int = 1) -> Slices:
         """`plan_decoding`, of frames to latents by the VAE, these to content and motion."""
-        return choose_encoding_slices(
-            config.apply(self.config),
-            *(self.dtype, self.device),
-            batch=batch,
-            max_memory=config.max_memory,
-        )
+        work = Work(config.apply(self.config), self.dtype, batch, "encode")
+        return choose_slices(work, self.device, config.max_memory)
 
-    def plan_rehash(self, config: SampleConfig) -> Plan | None:
+    def plan_rehash(self, config: SampleConfig) -> KeySteps | None:
         """The steps that run in full where `config` asks for step rehash; reads no weights.
 
         Raises ValueError where this model cannot do what is asked.
@@ -533,7 +527,16 @@ class TextToVideo:
         # the same for all seeds
         config = replace(config, seed=0, content_seed=None, motion_seed=None)
         if config not in self.plans:
-            self.plans[config] = plan_rehash(config, config.apply(self.config), self.folder)
+            request = Request(
+                rehash=config.rehash if config.rehash_steps is None else config.rehash_steps,
+                **{
+                    name: getattr(config, name)
+                    for name in ("rehash_policy", "rehash_threshold", "rehash_protect")
+                },
+                rehash_file=None if config.rehash_file is None else Path(config.rehash_file),
+            )
+            model = config.apply(self.config)
+            self.plans[config] = choose_key_steps(request, model, self.folder)
         return self.plans[config]
 
     @torch.inference_mode()
@@ -577,7 +580,7 @@ class TextToVideo:
                 seeds = list(range(start, start + len(some)))
                 text, empty = self._encode(some, config.negative)
                 content = sums["content"].add(
-                    CutUNet(self.parts.content, config.rehash_cut),
+                    CutUNet(self.parts.content),
                     partial(self._run_content, asked, text, empty, seeds),
                     partial(count_run, "content"),
                 )
@@ -588,11 +591,7 @@ class TextToVideo:
                         partial(self._run_motion, asked, text, empty, content, seeds),
                         partial(count_run, "motion"),
                     )
-        cuts = {"content": config.rehash_cut, "motion": None}
-        return [
-            each.finish(part, asked.sampler, cuts[part], len(prompts))
-            for part, each in sums.items()
-        ]
+        return [each.finish(part, asked.sampler, len(prompts)) for part, each in sums.items()]
 
     def _encode(self, prompts: Sequence[str], negative: str) -> tuple[Tensor, Tensor]:
         """B prompts -> (B, L, D), and (1, L, D) of the negative prompt."""
@@ -610,7 +609,7 @@ class TextToVideo:
         text: Tensor,
         empty: Tensor,
         seeds: list[int],
-        plan: Plan | None,
+        plan: KeySteps | None,
         report: OnProgress,
         look: OnLatent | None = None,
     ) -> Tensor:
@@ -618,7 +617,7 @@ class TextToVideo:
         unet = self.parts.content
         predict: Predict = self._graphed("content", unet.denoise)
         if plan is not None:
-            predict = Rehash(self._graphed_network(CutUNet(unet, plan.cut)), plan.content)
+            predict = Rehash(self._graphed_network(CutUNet(unet)), plan.content)
         on_step = partial(report, "content")
         return self._run_content(asked, text, empty, seeds, predict, on_step, look)
 
@@ -676,7 +675,7 @@ class TextToVideo:
         empty: Tensor,
         content: Tensor,
         seeds: list[int],
-        plan: Plan | None,
+        plan: KeySteps | None,
         report: OnProgress,
     ) -> Tensor:
         """(B, L, D), (1, L, D), (B, C, h, w) -> (B, K, T, W' + H'): standardised, in float32."""

@@ -1,14 +1,15 @@
-"""What key-step search goes by: measured once for a model, a sampler and its number of steps.
+"""Calibrations of step rehash: what skipped steps change, and the steps that run in full.
 
-A file holds any number of such measurements. It comes from strangers: every value is checked.
+A calibration is measured once for a model, a sampler and its number of steps. A file holds any
+number of them. Files are untrusted: every value is checked.
 """
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import count
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,77 +17,89 @@ from torch import Tensor
 
 from cmdgen.acceleration import keysteps
 from cmdgen.acceleration.rehash import Network
-from cmdgen.config import CALIBRATION, CUTS, SAMPLERS, ModelConfig, SampleConfig
+from cmdgen.config import CALIBRATION, SAMPLERS, ModelConfig
 from cmdgen.files import read_json, replace_with
+from cmdgen.options import option, read_fields
+from cmdgen.request import KeySteps, Request, Steps
 
 PARTS = ("content", "motion")
 # a map has the square of it
-MOST_STEPS = 250
-MOST_ERROR = 1e6
-# where a number of steps is asked for
+MAX_STEPS = 250
+MAX_ERROR = 1e6
+# where a number of steps is given
 DEFAULT_POLICY = "minimax"
 _SIMILARITY_DIGITS, _ERROR_DIGITS = 4, 3
 
 # a network's whole forward: samples (B, C, ...), timesteps (B,), conditions -> its output
 Predict = Callable[..., Tensor]
-Rows = tuple[tuple[float, ...], ...]
+Rows = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """One network under one sampler in so many steps."""
+    """One network under one sampler in so many steps; ValueError says what is not valid."""
 
-    part: str
-    sampler: str
-    steps: int
-    # of the UNet, one of CUTS; the motion model has no choice
-    cut: str | None
-    prompts: int
-    # of the first steps, which always run, no errors are known but the last one's
-    protected: int
-    # (K, K): mean cosine of the features of two steps
-    similarity: Rows
-    # (K, K + 1): i, j: squared error of the final sample, relative to its squared mean, where step
-    # i's feature is reused up to j and all other steps run
-    errors: Rows
+    part: str = option(MISSING, "The network.", choices=PARTS)
+    sampler: str = option(MISSING, "The sampler.", choices=SAMPLERS)
+    steps: int = option(MISSING, "K, the steps of the sampler.", low=2, high=MAX_STEPS)
+    prompts: int = option(MISSING, "Prompts that were measured.", low=1, high=2**20)
+    protected: int = option(MISSING, "P, the first steps, which run.", low=1, high=MAX_STEPS)
+    # row i has, for each later step j, the mean cosine of the features of steps i and j
+    similarity: Rows = ()
+    # row i is of step P - 1 + i. For each j at least 2 later it has the squared error of the final
+    # sample, relative to its squared mean, where the step's feature is reused up to j and all other
+    # steps run; j = K reuses it to the end
+    errors: Rows = ()
+
+    def __post_init__(self) -> None:
+        read_fields(self)
+        sizes = {"similarity": self.steps - 1, "errors": self.steps - self.protected}
+        bounds = {"similarity": (-1, 1), "errors": (0, MAX_ERROR)}
+        for name, size in sizes.items():
+            rows, (low, high) = getattr(self, name), bounds[name]
+            if not _is_triangle(rows, size, low, high):
+                raise ValueError(
+                    f"{name} {short(rows)} is not {size} rows, of {size} numbers down to 1, "
+                    f"between {low} and {high:g}"
+                )
+            object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in rows))
 
     @property
-    def key(self) -> tuple[object, ...]:
-        """What no two of one file share."""
-        return self.part, self.sampler, self.steps, self.cut
+    def key(self) -> tuple[str, str, int]:
+        """Return what no two of one file share."""
+        return self.part, self.sampler, self.steps
+
+    def similarity_map(self) -> Rows:
+        """Return (K, K), symmetric."""
+        above = [[0.0] * (i + 1) + [*row] for i, row in enumerate((*self.similarity, ()))]
+        steps = range(self.steps)
+        return [[1.0 if i == j else above[min(i, j)][max(i, j)] for j in steps] for i in steps]
+
+    def error_map(self) -> Rows:
+        """Return (K, K + 1), with zeros where no step is skipped and where nothing is known."""
+        rows: list[Sequence[float]] = [*[()] * (self.protected - 1), *self.errors, ()]
+        return [[0.0] * (self.steps + 1 - len(row)) + [*row] for row in rows]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The steps of one clip that run in full."""
-
-    policy: str
-    cut: str
-    content: tuple[int, ...]
-    # of stills: none
-    motion: tuple[int, ...]
-    threshold: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For metadata."""
-        kept = {name: value for name, value in asdict(self).items() if value is not None}
-        return {name: value for name, value in kept.items() if value != ()}
+def _is_triangle(rows: object, size: int, low: float, high: float) -> bool:
+    if not isinstance(rows, list | tuple) or len(rows) != size:
+        return False
+    return all(
+        isinstance(row, list | tuple)
+        and len(row) == size - i
+        and all(type(value) in (int, float) and low <= value <= high for value in row)
+        for i, row in enumerate(rows)
+    )
 
 
-@dataclass
 class Measurement:
     """Sums over prompts, from which a `Calibration` is made."""
 
-    steps: int
-    protected: int
-    similarity: Tensor = field(init=False)
-    errors: Tensor = field(init=False)
-    rows: int = 0
-    power: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.similarity = torch.zeros(self.steps, self.steps, dtype=torch.float64)
-        self.errors = torch.zeros(self.steps, self.steps + 1, dtype=torch.float64)
+    def __init__(self, steps: int, protected: int) -> None:
+        self.steps, self.protected = steps, protected
+        self.similarity = torch.zeros(steps, steps, dtype=torch.float64)
+        self.errors = torch.zeros(steps, steps + 1, dtype=torch.float64)
+        self.rows, self.power = 0, 0.0
 
     def add(
         self,
@@ -99,19 +112,16 @@ class Measurement:
         It runs once in full, whose result is returned, and once for each pair of steps with others
         between them, with the whole network from the second of the two on.
         """
-        outputs: list[Tensor] = []
-        features: list[Tensor] = []
+        runs: list[tuple[Tensor, Tensor]] = []
 
         def record(x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-            output, feature = network.run(x, t, *conditions)
-            outputs.append(output)
-            features.append(feature)
-            return output
+            runs.append(network.run(x, t, *conditions))
+            return runs[-1][0]
 
         final = sample(record)
-        assert len(outputs) == self.steps, f"{len(outputs)} calls in {self.steps} steps"
+        assert len(runs) == self.steps, f"{len(runs)} calls in {self.steps} steps"
         # (K, rows, D): a row is one branch of one prompt
-        flat = torch.stack([feature.flatten(1) for feature in features])
+        flat = torch.stack([feature.flatten(1) for _, feature in runs])
         unit = F.normalize(flat.float(), dim=-1)
         self.similarity += torch.einsum("knd,lnd->kl", unit, unit).double().cpu()
         self.rows += unit.shape[1]
@@ -120,198 +130,150 @@ class Measurement:
         on_run()
         for i in range(self.protected - 1, self.steps - 1):
             for j in range(i + 2, self.steps + 1):
-                changed = sample(_replay(network, outputs, features, i, j))
+                changed = sample(_replay(network, runs, i, j))
                 self.errors[i, j] += float((changed - final).double().square().sum())
                 on_run()
         return final
 
     @property
     def runs(self) -> int:
-        """How often `add` runs the sampler."""
+        """Return how often `add` runs the sampler."""
         left = self.steps - self.protected
         return 1 + left * (left + 1) // 2
 
-    def finish(self, part: str, sampler: str, cut: str | None, prompts: int) -> Calibration:
-        """The means, rounded as a file holds them; ValueError where they are out of its bounds."""
-        if not self.errors.max() <= MOST_ERROR * self.power or not self.power:
+    def finish(self, part: str, sampler: str, prompts: int) -> Calibration:
+        """Return the means, rounded as a file holds them; ValueError where they are not valid."""
+        if not self.errors.max() <= MAX_ERROR * self.power or not self.power:
             raise ValueError(f"skipped steps of {part} change the sample beyond all measure")
         similarity = (self.similarity / self.rows).clamp(-1, 1).tolist()
-        errors = (self.errors / self.power).tolist()
+        errors = (self.errors / self.power).tolist()[self.protected - 1 : -1]
         return Calibration(
-            *(part, sampler, self.steps, cut, prompts, self.protected),
-            _mirror([[round(x, _SIMILARITY_DIGITS) for x in row] for row in similarity]),
-            tuple(tuple(float(f"{x:.{_ERROR_DIGITS}g}") for x in row) for row in errors),
+            *(part, sampler, self.steps, prompts, self.protected),
+            similarity=[
+                [round(value, _SIMILARITY_DIGITS) for value in row[i:]]
+                for i, row in enumerate(similarity[:-1], 1)
+            ],
+            errors=[
+                [float(f"{value:.{_ERROR_DIGITS}g}") for value in row[i:]]
+                for i, row in enumerate(errors, self.protected + 1)
+            ],
         )
 
 
-def _replay(
-    network: Network, outputs: list[Tensor], features: list[Tensor], i: int, j: int
-) -> Predict:
-    """Up to step i what was recorded, which is no work; its feature until j; then full steps."""
-    step = -1
+def _replay(network: Network, runs: list[tuple[Tensor, Tensor]], i: int, j: int) -> Predict:
+    """Repeat a run up to step i, which is no work; reuse its feature until j; then run in full."""
+    steps = count()
 
     def predict(x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        nonlocal step
-        step += 1
+        step = next(steps)
         if step <= i:
-            return outputs[step]
+            return runs[step][0]
         if step < j:
-            return network.resume(features[i], x, t, *conditions)
+            return network.resume(runs[i][1], x, t, *conditions)
         return network.run(x, t, *conditions)[0]
 
     return predict
 
 
 def write_calibrations(path: Path, model: str, calibrations: Sequence[Calibration]) -> None:
-    """Write a file, or, where one of this model is there, replace what it measured likewise."""
+    """Write a file; one of this model that exists keeps its other calibrations."""
     kept = {each.key: each for each in read_calibrations(path, model)} if path.exists() else {}
     kept |= {each.key: each for each in calibrations}
-    entries = []
-    for each in sorted(kept.values(), key=lambda each: tuple(map(str, each.key))):
-        # above the diagonal is all there is to know
-        above = {
-            "similarity": [row[i + 1 :] for i, row in enumerate(each.similarity[:-1])],
-            "errors": [row[i + 2 :] for i, row in enumerate(each.errors)][each.protected - 1 : -1],
-        }
-        entries.append(json.dumps(asdict(each) | above, separators=(",", ":")))
+    # a line each: a file that is replaced in part differs in part
+    lines = ",\n".join(
+        json.dumps(asdict(kept[key]), separators=(",", ":"))
+        for key in sorted(kept, key=lambda key: tuple(map(str, key)))
+    )
     with replace_with(path) as temporary:
-        # a line each: a file that is replaced in part differs in part
-        lines = ",\n".join(entries)
         temporary.write_text(f'{{"model":{json.dumps(model)},"calibrations":[\n{lines}\n]}}\n')
 
 
 def read_calibrations(path: Path, model: str) -> list[Calibration]:
-    """What a file measured of a model; ValueError names the file and what is wrong in it."""
+    """Return the calibrations of a model; ValueError names the file and what is wrong in it."""
     data = read_json(path)
     if data.get("model") != model:
         raise ValueError(f"{path}: model {short(data.get('model'))} is not {model}")
     entries = data.get("calibrations")
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: calibrations {short(entries)} is not a list")
-    return [_parse(entry, path) for entry in entries]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: calibrations {short(entries)} is not a list of objects")
+    names = [item.name for item in fields(Calibration)]
+    try:
+        return [
+            Calibration(**{name: entry.get(name) for name in names})
+            for entry in entries
+            # version 0.1 could cut the UNet elsewhere than before its last layer
+            if entry.get("cut") in (None, "layer")
+        ]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _parse(entry: Any, path: Path) -> Calibration:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{path}: {short(entry)} is not an object")
-    choices: dict[str, tuple[str | None, ...]] = {"part": PARTS, "sampler": SAMPLERS}
-    choices["cut"] = CUTS if entry.get("part") == "content" else (None,)
-    for key, known in choices.items():
-        if entry.get(key) not in known:
-            raise ValueError(f"{path}: {key} {short(entry.get(key))} is not one of {known}")
-    steps = _whole(entry, "steps", 2, MOST_STEPS, path)
-    prompts = _whole(entry, "prompts", 1, 2**20, path)
-    protected = _whole(entry, "protected", 1, steps, path)
-    above = _triangle(entry, "similarity", steps - 1, -1.0, 1.0, path)
-    errors = _triangle(entry, "errors", steps - protected, 0.0, MOST_ERROR, path)
-    unknown: list[list[float]] = [[]] * (protected - 1)
-    return Calibration(
-        *(entry["part"], entry["sampler"], steps, entry.get("cut"), prompts, protected),
-        similarity=_mirror([[0.0] * (i + 1) + row for i, row in enumerate([*above, []])]),
-        errors=tuple(
-            tuple([0.0] * (steps + 1 - len(row)) + [*row]) for row in (*unknown, *errors, [])
-        ),
-    )
+def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeySteps | None:
+    """Return the steps that run in full, of a model with the clip's steps and sampler in place.
 
-
-def _whole(entry: dict[str, Any], key: str, low: int, high: int, path: Path) -> int:
-    value = entry.get(key)
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{path}: {key} {short(value)} is not between {low} and {high}")
-    return value
-
-
-def _triangle(
-    entry: dict[str, Any], key: str, size: int, low: float, high: float, path: Path
-) -> list[list[float]]:
-    """Rows of `size`, `size` - 1, ... 1 numbers."""
-    rows = entry.get(key)
-    if not isinstance(rows, list) or len(rows) != size:
-        raise ValueError(f"{path}: {key} is not a list of {size} rows")
-    for i, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) != size - i:
-            raise ValueError(f"{path}: row {i} of {key} is not a list of {size - i} numbers")
-        for value in row:
-            if type(value) not in (int, float) or not low <= value <= high:
-                raise ValueError(
-                    f"{path}: {key} has {short(value)}, which is no number of {low:g} to {high:g}"
-                )
-    return [[float(value) for value in row] for row in rows]
-
-
-def _mirror(rows: Sequence[Sequence[float]]) -> Rows:
-    """(K, K) known above the diagonal -> (K, K), symmetric, with ones on it."""
-    steps = range(len(rows))
-    return tuple(tuple(1.0 if i == j else rows[min(i, j)][max(i, j)] for j in steps) for i in steps)
-
-
-def plan_rehash(config: SampleConfig, model: ModelConfig, folder: Path) -> Plan | None:
-    """The steps that `config` asks for of a model that has been asked for all else.
-
-    None where it asks for no rehash. Raises ValueError where it cannot be, or where a calibration
-    is needed that neither `config` nor the model's folder has.
+    None without step rehash. Raises ValueError where the request cannot be met, or where it needs a
+    calibration that neither it nor the model's folder has.
     """
-    if not config.rehashes:
+    if not request.rehashes:
         return None
-    if config.rehash_steps is not None:
-        return _given_plan(config.rehash_cut, *config.rehash_steps, model)
-    policy = config.rehash_policy or ("similarity" if config.rehash is None else DEFAULT_POLICY)
-    known: list[Calibration] = []
-    path = folder / CALIBRATION if config.rehash_file is None else Path(config.rehash_file)
-    if policy != "uniform" and (config.rehash_file is not None or path.is_file()):
-        known = read_calibrations(path, model.name)
+    totals = {"content": model.steps} | ({"motion": model.motion_steps} if model.frames > 1 else {})
+    if isinstance(request.rehash, tuple):
+        return _check_listed(request.rehash, totals)
+    budgets: dict[str, int | None] = {"content": None, "motion": None}
+    if request.rehash is not None:
+        if not 1 <= request.rehash <= model.steps:
+            raise ValueError(
+                f"rehash {request.rehash} is not between 1 and the {model.steps} steps"
+            )
+        # halves are rounded up; the first step and the last one run
+        share = (2 * request.rehash * model.motion_steps + model.steps) // (2 * model.steps)
+        budgets = {
+            "content": request.rehash,
+            "motion": min(max(share, 2), model.motion_steps),
+        }
+    policy = request.rehash_policy or ("similarity" if request.rehash is None else DEFAULT_POLICY)
+    path = request.rehash_file or folder / CALIBRATION
+    known: dict[object, Calibration] = {}
+    if policy != "uniform" and (request.rehash_file is not None or path.is_file()):
+        known = {each.key: each for each in read_calibrations(path, model.name)}
 
-    def choose(part: str, steps: int, cut: str | None, budget: int | None) -> tuple[int, ...]:
-        protected = keysteps.count_protected(part, steps, config.rehash_protect)
+    def choose(part: str, steps: int) -> tuple[int, ...]:
+        budget = budgets[part]
+        protected = keysteps.count_protected(part, steps, request.rehash_protect)
         if steps == 1 or budget == steps:
             return tuple(range(steps))
-        if policy == "uniform":
-            assert budget is not None
+        if policy == "uniform" and budget is not None:
             return keysteps.uniform(steps, budget, protected=protected)
-        key = (part, model.sampler, steps, cut)
-        found = next((each for each in known if each.key == key), None)
+        found = known.get((part, model.sampler, steps))
         if found is None:
             raise ValueError(
-                f"no calibration of {model.name}'s {part} for {steps} steps of {model.sampler}"
-                f"{'' if cut is None else f' with cut {cut}'}: "
+                f"no calibration of {model.name}'s {part} for {steps} steps of {model.sampler}: "
                 "make one by cmdgen rehash calibrate, or ask for policy uniform"
             )
         if budget is None:
-            assert config.rehash_threshold is not None
-            threshold = config.rehash_threshold
-            return keysteps.by_threshold(found.similarity, threshold, protected=protected)
+            assert request.rehash_threshold is not None
+            threshold = request.rehash_threshold
+            return keysteps.by_threshold(found.similarity_map(), threshold, protected=protected)
         if policy == "similarity":
-            return keysteps.by_similarity(found.similarity, budget, protected=protected)
+            return keysteps.by_similarity(found.similarity_map(), budget, protected=protected)
         if protected < found.protected:
             raise ValueError(
                 f"{path} was measured with the first {found.protected} of {steps} steps protected: "
                 "protect as many, or measure again by cmdgen rehash calibrate --protect"
             )
-        return keysteps.minimax(found.errors, budget, protected=protected)
+        return keysteps.minimax(found.error_map(), budget, protected=protected)
 
-    budget = more = config.rehash
-    if budget is not None:
-        if not 1 <= budget <= model.steps:
-            raise ValueError(f"rehash {budget} is not between 1 and the {model.steps} steps")
-        # halves are rounded up; the first step and the last one run
-        share = (2 * budget * model.motion_steps + model.steps) // (2 * model.steps)
-        more = min(max(share, 2), model.motion_steps)
-    content = choose("content", model.steps, config.rehash_cut, budget)
-    motion = choose("motion", model.motion_steps, None, more) if model.frames > 1 else ()
-    return Plan(policy, config.rehash_cut, content, motion, config.rehash_threshold)
+    chosen = {part: choose(part, steps) for part, steps in totals.items()}
+    return KeySteps(policy, chosen["content"], chosen.get("motion", ()), request.rehash_threshold)
 
 
-def _given_plan(
-    cut: str, content: tuple[int, ...], motion: tuple[int, ...], model: ModelConfig
-) -> Plan:
-    """A plan whose steps are known; ValueError where the model takes fewer, or other, steps."""
-    motion = motion if model.frames > 1 else ()
-    taken = {"content": (content, model.steps)}
-    if model.frames > 1:
-        taken["motion"] = (motion, model.motion_steps)
-    for part, (steps, total) in taken.items():
+def _check_listed(listed: Steps, totals: dict[str, int]) -> KeySteps:
+    """Return steps that were listed; ValueError where the model takes fewer, or other, steps."""
+    chosen = {part: steps for part, steps in zip(PARTS, listed, strict=True) if part in totals}
+    for part, steps in chosen.items():
         if not steps:
             raise ValueError(f"rehash lists no steps of {part}: as in 0,1,4+0,2, after the +")
-        if steps[-1] >= total:
+        if steps[-1] >= totals[part]:
+            total = totals[part]
             raise ValueError(f"rehash lists step {steps[-1]} of {part}, which has {total} from 0")
-    return Plan("listed", cut, content, motion)
+    return KeySteps("listed", chosen["content"], chosen.get("motion", ()))

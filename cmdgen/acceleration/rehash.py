@@ -29,25 +29,23 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class CutUNet:
-    """A UNet whose feature is what crosses a cut in its last up stage.
+    """A UNet whose feature is the input of its last layer.
 
-    No down, mid or earlier up block runs on a skipped step. Its output depends on the new sample
-    through the first convolution alone, and after the cut "resnet" not at all.
+    No down, mid or other up layer runs on a skipped step. Its output depends on the new sample
+    through the first convolution alone.
     """
 
     unet: UNet
-    cut: str
 
-    def run(self, x: Tensor, time: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, time: Tensor, *text: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, h, w), (B, P), the projected text -> (B, C, h, w), the feature (B, C', h, w)."""
-        given, first = self.unet.hand_out(time, conditions), self.unet.embed(x)
-        feature = self.unet.trunk(first, given, cut=self.cut)
-        return self.unet.tail(feature, first, given, cut=self.cut), feature
+        given, first = self.unet.hand_out(time, text), self.unet.embed(x)
+        feature = self.unet.trunk(first, given)
+        return self.unet.tail(feature, first, given), feature
 
-    def resume(self, feature: Tensor, x: Tensor, time: Tensor, *conditions: Tensor) -> Tensor:
+    def resume(self, feature: Tensor, x: Tensor, time: Tensor, *text: Tensor) -> Tensor:
         """(B, C', h, w), (B, C, h, w), (B, P), the projected text -> (B, C, h, w)."""
-        given = self.unet.hand_out(time, conditions)
-        return self.unet.tail(feature, self.unet.embed(x), given, cut=self.cut)
+        return self.unet.tail(feature, self.unet.embed(x), self.unet.hand_out(time, text))
 
 
 @dataclass(frozen=True)
@@ -61,16 +59,13 @@ class CutDiT:
 
     def run(self, x: Tensor, time: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
         """(B, K, T, W' + H'), (B, P), what `place` made -> the output, what is added (B, L, D)."""
-        (ground,) = conditions
-        tokens = self.dit.embed(x, ground)
+        tokens = self.dit.embed(x, *conditions)
         after = self.dit.trunk(tokens, time)
         return self.dit.finish(after, time, *x.shape[-2:]), after - tokens
 
     def resume(self, feature: Tensor, x: Tensor, time: Tensor, *conditions: Tensor) -> Tensor:
         """(B, L, D), (B, K, T, W' + H'), (B, P), what `place` made -> the output."""
-        (ground,) = conditions
-        tokens = self.dit.embed(x, ground) + feature
-        return self.dit.finish(tokens, time, *x.shape[-2:])
+        return self.dit.finish(self.dit.embed(x, *conditions) + feature, time, *x.shape[-2:])
 
 
 class Rehash:

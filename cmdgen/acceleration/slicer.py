@@ -12,8 +12,7 @@ reads, with a row of the neighbours on either side. Strips that nobody needs any
 Where maps are smallest, in the middle, they are whole: attention needs all of them.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,21 +20,8 @@ from torch import Tensor, nn
 
 from cmdgen.models.autoencoder import Block, CmdAutoencoder
 from cmdgen.models.layers import Downsample, ResnetBlock, Upsample, normalise
-from cmdgen.models.vae import DownBlock, KlVae, UpBlock
-
-
-@dataclass(frozen=True)
-class Slices:
-    """How much goes through a group of operators at a time; no result depends on it."""
-
-    # frames through the autoencoder's spatial groups, of all clips together
-    frames: int
-    # positions through its temporal groups, each at all times, of all clips together
-    positions: int
-    # frames through the VAE, of all clips together
-    pictures: int
-    # parts into which the VAE cuts the rows of these, at most one for each of a latent; 1: none
-    strips: int = 1
+from cmdgen.models.vae import KlVae
+from cmdgen.request import Slices
 
 
 def encode_clip(
@@ -74,10 +60,16 @@ def _transform(
     by_position, by_frame = tokens.flatten(1, 2), tokens.flatten(0, 1)
     for block in blocks:
         assert isinstance(block, Block)
-        for part in by_position.split(slices.positions, dim=1):
+        for part in _slices(by_position, slices.positions, dim=1):
             part.copy_(block.mix_time(part, time))
-        for part in by_frame.split(slices.frames):
+        for part in _slices(by_frame, slices.frames, dim=0):
             part.copy_(block.mix_space(part, space))
+
+
+def _slices(tokens: Tensor, size: int, *, dim: int) -> Sequence[Tensor]:
+    """(..., D) -> parts of it; the first and largest alone where there are no values."""
+    parts = tokens.split(size, dim)
+    return parts[:1] if tokens.is_meta else parts
 
 
 def encode_pictures(vae: KlVae, pictures: Tensor, strips: int) -> Tensor:
@@ -92,20 +84,10 @@ def encode_pictures(vae: KlVae, pictures: Tensor, strips: int) -> Tensor:
     # so that halves of their rows are rows, at every level
     rows = pictures[:, :, ::stride]
     coarse = rows.tensor_split(min(strips, rows.shape[2]), dim=2)
-    given = list(pictures.split([stride * part.shape[2] for part in coarse], dim=2))
-    parts, above, moments = [], None, Moments()
-    for i in range(len(given)):
-        window, above = _window(given, i, above)
-        parts.append(_convolve(encoder.conv_in, window))
-        moments.add(parts[-1])
-    for block in encoder.down_blocks:
-        assert isinstance(block, DownBlock)
-        for resnet in block.resnets:
-            assert isinstance(resnet, ResnetBlock)
-            moments = _run_resnet(resnet, parts, moments)
-        for downsampler in block.downsamplers:
-            assert isinstance(downsampler, Downsample)
-            moments = _run_downsampler(downsampler.conv, parts)
+    parts = list(pictures.split([stride * part.shape[2] for part in coarse], dim=2))
+    moments, windows = Moments(), _windows(parts)
+    parts = [moments.add(_convolve(encoder.conv_in, next(windows))) for _ in range(len(parts))]
+    _run_blocks(encoder.down_blocks, parts, moments)
     x = torch.cat(parts, dim=2)
     parts.clear()
     x = encoder.conv_out(normalise(encoder.conv_norm_out, encoder.mid_block(x)))
@@ -119,28 +101,14 @@ def decode_pictures(vae: KlVae, latents: Tensor, strips: int) -> Tensor:
         return vae.from_latents(latents)
     decoder = vae.decoder
     latents = (latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
-    x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
     moments = Moments()
-    moments.add(x)
+    x = moments.add(decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents))))
     parts = list(x.tensor_split(min(strips, x.shape[2]), dim=2))
     # they alone keep it from here on
     del x
-    for block in decoder.up_blocks:
-        assert isinstance(block, UpBlock)
-        for resnet in block.resnets:
-            assert isinstance(resnet, ResnetBlock)
-            moments = _run_resnet(resnet, parts, moments)
-        for upsampler in block.upsamplers:
-            assert isinstance(upsampler, Upsample)
-            moments = _run_upsampler(upsampler.conv, parts)
-    affine = moments.affine(decoder.conv_norm_out)
-    pixels, above = [], None
-    for i in range(len(parts)):
-        window, above = _window(parts, i, above, affine)
-        parts[i] = GONE
-        pixels.append(_convolve(decoder.conv_out, window))
-        del window
-    return torch.cat(pixels, dim=2)
+    moments = _run_blocks(decoder.up_blocks, parts, moments)
+    windows = _windows(parts, moments.affine(decoder.conv_norm_out), consume=True)
+    return torch.cat([_convolve(decoder.conv_out, next(windows)) for _ in range(len(parts))], dim=2)
 
 
 def fetch(parts: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -191,8 +159,8 @@ class Moments:
         # the sum of squared deviations from it
         self.squares: Tensor | float = 0.0
 
-    def add(self, x: Tensor) -> None:
-        """(B, C, R, W), by the rule of Chan et al. 1979: never a difference of large sums."""
+    def add(self, x: Tensor) -> Tensor:
+        """(B, C, R, W) -> the same, by Chan et al. 1979: no difference of large sums."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = wide.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
         # on a CPU in a tenth of the time of var_mean
@@ -203,6 +171,7 @@ class Moments:
         self.squares = self.squares + squares + delta**2 * (self.count * count / total)
         self.mean = self.mean + delta * (count / total)
         self.count = total
+        return x
 
     def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
         """() -> scale and offset (B, C, 1, 1), in float32 at least: all that is left of `norm`."""
@@ -219,25 +188,32 @@ class Moments:
         return scale.flatten(1, 2), (bias - mean * scale).flatten(1, 2)
 
 
+def _run_blocks(blocks: nn.ModuleList, x: Strips, moments: Moments) -> Moments:
+    """Strips, in place, and their moments -> the result's moments."""
+    for layer in (
+        layer for block in blocks for part in block.children() for layer in part.children()
+    ):
+        if isinstance(layer, ResnetBlock):
+            moments = _run_resnet(layer, x, moments)
+        else:
+            assert isinstance(layer, Downsample | Upsample)
+            resample = _run_downsampler if isinstance(layer, Downsample) else _run_upsampler
+            moments = resample(layer.conv, x)
+    return moments
+
+
 def _run_resnet(block: ResnetBlock, x: Strips, moments: Moments) -> Moments:
     """Strips, in place, and their moments -> the result's moments."""
-    affine, above = moments.affine(block.norm1), None
-    hidden, moments = [], Moments()
+    windows, moments = _windows(x, moments.affine(block.norm1)), Moments()
+    hidden: Strips = []
     for i in range(len(x)):
-        window, above = _window(x, i, above, affine)
-        hidden.append(_convolve(block.conv1, window))
-        del window
-        moments.add(hidden[-1])
+        hidden.append(moments.add(_convolve(block.conv1, next(windows))))
         if block.conv_shortcut is not None:
             x[i] = block.conv_shortcut(x[i])
-    affine, above = moments.affine(block.norm2), None
-    moments = Moments()
-    for i in range(len(x)):
-        window, above = _window(hidden, i, above, affine)
-        hidden[i] = GONE
-        x[i] += _convolve(block.conv2, window)
-        del window
-        moments.add(x[i])
+    windows, moments = _windows(hidden, moments.affine(block.norm2), consume=True), Moments()
+    for strip in x:
+        strip += _convolve(block.conv2, next(windows))
+        moments.add(strip)
     return moments
 
 
@@ -257,24 +233,39 @@ def _run_downsampler(conv: nn.Conv2d, x: Strips) -> Moments:
 
 def _run_upsampler(conv: nn.Conv2d, x: Strips) -> Moments:
     """Strips, in place, to twice the rows and columns -> their moments."""
-    above, moments = None, Moments()
+    windows, moments = _windows(x), Moments()
     for i in range(len(x)):
-        window, above = _window(x, i, above)
         # of a neighbour's row, doubled, one is the neighbour
-        window = F.interpolate(window, scale_factor=2.0, mode="nearest")[:, :, 1:-1]
-        x[i] = _convolve(conv, window)
-        del window
+        doubled = F.interpolate(next(windows), scale_factor=2.0)[:, :, 1:-1]
+        x[i] = _convolve(conv, doubled)
+        del doubled
         moments.add(x[i])
     return moments
 
 
-def _window(
-    strips: Strips, i: int, above: Tensor | None, affine: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Strip i with a row of its neighbours, normalised and activated; its last row as it was.
+def _windows(
+    strips: Strips, affine: tuple[Tensor, Tensor] | None = None, *, consume: bool = False
+) -> Iterator[Tensor]:
+    """Yield each strip with a row of its neighbours, normalised and activated.
 
-    `above` is that of the strip before, which may have changed. Beyond the map there are zeros.
+    A strip may change once its window is there; windows may also `consume` the strips.
     """
+    above: Tensor | None = None
+    for i in range(len(strips)):
+        last_row = strips[i][:, :, -1:].clone()
+        # a window that had a name here would live until the next one
+        yield _window(strips, i, above, affine, consume)
+        above = last_row
+
+
+def _window(
+    strips: Strips,
+    i: int,
+    above: Tensor | None,
+    affine: tuple[Tensor, Tensor] | None,
+    consume: bool,
+) -> Tensor:
+    """Strip i between the rows above and below it; beyond the map there are zeros."""
     strip = strips[i]
     batch, channels, rows, width = strip.shape
     window = torch.empty(
@@ -295,7 +286,9 @@ def _window(
         else:
             scale, offset = affine
             target.copy_(F.silu(torch.addcmul(offset, piece, scale), inplace=True))
-    return window, strip[:, :, -1:].clone()
+    if consume:
+        strips[i] = GONE
+    return window
 
 
 def _convolve(conv: nn.Conv2d, window: Tensor) -> Tensor:

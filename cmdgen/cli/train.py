@@ -17,7 +17,7 @@ from cmdgen.cli.options import Device, Quiet, Threads
 from cmdgen.cli.progress import Say
 from cmdgen.cli.size import parse_size
 from cmdgen.cli.stop import Stop
-from cmdgen.config import ATTENTIONS, PRESETS, WORLDS, ModelConfig, SampleConfig, UNetConfig
+from cmdgen.config import ATTENTIONS, PRESETS, ModelConfig, SampleConfig, UNetConfig
 from cmdgen.training.config import (
     STAGES,
     AutoencoderLoss,
@@ -28,6 +28,7 @@ from cmdgen.training.config import (
     VaeLoss,
     recipe,
 )
+from cmdgen.world.config import WORLDS
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmdgen.config import CUTS, UNetConfig
+from cmdgen.config import UNetConfig
 from cmdgen.models.attention import self_attention
 from cmdgen.models.layers import (
     Attention,
@@ -270,7 +270,7 @@ class UNet(Pretrained[UNetConfig]):
         """(B, C, h, w), (B, P), the projected text -> (B, C, h, w)."""
         given = self.hand_out(time, text)
         x = self.embed(sample)
-        return self.tail(self.trunk(x, given, cut="layer"), x, given, cut="layer")
+        return self.tail(self.trunk(x, given), x, given)
 
     def hand_out(self, time: Tensor, text: tuple[Tensor, ...]) -> Given:
         """(B, P), the projected text -> what each layer takes of them."""
@@ -296,8 +296,8 @@ class UNet(Pretrained[UNetConfig]):
         """(B, C, h, w) -> the first skip (B, C', h, w)."""
         return self.conv_in(sample.contiguous(memory_format=torch.channels_last))
 
-    def trunk(self, x: Tensor, given: Given, *, cut: str) -> Tensor:
-        """(B, C, h, w) -> the feature (B, C, h, w) at one of CUTS."""
+    def trunk(self, x: Tensor, given: Given) -> Tensor:
+        """(B, C, h, w) -> the feature (B, C, h, w) that goes into the last layer."""
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], given)
@@ -308,20 +308,11 @@ class UNet(Pretrained[UNetConfig]):
             x = block(x, skips, given)
         for i in range(len(last.resnets) - 1):
             x = last.layer(i, torch.cat([x, skips.pop()], dim=1), given)
-        return self._last_layer(x, skips.pop(), given, CUTS[: CUTS.index(cut)])
+        return x
 
-    def tail(self, feature: Tensor, first: Tensor, given: Given, *, cut: str) -> Tensor:
-        """(B, C, h, w) x 2 -> (B, C', h, w): the output, from a cut on."""
-        x = self._last_layer(feature, first, given, CUTS[CUTS.index(cut) : -1])
-        return self.conv_out(normalise(self.conv_norm_out, x))
-
-    def _last_layer(self, x: Tensor, first: Tensor, given: Given, cuts: tuple[str, ...]) -> Tensor:
-        """(B, C, h, w) x 2 -> (B, C, h, w): what follows each of `cuts`."""
+    def tail(self, feature: Tensor, first: Tensor, given: Given) -> Tensor:
+        """(B, C, h, w) x 2 -> (B, C', h, w): the last layer, on a feature and the first skip."""
         last = self.up_blocks[-1]
         assert isinstance(last, UpStage)
-        if "layer" in cuts:
-            resnet = last.resnets[-1]
-            x = resnet(torch.cat([x, first], dim=1), given.shifts[resnet])
-        if "resnet" in cuts and hasattr(last, "attentions"):
-            x = last.attentions[-1](x, given)
-        return x
+        x = last.layer(len(last.resnets) - 1, torch.cat([feature, first], dim=1), given)
+        return self.conv_out(normalise(self.conv_norm_out, x))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from cmdgen import __version__
-from cmdgen.acceleration.budget import choose_slices
-from cmdgen.acceleration.calibration import Predict, plan_rehash
+from cmdgen.acceleration.calibration import Predict, choose_key_steps
 from cmdgen.acceleration.compiled import Compiled
 from cmdgen.acceleration.graphs import Graphed, GraphedNetwork, Out
+from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.rehash import CutDiT, CutUNet, Rehash
 from cmdgen.config import ModelConfig, NoiseConfig
 from cmdgen.diffusion.guidance import guide
@@ -159,11 +159,9 @@ class Pipeline:
         if key not in self._plans:
             self._plans[key] = replace(
                 plan,
-                key_steps=_key_steps(request, plan.model, self.folder),
+                key_steps=choose_key_steps(request, plan.model, self.folder),
                 slices=choose_slices(
-                    *(plan.model, self.dtype, self.device),
-                    batch=batch,
-                    max_memory=plan.max_memory,
+                    Work(plan.model, self.dtype, batch), self.device, plan.max_memory
                 ),
             )
         chosen = self._plans[key]
@@ -352,23 +350,3 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _key_steps(request, model, folder):
-    from cmdgen.config import SampleConfig
-    from cmdgen.request import KeySteps
-
-    r = request.rehash
-    p = plan_rehash(
-        SampleConfig(
-            rehash=r if isinstance(r, int) else None,
-            rehash_steps=r if isinstance(r, tuple) else None,
-            rehash_policy=request.rehash_policy,
-            rehash_threshold=request.rehash_threshold,
-            rehash_protect=request.rehash_protect,
-            rehash_file=str(request.rehash_file) if request.rehash_file else None,
-        ),
-        model,
-        folder,
-    )
-    return p and KeySteps(p.policy, p.content, p.motion, p.threshold)

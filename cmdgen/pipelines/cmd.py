@@ -13,9 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cmdgen.acceleration.budget import choose_encoding_slices
 from cmdgen.acceleration.calibration import Predict
 from cmdgen.acceleration.graphs import fastest_libraries
+from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.overlap import Pending
 from cmdgen.acceleration.rehash import CutDiT
 from cmdgen.acceleration.slicer import decode_clip, encode_clip
@@ -25,7 +25,7 @@ from cmdgen.models.dit import DiT
 from cmdgen.pipelines.base import Clip, Denoising, Inputs, Observer
 from cmdgen.pipelines.decode import Decoder, encode_frames
 from cmdgen.pipelines.still import StillPipeline
-from cmdgen.request import Plan, Slices
+from cmdgen.request import Plan, Request, Slices
 from cmdgen.video.formats import Pixels
 
 
@@ -156,9 +156,8 @@ class CmdPipeline(StillPipeline):
 
     def encoding_slices(self, plan: Plan) -> Slices:
         """Return slices that keep the encoding of one clip within the plan's memory."""
-        return choose_encoding_slices(
-            plan.model, self.dtype, self.device, max_memory=plan.max_memory
-        )
+        work = Work(plan.model, self.dtype, verb="encode")
+        return choose_slices(work, self.device, plan.max_memory)
 
     @torch.inference_mode()
     def encode(
@@ -200,16 +199,20 @@ class CmdPipeline(StillPipeline):
     def decode(
         self,
         latents: Latents,
-        plan: Plan,
+        plan: Plan | None = None,
         observer: Observer | None = None,
         *,
         pixels: Pixels = "rgb24",
     ) -> Clip:
         """Return the clip of these latents, with their metadata; ValueError where they do not fit.
 
-        `plan` is of the latents' size and length.
+        `plan`, if any, is of the latents' size and length, and may limit memory.
         """
-        check_fit(plan.model, tuple(latents.content.shape), tuple(latents.motion.shape))
+        shapes = tuple(latents.content.shape), tuple(latents.motion.shape)
+        if plan is None:
+            model = fit_model(self.config, *shapes)
+            plan = self.plan(Request(frames=model.frames, size=(model.height, model.width)))
+        check_fit(plan.model, *shapes)
         observer = observer or Observer()
         observer.step("load", 0, 1)
         _ = self.autoencoder, self.vae

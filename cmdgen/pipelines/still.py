@@ -99,7 +99,7 @@ class StillPipeline(Pipeline):
             predict = (
                 self.graphed("content", unet.denoise)
                 if plan.key_steps is None
-                else self.rehashed(CutUNet(unet, "layer"), plan.key_steps.content)
+                else self.rehashed(CutUNet(unet), plan.key_steps.content)
             )
         model, vae = plan.model, self.vae.config
         states = text if model.guidance != 1 else text[:count]

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmdgen.config import WORLDS
 from cmdgen.data.clips import Clips, ClipSource
 from cmdgen.data.folder import Folder
-from cmdgen.data.world import World
+from cmdgen.world.config import WORLDS
+from cmdgen.world.world import World
 
 
 @dataclass(frozen=True)

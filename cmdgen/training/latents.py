@@ -9,11 +9,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cmdgen.acceleration.budget import choose_encoding_slices
-from cmdgen.acceleration.slicer import Slices, encode_clip, encode_pictures
+from cmdgen.acceleration.memory import Work, choose_slices
+from cmdgen.acceleration.slicer import encode_clip, encode_pictures
 from cmdgen.config import AutoencoderConfig, ModelConfig, VaeConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
+from cmdgen.request import Slices
 from cmdgen.schema import read_config
 from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
 from cmdgen.training.data import TrainingData
@@ -91,9 +92,8 @@ class Codec:
         if autoencoder is not None:
             model = replace(model, autoencoder=autoencoder)
         # weights are float32; in bf16 the convolutions alone run, and others hold no more than that
-        return choose_encoding_slices(
-            model, torch.float32, self.device, batch=batch, max_memory=self.max_memory
-        )
+        work = Work(model, torch.float32, batch, "encode")
+        return choose_slices(work, self.device, self.max_memory)
 
     def _encode(self, frames: Tensor, strips: int) -> Tensor:
         return frames if self.vae is None else encode_pictures(self.vae, frames, strips).float()

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from cmdgen.acceleration.slicer import (
     Moments,
-    Slices,
     decode_clip,
     decode_pictures,
     encode_clip,
@@ -18,6 +17,7 @@ from cmdgen.acceleration.slicer import (
 from cmdgen.config import AutoencoderConfig, VaeConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
+from cmdgen.request import Slices
 
 AUTOENCODER = AutoencoderConfig(channels=3, width=24, heads=2, depth=2, motion_channels=5)
 VAE = VaeConfig(block_out_channels=(8, 16, 24), norm_num_groups=4, layers_per_block=1)

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from cmdgen.cli.app import main
-from cmdgen.config import SampleConfig
 from cmdgen.evaluation.profile import Limits
-from cmdgen.pipeline import TextToVideo
+from cmdgen.pipelines.load import load_pipeline
 from cmdgen.video import write
 from cmdgen.video.read import read_metadata, read_video
 
@@ -54,7 +53,7 @@ def test_a_png_gets_the_content_frame_with_its_settings(cmdgen, tiny_model, tmp_
     path = tmp_path / "still.png"
     result = cmdgen("sample", PROMPT, "-o", path, "--model", tiny_model, "--seed", 7)
     assert (result.code, result.out) == (0, f"{path}\n")
-    clip = TextToVideo.load(tiny_model).sample(PROMPT, SampleConfig(seed=7))
+    clip = load_pipeline(tiny_model).sample(PROMPT, seed=7)
     with Image.open(path) as image:
         assert np.array_equal(np.asarray(image), clip.content)
     metadata = read_metadata(path)
@@ -717,7 +716,7 @@ def test_preview_is_rewritten_while_sampling(cmdgen, tiny_model, tmp_path, monke
     preview = tmp_path / "preview.png"
     sample = ("sample", PROMPT, "--model", tiny_model, "--steps", 4, "--seed", 3, "-o")
     assert cmdgen(*sample, tmp_path / "a.mp4", "--preview", preview).code == 0
-    clip = TextToVideo.load(tiny_model).sample(PROMPT, SampleConfig(seed=3, steps=4))
+    clip = load_pipeline(tiny_model).sample(PROMPT, seed=3, steps=4)
     assert len(seen) == 5
     with Image.open(preview) as image:
         assert np.array_equal(np.asarray(image), clip.content)

@@ -262,7 +262,7 @@ def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(
         motion = exact.sample_motion(plans, states, content, Observer(), Inputs())
         text, negative = states[:2], states[2:].expand(2, -1, -1)
         expected = slowly(
-            *("content", CutUNet(unet, "layer"), content_way, plan and plan.content),
+            *("content", CutUNet(unet), content_way, plan and plan.content),
             *((8, 8, 12), own.guidance, own.noise, (text,), (negative,)),
         )
         expected_motion = slowly(

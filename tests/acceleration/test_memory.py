@@ -1,4 +1,4 @@
-"""The memory model is held to what the operators really make, counted tensor by tensor."""
+"""Counts on shapes are held to what the operators make, counted tensor by tensor."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,26 +7,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cmdgen.acceleration.budget import (
+from cmdgen.acceleration.memory import (
+    LiveBytes,
     choose_encoding_slices,
     choose_slices,
     decoding_peak,
-    frame_decoding_peak,
-    frame_encoding_peak,
-    vae_decoding_peak,
-    vae_encoding_peak,
+    peak_bytes,
 )
-from cmdgen.acceleration.slicer import (
-    Slices,
-    decode_clip,
-    decode_pictures,
-    encode_clip,
-    encode_pictures,
-)
+from cmdgen.acceleration.slicer import decode_clip, decode_pictures, encode_clip, encode_pictures
 from cmdgen.config import CMD_SD21, MINI, ModelConfig
-from cmdgen.evaluation.memory import LiveBytes, peak_bytes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
+from cmdgen.request import Slices
 
 CPU = torch.device("cpu")
 WIDE_MINI = replace(MINI, height=128, width=192)

@@ -1,0 +1,301 @@
+"""Memory: bytes of tensors that are alive at once, and the largest slices that stay in a limit.
+
+What decoding and encoding hold is counted, not derived: the operators of `acceleration.slicer` run
+on the meta device, where a tensor has a shape and no values. Bytes are beside the weights. Not
+counted is what a library takes inside one operator, such as a convolution's workspace, and what an
+allocator keeps for later.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial, reduce
+from itertools import zip_longest
+from math import ceil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cmdgen.acceleration.slicer import decode_clip, decode_pictures, encode_clip, encode_pictures
+from cmdgen.config import ModelConfig
+from cmdgen.models.autoencoder import CmdAutoencoder
+from cmdgen.models.vae import KlVae
+from cmdgen.request import Slices
+from cmdgen.video.pixels import to_rgb24, to_unit
+from cmdgen.weights import build_empty
+from cmdgen_kernels.gated_attention import is_short, plain_attention
+
+# without a limit: bytes of the tokens in a slice, which a CPU's caches then hold beside weights
+SLICE_BYTES = {"cpu": 2**19}
+# and values of the VAE's largest map that are made at a time: more of them are not faster
+MAP_VALUES = 2**20
+
+aten = torch.ops.aten
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that operators made while it was entered: those alive, and the most.
+
+    Not counted: tensors that were there before, what an operator takes and gives back inside, and
+    under `inference_mode` what it takes that is made of others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch would import its compiler, which takes a second, to keep it out of here
+        return False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = _evaluate(function, args, kwargs)
+        for tensor in _tensors((result,)):
+            storage = tensor.untyped_storage()
+            if id(storage) not in self.storages and not any(
+                given.untyped_storage() is storage for given in _tensors((*args, *kwargs.values()))
+            ):
+                self._take(storage)
+        return result
+
+    def _take(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+        def give_back(_: object) -> None:
+            self.now -= size
+            del self.storages[key]
+
+        # torch keeps the Python object of a storage for as long as the storage lives
+        self.storages[key] = weakref.ref(storage, give_back)
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as libraries run it, without scores of long rows; the meta device has none."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return plain_attention(*args) if is_short(args[0]) else torch.empty_like(args[0])
+        return function(*args, **(kwargs or {}))
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Return the most bytes of tensors that `run` makes and holds at once, on any device."""
+    with torch.no_grad(), LiveBytes() as counter:
+        run()
+    return counter.peak
+
+
+@dataclass(frozen=True)
+class Work:
+    """Clips of one model that are decoded, or encoded, together, on the meta device."""
+
+    model: ModelConfig
+    dtype: torch.dtype
+    batch: int = 1
+    verb: str = "decode"
+
+    @cached_property
+    def latent_size(self) -> tuple[int, int]:
+        """Return height and width of the latents, which are pixels where there is no VAE."""
+        stride = 1 if self.model.vae is None else self.model.vae.stride
+        return self.model.height // stride, self.model.width // stride
+
+    @cached_property
+    def vae(self) -> KlVae | None:
+        """Build the VAE, without residual blocks that hold the same as those before them."""
+        if self.model.vae is None:
+            return None
+        layers = 1 if self.verb == "decode" else min(2, self.model.vae.layers_per_block)
+        return build_empty(KlVae, replace(self.model.vae, layers_per_block=layers)).to(self.dtype)
+
+    @cached_property
+    def autoencoder(self) -> CmdAutoencoder | None:
+        """Build the autoencoder; one block is enough, as it holds nothing when it has ended."""
+        if self.model.autoencoder is None or self.model.frames == 1:
+            return None
+        return build_empty(CmdAutoencoder, replace(self.model.autoencoder, depth=1)).to(self.dtype)
+
+    @property
+    def runs(self) -> "tuple[Run, ...]":
+        """Return what the VAE runs and, for videos, what the autoencoder runs."""
+        return (run_vae, run_autoencoder) if self.model.frames > 1 else (run_vae,)
+
+    def peak(self, slices: Slices) -> int:
+        """Return the most bytes of tensors at once, beside the weights."""
+        return max(count_peak(run, self, slices) for run in self.runs)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """() -> a tensor without values."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    def latents(self) -> Tensor:
+        """() -> (B, T, C, h, w)."""
+        vae, autoencoder, sides = self.model.vae, self.model.autoencoder, self.latent_size
+        channels = vae.latent_channels if vae else autoencoder.channels if autoencoder else 3
+        return self.empty(self.batch, self.model.frames, channels, *sides)
+
+
+# a network's operators in these slices
+Run = Callable[[Work, Slices], object]
+
+
+def run_vae(work: Work, slices: Slices) -> None:
+    """Run a first slice, beside all frames and two copies of all latents."""
+    shape = work.batch * work.model.frames, 3, work.model.height, work.model.width
+    frames = work.empty(*shape, dtype=torch.uint8)
+    latents, *others = (work.latents().flatten(0, 1) for _ in range(2))
+    if work.verb == "encode":
+        pictures = to_unit(frames[: slices.pictures])
+        if work.vae is not None:
+            encode_pictures(work.vae, pictures.to(work.dtype), slices.strips)
+    elif work.vae is not None:
+        to_rgb24(decode_pictures(work.vae, latents[: slices.pictures], slices.strips))
+    del others
+
+
+def run_autoencoder(work: Work, slices: Slices) -> None:
+    """Run all clips: latents to content and motion, or the other way."""
+    autoencoder = work.autoencoder
+    assert autoencoder is not None
+    if work.verb == "encode":
+        encode_clip(autoencoder, work.latents().transpose(1, 2), slices)
+        return
+    config, (height, width) = autoencoder.config, work.latent_size
+    positions = width // config.patch + height // config.patch
+    content = work.empty(work.batch, config.channels, height, width)
+    motion = work.empty(work.batch, config.motion_channels, work.model.frames, positions)
+    decode_clip(autoencoder, content, motion, slices)
+
+
+@cache
+def count_peak(run: Run, work: Work, slices: Slices) -> int:
+    """Return the most bytes that a run holds at once, beside the weights."""
+    _ = work.vae, work.autoencoder
+    with FusedAttention():
+        return peak_bytes(partial(run, work, slices))
+
+
+def choose_slices(work: Work, device: torch.device, max_memory: int | None = None) -> Slices:
+    """Return the largest slices in which the work holds at most `max_memory` bytes.
+
+    Without a limit, return the fastest slices, and count nothing. Raises ValueError where the
+    smallest slices hold more.
+    """
+    slices = _fastest_slices(work, device)
+    if max_memory is None:
+        return slices
+    rows, _ = work.latent_size
+    pairs = zip_longest(_halvings(slices.frames), _halvings(slices.positions), fillvalue=1)
+    ladders: tuple[list[dict[str, int]], ...] = (
+        # strips are slower: single pictures come first
+        [{"pictures": count} for count in _halvings(slices.pictures)]
+        + [{"pictures": 1, "strips": ceil(rows / high)} for high in _halvings(rows)],
+        [{"frames": frames, "positions": positions} for frames, positions in pairs],
+    )
+    for run, ladder in zip(work.runs, ladders, strict=False):
+        for step in ladder:
+            slices = replace(slices, **step)
+            if count_peak(run, work, slices) <= max_memory:
+                break
+        else:
+            finest = Slices(frames=1, positions=1, pictures=1, strips=rows)
+            least = work.peak(finest)
+            model, count = work.model, work.batch * work.model.frames
+            raise ValueError(
+                f"max memory {max_memory / 1e6:g} MB: to {work.verb} {count} frames of "
+                f"{model.width}x{model.height} takes at least {ceil(least / 1e6)} MB"
+            )
+    return slices
+
+
+def _fastest_slices(work: Work, device: torch.device) -> Slices:
+    """Return whole clips, a frame of each through the VAE; on a CPU, what its caches hold."""
+    model, (height, width) = work.model, work.latent_size
+    frames, pictures = work.batch * model.frames, work.batch
+    if model.frames == 1 or model.autoencoder is None:
+        return Slices(frames, positions=1, pictures=pictures)
+    tokens = height * width // model.autoencoder.patch**2
+    positions = work.batch * tokens
+    if model.vae is not None:
+        values = model.height * model.width * model.vae.block_out_channels[0]
+        while 2 * pictures <= min(frames, MAP_VALUES // values):
+            pictures *= 2
+    if device.type in SLICE_BYTES:
+        length = SLICE_BYTES[device.type] // (model.autoencoder.width * work.dtype.itemsize)
+        frames = min(frames, max(1, length // tokens))
+        positions = min(positions, max(1, length // model.frames))
+    return Slices(frames, positions, pictures)
+
+
+def _halvings(count: int) -> Iterator[int]:
+    """Yield a number, half of it, and so on to 1; halves are rounded up."""
+    while count > 1:
+        yield count
+        count = ceil(count / 2)
+    yield 1
+
+
+# The shape functions of these operators are Python, and the first of them imports torch's compiler,
+# which takes a second. On the meta device others of the same result take their place.
+_POINTWISE = {
+    *("add", "sub", "rsub", "mul", "div", "pow", "exp", "sqrt", "cos", "tanh", "gelu", "silu"),
+    *("addcmul", "round", "clamp"),
+}
+_STAND_INS: dict[object, Callable[..., object]] = {
+    aten.arange.default: lambda end, **options: torch.empty(int(end), **options),
+    aten.addmm.default: lambda bias, x, weight: aten.mm(x, weight),
+    aten.mean.dim: aten.sum.dim_IntList,
+    aten.polar.default: aten.complex.default,
+    aten.upsample_bilinear2d.vec: lambda x, size, _, scale: aten.upsample_nearest2d(x, size, scale),
+    aten.native_layer_norm.default: lambda x, *_: (torch.empty_like(x), x[:0], x[:0]),
+    aten.native_group_norm.default: lambda x, *_: (torch.empty_like(x), x[:0], x[:0]),
+    aten.stack.default: lambda parts, *_: parts[0].new_empty(len(parts), *parts[0].shape),
+    # padding, unlike `new_empty`, keeps the order of memory
+    aten.cat.default: lambda parts, dim=0: F.pad(
+        parts[0],
+        (0, 0) * (parts[0].ndim - 1 - dim % parts[0].ndim)
+        + (0, sum(part.shape[dim] for part in parts[1:])),
+    ),
+}
+
+
+def _evaluate(function: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operator; on the meta device without its shape function where there is another way."""
+    tensors = list(_tensors(args))
+    device = tensors[0].device if tensors else kwargs.get("device")
+    if device is None or device.type != "meta":
+        return function(*args, **kwargs)
+    if function._schema.is_mutable:
+        return kwargs.get("out", args[0])
+    if function in _STAND_INS:
+        return _STAND_INS[function](*args, **kwargs)
+    name = function._schema.name.removeprefix("aten::")
+    if name not in _POINTWISE or not all(x.is_floating_point() or x.is_complex() for x in tensors):
+        return function(*args, **kwargs)
+    sizes = zip_longest(*(reversed(tensor.shape) for tensor in tensors), fillvalue=1)
+    shape = tuple(max(size) for size in sizes)[::-1]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    # in the largest one's order of memory
+    return torch.empty_like(max(tensors, key=Tensor.numel).expand(shape), dtype=dtype)
+
+
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
