@@ -42,9 +42,9 @@ for verb in (sample, encode, decode, reconstruct, inspect):
     app.command(cls=Command, rich_help_panel=VIDEOS)(expand(verb))
 for name, group in {"models": models, "train": train, "data": data, "rehash": rehash}.items():
     app.add_typer(group, name=name, rich_help_panel=MODELS)
-app.command("eval", cls=Command, rich_help_panel=MODELS)(evaluate)
+app.command("eval", cls=Command, rich_help_panel=MODELS)(expand(evaluate))
 app.command(cls=Command, rich_help_panel=MACHINE)(doctor)
-app.command(cls=Command, epilog=JSON_KEYS, rich_help_panel=MACHINE)(profile)
+app.command(cls=Command, epilog=JSON_KEYS, rich_help_panel=MACHINE)(expand(profile))
 app.command(cls=Command, rich_help_panel=MACHINE)(completion)
 
 

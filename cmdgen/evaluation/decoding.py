@@ -5,15 +5,17 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cmdgen.acceleration.memory import choose_slices, decoding_peak, peak_bytes
+from cmdgen.acceleration.memory import Work, choose_slices, peak_bytes
 from cmdgen.acceleration.slicer import decode_clip, decode_pictures
 from cmdgen.config import ModelConfig
 from cmdgen.evaluation.profile import Show, Stopwatch
 from cmdgen.latents import latent_shapes
+from cmdgen.models.autoencoder import CmdAutoencoder
+from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
-from cmdgen.store.parts import NETWORKS, network_configs
 from cmdgen.video.pixels import to_rgb24
 
 # decoding in slices is to stay below this share of the peak of whole clips
@@ -44,20 +46,20 @@ class _Decoder:
     """The networks that decode, with random weights, and one clip for them."""
 
     def __init__(self, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        configs = network_configs(model)
-        with device:
-            self.autoencoder, self.vae = (
-                NETWORKS[name].network(configs[name]).to(dtype) for name in ("autoencoder", "vae")
-            )
-            self.halves = [torch.randn(1, *shape).to(dtype) for shape in latent_shapes(model)]
+        assert model.autoencoder is not None and model.vae is not None
         self.device = device
+        with device:
+            self.autoencoder = CmdAutoencoder(model.autoencoder).to(dtype)
+            self.vae = KlVae(model.vae).to(dtype)
+            content, motion = (torch.randn(1, *shape).to(dtype) for shape in latent_shapes(model))
+        self.halves = content, motion
 
     def decode(self, slices: Slices | None) -> dict[str, float]:
         """() -> seconds of the autoencoder and of the VAE, the latter from its first slice."""
         watch = Stopwatch(self.device)
         with watch.stage("clip"):
             if slices is None:
-                latents = self.autoencoder.decode(*self.halves)
+                latents: Tensor = self.autoencoder.decode(*self.halves)
             else:
                 latents = decode_clip(self.autoencoder, *self.halves, slices)
             latents = rearrange(latents, "1 c t h w -> t c h w").contiguous()
@@ -94,13 +96,13 @@ def compare_decoding(
     alone, on a GPU what PyTorch allocated. Raises ValueError where the target cannot be met.
     """
     with FakeTensorMode() if device.type == "cpu" else nullcontext():
-        decoder = _Decoder(model, device, dtype)
+        decoder, work = _Decoder(model, device, dtype), Work(model, dtype)
         whole = decoder.measure_memory(None)
         budget = int(TARGET * next(iter(whole.values())))
         ways = {
             "whole": None,
-            "default": choose_slices(model, dtype, device),
-            "least": choose_slices(model, dtype, device, max_memory=budget),
+            "default": choose_slices(work, device),
+            "least": choose_slices(work, device, budget),
         }
         memory = {name: decoder.measure_memory(slices) for name, slices in ways.items()}
     if device.type == "cpu":
@@ -115,7 +117,7 @@ def compare_decoding(
         name: Decoding(
             slices=slices,
             memory=memory[name],
-            predicted=None if slices is None else decoding_peak(model, slices, dtype),
+            predicted=None if slices is None else work.peak(slices),
             clip_seconds=min(each["clip"] for each in seconds[name]),
             vae_seconds=min(each["vae"] for each in seconds[name]),
         )

@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cmdgen.acceleration.memory import decoding_peak
+from cmdgen.acceleration.calibration import PARTS
+from cmdgen.acceleration.memory import Work
 from cmdgen.evaluation.flops import count_work, list_forwards
-from cmdgen.evaluation.profile import SAMPLED, Limits
+from cmdgen.evaluation.profile import Limits
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request
 
@@ -57,9 +58,9 @@ def estimate_activations(plan: Plan, dtype: torch.dtype, *, batch: int = 1) -> i
     doubled = {"content": model.guidance != 1, "motion": model.motion_guidance != 1}
     peaks = [
         forwards[name].peak * dtype.itemsize // 4 * batch * (1 + doubled.get(name, False))
-        for name in ("text", *SAMPLED[: 1 + plan.moves])
+        for name in ("text", *PARTS[: 1 + plan.moves])
     ]
-    return max(*peaks, decoding_peak(model, plan.slices, dtype, batch=batch))
+    return max(*peaks, Work(model, dtype, batch).peak(plan.slices))
 
 
 def find_fitting(pipeline: StillPipeline, request: Request, memory: int) -> Request | None:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cmdgen.acceleration.memory import FusedAttention, peak_bytes
 from cmdgen.acceleration.rehash import CutDiT, CutUNet
 from cmdgen.config import CMD_SD21, ModelConfig
+from cmdgen.latents import latent_shapes
 from cmdgen.pipelines.base import TIMESTEPS_TOGETHER
 from cmdgen.request import Plan, Request, resolve
 from cmdgen.store.parts import NETWORKS, network_configs
@@ -59,7 +60,7 @@ class Products:
 
     @property
     def published(self) -> int:
-        """Return what a counter reports that sees a multiply-add as one, fused attention as none."""
+        """Return the count of one that sees multiply-adds as one, fused attention as none."""
         return self.multiply_adds - self.attention
 
 
@@ -189,9 +190,9 @@ def list_forwards(model: ModelConfig) -> dict[str, Forward]:
     Those that make content and motion run in pieces: what each step runs, in full or reusing
     features, and what is made beforehand. Raises ValueError as `build_networks`.
     """
-    # whatever else differs, the shapes do not
-    plain = {"steps": 1, "motion_steps": 1, "guidance": 1.0, "motion_guidance": 1.0, "fps": 1}
-    return _list_forwards(replace(model, **plain, sampler="ddim", guidance_interval=None))
+    # one forward is the same whatever the sampler does
+    model = replace(model, sampler="", steps=1, motion_steps=1, guidance_interval=None, fps=1)
+    return _list_forwards(replace(model, guidance=1.0, motion_guidance=1.0))
 
 
 @lru_cache(maxsize=8)
@@ -218,10 +219,9 @@ def _list_forwards(model: ModelConfig) -> dict[str, Forward]:
     if model.frames == 1 or not {"autoencoder", "motion"} <= networks.keys():
         return forwards
     autoencoder, dit = networks["autoencoder"], networks["motion"]
-    patch, channels = autoencoder.config.patch, autoencoder.config.motion_channels
     clip = still.unsqueeze(2).expand(-1, -1, model.frames, -1, -1)
-    motion = empty(1, channels, model.frames, sum(side // patch for side in sides))
-    ground = {"context": still, "split": sides[1] // patch}
+    motion = empty(1, *latent_shapes(model)[1])
+    ground = {"context": still, "split": sides[1] // autoencoder.config.patch}
     condition = {"text": None if dit.config.text_width is None else states}
     modulate = partial(dit.modulations, time, **condition)
     place = partial(dit.place, *motion.shape[-2:], **ground)
@@ -260,18 +260,17 @@ def list_uses(plan: Plan, *, batch: int = 1) -> dict[str, list[Use]]:
         branches = 1 if guidance == 1 else 2
         texts = batch + branches - 1
         full = steps if plan.key_steps is None else len(getattr(plan.key_steps, part))
-        # what all steps share: name, samples, runs
-        shared = {
-            "content": [("text", texts, 1), ("time", steps, _projections(steps))],
-            "motion": [("place", batch, 1), ("time", texts * steps, _projections(steps))],
-        }
+        # what all steps share: samples of the condition and of the timesteps
+        condition, samples, times = {
+            "content": ("text", texts, steps),
+            "motion": ("place", batch, steps * texts),
+        }[part]
+        projections = ceil(steps / TIMESTEPS_TOGETHER)
         uses[part] = [
             Use(forwards[f"{part} step"], batch * branches * full, full),
             Use(forwards[f"{part} skipped"], batch * branches * (steps - full), steps - full),
-            *(
-                Use(forwards[f"{part} {name}"], *often, shared=True)
-                for name, *often in shared[part]
-            ),
+            Use(forwards[f"{part} {condition}"], samples, shared=True),
+            Use(forwards[f"{part} time"], times, projections, shared=True),
         ]
     pictures, together = [batch], plan.slices.pictures
     if plan.moves:
@@ -280,10 +279,6 @@ def list_uses(plan: Plan, *, batch: int = 1) -> dict[str, list[Use]]:
         pictures.append(batch * model.frames)
     runs = sum(ceil(each / together) for each in pictures)
     return uses | {"VAE decode": [Use(forwards["VAE decode"], sum(pictures), runs)]}
-
-
-def _projections(steps: int) -> int:
-    return ceil(steps / TIMESTEPS_TOGETHER)
 
 
 def count_work(plan: Plan, dtype: torch.dtype, *, batch: int = 1) -> dict[str, Work]:

@@ -7,6 +7,7 @@ clips to watch itself.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from cmdgen.acceleration.slicer import decode_clip, encode_clip
 from cmdgen.evaluation.metrics import SquaredError, frechet_distance
-from cmdgen.evaluation.probe import HEADS, Probe
+from cmdgen.evaluation.probe import HEADS, PACKAGED, Probe
 from cmdgen.evaluation.profile import Show, Stopwatch, vary
 from cmdgen.evaluation.report import Figure, Report
 from cmdgen.evaluation.settings import Evaluation
 from cmdgen.pipelines.cmd import CmdPipeline
+from cmdgen.pipelines.load import load_pipeline
 from cmdgen.request import Plan, Request
+from cmdgen.world.config import MINI_WORLD
 from cmdgen.world.world import World
 
 # targets in decibels; of the subject after the autoencoder, so many above the mean frame's
@@ -84,7 +87,7 @@ class Readings:
 class Evaluator:
     """A model, and the world and the probe that it is measured by.
 
-    Raises ValueError for a model of stills, and where the probe was trained for another world.
+    Raises ValueError where the probe was trained for another world.
     """
 
     pipeline: CmdPipeline
@@ -93,11 +96,8 @@ class Evaluator:
     show: Show
 
     def __post_init__(self) -> None:
-        config, world = self.pipeline.config, self.world
-        if config.motion is None:
-            raise ValueError(f"{config.name} makes stills: videos alone are measured")
-        for head, names in zip(HEADS, (world.subjects, world.motions, world.scenes), strict=True):
-            if getattr(self.probe.config, head) != names:
+        for head in HEADS:
+            if getattr(self.probe.config, head) != getattr(self.world, f"{head}s"):
                 raise ValueError(f"the probe knows {head}s of another world: train it again")
 
     def labels(self, rows: Tensor) -> dict[str, Tensor]:
@@ -118,7 +118,8 @@ class Evaluator:
     def evaluate(self, options: Evaluation) -> Report:
         """Measure every figure."""
         figures, rebuilt = self.measure_reconstruction(options)
-        notes, details = _RECONSTRUCTION_NOTES, {}
+        notes = _RECONSTRUCTION_NOTES
+        details: dict[str, object] = {}
         if options.clips:
             more, details = self.measure_generation(options, rebuilt)
             figures, notes = figures + more, notes + _GENERATION_NOTES
@@ -133,7 +134,7 @@ class Evaluator:
         return Report(title, figures, [note.format(**sizes) for note in notes], settings, details)
 
     def measure_reconstruction(self, options: Evaluation) -> tuple[list[Figure], Readings]:
-        """Measure PSNR of VAE, CMD autoencoder and mean frame; read what the probe sees after CMD."""
+        """Measure PSNR of VAE, CMD autoencoder and mean frame; show the probe what CMD rebuilds."""
         pipeline, model = self.pipeline, self.pipeline.config
         # of whole frames, and of the subject alone
         errors: tuple[dict[str, SquaredError], ...] = (
@@ -233,6 +234,20 @@ class Evaluator:
         """(N, c, h, w) scaled -> (N, 3, H, W) float32 in [0, 1], on the CPU."""
         pixels = self.pipeline.vae.from_latents(latents).float().cpu()
         return ((pixels + 1) / 2).clamp(0, 1)
+
+
+def load_evaluator(model: str, device: str, probe: Path | None = None, *, show: Show) -> Evaluator:
+    """Return what measures a model by the small world; ValueError where that cannot be."""
+    pipeline = load_pipeline(model, device=device)
+    folder = probe or PACKAGED
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no probe in {folder}: make one by `cmdgen eval --train-probe FOLDER`"
+        )
+    if not isinstance(pipeline, CmdPipeline):
+        raise ValueError(f"{pipeline.config.name} makes stills: videos alone are measured")
+    reader = Probe.from_pretrained(folder).to(pipeline.device)
+    return Evaluator(pipeline, World(MINI_WORLD), reader, show)
 
 
 def _stack(pictures: Sequence[np.ndarray]) -> Tensor:

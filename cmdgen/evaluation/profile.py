@@ -2,18 +2,19 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as record
 
+from cmdgen.acceleration.calibration import PARTS
 from cmdgen.evaluation.flops import Work, count_work
 from cmdgen.files import replace_with
 from cmdgen.pipelines.base import dtype_name
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 PROMPT = "a corgi swimming"
-SAMPLED = ("content", "motion")
 # a machine's limits are those of the product of two square matrices, and of copying a buffer that
 # no cache holds
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -122,13 +122,13 @@ class Tracer(Observer):
     def stage(self, name: str) -> Iterator[None]:
         """Name a stage, and its first step."""
         with record_function(name), self.names:
-            if name in SAMPLED:
+            if name in PARTS:
                 self.names.enter_context(record_function(f"{name} step 1"))
             yield
 
     def step(self, stage: str, done: int, total: int) -> None:
         """Name the next step."""
-        if stage in SAMPLED:
+        if stage in PARTS:
             self.names.close()
             if done < total:
                 self.names.enter_context(record_function(f"{stage} step {done + 1}"))
@@ -186,6 +186,16 @@ class Row:
         """Return the content model's seconds for a step, full or skipped, in the median run."""
         return median(self.stages["content"].seconds) / self.plan.model.steps
 
+    def to_dict(self, limits: Limits) -> dict[str, Any]:
+        """Return the keys that `cmdgen profile --help` explains."""
+        full, model = full_steps(self.plan), self.plan.model
+        return self.total.to_dict(limits) | {
+            **dict(zip(("full_steps", "full_motion_steps"), full, strict=True)),
+            **{"guidance": model.guidance, "motion_guidance": model.motion_guidance},
+            "content_step_seconds": self.step_seconds,
+            "stages": {name: stage.to_dict(limits) for name, stage in self.stages.items()},
+        }
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -196,46 +206,37 @@ class Profile:
     rows: dict[str, Row]
 
 
-# makes clips under a clock; the path, without a suffix, is theirs
-Make = Callable[[StillPipeline, Sequence[Plan], Stopwatch, Path], None]
-
-
-def save(pipeline: StillPipeline, plans: Sequence[Plan], observer: Observer, path: Path) -> None:
-    """Make clips, then their files: one stage after another."""
-    clips = pipeline.run(plans, observer, pixels="yuv420p")
-    with observer.stage("video encode"):
-        for i, clip in enumerate(clips):
-            clip.save(f"{path}-{i}.{'mp4' if plans[0].moves else 'png'}")
-
-
-def stream(pipeline: StillPipeline, plans: Sequence[Plan], watch: Stopwatch, path: Path) -> None:
-    """Make one clip and write its frames as they are decoded, as `cmdgen sample` does."""
-    (plan,) = plans
-    model, about = plan.model, pipeline.describe(plan)
-    size = model.height, model.width
-    with open_video(f"{path}.mp4", size, model.fps, about, pixels="yuv420p") as watch.write:
-        pipeline.run(plans, watch, pixels="yuv420p")
-
-
-def discard(pipeline: StillPipeline, plans: Sequence[Plan], watch: Stopwatch, path: Path) -> None:
-    """Make clips and write nothing."""
-    pipeline.run(plans, watch)
-
-
 @dataclass(frozen=True)
 class Way:
     """How clips are made, and what of it counts."""
 
     plan: Plan
     batch: int = 1
-    make: Make = save
-    # None: all that run
+    # whether frames are encoded after all other stages, as they are decoded, or not at all
+    encode: Literal["after", "during", "never"] = "after"
+    # stages that count; None: all
     stages: tuple[str, ...] | None = None
 
     def clips(self, run: int) -> list[Plan]:
         """Return the plans of clips whose seeds no other run has: nothing serves a second time."""
         first = run * self.batch
         return [vary(self.plan, PROMPT, seed) for seed in range(first, first + self.batch)]
+
+    def make(self, pipeline: StillPipeline, observer: Observer, path: Path, run: int = 0) -> None:
+        """Make the clips of one run; `path`, with a suffix, is where their files go."""
+        plans, model = self.clips(run), self.plan.model
+        with ExitStack() as stack:
+            if self.encode == "during":
+                # as `cmdgen sample` does
+                assert isinstance(observer, Stopwatch)
+                size, about = (model.height, model.width), pipeline.describe(plans[0])
+                file = open_video(f"{path}.mp4", size, model.fps, about, pixels="yuv420p")
+                observer.write = stack.enter_context(file)
+            clips = pipeline.run(plans, observer, pixels="yuv420p")
+        if self.encode == "after":
+            with observer.stage("video encode"):
+                for i, clip in enumerate(clips):
+                    clip.save(f"{path}-{i}.{'mp4' if self.plan.moves else 'png'}")
 
 
 def vary(plan: Plan, prompt: str, seed: int) -> Plan:
@@ -274,7 +275,7 @@ def profile(
                 watch, started = Stopwatch(device), time.perf_counter()
                 # the pipeline of the run before is let go of before this one reads its weights
                 pipeline = load()
-                way.make(pipeline, way.clips(i), watch, Path(folder) / f"{name}-{i}")
+                way.make(pipeline, watch, Path(folder, f"{name}-{i}"), i)
                 _wait(device)
                 seconds.append(time.perf_counter() - started)
                 watches.append(watch)
@@ -307,7 +308,7 @@ def _finish(way: Way, dtype: torch.dtype, watches: list[Stopwatch], seconds: lis
         for stage in way.stages or work
     }
     counted = [stage.work for stage in stages.values()]
-    if way.make is discard:
+    if way.encode == "never":
         seconds = [sum(each) for each in zip(*(s.seconds for s in stages.values()), strict=True)]
     sums = {
         name: sum(getattr(each, name) for each in counted)
@@ -331,14 +332,14 @@ def plan_suite(pipeline: StillPipeline, request: Request) -> dict[str, Way]:
     paper = replace(clip, guidance=1.0, motion_guidance=1.0)
     stages = (*PAPER_STAGES, "VAE decode")
     ways = {
-        "paper": Way(pipeline.plan(paper), make=discard, stages=PAPER_STAGES),
-        "clip": Way(pipeline.plan(clip), make=stream, stages=stages),
+        "paper": Way(pipeline.plan(paper), encode="never", stages=PAPER_STAGES),
+        "clip": Way(pipeline.plan(clip), encode="during", stages=stages),
     }
     for name, share in SHARES.items():
         # the first step runs, and one more at least; this policy alone needs no calibration
         full = max(2, round(share * steps))
         rehash = replace(clip, rehash=full, rehash_policy="uniform")
-        ways[name] = Way(pipeline.plan(rehash), make=stream, stages=stages)
+        ways[name] = Way(pipeline.plan(rehash), encode="during", stages=stages)
     return ways
 
 
@@ -348,7 +349,7 @@ def trace(pipeline: StillPipeline, way: Way, path: Path) -> None:
     if pipeline.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with TemporaryDirectory() as folder, record(activities=activities) as recorded:
-        save(pipeline, way.clips(0), Tracer(), Path(folder) / "clip")
+        way.make(pipeline, Tracer(), Path(folder, "clip"))
     with replace_with(path) as temporary:
         recorded.export_chrome_trace(str(temporary))
 

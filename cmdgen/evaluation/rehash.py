@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cmdgen.acceleration.calibration import Calibration, Measurement, Predict
+from cmdgen.acceleration.calibration import PARTS, Calibration, Measurement, Predict
 from cmdgen.acceleration.keysteps import count_protected
 from cmdgen.acceleration.rehash import CutDiT, CutUNet
 from cmdgen.config import POLICIES
 from cmdgen.evaluation.measure import Evaluator, Readings
 from cmdgen.evaluation.metrics import SquaredError, structural_similarity
 from cmdgen.evaluation.probe import HEADS
-from cmdgen.evaluation.profile import SAMPLED, Show, Stopwatch, full_steps, vary
+from cmdgen.evaluation.profile import Show, Stopwatch, full_steps, vary
 from cmdgen.evaluation.report import table
 from cmdgen.evaluation.settings import Comparing
 from cmdgen.pipelines.base import Inputs
@@ -46,7 +46,7 @@ def calibrate(
     (K - P)^3 / 6 times for each prompt.
     """
     model = plan.model
-    steps = dict(zip(SAMPLED, (model.steps, model.motion_steps)[: 1 + plan.moves], strict=False))
+    steps = dict(zip(PARTS, (model.steps, model.motion_steps)[: 1 + plan.moves], strict=False))
     for part, count in steps.items():
         if count < 2:
             raise ValueError(f"{part} in {count} step has nothing to reuse: ask for 2 or more")
@@ -63,18 +63,15 @@ def calibrate(
         done[part] += 1
         show(part, done[part], len(starts) * sums[part].runs)
 
-    fixed = Observer(), Inputs()
     with torch.cuda.device(pipeline.device) if pipeline.device.type == "cuda" else nullcontext():
         for start in starts:
             some = enumerate(prompts[start : start + batch], start)
             plans = [vary(plan, prompt, seed) for seed, prompt in some]
             text = pipeline.encode_text(plans)
 
-            def sample_content(predict: Predict) -> Tensor:
-                return pipeline.sample_content(plans, text, *fixed, predict=predict)
-
             network = CutUNet(pipeline.unet)
-            content = sums["content"].add(network, sample_content, partial(count_run, "content"))
+            sample = partial(pipeline.sample_content, plans, text, Observer(), Inputs())
+            content = sums["content"].add(network, sample, partial(count_run, "content"))
             if isinstance(pipeline, CmdPipeline) and plan.moves:
                 motion = partial(_sample_motion, pipeline, plans, text, content)
                 sums["motion"].add(CutDiT(pipeline.motion), motion, partial(count_run, "motion"))
@@ -183,7 +180,7 @@ def compare_rehash(evaluator: Evaluator, options: Comparing) -> Comparison:
             watch, started = Stopwatch(pipeline.device), time.perf_counter()
             frames, _ = evaluator.sample(sums.plan, rows, seed, watch)
             sums.seconds += time.perf_counter() - started
-            sums.sampler_seconds += sum(watch.seconds[part] for part in SAMPLED)
+            sums.sampler_seconds += sum(watch.seconds[part] for part in PARTS)
             sums.readings.add(frames, labels)
             values = (frames.float() / 255).flatten(0, 1)
             if reference is None:

@@ -1,5 +1,6 @@
-"""What the commands that measure can be asked for. Never imports torch."""
+"""Options of the commands that measure. Never imports torch."""
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,12 @@ _protect = partial(
     low=0,
     high=1,
 )
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise ValueError where no file can be written."""
+    if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise ValueError(f"{path}: not the name of a file in a folder that can be written to")
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class Profiling:
 
     def __post_init__(self) -> None:
         read_fields(self)
+        check_writable(self.trace)
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,8 @@ class Calibrating:
 
     def __post_init__(self) -> None:
         read_fields(self)
+        check_writable(self.output)
+        check_writable(self.plot)
 
 
 @dataclass(frozen=True)
