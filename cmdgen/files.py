@@ -121,6 +121,8 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> dict[str, Any]:
         if "\\ud" in text.lower():
             # a lone surrogate has no encoding
             json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("text is not valid UTF-8") from error
     except RecursionError as error:
         raise ValueError("JSON is nested too deeply") from error
     if not isinstance(data, dict):

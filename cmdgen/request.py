@@ -17,7 +17,7 @@ from reprlib import repr as short
 from typing import Any
 
 from cmdgen.config import POLICIES, SAMPLERS, ModelConfig
-from cmdgen.options import option, option_of, options_of, read_fields, read_value
+from cmdgen.options import check_text, option, option_of, options_of, read_fields, read_value
 
 WHAT, HOW, FASTER, FILE = (
     "What is made",
@@ -84,7 +84,7 @@ def parse_rehash(text: str) -> int | Steps | None:
         return None
     if re.fullmatch(r"[0-9]{1,6}", text):
         return int(text)
-    if len(text) > 2**14 or not re.fullmatch(r"0(,[0-9]{1,4})*(\+0(,[0-9]{1,4})*)?", text):
+    if len(text) > 2**13 or not re.fullmatch(r"0(,[0-9]{1,4})*(\+0(,[0-9]{1,4})*)?", text):
         raise ValueError(
             f"rehash {short(text)} is neither off nor a number of steps, such as 13, nor the steps "
             "themselves, such as 0,1,4+0,2"
@@ -263,6 +263,11 @@ class Request:
 
 # fields that name files, which metadata identifies by name and SHA-256
 INPUT_FIELDS = ("content_from", "motion_from", "image")
+# fields that metadata records and --like takes from it: never names of files
+RECORDED_FIELDS = frozenset(options_of(Request)) - {
+    *INPUT_FIELDS,
+    *("output", "rehash_file", "rehash_protect", "sidecar", "no_metadata"),
+}
 JOB_FIELDS = frozenset(
     name for name, (item, _, _) in options_of(Request).items() if option_of(item).per_job
 )
@@ -299,6 +304,8 @@ def _read_json(name: str, value: Any) -> Any:
         raise ValueError(f"{name} {short(value)} is not text")
     if kind is float and not isinstance(value, int | float):
         raise ValueError(f"{name} {short(value)} is not a number")
+    if isinstance(value, str):
+        value = check_text(name, value)
     return read_value(Request, name, value)
 
 
@@ -477,9 +484,7 @@ def recall_request(metadata: Mapping[str, Any]) -> dict[str, Any]:
         values.pop("rehash_policy", None)
         values.pop("rehash_threshold", None)
     return {
-        name: _read_json(name, value)
-        for name, value in values.items()
-        if name in options_of(Request) and name not in INPUT_FIELDS
+        name: _read_json(name, value) for name, value in values.items() if name in RECORDED_FIELDS
     }
 
 
@@ -487,10 +492,11 @@ def _translate(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return metadata in today's form; files of version 0.1 kept some values otherwise."""
     values = dict(metadata)
     if "width" in values or "height" in values:
-        sides = [values.pop(name, None) for name in ("width", "height")]
-        if any(type(side) is not int for side in sides):
-            raise ValueError(f"width and height {short(sides)} are not whole numbers")
-        values["size"] = "{}x{}".format(*sides)
+        sides = {name: values.pop(name, None) for name in ("width", "height")}
+        for name, side in sides.items():
+            if type(side) is not int:
+                raise ValueError(f"{name} {short(side)} is not a whole number")
+        values["size"] = "{width}x{height}".format(**sides)
     interval = values.get("guidance_interval")
     if isinstance(interval, list):
         if [type(share) for share in interval] != [float, float]:

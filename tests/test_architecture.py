@@ -15,7 +15,7 @@ LAYERS = (
     ("pipeline", "pipelines", "training", "evaluation"),
     ("store",),
     ("acceleration", "compression"),
-    ("diffusion", "latents", "models", "data", "video", "weights"),
+    ("diffusion", "latents", "models", "data", "video", "weights", "world"),
     ("schema",),
     ("request",),
     ("config", "options", "__init__", "files"),

@@ -13,6 +13,7 @@ from typer.completion import completion_init, get_completion_script, shell_compl
 
 from cmdgen.config import packaged_models
 from cmdgen.video.formats import CODECS, FORMATS
+from cmdgen.world.config import WORLDS
 
 VARIABLE = "_CMDGEN_COMPLETE"
 # what separates a word from its meaning in what a shell's script reads; bash shows no meanings
@@ -45,6 +46,7 @@ COMPLETIONS: dict[str | None, Callable[[str], list[str]]] = {
     "dtype": one_of(("auto", "float32", "float16", "bfloat16")),
     "format": one_of(FORMATS),
     "codec": one_of(CODECS),
+    "world": one_of(WORLDS),
 }
 
 

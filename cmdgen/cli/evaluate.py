@@ -8,9 +8,9 @@ import typer
 
 from cmdgen.cli.options import AsJson, Device, ModelArgument, Probe, Quiet
 from cmdgen.cli.progress import Say
-from cmdgen.config import MINI_WORLD
 from cmdgen.evaluation.report import Report
 from cmdgen.store.find import find_model
+from cmdgen.world.config import MINI_WORLD
 
 INSTEAD = "Instead of the evaluation"
 
@@ -78,10 +78,10 @@ def _evaluate(
     device: str,
     say: Say,
 ) -> Report:
-    from cmdgen.data.world import World
     from cmdgen.evaluation.measure import EvaluationConfig, evaluate
     from cmdgen.evaluation.probe import PACKAGED, Probe
     from cmdgen.pipeline import TextToVideo
+    from cmdgen.world.world import World
 
     config = EvaluationConfig(clips, reconstructed, batch, seed)
     model = TextToVideo.load(find_model(name), device=device)
@@ -98,9 +98,9 @@ def _evaluate(
 def _train_probe(folder: Path, device: str, say: Say) -> None:
     from functools import partial
 
-    from cmdgen.data.world import World
     from cmdgen.evaluation.probe import train_probe
     from cmdgen.pipeline import choose_device
+    from cmdgen.world.world import World
 
     with say.progress() as show:
         probe = train_probe(

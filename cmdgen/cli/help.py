@@ -81,7 +81,7 @@ def sections(command: Any, context: typer.Context) -> dict[str, Rows]:
             groups.setdefault(title, []).append((name, inner.get_short_help_str()))
     for parameter in command.get_params(context):
         if record := parameter.get_help_record(context):
-            name = _TYPE.sub(lambda match: _name_values(match[1]), record[0])
+            name = _TYPE.sub(_name_values, record[0])
             own = OPTIONS if parameter.param_type_name == "option" else "Arguments"
             title = getattr(parameter, "rich_help_panel", None) or own
             groups.setdefault(title, []).append((name, _merge_notes(record[1])))
@@ -90,8 +90,8 @@ def sections(command: Any, context: typer.Context) -> dict[str, Rows]:
     return groups
 
 
-def _name_values(types: str) -> str:
-    return " ".join(_VALUES.get(each, each.upper()) for each in types.split(","))
+def _name_values(match: re.Match[str]) -> str:
+    return " ".join(_VALUES.get(each, each.upper()) for each in match[1].split(","))
 
 
 def _merge_notes(text: str) -> str:

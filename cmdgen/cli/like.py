@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmdgen import __version__
 from cmdgen.cli.jobs import STILL
-from cmdgen.options import options_of
-from cmdgen.request import INPUT_FIELDS, Request, recall_request
+from cmdgen.request import INPUT_FIELDS, RECORDED_FIELDS, Request, recall_request
 
 if TYPE_CHECKING:
     from cmdgen.pipelines.still import StillPipeline
@@ -19,7 +18,7 @@ _KEPT = {"output", "format", "sidecar", "no_metadata"}
 # options of the encoding, which hold for the same format only
 _ENCODING = {"format", "crf", "codec", "loop"}
 # keys of metadata beside the fields of a request
-_OTHER = {"cmdgen", "weights", "width", "height", "encoding"}
+_OTHER = {"cmdgen", "weights", "width", "height", "encoding", *INPUT_FIELDS}
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Recalled:
         if metadata.get("device") != pipeline.device.type:
             device = short(metadata.get("device"))
             yield f"note: {path} was made on {device}, which rounds differently"
-        if unknown := [key for key in metadata if key not in {*options_of(Request), *_OTHER}]:
+        if unknown := [key for key in metadata if key not in {*RECORDED_FIELDS, *_OTHER}]:
             yield f"note: unknown metadata of {path}: {', '.join(map(short, unknown[:8]))}"
 
 

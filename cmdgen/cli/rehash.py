@@ -20,8 +20,9 @@ from cmdgen.cli.options import (
     Sampler,
 )
 from cmdgen.cli.progress import Say
-from cmdgen.config import CALIBRATION, MINI_WORLD, SampleConfig
+from cmdgen.config import CALIBRATION, SampleConfig
 from cmdgen.store.find import find_model
+from cmdgen.world.config import MINI_WORLD
 
 app = typer.Typer(
     cls=Group, no_args_is_help=True, help="Calibrate step rehash, and compare it with fewer steps."
@@ -139,10 +140,10 @@ def compare(
     Examples:
         cmdgen rehash compare --clips 32 --full 13
     """
-    from cmdgen.data.world import World
     from cmdgen.evaluation.probe import PACKAGED, Probe
     from cmdgen.evaluation.rehash import ComparisonConfig, compare_rehash
     from cmdgen.pipeline import TextToVideo
+    from cmdgen.world.world import World
 
     config = ComparisonConfig(
         tuple(full or ComparisonConfig.budgets), clips, batch, seed, cut, protect
@@ -156,7 +157,7 @@ def compare(
 
 def _read_prompts(path: Path | None) -> list[str]:
     if path is None:
-        from cmdgen.data.world import World
+        from cmdgen.world.world import World
 
         world = World(MINI_WORLD)
         return world.captions(world.indices("train", CAPTIONS))

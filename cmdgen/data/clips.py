@@ -1,4 +1,4 @@
-"""What a source of training clips is and gives."""
+"""Clips to learn from, and the protocol of their sources."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,32 +6,31 @@ from typing import Protocol
 
 from torch import Tensor
 
+Indices = Tensor | Sequence[int]
+# height, width
+Size = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Clips:
     """A batch of captioned clips of one size."""
 
     frames: Tensor  # (B, T, 3, H, W) uint8
-    mask: Tensor | None  # (B, T, H, W) bool: where the subject shows; None where nobody knows
+    mask: Tensor | None  # (B, T, H, W) bool: where the subject shows; None: unknown
     captions: list[str]
     labels: dict[str, Tensor] = field(default_factory=dict)  # "subject", "motion", "scene": (B,)
 
 
 class ClipSource(Protocol):
-    """Clips and captions by index: the same index is the same clip, for ever."""
+    """Clips and captions by index: the same index is always the same clip."""
 
     def indices(self, split: str, count: int) -> Tensor:
         """At most `count` indices, (N,) int64, of "train" or "test", which share none."""
 
-    def captions(self, indices: Tensor | Sequence[int], variant: int = 0) -> list[str]:
+    def captions(self, indices: Indices, variant: int = 0) -> list[str]:
         """One caption each, cheap; another variant may phrase it differently."""
 
     def render(
-        self,
-        indices: Tensor | Sequence[int],
-        size: tuple[int, int],
-        frames: int = 16,
-        device: str = "cpu",
-        variant: int = 0,
+        self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0
     ) -> Clips:
-        """Draws or reads clips of `size` (height, width)."""
+        """(B,) -> clips of `size`, drawn or read."""

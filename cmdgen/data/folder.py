@@ -1,18 +1,21 @@
 """A folder of captioned video files as a source of clips, one from the beginning of each file."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from reprlib import repr as short
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from cmdgen.data.clips import Clips
+from cmdgen.data.clips import Clips, Indices, Size
+from cmdgen.files import parse_json, read_text
 from cmdgen.video.read import read_clip
 
 _LIST = "captions.jsonl"
 _SUFFIXES = (".mp4", ".m4v", ".webm", ".mov", ".mkv", ".avi", ".gif")
+# bytes of a file of captions: those of millions of clips
+_MOST = 2**30
 # share of the files, chosen by name, that only the test split shows: at least one
 _HELD_OUT = 0.1
 
@@ -28,19 +31,25 @@ class Folder:
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder")
         root = path.resolve()
-        found: dict[Path, list[str]] = {}
-        for file, captions in _listed(root) if (root / _LIST).is_file() else _beside(root):
-            found.setdefault(file, []).extend(captions)
-        if len(found) < 2:
-            raise ValueError(f"{path} holds {len(found)} captioned videos, at least 2 are needed")
-        self._files, self._captions = list(found), list(found.values())
+        clips: dict[Path, list[str]] = {}
+        for where, name, captions in _listed(root) if (root / _LIST).is_file() else _beside(root):
+            if not captions or not all(captions):
+                raise ValueError(f"{where}: the caption is missing, empty or not text")
+            # a file name with a zero byte is none that could exist
+            if "\0" in name or not (root / name).is_file():
+                raise ValueError(f"{where}: {name!r} does not exist, or is no file")
+            file = (root / name).resolve()
+            if not file.is_relative_to(root):
+                raise ValueError(f"{where}: {name!r} lies outside the folder")
+            clips.setdefault(file, []).extend(captions)
+        if len(clips) < 2:
+            raise ValueError(f"{path} holds {len(clips)} captioned videos, at least 2 are needed")
+        self._files, self._captions = list(clips), list(clips.values())
         names = [file.relative_to(root).as_posix() for file in self._files]
         stats = [file.stat() for file in self._files]
+        states = [f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats]
         # tells one set of clips from another
-        self.key = " ".join(
-            f"{name}:{stat.st_size}:{stat.st_mtime_ns}"
-            for name, stat in zip(names, stats, strict=True)
-        )
+        self.key = " ".join(map(":".join, zip(names, states, strict=True)))
         order = sorted(range(len(names)), key=lambda i: crc32(names[i].encode()))
         held_out = max(1, int(_HELD_OUT * len(names)))
         self._splits = {"test": sorted(order[:held_out]), "train": sorted(order[held_out:])}
@@ -54,18 +63,13 @@ class Folder:
             raise ValueError(f"split {split!r} is not one of train, test")
         return torch.tensor(self._splits[split][:count])
 
-    def captions(self, indices: Tensor | Sequence[int], variant: int = 0) -> list[str]:
+    def captions(self, indices: Indices, variant: int = 0) -> list[str]:
         """One caption each; `variant` goes round those that a file has."""
         texts = [self._captions[i] for i in torch.as_tensor(indices).tolist()]
         return [choices[variant % len(choices)] for choices in texts]
 
     def render(
-        self,
-        indices: Tensor | Sequence[int],
-        size: tuple[int, int],
-        frames: int = 16,
-        device: str = "cpu",
-        variant: int = 0,
+        self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0
     ) -> Clips:
         """(B,) -> clips of `size` (height, width): the middle of every frame, resized."""
         chosen = [self._files[i] for i in torch.as_tensor(indices).tolist()]
@@ -73,58 +77,36 @@ class Folder:
         return Clips(clips.to(device), None, self.captions(indices, variant))
 
 
-def _listed(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """What captions.jsonl says, line by line."""
+def _listed(root: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Read captions.jsonl: where it stands there, a file and its captions."""
     for number, line in enumerate(_lines(root / _LIST), 1):
-        where = f"{root / _LIST} line {number}"
         if not line.strip():
             continue
+        where = f"{root / _LIST} line {number}"
         try:
-            row = json.loads(line)
-        # thousands of brackets are a RecursionError
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {line[:40]!r}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("file"), str):
-            raise ValueError(
-                f'{where}: got {line[:40]!r}, expected {{"file": ..., "caption": ...}}'
-            )
-        texts = row.get("caption")
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not readable as JSON ({error})") from error
+        name, texts = row.get("file"), row.get("caption")
+        if not isinstance(name, str):
+            raise ValueError(f'{where}: got {short(row)}, expected {{"file": ..., "caption": ...}}')
         texts = texts if isinstance(texts, list) else [texts]
-        captions = [" ".join(text.split()) if isinstance(text, str) else "" for text in texts]
-        if not captions or not all(captions):
-            raise ValueError(f"{where}: the caption is missing, empty or not text")
-        # a file name with a zero byte is none that could exist
-        if "\0" in row["file"] or not (root / row["file"]).is_file():
-            raise ValueError(f"{where}: {row['file']!r} does not exist")
-        file = (root / row["file"]).resolve()
-        if not file.is_relative_to(root):
-            raise ValueError(f"{where}: {row['file']!r} lies outside the folder")
-        yield file, captions
+        yield where, name, [" ".join(t.split()) if isinstance(t, str) else "" for t in texts]
 
 
-def _beside(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every video below the folder with the lines of its .txt."""
+def _beside(root: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Find every video below the folder, and the lines of its .txt."""
     for file in sorted(root.rglob("*")):
-        if file.suffix.lower() not in _SUFFIXES:
-            continue
-        if not file.is_file():
-            raise ValueError(f"{file} is not a file")
-        if not file.resolve().is_relative_to(root):
-            raise ValueError(f"{file} is a link to outside the folder")
-        text = file.with_suffix(".txt")
-        if not text.is_file():
-            raise ValueError(f"{file} has no caption: there is neither {_LIST} nor {text.name}")
-        captions = [" ".join(line.split()) for line in _lines(text) if line.strip()]
-        if not captions:
-            raise ValueError(f"{text} is empty")
-        yield file.resolve(), captions
+        if file.suffix.lower() in _SUFFIXES:
+            text = file.with_suffix(".txt")
+            if not text.is_file():
+                raise ValueError(f"{file} has no caption: there is neither {_LIST} nor {text.name}")
+            captions = [" ".join(line.split()) for line in _lines(text) if line.strip()]
+            yield str(text), file.relative_to(root).as_posix(), captions
 
 
 def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text") from error
+    return read_text(file, _MOST).removeprefix("\ufeff").splitlines()
 
 
 def _read(file: Path, size: tuple[int, int], frames: int) -> Tensor:

@@ -1,13 +1,14 @@
 """A contact sheet: one row a clip, some of its frames across, its caption above them."""
 
+import torch
+from einops import rearrange
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from cmdgen.data.clips import Clips
 
 _CAPTION_HEIGHT = 14
 _GAP = 2
-_INK, _PAPER = "#e8e8e8", "#101014"
+_INK, _PAPER = "#e8e8e8", (16, 16, 20)
 
 
 def draw_sheet(clips: Clips, columns: int = 8) -> Image.Image:
@@ -15,18 +16,13 @@ def draw_sheet(clips: Clips, columns: int = 8) -> Image.Image:
     count, frames, _, height, width = clips.frames.shape
     columns = min(columns, frames)
     shown = [i * frames // columns for i in range(columns)]
-    row = height + _CAPTION_HEIGHT + _GAP
-    sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, count * row), _PAPER)
-    pen = ImageDraw.Draw(sheet)
-    for number, (clip, caption) in enumerate(zip(clips.frames.cpu(), clips.captions, strict=True)):
-        pen.text((2, number * row + 1), caption, fill=_INK)
-        for column, frame in enumerate(shown):
-            sheet.paste(
-                _picture(clip[frame]), (column * (width + _GAP), number * row + _CAPTION_HEIGHT)
-            )
-    return sheet
-
-
-def _picture(frame: Tensor) -> Image.Image:
-    """(3, H, W) uint8 -> the same as an image."""
-    return Image.fromarray(frame.permute(1, 2, 0).numpy())
+    cells = torch.tensor(_PAPER, dtype=torch.uint8)[:, None, None].repeat(
+        count, columns, 1, height + _CAPTION_HEIGHT + _GAP, width + _GAP
+    )
+    cells[..., _CAPTION_HEIGHT:-_GAP, :-_GAP] = clips.frames[:, shown].cpu()
+    sheet = rearrange(cells, "b t c h w -> (b h) (t w) c")
+    picture = Image.fromarray(sheet[:, :-_GAP].contiguous().numpy())
+    pen = ImageDraw.Draw(picture)
+    for number, caption in enumerate(clips.captions):
+        pen.text((2, number * cells.shape[3] + 1), caption, fill=_INK)
+    return picture

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from cmdgen.acceleration.slicer import decode_clip, encode_clip
 from cmdgen.config import SampleConfig
-from cmdgen.data.world import World
 from cmdgen.evaluation.metrics import SquaredError, frechet_distance
 from cmdgen.evaluation.probe import HEADS, Probe
 from cmdgen.evaluation.report import Figure, Report
 from cmdgen.pipeline import TextToVideo
+from cmdgen.world.world import World
 
 # targets: decibels, and per cent of generated clips
 _VAE_TARGETS = (30.0, 24.0)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from cmdgen.data.world import World
 from cmdgen.models.pretrained import Pretrained
+from cmdgen.world.world import World
 
 # the probe of the small world, which ships with the default model
 PACKAGED = Path(__file__).parents[1] / "assets" / "mini" / "probe"

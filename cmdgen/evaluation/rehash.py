@@ -12,12 +12,12 @@ from einops import rearrange
 from torch import Tensor
 
 from cmdgen.config import POLICIES, SampleConfig
-from cmdgen.data.world import World
 from cmdgen.evaluation.measure import OnProgress, Readings
 from cmdgen.evaluation.metrics import SquaredError, structural_similarity
 from cmdgen.evaluation.probe import HEADS, Probe
 from cmdgen.evaluation.report import table
 from cmdgen.pipeline import Clip, TextToVideo
+from cmdgen.world.world import World
 
 SAMPLERS_OF = ("content", "motion")
 

@@ -25,7 +25,7 @@ from cmdgen.models.dit import DiT
 from cmdgen.pipelines.base import Clip, Denoising, Inputs, Observer
 from cmdgen.pipelines.decode import Decoder, encode_frames
 from cmdgen.pipelines.still import StillPipeline
-from cmdgen.request import Plan, Slices
+from cmdgen.request import Plan, Request, Slices
 from cmdgen.video.formats import Pixels
 
 
@@ -199,16 +199,20 @@ class CmdPipeline(StillPipeline):
     def decode(
         self,
         latents: Latents,
-        plan: Plan,
+        plan: Plan | None = None,
         observer: Observer | None = None,
         *,
         pixels: Pixels = "rgb24",
     ) -> Clip:
         """Return the clip of these latents, with their metadata; ValueError where they do not fit.
 
-        `plan` is of the latents' size and length.
+        `plan`, if any, is of the latents' size and length, and may limit memory.
         """
-        check_fit(plan.model, tuple(latents.content.shape), tuple(latents.motion.shape))
+        shapes = tuple(latents.content.shape), tuple(latents.motion.shape)
+        if plan is None:
+            model = fit_model(self.config, *shapes)
+            plan = self.plan(Request(frames=model.frames, size=(model.height, model.width)))
+        check_fit(plan.model, *shapes)
         observer = observer or Observer()
         observer.step("load", 0, 1)
         _ = self.autoencoder, self.vae

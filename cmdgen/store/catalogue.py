@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from cmdgen.config import PRESETS, WORLD, ModelConfig, TextConfig
-from cmdgen.data.world import World
+from cmdgen.config import PRESETS, ModelConfig, TextConfig
 from cmdgen.files import create_folder
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.schema import read_config
 from cmdgen.store.parts import NETWORKS, PARTS, network_configs, read_index, write_model_index
 from cmdgen.weights import FLOATS, build_empty, open_weights, weight_paths
+from cmdgen.world.config import WORLD
+from cmdgen.world.world import World
 
 # fields of the data or of older files, not of the network: they may differ from a preset's
 _FREE = ("sample_size", "scaling_factor", "eos_token_id", "motion_mean", "motion_std")

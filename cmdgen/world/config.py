@@ -1,52 +1,52 @@
 """What a rendered world shows. Never imports torch: the command line reads its defaults here."""
 
 from dataclasses import dataclass
+from functools import partial
+
+from cmdgen.options import option, read_fields
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Return the names in a text with commas between them."""
+    return tuple(name for part in text.split(",") if (name := part.strip()))
+
+
+_world = partial(option, group="Rendered world")
+_only = partial(_world, (), read=_names, write=",".join, shown="all that it has")
+_share = partial(option, low=0, high=1)
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """What the rendered world shows; an empty tuple means everything there is of that kind."""
+    """What the rendered world shows; no names mean everything there is of that kind."""
 
-    seed: int = 0
-    subjects: tuple[str, ...] = ()
-    motions: tuple[str, ...] = ()
-    scenes: tuple[str, ...] = ()
-    # share of clips with a second subject
-    pairs: float = 0.25
+    seed: int = _world(0, "Seed of the world.", low=0)
+    subjects: tuple[str, ...] = _only("Only these subjects, with commas between.")
+    motions: tuple[str, ...] = _only("Only these motions.")
+    scenes: tuple[str, ...] = _only("Only these scenes.")
+    pairs: float = _share(0.25, "Share of clips with a second subject.")
     # colours and sizes: "a small green corgi"
     adjectives: bool = True
     # sprites face either way
     flips: bool = True
-    # scales all continuous randomness: position, size, phase, speed
-    variety: float = 1.0
-    # share of the (subject, motion, scene) combinations that only the test split shows
-    held_out: float = 0.1
-    # "emoji": Noto Color Emoji; "shapes": drawn polygons that need no font, for tests
-    sprites: str = "emoji"
-    font: str | None = None
+    variety: float = _share(1.0, "Scale of the randomness of position, size, phase and speed.")
+    # of the (subject, motion, scene) combinations
+    held_out: float = _share(0.1, "Share of the combinations that only the test split shows.")
+    # "shapes" are drawn polygons that need no font, for tests
+    sprites: str = option("emoji", "Pictures of subjects.", choices=("emoji", "shapes"))
+    font: str | None = _world(None, "NotoColorEmoji.ttf.", shown="where fonts usually are")
 
     def __post_init__(self) -> None:
-        if self.sprites not in ("emoji", "shapes"):
-            raise ValueError(f"sprites {self.sprites!r} is not one of emoji, shapes")
-        for name in ("pairs", "variety", "held_out"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name.replace('_', ' ')} {value} is not between 0 and 1")
+        read_fields(self)
 
 
 WORLD = WorldConfig()
 
 # what a small model learns on a CPU: few subjects, in-place motions, smooth scenes
 MINI_WORLD = WorldConfig(
-    subjects=(
-        *("dog", "cat", "fish", "penguin", "elephant"),
-        *("car", "rocket", "butterfly", "sailboat", "frog"),
-    ),
-    motions=(
-        *("swimming", "flying", "jumping", "spinning"),
-        *("growing", "shrinking", "shaking", "swinging"),
-    ),
-    scenes=("ocean", "sky", "grass", "desert", "space", "snow"),
+    subjects=_names("dog,cat,fish,penguin,elephant,car,rocket,butterfly,sailboat,frog"),
+    motions=_names("swimming,flying,jumping,spinning,growing,shrinking,shaking,swinging"),
+    scenes=_names("ocean,sky,grass,desert,space,snow"),
     pairs=0.0,
     adjectives=False,
     flips=False,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmdgen.data.clips import Size
 from cmdgen.world.paint import Canvas, backdrop
 from cmdgen.world.tables import Scene
 
@@ -30,9 +31,7 @@ class Strip:
 
 
 @lru_cache(maxsize=128)
-def paint_scene(
-    scene: Scene, size: tuple[int, int], device: str
-) -> tuple[Tensor, tuple[Strip, ...]]:
+def paint_scene(scene: Scene, size: Size, device: str) -> tuple[Tensor, tuple[Strip, ...]]:
     """Paint what never moves, (3, H, W), and the layers of a scene."""
     canvas = _canvas(scene, 0, size, slice(0, size[0]), size[1])
     base = F.avg_pool2d(backdrop(canvas, scene.backdrop, scene.sun), _PHASES).to(device)
@@ -40,7 +39,7 @@ def paint_scene(
     return base, tuple(layers)
 
 
-def _canvas(scene: Scene, number: int, size: tuple[int, int], rows: slice, width: int) -> Canvas:
+def _canvas(scene: Scene, number: int, size: Size, rows: slice, width: int) -> Canvas:
     """Canvas of layer `number` over some rows of pixels, as fine as the phases."""
     (height, frame_width), count = size, (rows.stop - rows.start) * _PHASES
     top, bottom = rows.start / height, rows.stop / height
@@ -51,7 +50,7 @@ def _canvas(scene: Scene, number: int, size: tuple[int, int], rows: slice, width
     return Canvas(x, y, 2 * frame_width / height, generator)
 
 
-def _paint_layer(scene: Scene, number: int, size: tuple[int, int], device: str) -> Strip:
+def _paint_layer(scene: Scene, number: int, size: Size, device: str) -> Strip:
     """Paint layer `number` at every phase, ready to be cut at any shift."""
     layer, (height, width) = scene.layers[number], size
     if layer.rises:

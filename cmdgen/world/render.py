@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmdgen.data.clips import Size
 from cmdgen.world.config import WorldConfig
 from cmdgen.world.layers import paint_scene
 from cmdgen.world.motions import DRAWS, POSE, VIEW, evaluate
@@ -40,9 +41,14 @@ class Specs:
         return Specs(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @property
+    def subject(self) -> Tensor:
+        """() -> (B,): the first subject."""
+        return self.actors[:, 0]
+
+    @property
     def labels(self) -> dict[str, Tensor]:
         """Numbers of the subject, the motion and the scene, (B,) each."""
-        return {"subject": self.actors[:, 0], "motion": self.motion, "scene": self.scene}
+        return {"subject": self.subject, "motion": self.motion, "scene": self.scene}
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Shot:
     look: Tensor  # (b, 2, 8) in [0, 1), float64: how the subjects differ
     scroll: Tensor  # (b, layers) in [0, 1), float64: where the layers start
     time: Tensor  # (1, T) in [0, 1), float64
-    size: tuple[int, int]
+    size: Size
     device: str
 
     def __getitem__(self, rows: Tensor) -> "Shot":
@@ -93,7 +99,7 @@ class Shot:
     def _heading(self) -> Tensor:
         """() -> (b,): 1 where the subject travels right, -1 where it travels left."""
         mirrored = self.config.flips & (self.look[:, 0, 6] < 0.5)
-        return torch.where(mirrored, -1.0, 1.0) * self.sprites.facing[self.specs.actors[:, 0]]
+        return torch.where(mirrored, -1.0, 1.0) * self.sprites.facing[self.specs.subject]
 
     def _follow(self, rest: dict[str, float], draws: Tensor) -> dict[str, Tensor]:
         """(b, DRAWS) -> (b, T) float64 for each name in `rest`: what the motions change it to."""
@@ -223,7 +229,7 @@ def _tinted(texture: Tensor, tint: Tensor) -> Tensor:
 def _cast_shadow(picture: Tensor, scene: Scene, pose: Pose, foot: Tensor, extent: Tensor) -> None:
     """Darken a soft ellipse on the ground; fainter and wider the higher the subject is."""
     device = picture.device
-    x, y = _axes(*picture.shape[-2:], device)
+    x, y = _axes(picture.shape[2], picture.shape[3], device)
     rise = (foot - (pose.centre_y + pose.tall * extent[:, 1:])).clamp(min=0)
     spread = 0.92 * (pose.wide.abs() * extent[:, :1]) * (1 + 0.8 * rise)
     across = (x - _column(pose.centre_x, device)) / _column(spread, device)  # (N, 1, W)
@@ -233,7 +239,7 @@ def _cast_shadow(picture: Tensor, scene: Scene, pose: Pose, foot: Tensor, extent
     picture.add_((rgb(scene.shadow).to(device) - picture) * light[:, None])
 
 
-def _look_at(canvas: Tensor, view: dict[str, Tensor], size: tuple[int, int]) -> Tensor:
+def _look_at(canvas: Tensor, view: dict[str, Tensor], size: Size) -> Tensor:
     """(N, C, h, w) -> (N, C, H, W): what the camera sees."""
     (height, width), device = size, canvas.device
     aspect = width / height

@@ -141,8 +141,8 @@ def read(hint: Any, value: Any, where: str) -> Any:
         return {name: read(inner[1], entry, f"{where}.{name}") for name, entry in value.items()}
     if hint is Layer:
         return _read_layer(value, where)
-    if is_dataclass(hint) and type(value) is dict:
-        return hint(**_read_arguments(hint, value, where))  # type: ignore[operator]
+    if is_dataclass(hint) and isinstance(hint, type) and type(value) is dict:
+        return hint(**_read_arguments(hint, value, where))
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -152,8 +152,12 @@ def read(hint: Any, value: Any, where: str) -> Any:
 
 def _read_layer(row: dict[str, Any], where: str) -> Layer:
     """Read a row that holds the arguments of its painter beside those of the layer."""
+    row = dict(row)
+    name = row.pop("paint", None)
     own = {field.name: row.pop(field.name) for field in fields(Layer) if field.name in row}
-    painter = getattr(paint, own.pop("paint"))
+    painter = getattr(paint, str(name), None)
+    if painter is None:
+        raise ValueError(f"{where}: unknown painter {name!r}")
     # the canvas comes when it is painted
     bound = partial(painter, **_read_arguments(painter, row, where, None))
     return Layer(bound, **_read_arguments(Layer, own, where, bound))

@@ -4,7 +4,6 @@ Everything about a clip follows from (seed, index) by hashing, so a clip is the 
 batch, and on any device up to rounding.
 """
 
-from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import product
 from typing import TypeVar
@@ -12,9 +11,8 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from cmdgen.data.clips import Clips
+from cmdgen.data.clips import Clips, Indices, Size
 from cmdgen.world.captions import caption, pick
 from cmdgen.world.config import WorldConfig
 from cmdgen.world.render import Shot, Specs
@@ -56,16 +54,13 @@ class World:
         self.subjects = tuple(subject.name for subject in self._subjects)
         self.motions = tuple(motion.name for motion in self._motions)
         self.scenes = tuple(scene.name for scene in self._scenes)
-        # scenes that a motion is plausible in: (M, S), padded, and how many
-        plausible = [
-            [i for i, scene in enumerate(self._scenes) if motion.fits(scene)]
-            for motion in self._motions
-        ]
-        for name, numbers in zip(self.motions, plausible, strict=True):
-            if not numbers:
+        fits = torch.tensor([[motion.fits(s) for s in self._scenes] for motion in self._motions])
+        for name, anywhere in zip(self.motions, fits.any(1), strict=True):
+            if not anywhere:
                 raise ValueError(f"motion {name} fits none of the scenes {self.scenes}")
-        self._plausible = pad_sequence([torch.tensor(row) for row in plausible], batch_first=True)
-        self._plausible_count = torch.tensor([len(row) for row in plausible])
+        # (M, S): the scenes that a motion fits first, and how many those are
+        self._fitting = fits.int().argsort(dim=1, descending=True, stable=True)
+        self._fitting_count = fits.sum(1)
         # by name, so that a combination is held out of every world or of none
         held_out = [
             crc32("/".join(names).encode()) < config.held_out * 2**32
@@ -85,14 +80,14 @@ class World:
             state = (state ^ logical) * factor
         return ((state >> 11) & (2**53 - 1)).double() / 2**53
 
-    def specs(self, indices: Tensor | Sequence[int]) -> Specs:
+    def specs(self, indices: Indices) -> Specs:
         """(B,) -> what the clips show."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         many = len(self.subjects)
         subject = (self._draw(indices, _SUBJECT, 1)[:, 0] * many).long()
         motion = (self._draw(indices, _MOTION, 1)[:, 0] * len(self.motions)).long()
-        place = self._draw(indices, _SCENE, 1)[:, 0] * self._plausible_count[motion]
-        scene = self._plausible[motion, place.long()]
+        place = self._draw(indices, _SCENE, 1)[:, 0] * self._fitting_count[motion]
+        scene = self._fitting[motion, place.long()]
         paired, step = self._draw(indices, _PARTNER, 2).unbind(1)
         partner = (subject + 1 + (step * (many - 1)).long()) % many
         partner = torch.where((paired < self.config.pairs) & (partner != subject), partner, -1)
@@ -126,7 +121,7 @@ class World:
                 raise ValueError(f"held out {share} leaves this world no {split} split")
         return torch.cat(blocks)[:count]
 
-    def captions(self, indices: Tensor | Sequence[int], variant: int = 0) -> list[str]:
+    def captions(self, indices: Indices, variant: int = 0) -> list[str]:
         """One caption each; `variant` rewords it."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         specs, keys = self.specs(indices), indices * 1009 + variant
@@ -154,12 +149,7 @@ class World:
         return text
 
     def render(
-        self,
-        indices: Tensor | Sequence[int],
-        size: tuple[int, int],
-        frames: int = 16,
-        device: str = "cpu",
-        variant: int = 0,
+        self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0
     ) -> Clips:
         """(B,) -> clips of `size` (height, width)."""
         indices = torch.as_tensor(indices, dtype=torch.int64)

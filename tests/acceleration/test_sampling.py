@@ -18,12 +18,13 @@ from cmdgen.acceleration.keysteps import minimax
 from cmdgen.cli import rehash as command
 from cmdgen.cli.app import app
 from cmdgen.cli.errors import Failure
-from cmdgen.config import SampleConfig, WorldConfig
+from cmdgen.config import SampleConfig
 from cmdgen.evaluation import probe as probes
 from cmdgen.evaluation.probe import HEADS, Probe, ProbeConfig
 from cmdgen.pipeline import TextToVideo
 from cmdgen.store.find import find_model
 from cmdgen.video.read import read_metadata
+from cmdgen.world.config import WorldConfig
 
 PROMPT = "a dog swimming in the ocean"
 STEPS = {"steps": 6, "motion_steps": 6}

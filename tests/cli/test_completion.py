@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cmdgen.config import PRESETS, SAMPLERS, WORLDS
+from cmdgen.config import PRESETS, SAMPLERS
+from cmdgen.world.config import WORLDS
 
 ROOT = Path(__file__).parents[2]
 SHELLS = ["bash", "zsh", "fish"]

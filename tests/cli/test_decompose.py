@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cmdgen.config import SampleConfig
 from cmdgen.evaluation.metrics import compare_frames
 from cmdgen.latents import read_latents, save_latents
-from cmdgen.pipeline import TextToVideo
+from cmdgen.pipelines.load import load_pipeline
 from cmdgen.video.read import read_metadata, read_video
 
 PROMPT = "a dog swimming in the ocean"
@@ -37,7 +36,7 @@ def video(tmp_path_factory):
 def latents(tiny_model, tmp_path_factory):
     """Those of a clip of the tiny model."""
     path = tmp_path_factory.mktemp("latents") / "clip.cmd.safetensors"
-    clip = TextToVideo.load(tiny_model).sample(PROMPT, SampleConfig(seed=5))
+    clip = load_pipeline(tiny_model).sample(PROMPT, seed=5)
     save_latents(path, clip.latents)
     return path
 
@@ -73,7 +72,7 @@ def test_a_video_is_taken_apart_and_put_together(cmdgen, tiny_model, video, tmp_
     # what was done to it, for a human
     assert "333x241" in result.err and "29.97" in result.err and "48x32" in result.err
     found = read_latents(file)
-    model = TextToVideo.load(tiny_model)
+    model = load_pipeline(tiny_model)
     assert found.fps == 8
     assert found.metadata["source"] == {
         "file": "clip.mkv",
@@ -97,7 +96,7 @@ def test_size_length_and_rate_are_as_asked(cmdgen, tiny_model, video, tmp_path):
     told = json.loads(result.out)
     assert told["output"] == str(file)
     assert told["tensors"] == {"content": [8, 16, 8], "motion": [8, 6, 12]}
-    about = {"frames": 6, "height": 64, "width": 32, "fps": 12, "model": "tiny"}
+    about = {"frames": 6, "size": "32x64", "fps": 12, "model": "tiny"}
     assert about.items() <= told["metadata"].items()
     assert read_latents(file).motion.shape == (8, 6, 12)
 
@@ -191,7 +190,7 @@ def test_a_vae_that_cannot_encode_is_named(cmdgen, tiny_model, video, tmp_path):
 def test_latents_of_other_weights_are_noted(cmdgen, tiny_model, latents, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)
-    model = TextToVideo.load(tiny_model)
+    model = load_pipeline(tiny_model)
     with torch.no_grad():
         model.autoencoder.embed_content.weight.mul_(2)
     model.autoencoder.save_pretrained(other / "autoencoder")

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from cmdgen.cli import evaluate as command
 from cmdgen.cli.app import app
-from cmdgen.config import WorldConfig
 from cmdgen.evaluation.measure import EvaluationConfig
 from cmdgen.evaluation.probe import HEADS, Probe, ProbeConfig
+from cmdgen.world.config import WorldConfig
 
 WORLD = WorldConfig(
     subjects=("dog", "fish", "car"),

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmdgen.config import WorldConfig
-from cmdgen.data.world import World
 from cmdgen.evaluation.probe import HEADS, Probe, ProbeConfig, ProbeTraining, degrade, train_probe
+from cmdgen.world.config import WorldConfig
+from cmdgen.world.world import World
 
 WORLD = WorldConfig(
     subjects=("dog", "fish"),

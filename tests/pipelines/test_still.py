@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cmdgen.models.tokenizer import Tokenizer
-from cmdgen.store.parts import read_model
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -20,8 +18,10 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from cmdgen.cli.app import main
+from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.request import Request, resolve
+from cmdgen.store.parts import read_model
 
 PROMPT = "a dog swimming in the ocean"
 # Stable Diffusion's schedule, as its folders have it

@@ -17,14 +17,13 @@ from cmdgen.config import (
     CMD_UCF,
     MINI,
     PRESETS,
-    SampleConfig,
     packaged_models,
 )
 from cmdgen.files import write_json
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.vae import KlVae
-from cmdgen.pipeline import TextToVideo
+from cmdgen.pipelines.load import load_pipeline
 from cmdgen.schema import write_config
 from cmdgen.store.catalogue import create_model, describe_folder, describe_preset, read_licence
 from cmdgen.store.parts import read_model
@@ -180,9 +179,8 @@ def test_a_random_mini_samples_and_is_the_same_for_the_same_seed(tmp_path: Path)
     name = "conv_in.weight"
     assert torch.equal(states[0][name], states[1][name].half())
     assert not torch.equal(states[0][name], states[2][name])
-    clip = TextToVideo.load(tmp_path / "a", device="cpu").sample(
-        "a corgi swimming", SampleConfig(steps=1, motion_steps=1, frames=2)
-    )
+    pipeline = load_pipeline(tmp_path / "a", device="cpu")
+    clip = pipeline.sample("a corgi swimming", steps=1, motion_steps=1, frames=2)
     assert clip.frames.shape == (2, 64, 64, 3)
     assert clip.frames.std() > 0
 

@@ -12,8 +12,8 @@ import pytest
 from cmdgen.cli.app import main
 from cmdgen.config import PRESETS
 from cmdgen.training.vae import VaeStage
-from cmdgen.video.write import write_video
 from tests.conftest import tiny_config
+from tests.videos import write_video
 
 
 class Result(NamedTuple):

@@ -20,8 +20,8 @@ from cmdgen.models.vae import KlVae
 from cmdgen.pipeline import TextToVideo
 from cmdgen.schema import read_config, write_config
 from cmdgen.training import recompute
-from cmdgen.video.write import write_video
 from tests.conftest import tiny_config
+from tests.videos import write_video
 
 
 class Result(NamedTuple):

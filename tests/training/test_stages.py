@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmdgen.config import AutoencoderConfig, SampleConfig, VaeConfig, WorldConfig
-from cmdgen.data.world import World
+from cmdgen.config import AutoencoderConfig, SampleConfig, VaeConfig
 from cmdgen.pipeline import TextToVideo
 from cmdgen.schema import read_config
 from cmdgen.training.config import STAGES, StageConfig, TrainConfig
 from cmdgen.training.data import TrainingData
 from cmdgen.training.export import export_model
 from cmdgen.training.run import run_stage, settle
+from cmdgen.world.config import WorldConfig
+from cmdgen.world.world import World
 from tests.conftest import tiny_config
 
 WORLD = World(

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from cmdgen.files import parse_json
 from cmdgen.video.formats import FORMATS, choose_encoding
-from cmdgen.video.read import MOST_HEAD, parse_metadata, read_metadata
-from cmdgen.video.write import MOST_METADATA, write_still, write_video
+from cmdgen.video.read import MOST_HEAD, read_metadata
+from cmdgen.video.write import MOST_METADATA, write_still
+from tests.videos import write_video
 
 FRAMES = np.zeros((2, 16, 16, 3), np.uint8)
 HOLDING = ("a.mp4", "a.webm", "a.mkv", "a.gif", "a.webp", "a.apng", "a.png")
@@ -68,7 +70,7 @@ def test_a_sidecar_is_read_where_the_file_has_no_metadata(tmp_path, name):
 
 
 def test_every_format_keeps_its_metadata_somewhere():
-    assert {each.name for each in FORMATS.values() if each.comment} == {
+    assert {each.name for each in FORMATS.values() if each.metadata} == {
         *("mp4", "webm", "mkv", "gif", "webp", "apng", "png", "safetensors")
     }
 
@@ -164,7 +166,7 @@ def test_any_metadata_comes_back(tmp_path_factory, metadata):
 @given(text=st.binary() | st.text() | st.text('{}[]",:1e9\\u'))
 def test_text_is_metadata_or_a_value_error(text):
     with suppress(ValueError):
-        assert isinstance(parse_metadata(text), dict)
+        assert isinstance(parse_json(text), dict)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cmdgen.video import read
+from cmdgen.video import ffmpeg, read
 from cmdgen.video.formats import Encoding
 from cmdgen.video.read import fit, read_clip, read_video
-from cmdgen.video.write import write_video
+from tests.videos import write_video
 
 LOSSLESS = Encoding("mkv", codec="ffv1")
 # equal examples each time, few enough to be quick
@@ -307,7 +307,7 @@ def test_what_takes_too_long_is_given_up(tmp_path, monkeypatch):
     slow = tmp_path / "slow"
     slow.write_text("#!/bin/sh\nexec sleep 60\n")
     slow.chmod(0o755)
-    monkeypatch.setattr(read, "get_ffmpeg_exe", lambda: str(slow))
+    monkeypatch.setattr(ffmpeg, "get_ffmpeg_exe", lambda: str(slow))
     monkeypatch.setattr(read, "MOST_SECONDS", 0.2)
     (tmp_path / "a.mp4").write_bytes(b"\0" * 100)
     with pytest.raises(ValueError, match=r"a\.mp4 takes longer than 0\.2 seconds"):

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from cmdgen.video import write
+from cmdgen.video import ffmpeg
 from cmdgen.video.formats import Encoding, choose_encoding
 from cmdgen.video.read import read_metadata, read_video
-from cmdgen.video.write import EncoderError, check_output, open_video, write_still, write_video
+from cmdgen.video.write import EncoderError, check_output, open_video, write_still
+from tests.videos import write_video
 
 VIDEOS = ("a.mp4", "a.webm", "a.mkv", "a.gif", "a.webp", "a.apng", "a.y4m", "%03d.png")
 # of the mean pixel, from 0 to 255: gif has 256 colours
@@ -131,7 +132,7 @@ def test_planes_are_refused_where_they_would_be_converted(tmp_path, name, height
     [
         (np.zeros((2, 33, 32, 3), np.uint8), "a.mp4", "32x33 is odd"),
         (np.zeros((2, 32, 32, 3), np.float32), "a.mp4", "expected uint8"),
-        (np.zeros((0, 32, 32, 3), np.uint8), "a.mp4", "at least 1"),
+        (np.zeros((0, 32, 32, 3), np.uint8), "a.mp4", "has no frames"),
         (np.zeros((2, 32, 32, 3), np.uint8), "a.avi", r"end in \.mp4"),
         (np.zeros((2, 32, 32, 3), np.uint8), "a.png", "png is no video"),
         (np.zeros((2, 32, 32, 3), np.uint8), "a.safetensors", "safetensors is no video"),
@@ -250,7 +251,7 @@ def test_encoder_that_fails_on_the_way_is_one_line_and_stops_the_making(tmp_path
     broken = tmp_path / "ffmpeg"
     broken.write_text("#!/bin/sh\nread line\necho first >&2\necho no codec >&2\nexit 3\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(write, "get_ffmpeg_exe", lambda: str(broken))
+    monkeypatch.setattr(ffmpeg, "get_ffmpeg_exe", lambda: str(broken))
     made = 0
     with (
         pytest.raises(EncoderError, match=r"a\.mp4 was not written: no codec$") as caught,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -11,13 +12,14 @@ import torch
 from PIL import Image
 
 from cmdgen.cli.errors import Failure
-from cmdgen.cli.given import GivenFiles
+from cmdgen.cli.inputs import InputFiles
+from cmdgen.cli.like import Recalled
 from cmdgen.cli.progress import Say
-from cmdgen.config import SampleConfig
 from cmdgen.latents import read_latents, save_latents
-from cmdgen.pipeline import TextToVideo
+from cmdgen.pipelines.load import load_pipeline
+from cmdgen.request import Request
 from cmdgen.video.read import read_clip, read_metadata, read_video
-from cmdgen.video.write import write_video
+from tests.videos import write_video
 
 PROMPT = "a dog swimming in the ocean"
 QUIET = Say(quiet=True)
@@ -29,14 +31,22 @@ def sample(cmdgen, tiny_model):
     return lambda *arguments: cmdgen("sample", *arguments, "--model", tiny_model)
 
 
+def files(**paths) -> InputFiles:
+    return InputFiles(Request(**paths))
+
+
+def recorded(metadata):
+    return Recalled(Path(), Request(), metadata).files
+
+
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return TextToVideo.load(tiny_model)
+    return load_pipeline(tiny_model)
 
 
 @pytest.fixture(scope="module")
 def clip(model):
-    return model.sample(PROMPT, SampleConfig(seed=5))
+    return model.sample(PROMPT, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +65,27 @@ def latents(clip, tmp_path_factory):
 
 
 def test_latents_give_their_halves_bit_for_bit(model, clip, latents):
-    content = GivenFiles(content_from=latents).read(model, SampleConfig(), QUIET)
-    motion = GivenFiles(motion_from=latents).read(model, SampleConfig(), QUIET)
+    content = files(content_from=latents).read(model, Request(), QUIET)
+    motion = files(motion_from=latents).read(model, Request(), QUIET)
     assert torch.equal(content.content, clip.latents.content) and content.motion is None
     assert torch.equal(motion.motion, clip.latents.motion) and motion.content is None
     assert set(content.origin) == {"content_from"} and set(motion.origin) == {"motion_from"}
     assert content.origin["content_from"]["file"] == latents.name
-    assert GivenFiles().read(model, SampleConfig(), QUIET) is None
+    assert files().read(model, Request(), QUIET) is None
 
 
 def test_a_video_gives_what_encoding_it_does(model, clip, video):
-    encoded = model.encode(clip.frames, clip.fps)
-    files = GivenFiles(content_from=video, motion_from=video)
-    given = files.read(model, SampleConfig(), QUIET)
+    encoded = model.encode(clip.frames, model.plan(Request()))
+    inputs = files(content_from=video, motion_from=video)
+    given = inputs.read(model, Request(), QUIET)
     assert torch.equal(given.content, encoded.content)
     assert torch.equal(given.motion, encoded.motion)
     # of a still asked for, the whole video has the content frame
-    still = GivenFiles(content_from=video).read(model, SampleConfig(frames=1), QUIET)
+    still = files(content_from=video).read(model, Request(frames=1), QUIET)
     assert torch.equal(still.content, encoded.content)
     # once read, once encoded
-    assert files.read(model, SampleConfig(seed=9), QUIET) is given
-    longer = files.read(model, SampleConfig(frames=6), QUIET)
+    assert inputs.read(model, Request(seed=9), QUIET) is given
+    longer = inputs.read(model, Request(frames=6), QUIET)
     assert longer.motion.shape[1] == 6
 
 
@@ -96,7 +106,7 @@ def test_a_picture_is_turned_upright_cropped_and_laid_on_white(model, tmp_path, 
     expected = wide[:, 24:120, :3].copy()
     expected[:16] = 255
     expected = np.asarray(Image.fromarray(expected).resize((48, 32), Image.Resampling.BICUBIC))
-    given = GivenFiles(image=path).read(model, SampleConfig(), Say())
+    given = files(image=path).read(model, Request(), Say())
     assert torch.equal(given.content, model.encode_still(expected))
     assert given.motion is None and given.origin["image"]["file"] == "photo.png"
     assert f"{path}, 144x64: cropped and resized to 48x32\n" == capsys.readouterr().err
@@ -107,8 +117,9 @@ def test_a_clip_keeps_the_picture_that_it_animates(model, tmp_path):
     path = tmp_path / "photo.jpg"
     noise = np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)
     Image.fromarray(noise).save(path)
-    given = GivenFiles(image=path).read(model, SampleConfig(), QUIET)
-    clips = [model.sample(PROMPT, SampleConfig(seed=seed), given=given) for seed in (1, 2)]
+    given = files(image=path).read(model, Request(), QUIET)
+    plans = [model.plan(Request(prompt=PROMPT, seed=seed)) for seed in (1, 2)]
+    clips = model.run(plans, inputs=given)
     assert torch.equal(clips[0].latents.content, clips[1].latents.content)
     assert np.array_equal(clips[0].content, clips[1].content)
     assert not torch.equal(clips[0].latents.motion, clips[1].latents.motion)
@@ -117,52 +128,52 @@ def test_a_clip_keeps_the_picture_that_it_animates(model, tmp_path):
 
 def test_latents_have_the_size_that_is_not_asked_for(model, tmp_path):
     path = tmp_path / "small.safetensors"
-    clip = model.sample(PROMPT, SampleConfig(frames=6, height=16, width=32))
+    clip = model.sample(PROMPT, frames=6, size=(16, 32))
     save_latents(path, clip.latents)
-    plain = SampleConfig()
-    content = GivenFiles(content_from=path).fit(plain, model.config)
-    motion = GivenFiles(motion_from=path).fit(plain, model.config)
-    assert content == replace(plain, height=16, width=32)
-    assert motion == replace(plain, height=16, width=32, frames=6)
+    plain = Request()
+    content = files(content_from=path).fit(plain, model.config)
+    motion = files(motion_from=path).fit(plain, model.config)
+    assert content == replace(plain, size=(16, 32))
+    assert motion == replace(plain, size=(16, 32), frames=6)
     # the content frame may be of a clip of any length
-    assert GivenFiles(content_from=path).fit(SampleConfig(frames=2), model.config).frames == 2
-    for asked in (SampleConfig(frames=4), SampleConfig(width=64), SampleConfig(height=32)):
+    assert files(content_from=path).fit(Request(frames=2), model.config).frames == 2
+    for asked in (Request(frames=4), Request(size=(16, 64)), Request(size=(32, 32))):
         with pytest.raises(ValueError, match="given is of shape"):
-            GivenFiles(motion_from=path).fit(asked, model.config)
+            files(motion_from=path).fit(asked, model.config)
 
 
 def test_what_cannot_be_given_is_refused(model, tiny_model, latents, video, tmp_path):
-    with pytest.raises(ValueError, match="--content-from and --image both say what is seen"):
-        GivenFiles(content_from=video, image=video)
+    with pytest.raises(ValueError, match="--content-from and --image both give the content frame"):
+        files(content_from=video, image=video)
     with pytest.raises(FileNotFoundError):
-        GivenFiles(motion_from=tmp_path / "none.mp4")
-    with pytest.raises(ValueError, match="has nothing to move: a still is asked for"):
-        GivenFiles(motion_from=video).fit(SampleConfig(frames=1), model.config)
+        files(motion_from=tmp_path / "none.mp4")
+    with pytest.raises(ValueError, match="has nothing to move: a still has one frame"):
+        files(motion_from=video).fit(Request(frames=1), model.config)
     with pytest.raises(ValueError, match="no autoencoder: it makes stills"):
-        GivenFiles(image=video).fit(SampleConfig(), replace(model.config, autoencoder=None))
+        files(image=video).fit(Request(), replace(model.config, autoencoder=None))
     weights = tiny_model / "vae" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(Failure, match="not latents of cmdgen"):
-        GivenFiles(content_from=weights).fit(SampleConfig(), model.config)
+        files(content_from=weights).fit(Request(), model.config)
     for option in ("content_from", "motion_from", "image"):
         text = tmp_path / "text.mp4"
         text.write_text("not a video")
         with pytest.raises(Failure, match="not a readable video or picture"):
-            GivenFiles(**{option: text}).read(model, SampleConfig(), QUIET)
+            files(**{option: text}).read(model, Request(), QUIET)
 
 
 def test_a_clip_made_again_needs_the_files_it_was_made_with(model, clip, latents, video, capsys):
-    files = GivenFiles(content_from=latents)
-    given = files.read(model, SampleConfig(), QUIET)
-    metadata = model.describe(PROMPT, SampleConfig(), given=given)
+    inputs = files(content_from=latents)
+    given = inputs.read(model, Request(), QUIET)
+    metadata = model.describe(model.plan(Request(prompt=PROMPT)), given)
     like = latents.with_name("made.mp4")
-    files.check_like(metadata, like, Say())
+    inputs.check_like(recorded(metadata), like, Say())
     assert capsys.readouterr().err == ""
-    GivenFiles(content_from=video).check_like(metadata, like, Say())
+    files(content_from=video).check_like(recorded(metadata), like, Say())
     assert "made.mp4 was made with --content-from of other contents" in capsys.readouterr().err
     says = r"made with --content-from 'clip\.cmd\.safetensors': give that file"
     with pytest.raises(ValueError, match=says):
-        GivenFiles().check_like(metadata, like, QUIET)
-    GivenFiles().check_like(clip.metadata, like, QUIET)
+        files().check_like(recorded(metadata), like, QUIET)
+    files().check_like(recorded(clip.metadata), like, QUIET)
 
 
 def test_a_phone_s_video_stands_upright(model, tmp_path, capsys):
@@ -174,9 +185,9 @@ def test_a_phone_s_video_stands_upright(model, tmp_path, capsys):
     # the same with a note to turn it back
     note = ("-display_rotation", "90", "-i", upright, "-c", "copy")
     subprocess.run([*ffmpeg, *note, turned], check=True)
-    given = GivenFiles(content_from=turned).read(model, SampleConfig(), Say())
+    given = files(content_from=turned).read(model, Request(), Say())
     assert "96x144, 25 fps, 1 s" in capsys.readouterr().err
-    other = GivenFiles(content_from=upright).read(model, SampleConfig(), Say())
+    other = files(content_from=upright).read(model, Request(), Say())
     assert "144x96, 25 fps, 1 s" in capsys.readouterr().err
     assert given.content.shape == other.content.shape
 
@@ -239,10 +250,10 @@ def test_a_picture_moves_and_a_clip_of_it_is_made_again(sample, video, tmp_path)
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (("--content-from", "V", "--image", "V"), 2, "--content-from and --image both say"),
-        (("--content-from", "V", "--content-seed", 1), 2, "--content-seed draws nothing"),
-        (("--image", "V", "--content-seed", 1), 2, "--content-seed draws nothing"),
-        (("--motion-from", "V", "--motion-seed", 1), 2, "--motion-seed draws nothing"),
+        (("--content-from", "V", "--image", "V"), 2, "--content-from and --image both give"),
+        (("--content-from", "V", "--content-seed", 1), 2, "--content-seed has no effect"),
+        (("--image", "V", "--content-seed", 1), 2, "--content-seed has no effect"),
+        (("--motion-from", "V", "--motion-seed", 1), 2, "--motion-seed has no effect"),
         (("--motion-from", "L", "--frames", 6), 2, "motion given is of shape"),
         (("--content-from", "L", "--size", "64x64"), 2, "content given is of shape"),
         (("--content-from", "none.mp4"), 3, "none.mp4"),

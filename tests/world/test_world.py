@@ -2,18 +2,20 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cmdgen.config import MINI_WORLD, WORLD, WorldConfig
-from cmdgen.data.captions import COLOURS, SIZES
-from cmdgen.data.motions import MOTIONS
-from cmdgen.data.scenes import SCENES
-from cmdgen.data.subjects import SUBJECTS
-from cmdgen.data.world import World
+from cmdgen.world.config import MINI_WORLD, WORLD, WorldConfig
+from cmdgen.world.sprites import Sprites, load_sprites
+from cmdgen.world.tables import read_tables
+from cmdgen.world.world import World
 
+TABLES = read_tables()
+SUBJECTS, MOTIONS, SCENES = TABLES.subjects, TABLES.motions, TABLES.scenes
+COLOURS, SIZES = TABLES.colours, list(TABLES.sizes.values())
 SHAPES = replace(WORLD, sprites="shapes")
 SIZE = (24, 32)
 
@@ -44,6 +46,24 @@ def parse(caption: str) -> list[str]:
 
 def test_the_world_is_as_large_as_promised() -> None:
     assert len(SUBJECTS) >= 120 and len(MOTIONS) >= 24 and len(SCENES) >= 16
+
+
+# caption, mean level of red, green and blue, and mean change of a pixel from frame to frame
+CLIPS = {
+    "a small purple chicken and a red panda are wobbling next to a lake of lava": (
+        *(104.35, 45.38, 44.62, 5.475),
+    ),
+    "a camera panning left past a moped on a lawn": (150.99, 201.61, 145.45, 9.045),
+    "a speedboat plunging": (87.89, 160.57, 190.56, 11.85),
+}
+
+
+def test_clips_are_those_that_models_learned_from(world: World) -> None:
+    clips = world.render([3, 50, 184], (32, 32), 8)
+    assert clips.captions == list(CLIPS)
+    for frames, figures in zip(clips.frames.float(), CLIPS.values(), strict=True):
+        change = frames.diff(dim=0).abs().mean().item()
+        assert [*frames.mean((0, 2, 3)).tolist(), change] == pytest.approx(figures, abs=0.02)
 
 
 def test_a_clip_is_the_same_alone_and_in_a_batch(world: World) -> None:
@@ -80,11 +100,14 @@ def test_sizes_agree(world: World) -> None:
 
 def combinations(world: World, indices: Tensor) -> set[tuple[int, int, int]]:
     specs = world.specs(indices)
-    rows = set(
-        zip(specs.subject.tolist(), specs.motion.tolist(), specs.scene.tolist(), strict=True)
-    )
-    pairs = zip(specs.partner.tolist(), specs.motion.tolist(), specs.scene.tolist(), strict=True)
-    return rows | {pair for pair in pairs if pair[0] >= 0}
+    return {
+        (actor, motion, scene)
+        for actors, motion, scene in zip(
+            specs.actors.tolist(), specs.motion.tolist(), specs.scene.tolist(), strict=True
+        )
+        for actor in actors
+        if actor >= 0
+    }
 
 
 @pytest.mark.parametrize("config", [SHAPES, replace(MINI_WORLD, sprites="shapes")])
@@ -136,9 +159,12 @@ def test_the_mask_covers_where_the_subject_shows(monkeypatch: pytest.MonkeyPatch
     config = replace(SHAPES, subjects=("dog",), motions=("floating",), scenes=("sky", "space"))
     config = replace(config, pairs=0.0, adjectives=False)
     clips = World(config).render(range(8), (48, 48))
-    monkeypatch.setattr(
-        "cmdgen.data.world.load_sprites", lambda subjects, config: torch.zeros(1, 4, 128, 128)
-    )
+
+    def load_invisible(*what: Any) -> Sprites:
+        sprites = load_sprites(*what)
+        return replace(sprites, levels=tuple(map(torch.zeros_like, sprites.levels)))
+
+    monkeypatch.setattr("cmdgen.world.world.load_sprites", load_invisible)
     empty = World(config).render(range(8), (48, 48))
     assert clips.mask is not None and empty.mask is not None
     changed = (clips.frames.int() - empty.frames.int()).abs().amax(2) > 100
@@ -183,7 +209,7 @@ def test_captions_name_what_is_shown(world: World) -> None:
                 named.append(scene)
             assert sorted(named) == sorted([*actors, motion, scene]), caption
             tints = [list(COLOURS)[i] for i in specs.tint[row, : len(actors)].tolist() if i >= 0]
-            sizes = [SIZES[i][0] for i in specs.grade[row, : len(actors)].tolist() if i >= 0]
+            sizes = [SIZES[i].words for i in specs.grade[row, : len(actors)].tolist() if i >= 0]
             assert all(f" {tint} " in caption for tint in tints), caption
             assert all(any(f" {word} " in caption for word in words) for words in sizes), caption
 
