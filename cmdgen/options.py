@@ -118,10 +118,9 @@ def _check_range(title: str, value: Any, described: Option) -> None:
 
 def read_fields(instance: Any) -> None:
     """Read all fields of a frozen dataclass in place; call it in `__post_init__`."""
-    for name in options_of(type(instance)):
-        object.__setattr__(
-            instance, name, read_value(type(instance), name, getattr(instance, name))
-        )
+    cls: Any = type(instance)
+    for name in options_of(cls):
+        object.__setattr__(instance, name, read_value(cls, name, getattr(instance, name)))
 
 
 def check_text(title: str, text: str) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from cmdgen.cli.completion import COMPLETIONS, one_of
+from cmdgen.cli.completion import WORDS, complete_model, one_of
 from cmdgen.options import Option, is_required, option_of, options_of, read_value
 
 # what Typer reads; all else it hands on as text, for `read_text`
@@ -41,19 +41,25 @@ def parameter(
         value_type = next(each for each in candidates if (get_origin(each) or each) is kind)
     elif default not in (None, _EMPTY):
         default = described.write(default)
-    complete = COMPLETIONS.get(described.complete)
-    if described.choices:
-        complete = one_of(described.choices)
+    words = described.choices or WORDS.get(described.complete, ())
+    complete = complete_model if described.complete == "model" else one_of(words) if words else None
+    text = described.help
+    if described.complete in ("format", "codec"):
+        text += f" One of {', '.join(words)}."
     settings: dict[str, Any] = {
-        "help": described.help + _bracket(described, shown),
+        "help": text + _bracket(described, shown),
         "metavar": described.metavar or ("NAME" if complete else _METAVARS.get(kind)),
         "rich_help_panel": described.group,
         "autocompletion": complete,
         # Typer adds the default, or the one in the user's file; `cmdgen.cli.help` shows one of them
         "show_default": not shown or default is None,
     }
-    flags = described.flags or (f"--{item.name.replace('_', '-')}",)
-    info = typer.Argument(**settings) if described.argument else typer.Option(*flags, **settings)
+    if described.argument:
+        settings["metavar"] = described.metavar or item.name.upper()
+        info: Any = typer.Argument(**settings)
+    else:
+        flags = described.flags or (f"--{item.name.replace('_', '-')}",)
+        info = typer.Option(*flags, **settings)
     if default is None:
         value_type = value_type | None
     return inspect.Parameter(
@@ -82,8 +88,8 @@ def read_text(cls: type, name: str, value: Any) -> Any:
     """Return the typed value of a field, given on the command line; None where it is not given."""
     if value is None:
         return None
-    kind = options_of(cls)[name][1]
-    if isinstance(value, str) and kind in (int, float):
+    item, kind, _ = options_of(cls)[name]
+    if isinstance(value, str) and kind in (int, float) and option_of(item).read is None:
         # what is no number, `read_value` refuses in its words
         with suppress(ValueError):
             value = kind(value)

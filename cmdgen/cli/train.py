@@ -1,7 +1,7 @@
 """`cmdgen train vae|autoencoder|content|motion` and `cmdgen train export`."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,9 +43,9 @@ _HELP = """{}
 def _settings(stage: str) -> type:
     """Return a dataclass of a stage's settings, where None means the value of the recipe."""
     members = []
-    parts: Iterable[Any] = recipe(PRESET, stage)
-    for part in parts:
-        for name, (item, _, _) in options_of(type(part)).items():
+    for part in recipe(PRESET, stage):
+        cls: Any = type(part)
+        for name, (item, _, _) in options_of(cls).items():
             described = replace(option_of(item), shown=_show_defaults(stage, name))
             setting = field(default=None, metadata={"option": described})
             members.append((name, item.type, setting))
@@ -174,7 +174,8 @@ def export(
     ] = "float16",
 ) -> None:
     """Copy a finished run's model, without training state, to a folder."""
-    from cmdgen.training.export import DTYPES, export_model
+    from cmdgen.pipelines.base import DTYPES
+    from cmdgen.training.export import export_model
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")

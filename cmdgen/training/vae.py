@@ -18,8 +18,8 @@ from cmdgen.video.pixels import to_levels, to_unit
 
 # of a clip in a batch
 FRAMES = 2
-# clips that the scale of the latents is measured on, and clips to evaluate on
-MEASURED, HELD_OUT = 64, 32
+# clips that the scale of the latents is measured on
+MEASURED = 64
 
 
 class VaeStage(Stage):
@@ -40,7 +40,8 @@ class VaeStage(Stage):
         self.modules = {"vae": self.vae}
         self.training = run.data.training
         self.order = Order(len(self.training), seed)
-        self.held_out = self._frames(run.data.held_out(HELD_OUT), seeded(seed, "held out"))
+        held_out = run.data.held_out(run.config.held_out)
+        self.held_out = self._frames(held_out, seeded(seed, "held out"))
         self.measured = self._frames(self.training[:MEASURED], seeded(seed, "scale"))["frames"]
 
     def batch(self, step: int) -> Batch:

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from cmdgen import config
-from cmdgen.cli.app import main
 from cmdgen.evaluation.memory import measure_memory
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen_kernels import samples
@@ -18,15 +17,9 @@ NAMES = [op.name for op in samples.OPS]
 
 
 @pytest.fixture
-def doctor(capsys):
+def doctor(cmdgen):
     """Runs the command in this process: its exit code, stdout and stderr."""
-
-    def run(*arguments, before=()):
-        with pytest.raises(SystemExit) as end:
-            main([*before, "doctor", *arguments])
-        return end.value.code or 0, *capsys.readouterr()
-
-    return run
+    return lambda *arguments, before=(): cmdgen(*before, "doctor", *arguments)
 
 
 def test_every_op_has_a_line_that_says_what_it_runs_as(doctor):

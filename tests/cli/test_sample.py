@@ -136,7 +136,7 @@ def test_words_never_seen_and_a_prompt_too_long_are_noted_in_a_line_each(
         (["a dog", "--steps", "0"], "steps 0 is not at least 1"),
         (["a dog", "--guidance-interval", "some"], "'some' is not LOW-HIGH, such as 0.1-0.8"),
         (["a dog", "--guidance-interval", "0.8-0.1"], "0.8-0.1 is not within 0-1"),
-        (["a dog", "--steps", "many"], "'--steps'"),
+        (["a dog", "--steps", "many"], "steps 'many' is not a whole number"),
         (["a dog", "--motion-steps", "2000"], "not between 1 and 1000"),
         (["a dog", "--guidance", "nan"], "guidance nan is not between 0 and 100"),
         (["a dog", "--fps", "0"], "fps 0 is not at least 1"),
