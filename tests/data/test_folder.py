@@ -7,7 +7,7 @@ import torch
 
 from cmdgen.data.folder import Folder
 from cmdgen.video.formats import Encoding
-from cmdgen.video.write import write_video
+from tests.videos import write_video
 
 GOOD = {"file": "a.mp4", "caption": " a  dog "}
 
