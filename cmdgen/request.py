@@ -17,7 +17,7 @@ from reprlib import repr as short
 from typing import Any
 
 from cmdgen.config import POLICIES, SAMPLERS, ModelConfig
-from cmdgen.options import option, option_of, options_of, read_fields, read_value
+from cmdgen.options import check_text, option, option_of, options_of, read_fields, read_value
 
 WHAT, HOW, FASTER, FILE = (
     "What is made",
@@ -84,7 +84,7 @@ def parse_rehash(text: str) -> int | Steps | None:
         return None
     if re.fullmatch(r"[0-9]{1,6}", text):
         return int(text)
-    if len(text) > 2**14 or not re.fullmatch(r"0(,[0-9]{1,4})*(\+0(,[0-9]{1,4})*)?", text):
+    if len(text) > 2**13 or not re.fullmatch(r"0(,[0-9]{1,4})*(\+0(,[0-9]{1,4})*)?", text):
         raise ValueError(
             f"rehash {short(text)} is neither off nor a number of steps, such as 13, nor the steps "
             "themselves, such as 0,1,4+0,2"
@@ -261,45 +261,45 @@ class Request:
         return self.rehash is not None or self.rehash_threshold is not None
 
 
+FIELDS = options_of(Request)
+JOB_FIELDS = frozenset(name for name, (item, *_) in FIELDS.items() if option_of(item).per_job)
 # fields that name files, which metadata identifies by name and SHA-256
 INPUT_FIELDS = ("content_from", "motion_from", "image")
-JOB_FIELDS = frozenset(
-    name for name, (item, _, _) in options_of(Request).items() if option_of(item).per_job
-)
+
+
+def read_json(name: str, value: Any) -> Any:
+    """Return the typed value of one field of a request in JSON, which is untrusted.
+
+    JSON types are strict: a number is not text; null is the default. Raises ValueError.
+    """
+    item, kind, _ = FIELDS[name]
+    if value is None:
+        return item.default
+    # of the values that are read from text, only a number of steps may be a number
+    is_text = kind is str or kind is Path or option_of(item).read is not None
+    if is_text and not isinstance(value, str) and (type(value), name) != (int, "rehash"):
+        raise ValueError(f"{name} {short(value)} is not text")
+    if kind is float and not isinstance(value, int | float):
+        raise ValueError(f"{name} {short(value)} is not a number")
+    return read_value(Request, name, check_text(name, value) if isinstance(value, str) else value)
 
 
 def read_job(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the typed values of one line of a batch file by field name.
 
-    JSON types are strict: a number is not text. null asks for the default. Raises ValueError for
-    unknown keys, options that hold for all jobs, and values that are not valid.
+    Raises ValueError for unknown keys, options that hold for all jobs, and wrong values.
     """
     typed: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
         if name in typed:
             raise ValueError(f"{short(key)} is given twice")
-        if name not in JOB_FIELDS:
-            table = options_of(Request)
-            raise ValueError(
-                f"{short(key)} is the same for all jobs: give it as a flag"
-                if name in table
-                else f"{short(key)} is not one of {', '.join(sorted(JOB_FIELDS))}"
-            )
-        item = options_of(Request)[name][0]
-        typed[name] = item.default if value is None else _read_json(name, value)
+        if name in FIELDS and name not in JOB_FIELDS:
+            raise ValueError(f"{short(key)} is the same for all jobs: give it as a flag")
+        if name not in FIELDS:
+            raise ValueError(f"{short(key)} is not one of {', '.join(sorted(JOB_FIELDS))}")
+        typed[name] = read_json(name, value)
     return typed
-
-
-def _read_json(name: str, value: Any) -> Any:
-    item, kind, _ = options_of(Request)[name]
-    # of the fields with a text form, only a number of steps is a number
-    numeric = type(value) is int and name == "rehash"
-    if option_of(item).read is not None and not isinstance(value, str) and not numeric:
-        raise ValueError(f"{name} {short(value)} is not text")
-    if kind is float and not isinstance(value, int | float):
-        raise ValueError(f"{name} {short(value)} is not a number")
-    return read_value(Request, name, value)
 
 
 @dataclass(frozen=True)
@@ -413,9 +413,8 @@ def _check_clip(model: ModelConfig) -> None:
 def _check_rehash(request: Request, model: ModelConfig) -> None:
     policy, threshold = request.rehash_policy, request.rehash_threshold
     if not request.rehashes:
-        defaults = options_of(Request)
         names = ("rehash_policy", "rehash_protect", "rehash_file")
-        if any(getattr(request, name) != defaults[name][0].default for name in names):
+        if any(getattr(request, name) != FIELDS[name][0].default for name in names):
             raise ValueError("nothing is rehashed: say how many steps run in full with --rehash N")
         return
     if isinstance(request.rehash, tuple) and (policy, threshold) != (None, None):
@@ -434,76 +433,20 @@ def _check_rehash(request: Request, model: ModelConfig) -> None:
 def describe_plan(plan: Plan, *, content: bool = True, motion: bool = True) -> dict[str, Any]:
     """Return a plan as metadata: a value for each field of `Request`, as JSON or as its text.
 
-    Settings of a part that is not sampled, and the motion's of a still, are left out.
+    Leaves out the settings of a part that is not sampled, as the motion of a still.
     """
-    model, motion = plan.model, motion and plan.moves
-    values: dict[str, Any] = {
-        name: getattr(plan, name) for name in ("prompt", "negative", "seed", "max_memory")
-    }
-    if content:
-        values["content_seed"] = plan.content_seed
-    if motion:
-        values["motion_seed"] = plan.motion_seed
-    values["size"] = model.height, model.width
-    unused = set() if content else {"steps", "guidance"}
-    unused |= set() if motion else {"motion_steps", "motion_guidance"}
-    values |= {name: getattr(model, name) for name in _DEFAULTS if name not in unused}
-    if plan.key_steps is not None:
-        steps = plan.key_steps
+    model, steps = plan.model, plan.key_steps
+    values = vars(model) | vars(plan) | {"size": (model.height, model.width)}
+    if steps is not None:
         values["rehash"] = (steps.content if content else (), steps.motion if motion else ())
         values |= {"rehash_policy": steps.policy, "rehash_threshold": steps.threshold}
-    table = options_of(Request)
-    return {
-        name: option_of(table[name][0]).write(value)
-        if option_of(table[name][0]).read is not None
-        else value
-        for name, value in values.items()
-        if value is not None
-    }
-
-
-def recall_request(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the typed values of `Request` fields that a file's metadata records.
-
-    Metadata is untrusted. Raises ValueError for values that are not valid; ignores unknown keys.
-    """
-    values = _translate(metadata)
-    # seeds that are the clip's own follow --seed
-    for name in ("content_seed", "motion_seed"):
-        if name in values and values[name] == values.get("seed"):
-            del values[name]
-    # metadata lists the full steps themselves: how they were chosen is history
-    if "rehash" in values:
-        values.pop("rehash_policy", None)
-        values.pop("rehash_threshold", None)
-    return {
-        name: _read_json(name, value)
-        for name, value in values.items()
-        if name in options_of(Request) and name not in INPUT_FIELDS
-    }
-
-
-def _translate(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metadata in today's form; files of version 0.1 kept some values otherwise."""
-    values = dict(metadata)
-    if "width" in values or "height" in values:
-        sides = [values.pop(name, None) for name in ("width", "height")]
-        if any(type(side) is not int for side in sides):
-            raise ValueError(f"width and height {short(sides)} are not whole numbers")
-        values["size"] = "{}x{}".format(*sides)
-    interval = values.get("guidance_interval")
-    if isinstance(interval, list):
-        if [type(share) for share in interval] != [float, float]:
-            raise ValueError(f"guidance_interval {short(interval)} is not two numbers")
-        values["guidance_interval"] = f"{interval[0]}-{interval[1]}"
-    if type(values.get("max_memory")) is int:
-        values["max_memory"] = f"{values['max_memory']}B"
-    if isinstance(values.get("rehash"), dict):
-        steps = [values["rehash"].get(part, [0]) for part in ("content", "motion")]
-        for listed in steps:
-            if not isinstance(listed, list) or any(type(step) is not int for step in listed):
-                raise ValueError(f"rehash {short(listed)} is not a list of steps")
-        values["rehash"] = "+".join(",".join(map(str, listed)) for listed in steps)
-    if isinstance(values.get("encoding"), dict):
-        values |= values.pop("encoding")
-    return values
+    unused = set() if content else {"content_seed", "steps", "guidance"}
+    if not (motion and plan.moves):
+        unused |= {"motion_seed", "motion_steps", "motion_guidance"}
+    described = {}
+    for name, (item, *_) in FIELDS.items():
+        if name in unused or values.get(name) is None or name == "model":
+            continue
+        options = option_of(item)
+        described[name] = values[name] if options.read is None else options.write(values[name])
+    return described

@@ -8,7 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cmdgen.config import CMD_SD15, CMD_UCF, MINI, ModelConfig, NoiseConfig, UNetConfig, VaeConfig
-from cmdgen.evaluation.probe import ProbeConfig
 from cmdgen.files import replace_with
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
@@ -290,9 +289,7 @@ def test_parts_that_do_not_meet_and_bad_defaults_are_refused(tmp_path: Path) -> 
             read_model(tmp_path)
     edit(index, cmdgen=good)
     edit(tmp_path / "unet" / "config.json", out_channels=16)
-    with pytest.raises(
-        ValueError, match="in_channels of unet/ is 8, but out_channels of unet/ is 16"
-    ):
+    with pytest.raises(ValueError, match="unet/ is 8, but out_channels of unet/ is 16"):
         read_model(tmp_path)
     edit(tmp_path / "unet" / "config.json", out_channels=8)
     edit(tmp_path / "motion" / "config.json", text_width=77)
@@ -362,13 +359,18 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path, dtype
     assert float(share) < 1.2
 
 
+@dataclass(frozen=True)
+class Names:
+    subject: tuple[str, ...]
+
+
 def test_names_may_be_many_but_layers_may_not(tmp_path: Path) -> None:
-    probe = ProbeConfig(tuple(f"subject {i}" for i in range(1000)), ("flying",), ("sky",))
-    write_config(probe, tmp_path)
-    assert read_config(tmp_path, ProbeConfig) == probe
-    write_config(replace(probe, subject=("x",) * 5000), tmp_path)
+    names = Names(tuple(f"subject {i}" for i in range(1000)))
+    write_config(names, tmp_path)
+    assert read_config(tmp_path, Names) == names
+    write_config(Names(("x",) * 5000), tmp_path)
     with pytest.raises(ValueError, match="subject has 5000 entries, at most 4096 are read"):
-        read_config(tmp_path, ProbeConfig)
+        read_config(tmp_path, Names)
     write_config(VaeConfig(block_out_channels=(32,) * 65), tmp_path)
     with pytest.raises(ValueError, match="block_out_channels has 65 entries, at most 64 are read"):
         read_config(tmp_path, VaeConfig)

@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cmdgen.cli.command import Only, expand
-from cmdgen.cli.completion import one_of
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.options import Device, Precision, Quiet, Threads
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
-from cmdgen.cli.train import CLIPS_HELP, DATA, DATA_HELP, PRESET, build_config, open_data
-from cmdgen.config import PRESETS
 from cmdgen.files import replace_with
 from cmdgen.options import option, read_fields
 from cmdgen.request import Size, parse_memory, parse_size, write_size
-from cmdgen.training.config import TrainConfig, recipe
+from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
 
 if TYPE_CHECKING:
@@ -89,6 +86,7 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)]) -> Non
 
 
 @app.command(cls=Command)
+@expand
 def precompute(
     output: Annotated[
         Path,
@@ -103,19 +101,13 @@ def precompute(
         Path,
         typer.Option(help="Model folder with the vae/ that training gets.", show_default=False),
     ],
-    preset: Annotated[
-        str, typer.Option(help="Model to encode for.", autocompletion=one_of(PRESETS))
-    ] = PRESET,
-    data: Annotated[
-        str, typer.Option(help=DATA_HELP, show_default=False, autocompletion=one_of(WORLDS))
-    ] = DATA,
-    size: Annotated[
-        str | None, typer.Option(help="Frame size, WIDTHxHEIGHT.  [default: the preset's]")
+    shared: Annotated[Shared, Only(("preset", "data", "size", "frames"))],
+    clips: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Clips to learn from.  [default: all of a folder, {CLIPS} of a world]", min=1
+        ),
     ] = None,
-    frames: Annotated[
-        int | None, typer.Option(help="Frames of a clip.  [default: the preset's]")
-    ] = None,
-    clips: Annotated[int | None, typer.Option(help=CLIPS_HELP)] = None,
     held_out: Annotated[
         int | None, typer.Option(help="Clips to evaluate on.  [default: as `cmdgen train`]")
     ] = None,
@@ -142,35 +134,34 @@ def precompute(
         cmdgen data precompute -o latents --vae RUN --data clips/
         cmdgen train content -o RUN --latents latents
     """
-    asked = {"preset": preset, "data": data, "size": size, "frames": frames}
-    model = build_config({name: value for name, value in asked.items() if value is not None})
-    config = replace(recipe(preset, "content").train, precision=precision)
+    model = build_model(shared)
+    config = replace(recipe(model.name, "content").train, precision=precision)
     if held_out is not None:
         config = replace(config, held_out=held_out)
     limit = None if max_memory is None else parse_memory(max_memory)
     if model.vae is None:
-        raise ValueError(f"preset {preset} works on pixels: there is nothing to encode")
+        raise ValueError(f"preset {model.name} works on pixels: there is nothing to encode")
     if not (vae / "vae").is_dir():
         raise FileNotFoundError(f"vae {vae} is no model folder: it has no vae/")
 
     import torch
 
-    from cmdgen.pipeline import choose_device
+    from cmdgen.pipelines.base import choose_device
+    from cmdgen.training.data import open_data
     from cmdgen.training.latents import Codec, Encodings
-    from cmdgen.training.loop import uses_bf16
 
     if threads is not None:
         torch.set_num_threads(threads)
     place, say = choose_device(device), Say(quiet=quiet)
-    codec = Codec(vae / "vae", model, place, uses_bf16(config.precision, place), limit)
+    codec = Codec(vae / "vae", model, place, config.uses_bf16(place.type), limit)
     with Stop("these clips") as stop, say.progress() as show:
 
         def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
             show(phase, done, total)
             if stop.signal is not None and done < total:
                 say.note(f"stopped with {done} of {total} clips: the same command goes on")
-                raise typer.Exit(128 + stop.signal)
+                raise typer.Exit(stop.code)
 
-        encodings = Encodings(open_data(data, clips, model, place), codec, output, report)
-        encodings.precompute(config.held_out)
+        source = open_data(shared.data or DATA, clips, model, place)
+        Encodings(source, codec, output, report).precompute(config.held_out)
     typer.echo(output)

@@ -1,4 +1,4 @@
-"""Ends long work cleanly: the first signal after what is being done, the second at once."""
+"""Ends long work cleanly: the first signal after the step that runs, the second at once."""
 
 import signal
 import sys
@@ -13,13 +13,12 @@ class Stop:
         self.signal: int | None = None
 
     def __enter__(self) -> "Stop":
-        self.former = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = signal.SIGINT, signal.SIGTERM
+        self.handlers = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.former.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
@@ -29,3 +28,8 @@ class Stop:
 
     def __call__(self) -> bool:
         return self.signal is not None
+
+    @property
+    def code(self) -> int:
+        """Return the exit code: 0, or that of a process which the signal ends."""
+        return 0 if self.signal is None else 128 + self.signal

@@ -1,55 +1,47 @@
 """Training the CMD autoencoder on cached latents: what moves may count more, z is kept small."""
 
-from pathlib import Path
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmdgen.evaluation.metrics import psnr
 from cmdgen.models.autoencoder import CmdAutoencoder
-from cmdgen.training.cache import Rows
 from cmdgen.training.config import AutoencoderLoss
-from cmdgen.training.data import TrainingData
-from cmdgen.training.latents import Codec
-from cmdgen.training.loop import Batch
+from cmdgen.training.context import Run
+from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import l1_plus_l2, moving_weights
 from cmdgen.training.randomness import Order
-from cmdgen.training.sheets import grid
+from cmdgen.training.sheets import compare
+
+# held-out clips of a sheet
+SHEET_CLIPS = 6
 
 
-class AutoencoderStage:
-    """Clips of scaled VAE latents; `held_out` are those of clips that training never sees."""
+class AutoencoderStage(Stage):
+    """Clips of scaled VAE latents."""
 
-    def __init__(
-        self,
-        autoencoder: CmdAutoencoder,
-        latents: Rows,
-        held_out: Tensor,
-        codec: Codec,
-        data: TrainingData,
-        weights: AutoencoderLoss,
-        *,
-        batch: int,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.autoencoder, self.latents, self.codec = autoencoder, latents, codec
-        self.modules: dict[str, nn.Module] = {"autoencoder": autoencoder}
-        self.weights, self.size, self.device = weights, batch, device
-        self.order = Order(len(latents), seed)
-        clips = data.clips(data.held_out(len(held_out)))
+    def __init__(self, run: Run) -> None:
+        assert isinstance(run.loss, AutoencoderLoss)
+        self.run, self.weights = run, run.loss
+        encodings = run.encodings()
+        self.latents = encodings.latents()
+        self.held_out = encodings.held_out(run.config.held_out)
+        # its VAE leaves its memory to the autoencoder
+        del encodings
+        self.autoencoder: CmdAutoencoder = run.build("autoencoder")
+        self.modules = {"autoencoder": self.autoencoder}
+        self.order, self.codec = Order(len(self.latents), run.config.seed), run.codec()
+        clips = run.data.clips(run.data.held_out(len(self.held_out)))
         self.frames, self.mask = clips.frames, clips.mask
-        self.held_out = held_out
-        self.mean_frame = codec.decode(self.held_out.mean(dim=2, keepdim=True)).expand_as(
-            self.frames
-        )
+        mean = self.codec.decode(self.held_out.mean(dim=2, keepdim=True))
+        self.mean_frame = mean.expand_as(self.frames)
 
     def batch(self, step: int) -> Batch:
-        """Latents (B, C, T, H, W)."""
-        return {"latents": self.latents[self.order.rows(step, self.size)].to(self.device).float()}
+        """Return latents (B, C, T, H, W)."""
+        rows = self.order.rows(step, self.run.config.batch)
+        return {"latents": self.latents[rows].float()}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted reconstruction, and what holds z and the content frame."""
+        """Return the weighted reconstruction, and what holds z and the content frame."""
         latents = batch["latents"]
         content, motion = self.autoencoder.encode(latents)
         output = self.autoencoder.decode(content, motion).float()
@@ -66,47 +58,40 @@ class AutoencoderStage:
         return loss, parts
 
     def evaluate(self) -> dict[str, float]:
-        """On held-out clips: latents, frames beside the mean frame, and whether anything moves."""
+        """Measure held-out clips: latents, frames beside the mean frame, and how much moves."""
         output, _, motion = self._reconstruct(self.held_out)
         error = (output - self.held_out).square().mean()
-        spread = self.held_out.var(dim=2).mean()
+        variance = self.held_out.var(dim=2).mean()
         figures = {
             # decibels for a peak of 2, about the range of scaled latents
             "psnr_latents": float(10 * (4 / error).log10()),
-            "time_variance_ratio": float(output.var(dim=2).mean() / spread),
+            "time_variance_ratio": float(output.var(dim=2).mean() / variance),
             "z_saturated": float((motion.abs() > 0.95).float().mean()),
             "z_std": float(motion.std()),
         }
-        decoded = self.codec.decode(output)
-        for name, frames in {"": decoded, "_mean_frame": self.mean_frame}.items():
-            pair = frames.float() / 255, self.frames.to(frames.device).float() / 255
+        for name, decoded in {
+            "": self.codec.decode(output),
+            "_mean_frame": self.mean_frame,
+        }.items():
+            device = decoded.device
+            pair = decoded.float() / 255, self.frames.to(device).float() / 255
             figures[f"psnr{name}"] = psnr(*pair)
             if self.mask is not None:
-                figures[f"psnr_subject{name}"] = psnr(*pair, self.mask.to(frames.device))
+                figures[f"psnr_subject{name}"] = psnr(*pair, self.mask.to(device))
         return figures
 
-    def _reconstruct(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _reconstruct(self, latents: Tensor) -> list[Tensor]:
         """(B, C, T, H, W) -> reconstruction, content and motion."""
         parts = []
         for part in latents.split(8):
             content, motion = self.autoencoder.encode(part)
             parts.append((self.autoencoder.decode(content, motion), content, motion))
-        output, contents, motions = (
-            torch.cat(tensors).float() for tensors in zip(*parts, strict=True)
-        )
-        return output, contents, motions
+        return [torch.cat(tensors).float() for tensors in zip(*parts, strict=True)]
 
     def sheet(self) -> Tensor:
-        """Every second frame of held-out clips above its reconstruction, the content frame last."""
-        output, content, _ = self._reconstruct(self.held_out[:6])
-        decoded = self.codec.decode(output)
+        """Draw every second frame of clips above its reconstruction, the content frame last."""
+        output, content, _ = self._reconstruct(self.held_out[:SHEET_CLIPS])
         still = self.codec.decode(content[:, :, None])
-        rows = []
-        for i in range(len(decoded)):
-            rows.append(torch.cat((self.frames[i, ::2].to(decoded.device), still[i])))
-            rows.append(torch.cat((decoded[i, ::2], still[i])))
-        return grid(torch.stack(rows))
-
-    def export(self, folder: Path) -> None:
-        """Writes autoencoder/."""
-        self.autoencoder.save_pretrained(folder / "autoencoder")
+        above, below = self.frames[: len(still)].to(still.device), self.codec.decode(output)
+        rows = [torch.cat((frames[:, ::2], still), dim=1) for frames in (above, below)]
+        return compare(rows[0], rows[1])

@@ -1,8 +1,8 @@
-"""Encoded clips on disk: shards that are written once and memory-mapped, row by row.
+"""Encoded clips on disk: shards that are written once and memory-mapped row by row.
 
 One mechanism for frames -> latents by the VAE and latents -> (content, motion) by the CMD
-autoencoder. A cache is named after everything that it depends on, so one of other weights, data or
-size is another cache.
+autoencoder. A cache's name is a hash of everything it depends on: other weights, data or sizes make
+another cache.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmdgen.files import replace_with
-from cmdgen.training.loop import Report
+from cmdgen.training.config import Report
 
 # rows of a file: 64 MB of latents at 512x1024
 SHARD = 64
@@ -26,17 +26,16 @@ _OPEN = 4096
 
 
 def fingerprint(weights: list[Path], *more: str) -> str:
-    """Hex digest of files of weights and of what else an encoding depends on."""
+    """Return a hex digest of files of weights and of what else an encoding depends on."""
     digest = hashlib.blake2b("\n".join(more).encode(), digest_size=8)
     for path in weights:
         with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
 class Rows:
-    """One tensor of an encoding, (N, ...) float16, left on disk until rows of it are asked for."""
+    """One tensor of an encoding, (N, ...) float16, on disk until its rows are read."""
 
     def __init__(self, place: Path, name: str, count: int, shard: int) -> None:
         self.shard = shard
@@ -62,22 +61,22 @@ def fill(
     step: int,
     shard: int = SHARD,
 ) -> None:
-    """Encodes what a folder lacks of rows 0 .. count - 1, at most `step` of them at once.
+    """Encode the rows 0 .. count - 1 that a folder lacks, at most `step` at once.
 
-    However it ends, whole steps are kept, and what is on disk is not encoded again.
+    However it ends, whole steps are kept, and rows on disk are not encoded again.
     """
     phase = f"encode {place.name.rpartition('-')[0]}"
     for start in range(0, count, shard):
         path, stop = _path(place, start), min(start + shard, count)
+        parts = [_load(path)] if path.exists() else []
         known = _rows(path)
-        parts = [_load(path)] if known else []
         try:
             for first in range(start + known, stop, step):
                 report(phase, first, count, {})
                 encoded = encode(range(first, min(first + step, stop)))
                 parts.append({name: t.half().cpu().contiguous() for name, t in encoded.items()})
         finally:
-            if len(parts) > bool(known):
+            if len(parts) > path.exists():
                 tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 with replace_with(path) as temporary:
                     save_file(tensors, temporary)
@@ -85,7 +84,7 @@ def fill(
 
 
 def read(place: Path, names: tuple[str, ...], count: int, *, shard: int = SHARD) -> dict[str, Rows]:
-    """Rows 0 .. count - 1 of each tensor; ValueError where not all are there."""
+    """Return rows 0 .. count - 1 of each tensor; raise ValueError where the folder lacks some."""
     for start in range(0, count, shard):
         known = _rows(_path(place, start))
         if known < min(shard, count - start):
@@ -94,7 +93,7 @@ def read(place: Path, names: tuple[str, ...], count: int, *, shard: int = SHARD)
 
 
 def remove_others(place: Path) -> None:
-    """Removes caches of the same kind beside this one: encodings of former weights or data."""
+    """Remove caches of the same kind beside this one: encodings of former weights or data."""
     for other in place.parent.glob(f"{place.name.rpartition('-')[0]}-*"):
         if other != place:
             shutil.rmtree(other)
@@ -105,22 +104,12 @@ def _path(place: Path, start: int) -> Path:
 
 
 def _rows(path: Path) -> int:
-    """How many rows a shard holds."""
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            return min(file.get_slice(name).get_shape()[0] for name in file.keys())  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise _unreadable(path) from error
+    """Return how many rows a shard holds."""
+    return min(map(len, _load(path).values())) if path.exists() else 0
 
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise _unreadable(path) from error
-
-
-def _unreadable(path: Path) -> ValueError:
-    return ValueError(f"{path} is not readable: remove it, and it is made again")
+        raise ValueError(f"{path} is not readable: remove it, and it is made again") from error

@@ -11,13 +11,13 @@ from cmdgen.files import replace_with
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes tensors and plain values."""
+    """Write tensors and plain values."""
     with replace_with(path) as temporary:
         torch.save(state, temporary)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What save_checkpoint wrote, memory-mapped, without running code from the file."""
+    """Read what save_checkpoint wrote, memory-mapped, without running code from the file."""
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -26,22 +26,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class Log:
-    """JSON lines, flushed one by one; opened at a step, it forgets the lines after that step."""
+    """JSON lines, flushed one by one; opening it at a step removes the lines after that step."""
 
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text().splitlines() if path.exists() else []
         with replace_with(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines if _step(line) <= step))
-        self.file = path.open("a")
+        # line-buffered
+        self.file = path.open("a", buffering=1)
 
     def write(self, record: dict[str, float]) -> None:
-        """Appends one record; six significant digits."""
+        """Append one record; six significant digits."""
         rounded = {name: float(f"{value:.6g}") for name, value in record.items()}
         self.file.write(json.dumps({**rounded, "step": int(record["step"])}) + "\n")
-        self.file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self.file.close()
 
 
@@ -49,5 +49,5 @@ def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except json.JSONDecodeError:
-        # the half line of a killed run
+        # a killed run left half a line
         return float("inf")

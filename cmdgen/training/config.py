@@ -1,133 +1,257 @@
-"""How a stage is trained. Never imports torch: the command line reads its defaults here."""
+"""How a stage is trained: settings that the command line makes its options from.
+
+Never imports torch.
+"""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-STAGES = ("vae", "autoencoder", "content", "motion")
+from cmdgen.config import ATTENTIONS, PRESETS, ModelConfig, UNetConfig
+from cmdgen.options import option, read_fields
+from cmdgen.request import MAX_SEED, Request, Size, parse_size, resolve, write_size
+from cmdgen.world.config import WORLDS
+
 PAPER = ("cmd-sd15", "cmd-sd21", "cmd-ucf")
 PRECISIONS = ("auto", "bf16", "fp32")
+# where nobody chose; a world has no end
+PRESET, DATA, CLIPS = "mini", "world", 12_000
+
+# groups of options
+LEARNING, KEEPING, OBJECTIVE = "Learning", "Checkpoints and logs", "What is learned"
+
+_none = partial(option, None)
+_learning = partial(option, group=LEARNING)
+_keeping = partial(option, group=KEEPING)
+_weight = partial(option, group=OBJECTIVE, low=0)
+
+# phase, how much is done, of how much, latest figures
+Report = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a stage is trained, and what it starts from."""
+
+    folder: Path = option(
+        MISSING, "Folder of the run; all stages share it.", flags=("--output", "-o")
+    )
+    clips: int | None = _none(
+        "Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world"
+    )
+    init: Path | None = _none("Model folder to start from, such as a Stable Diffusion.")
+    restart: bool = option(
+        False, "Forget this stage's checkpoint.", flags=("--restart/--no-restart",)
+    )
+
+    def __post_init__(self) -> None:
+        read_fields(self)
+        if self.init is not None and not self.init.is_dir():
+            raise FileNotFoundError(f"init {self.init} is not a folder")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all stages of a run share; None leaves it to the first stage or to the default."""
+
+    preset: str | None = _none("Model to build.", choices=tuple(PRESETS), shown=PRESET)
+    data: str | None = _none(
+        f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.",
+        complete="world",
+        shown=DATA,
+    )
+    size: Size | None = _none(
+        "Frame size.",
+        metavar="WIDTHxHEIGHT",
+        shown="the preset's",
+        read=parse_size,
+        write=write_size,
+    )
+    frames: int | None = _none("Frames of a clip.", low=1, shown="the preset's")
+    latents: Path | None = _none("Latents of `cmdgen data precompute` for these clips and VAE.")
+    attention: str | None = _none(
+        "softmax, or gated: linear where tokens > threshold * head width.",
+        choices=ATTENTIONS,
+        shown="softmax",
+    )
+    attention_threshold: float | None = _none("Threshold of gated attention.", low=0, shown="2.0")
+    attention_features: int | None = _none(
+        "Random features of gated attention.", low=1, shown="256"
+    )
+
+    def __post_init__(self) -> None:
+        read_fields(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that are not None, as run.json holds them."""
+        values = vars(self) | {
+            "size": self.size and write_size(self.size),
+            "latents": self.latents and str(self.latents.resolve()),
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def gate(self) -> dict[str, Any]:
+        """Return the settings of attention that are not left to the model."""
+        values = self.to_json()
+        return {name: values[name] for name in values if name.startswith("attention")}
+
+
+def build_model(shared: Shared) -> ModelConfig:
+    """Return the model that a run trains: its preset, at its size, with its attention."""
+    request = Request(frames=shared.frames, size=shared.size)
+    model = resolve(request, PRESETS[shared.preset or PRESET]).model
+    if model.frames == 1:
+        raise ValueError("frames 1: nothing moves in a clip of one frame")
+    side = min(model.height, model.width)
+    vae = model.vae and replace(model.vae, sample_size=side)
+    content = model.content
+    if isinstance(content, UNetConfig):
+        stride = 1 if vae is None else vae.stride
+        content = replace(content, sample_size=side // stride, **shared.gate)
+    assert model.autoencoder is not None
+    autoencoder = replace(model.autoencoder, **shared.gate)
+    return replace(model, vae=vae, content=content, autoencoder=autoencoder)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What the loop is asked for."""
+    """Settings of the training loop."""
 
-    steps: int = 20_000
-    # of one update; `accumulate` parts of it go through the model one after another
-    batch: int = 32
-    accumulate: int = 1
-    lr: float = 4e-4
-    warmup: int = 200
-    # fraction of lr that a cosine reaches at the last step; 1 keeps it constant
-    final_lr: float = 1.0
-    weight_decay: float = 0.01
-    # decays of AdamW's two moments
-    betas: tuple[float, float] = (0.9, 0.99)
-    ema: float = 0.999
+    steps: int = _learning(20_000, "Updates in all.", low=1)
+    minutes: float | None = _learning(
+        None, "Stop cleanly within this time; the learning rate still goes by --steps.", low=0
+    )
+    batch: int = _learning(32, "Clips (vae: frames) of an update.", low=1)
+    accumulate: int = _learning(1, "Parts that a batch is computed in.", low=1)
+    lr: float = _learning(4e-4, "Learning rate.", low=0, high=1)
+    warmup: int = _learning(200, "Steps of linear warm-up.", low=0)
+    final_lr: float = _learning(
+        1.0, "Fraction of lr that a cosine ends at; 1: constant.", low=0, high=1
+    )
+    weight_decay: float = _learning(0.01, "Weight decay of matrices; 0: Adam.", low=0)
+    betas: tuple[float, float] = _learning((0.9, 0.99), "Decays of Adam's two moments.")
+    ema: float = _learning(0.999, "Decay of the averaged weights.", low=0, high=1)
     clip_norm: float = 1.0
-    # blocks keep their inputs alone, and are computed again in the backward pass
-    gradient_checkpointing: bool = False
-    precision: str = "auto"
-    seed: int = 0
-    minutes: float | None = None
-    save_seconds: float = 300.0
-    log_steps: int = 20
-    evaluate_steps: int = 500
-    # clips that training never sees, to evaluate on
-    held_out: int = 32
+    gradient_checkpointing: bool = _learning(
+        False,
+        "Compute activations again in the backward pass: slower, much less memory.",
+        flags=("--gradient-checkpointing/--no-gradient-checkpointing",),
+    )
+    precision: str = _learning(
+        "auto", "auto, bf16 or fp32; auto is bf16 on a GPU.", choices=PRECISIONS
+    )
+    seed: int = _learning(0, "Seed of weights, order and noise.", low=0, high=MAX_SEED)
+    save_seconds: float = _keeping(
+        300.0, "Seconds between checkpoints.", low=0, flags=("--save-every",)
+    )
+    log_steps: int = _keeping(20, "Steps between log lines.", low=1, flags=("--log-every",))
+    evaluate_steps: int = _keeping(
+        500, "Steps between evaluations and sample sheets.", low=1, flags=("--evaluate-every",)
+    )
+    held_out: int = _keeping(32, "Clips to evaluate on, never trained on.", low=1)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "log_steps", "evaluate_steps", "held_out"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name.replace('_', ' ')} {getattr(self, name)} is not at least 1"
-                )
+        read_fields(self)
         if self.batch % self.accumulate:
             raise ValueError(
                 f"batch {self.batch} is not a multiple of accumulate {self.accumulate}"
             )
-        if not 0 < self.lr < 1:
-            raise ValueError(f"lr {self.lr} is not between 0 and 1")
-        if self.warmup < 0:
-            raise ValueError(f"warmup {self.warmup} is negative")
-        if not 0 <= self.final_lr <= 1:
-            raise ValueError(f"final lr {self.final_lr} is not a fraction from 0 to 1")
-        for name, decays in {"betas": self.betas, "ema": (self.ema,)}.items():
-            for decay in decays:
-                if not 0 <= decay < 1:
-                    raise ValueError(f"{name} {decay} is not at least 0 and below 1")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes {self.minutes} is not above 0")
+        for decay in self.betas:
+            if not 0 <= decay < 1:
+                raise ValueError(f"betas {decay} is not at least 0 and below 1")
+
+    def uses_bf16(self, device_type: str) -> bool:
+        """Return whether forward passes run in bfloat16 autocast; by default on GPUs alone."""
+        return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
 
 
 @dataclass(frozen=True)
-class VaeLoss:
-    """Weights of the VAE's objective."""
-
-    # a pixel of the subject counts 1 + mask times
-    mask: float = 3.0
-    edges: float = 1.0
-    # on the KL in nats of a whole frame, beside a reconstruction term that is a mean over pixels
-    kl: float = 1e-6
-
-
-@dataclass(frozen=True)
-class AutoencoderLoss:
-    """Weights of the CMD autoencoder's objective, beside a squared error of weight 1."""
-
-    # on the absolute error
-    l1: float = 1.0
-    # a value counts 1 + moving times its distance from the clip's mean frame
-    moving: float = 6.0
-    # on the mean square of an unbounded z
-    motion_l2: float = 1e-4
-    # on the squared distance of the content frame from the clip's middle frame
-    content_pull: float = 0.0
-
-
-@dataclass(frozen=True)
-class DenoisingLoss:
-    """How the content and the motion model learn to denoise."""
-
-    # gamma of min-SNR weights; 0: a plain mean over timesteps
-    min_snr: float = 5.0
-    # share of captions that are replaced by the empty one, for guidance
-    text_dropout: float = 0.1
-    # motion: content frames get noise of up to this deviation, as at sampling they are not real
-    content_noise: float = 0.2
+class Loss:
+    """Settings of a stage's objective."""
 
     def __post_init__(self) -> None:
-        if self.min_snr < 0:
-            raise ValueError(f"min snr {self.min_snr} is negative")
-        if not 0 <= self.text_dropout <= 1:
-            raise ValueError(f"text dropout {self.text_dropout} is not between 0 and 1")
-        if self.content_noise < 0:
-            raise ValueError(f"content noise {self.content_noise} is negative")
+        read_fields(self)
 
 
 @dataclass(frozen=True)
-class StageConfig:
-    """What one stage takes beside the model, the data and TrainConfig."""
+class VaeLoss(Loss):
+    """Weights of the VAE's objective."""
 
-    # a model folder whose parts are the starting point
-    init: Path | None = None
-    restart: bool = False
-    # content: train the UNet alone, as CMD does from Stable Diffusion
-    freeze_text: bool = False
-    vae: VaeLoss = VaeLoss()
-    autoencoder: AutoencoderLoss = AutoencoderLoss()
-    denoising: DenoisingLoss = DenoisingLoss()
+    mask: float = _weight(3.0, "Extra weight of the subject's pixels.")
+    edges: float = _weight(1.0, "Weight of image gradients.")
+    # the reconstruction term beside it is a mean over pixels
+    kl: float = _weight(1e-6, "Weight of the KL, in nats, of a whole frame.")
+
+
+@dataclass(frozen=True)
+class AutoencoderLoss(Loss):
+    """Weights of the CMD autoencoder's objective, beside a squared error of weight 1."""
+
+    l1: float = _weight(1.0, "Weight of the absolute error beside the squared one.")
+    moving: float = _weight(6.0, "Extra weight of a value's distance from the clip's mean frame.")
+    motion_l2: float = _weight(1e-4, "Weight of the mean square of unbounded motion latents.")
+    content_pull: float = _weight(
+        0.0, "Weight of the content frame's distance from the clip's middle frame."
+    )
+
+
+@dataclass(frozen=True)
+class DenoisingLoss(Loss):
+    """Settings of a denoiser's objective."""
+
+    min_snr: float = _weight(
+        5.0, "Gamma of min-SNR weights, unless a variance is learned; 0: plain mean."
+    )
+    text_dropout: float = _weight(0.1, "Share of captions left empty, for guidance.", high=1)
+
+
+@dataclass(frozen=True)
+class ContentLoss(DenoisingLoss):
+    """Settings of the content model's objective."""
+
+    freeze_text: bool = option(
+        False,
+        "Train the UNet alone, as CMD does from Stable Diffusion.",
+        group=OBJECTIVE,
+        flags=("--freeze-text/--no-freeze-text",),
+    )
+
+
+@dataclass(frozen=True)
+class MotionLoss(DenoisingLoss):
+    """Settings of the motion model's objective."""
+
+    # at sampling the content frame is not real
+    content_noise: float = _weight(0.2, "Largest deviation of noise on the content frame.")
+
+
+LOSSES: Mapping[str, type[Loss]] = {
+    "vae": VaeLoss,
+    "autoencoder": AutoencoderLoss,
+    "content": ContentLoss,
+    "motion": MotionLoss,
+}
+STAGES = tuple(LOSSES)
 
 
 class Recipe(NamedTuple):
-    """The settings of a stage, unless told otherwise."""
+    """The settings of one stage."""
 
-    train: TrainConfig = TrainConfig()
-    stage: StageConfig = StageConfig()
+    train: TrainConfig
+    loss: Loss
+
+    def replaced(self, values: Mapping[str, Any]) -> "Recipe":
+        """Return the recipe with those of `values`, by field name, that are not None."""
+        values = {name: value for name, value in values.items() if value is not None}
+        return Recipe(*(_replace(part, values) for part in self))
+
+
+def _replace(part: Any, values: Mapping[str, Any]) -> Any:
+    return replace(part, **{name: values[name] for name in vars(part) if name in values})
 
 
 # App. B.3 and Tables 6 and 7 of Yu et al. 2024 (arXiv:2403.14148). Ours, since the paper does not
@@ -147,11 +271,9 @@ _PAPER = TrainConfig(
     evaluate_steps=1000,
     held_out=8,
 )
-# eps-MSE or, of a learned variance, MSE and bound; a share of dropped texts is DiT's, of classes
-_PAPER_DENOISING = DenoisingLoss(min_snr=0.0, text_dropout=0.1, content_noise=0.0)
 _PAPER_RECIPES = {
+    # as many steps as PVDM's, its ancestor; the paper says no more than a week on eight GPUs
     "autoencoder": Recipe(
-        # as many steps as PVDM's, its ancestor; the paper says no more than a week on eight GPUs
         replace(
             _PAPER,
             steps=250_000,
@@ -162,16 +284,15 @@ _PAPER_RECIPES = {
             ema=0.0,
             clip_norm=math.inf,
         ),
-        StageConfig(autoencoder=AutoencoderLoss(l1=0.0, moving=0.0, motion_l2=0.0)),
+        AutoencoderLoss(l1=0.0, moving=0.0, motion_l2=0.0),
     ),
-    "content": Recipe(
-        replace(_PAPER, accumulate=64),
-        StageConfig(freeze_text=True, denoising=_PAPER_DENOISING),
-    ),
-    "motion": Recipe(replace(_PAPER, accumulate=16), StageConfig(denoising=_PAPER_DENOISING)),
+    # eps-MSE or, of a learned variance, MSE and bound; a share of dropped texts is DiT's of classes
+    "content": Recipe(replace(_PAPER, accumulate=64), ContentLoss(min_snr=0.0, freeze_text=True)),
+    "motion": Recipe(replace(_PAPER, accumulate=16), MotionLoss(min_snr=0.0, content_noise=0.0)),
 }
 
 
 def recipe(preset: str, stage: str) -> Recipe:
-    """The settings of a stage of a preset: CMD's for the paper's presets, else ours."""
-    return _PAPER_RECIPES.get(stage, Recipe()) if preset in PAPER else Recipe()
+    """Return the settings of a stage: CMD's for the paper's presets, else ours."""
+    ours = Recipe(TrainConfig(), LOSSES[stage]())
+    return _PAPER_RECIPES.get(stage, ours) if preset in PAPER else ours

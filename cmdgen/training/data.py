@@ -1,5 +1,6 @@
 """The clips of one training run: a source, how many of its clips, at which size."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cmdgen.config import ModelConfig
 from cmdgen.data.clips import Clips, ClipSource
 from cmdgen.data.folder import Folder
+from cmdgen.training.config import CLIPS
 from cmdgen.world.config import WORLDS
 from cmdgen.world.world import World
 
@@ -19,7 +22,7 @@ class TrainingData:
     """Clips of one size from a source that may know many."""
 
     source: ClipSource
-    # tells one set of clips from another, in whatever words
+    # differs between sets of clips
     name: str
     count: int
     frames: int
@@ -28,7 +31,7 @@ class TrainingData:
 
     @property
     def key(self) -> str:
-        """All that a cached encoding of clip number i depends on."""
+        """Return all that a cached encoding of clip number i depends on."""
         return f"{self.name} {self.frames} {self.size}"
 
     @cached_property
@@ -50,10 +53,20 @@ class TrainingData:
 
 
 def open_source(name: str) -> tuple[ClipSource, str]:
-    """A world's name or a folder of videos -> the source, and what tells it from others."""
+    """Open a world or a folder of videos; return it and a text that differs between sources."""
     if name in WORLDS:
         return World(WORLDS[name]), repr(WORLDS[name])
     if not Path(name).is_dir():
         raise FileNotFoundError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder")
     folder = Folder(Path(name))
     return folder, folder.key
+
+
+def open_data(
+    name: str, clips: int | None, model: ModelConfig, device: torch.device
+) -> TrainingData:
+    """Open a source at a model's size; None: all clips of a folder, and CLIPS of a world."""
+    source, key = open_source(name)
+    if clips is None:
+        clips = CLIPS if name in WORLDS else len(source.indices("train", sys.maxsize))
+    return TrainingData(source, key, clips, model.frames, (model.height, model.width), device)

@@ -1,62 +1,254 @@
-"""The denoising objective shared by the content and the motion model."""
+"""Training a denoiser: one objective, evaluation and sheet for all families.
+
+A family loads its data and networks, and says what the denoiser is given and how a sample looks.
+"""
+
+import math
+import shutil
+from abc import abstractmethod
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cmdgen.config import NoiseConfig
+from cmdgen.config import NoiseConfig, UNetConfig
+from cmdgen.diffusion.guidance import guide
+from cmdgen.diffusion.samplers import ddim
 from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, split_sigma, velocity
-from cmdgen.models.tokenizer import Tokenizer
-from cmdgen.training.config import DenoisingLoss
-from cmdgen.training.data import TrainingData
+from cmdgen.schema import write_config
+from cmdgen.training.cache import Rows
+from cmdgen.training.config import ContentLoss, DenoisingLoss, MotionLoss
+from cmdgen.training.context import Run
+from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import min_snr_weights, variational_bound
+from cmdgen.training.randomness import Order, seeded
+from cmdgen.training.sheets import compare
+from cmdgen.training.text import Text
+
+SHEET_STEPS = 20
 
 
-class Denoising:
-    """Noising, and the loss of a raw output: min-SNR weights, or a learned variance's bound."""
+class DenoisingStage(Stage):
+    """Learns to denoise `x0`, one tensor of a batch, given what `condition` makes of the others."""
 
-    def __init__(self, noise: NoiseConfig, options: DenoisingLoss, device: torch.device) -> None:
-        self.min_snr = options.min_snr
-        self.prediction_type = noise.prediction_type
-        self.alphas = alphas_cumprod(noise).to(device)
-
-    def noisy(self, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-        """(B, ...) x2, (B,) -> (B, ...), x0 at the timestep."""
-        return add_noise(x0, noise, self.alphas[timestep])
-
-    def loss(
-        self, output: Tensor, x0: Tensor, noise: Tensor, timestep: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, C or 2C, ...), (B, C, ...) x2, (B,) -> mean over the batch, its parts.
-
-        With 2C channels: MSE plus the variational bound, as DiT is trained (arXiv:2212.09748).
-        """
-        alpha = self.alphas[timestep]
-        prediction, sigma = split_sigma(output.float(), x0.shape[1])
-        target = noise if self.prediction_type == "epsilon" else velocity(x0, noise, alpha)
-        error = (prediction - target).square().flatten(1).mean(dim=1)
-        if sigma is None:
-            loss = error.mean()
-            if self.min_snr:
-                weights = min_snr_weights(alpha, self.prediction_type, self.min_snr).float()
-                loss = (weights * error).mean()
-            return loss, {"mse": error.mean()}
-        noisy = self.noisy(x0, noise, timestep)
-        bound = variational_bound(x0, noisy, output, timestep, self.alphas).mean()
-        return error.mean() + bound, {"mse": error.mean(), "bound": bound}
-
-
-class Captions:
-    """Token ids of training captions: re-phrased at every step, some replaced by the empty one."""
+    # of the samples on a sheet
+    sheet_clips, guidance = 16, 1.0
 
     def __init__(
-        self, data: TrainingData, tokenizer: Tokenizer, length: int, *, dropout: float
+        self,
+        run: Run,
+        modules: dict[str, nn.Module],
+        text: Text,
+        noise: NoiseConfig,
+        held_out: Batch,
     ) -> None:
-        self.data, self.tokenizer, self.length, self.dropout = data, tokenizer, length, dropout
+        assert isinstance(run.loss, DenoisingLoss)
+        self.run, self.options, self.modules = run, run.loss, modules
+        self.text, self.noise, self.codec = text, noise, run.codec()
+        self.order = Order(len(run.data.training), run.config.seed)
+        self.alphas = alphas_cumprod(noise).to(run.device)
+        shape, prompts = held_out["x0"].shape, run.data.held_out(len(held_out["x0"]))
+        self.held_out = held_out | {
+            "noise": torch.randn(shape, generator=seeded("held out")).to(run.device),
+            "timestep": torch.linspace(0, len(self.alphas) - 1, shape[0]).long().to(run.device),
+            "ids": text.ids(run.data.captions(prompts, 0)),
+        }
 
-    def ids(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """() -> (B, L) int64."""
-        variant = int(torch.randint(1000, (), generator=generator))
-        texts = self.data.captions(indices, variant)
-        dropped = (torch.rand(len(indices), generator=generator) < self.dropout).tolist()
-        texts = ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
-        return self.tokenizer(texts, self.length)
+    @abstractmethod
+    def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
+        """Return x0 of some clips, and what `condition` reads beside the text."""
+
+    @abstractmethod
+    def condition(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return what the denoiser is given beside the noisy sample and its timestep."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
+        """(B, C, ...), (B,), the conditions -> the raw output, (B, C or 2C, ...)."""
+
+    @abstractmethod
+    def latents(self, x0: Tensor, batch: Batch) -> Tensor:
+        """(B, C, ...) -> (B, C, T, h, w): clips of scaled latents, to look at."""
+
+    def batch(self, step: int) -> Batch:
+        """Return clean samples, their conditions, noise, timesteps and token ids."""
+        size = self.run.config.batch
+        generator = seeded(self.run.config.seed, self.run.stage, step)
+        rows = self.order.rows(step, size)
+        batch = self.example(rows, generator)
+        return batch | {
+            "noise": torch.randn(batch["x0"].shape, generator=generator),
+            "timestep": torch.randint(len(self.alphas), (size,), generator=generator),
+            "ids": self.text.draw(rows, self.options.text_dropout, generator),
+        }
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean of min-SNR weighted errors, or of MSE and a learned variance's bound.
+
+        The bound is as DiT is trained (Peebles & Xie 2022, arXiv:2212.09748).
+        """
+        x0, noise, timestep = batch["x0"], batch["noise"], batch["timestep"]
+        alpha, kind = self.alphas[timestep], self.noise.prediction_type
+        noisy = add_noise(x0, noise, alpha)
+        output = self.predict(noisy, timestep, *self.condition(batch))
+        prediction, sigma = split_sigma(output.float(), x0.shape[1])
+        target = noise if kind == "epsilon" else velocity(x0, noise, alpha)
+        error = (prediction - target).square().flatten(1).mean(dim=1)
+        loss = mse = error.mean()
+        if sigma is not None:
+            bound = variational_bound(x0, noisy, output, timestep, self.alphas).mean()
+            return mse + bound, {"mse": mse, "bound": bound}
+        if self.options.min_snr:
+            loss = (min_snr_weights(alpha, kind, self.options.min_snr).float() * error).mean()
+        return loss, {"mse": mse}
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the loss on held-out clips at fixed timesteps and noise."""
+        return {"loss_held_out": float(self.loss(self.held_out)[0])}
+
+    def sample(self, count: int) -> tuple[Tensor, Batch]:
+        """Return x0 sampled for held-out clips, and the batch of those clips."""
+        batch = {name: tensor[:count] for name, tensor in self.held_out.items()}
+        noise = torch.randn(batch["x0"].shape, generator=seeded("sheet")).to(self.run.device)
+        empty = batch | {"ids": self.text.ids([""] * len(noise))}
+        positive, negative = self.condition(batch), self.condition(empty)
+        denoise = guide(self.predict, self.guidance, positive, negative)
+        return ddim(denoise, noise, self.noise, steps=SHEET_STEPS), batch
+
+    def sheet(self) -> Tensor:
+        """Draw held-out clips above clips sampled for their captions and conditions."""
+        sampled, batch = self.sample(self.sheet_clips)
+        clips = [self.codec.decode(self.latents(x0, batch)) for x0 in (batch["x0"], sampled)]
+        return compare(clips[0][:, ::2], clips[1][:, ::2])
+
+
+class Pairs:
+    """Content and motion of all clips, and the frozen autoencoder that made them."""
+
+    def __init__(self, run: Run) -> None:
+        encodings, self.autoencoder = run.encodings(), run.read("autoencoder")
+        self.rows = encodings.pairs(self.autoencoder, run.finished("autoencoder"))
+        self.held_out = encodings.held_out(run.config.held_out)
+        with torch.no_grad(), run.autocast():
+            parts = [self.autoencoder.encode(part) for part in self.held_out.split(8)]
+        self.content, self.motion = (torch.cat(part).float() for part in zip(*parts, strict=True))
+
+
+class ContentStage(DenoisingStage):
+    """The UNet: content frames, given the text. The text encoder learns too, unless frozen."""
+
+    guidance = 3.0
+
+    def __init__(self, run: Run) -> None:
+        assert isinstance(run.loss, ContentLoss)
+        if run.model.text is None or not isinstance(run.model.content, UNetConfig):
+            name = run.model.name
+            raise ValueError(f"preset {name} has no text encoder: only text can be trained on")
+        text = _read_frozen_text(run) if run.loss.freeze_text else None
+        pairs = Pairs(run)
+        self.rows, held_out = pairs.rows["content"], pairs.content
+        # the autoencoder leaves its memory to the UNet
+        del pairs
+        self.unet = run.build("unet")
+        modules = {"unet": self.unet}
+        if text is None:
+            text = Text.build(run)
+            modules["text_encoder"] = text.encoder
+        super().__init__(run, modules, text, run.model.noise, {"x0": held_out})
+
+    def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
+        """Return content frames."""
+        return {"x0": self.rows[rows].float()}
+
+    def condition(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the text."""
+        return (self.text(batch["ids"]),)
+
+    def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
+        """(B, C, h, w), (B,), (B, L, D) -> (B, C, h, w)."""
+        return self.unet(x, timestep, *conditions)
+
+    def latents(self, x0: Tensor, batch: Batch) -> Tensor:
+        """(B, C, h, w) -> (B, C, 1, h, w)."""
+        return x0[:, :, None]
+
+
+def _read_frozen_text(run: Run) -> Text:
+    """Return the text encoder of the run, else a copy of that of `init`."""
+    for name in ("tokenizer", "text_encoder"):
+        if run.initial(name) is None and not (run.folder / name).is_dir():
+            raise ValueError(
+                f"{run.folder} has no {name}/ that could stay frozen: give --init a folder that"
+                " has, or --no-freeze-text"
+            )
+        if run.start.restart and run.initial(name) is not None:
+            shutil.rmtree(run.folder / name, ignore_errors=True)
+    return Text.read(run)
+
+
+class MotionStage(DenoisingStage):
+    """The DiT: motion latents, given the text and a content frame that may be noisy."""
+
+    sheet_clips = 6
+
+    def __init__(self, run: Run) -> None:
+        pairs = Pairs(run)
+        text = Text.read(run)
+        self.rows, self.autoencoder = pairs.rows, pairs.autoencoder
+        config = self.autoencoder.config
+        if config.motion_activation == "linear":
+            mean, std = _moments(pairs.rows["motion"])
+            self.autoencoder.config = replace(config, motion_mean=mean, motion_std=std)
+            write_config(self.autoencoder.config, run.folder / "autoencoder")
+        self.motion = run.build("motion")
+        self.split = pairs.content.shape[-1] // config.patch
+        self.variance = pairs.held_out[:8].var(dim=2).mean()
+        held_out = {"x0": self.autoencoder.standardise(pairs.motion), "content": pairs.content}
+        noise = self.motion.config.noise
+        super().__init__(run, {"motion": self.motion}, text, noise, held_out)
+
+    def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
+        """Return standardised motion, and content frames: at sampling they are not real either."""
+        assert isinstance(self.options, MotionLoss)
+        content = self.rows["content"][rows].float()
+        blur = torch.rand((len(rows), 1, 1, 1), generator=generator) * self.options.content_noise
+        return {
+            "x0": self.autoencoder.standardise(self.rows["motion"][rows].float()),
+            "content": content + blur * torch.randn(content.shape, generator=generator),
+        }
+
+    def condition(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the text and the content frame."""
+        return self.text(batch["ids"]), batch["content"]
+
+    def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
+        """(B, D, T, S), (B,), (B, L, D), (B, C, h, w) -> (B, D or 2D, T, S)."""
+        text, content = conditions
+        return self.motion(x, timestep, text=text, context=content, split=self.split)
+
+    def latents(self, x0: Tensor, batch: Batch) -> Tensor:
+        """(B, D, T, S) -> (B, C, T, h, w), decoded with the batch's content frames."""
+        motion = self.autoencoder.destandardise(x0)
+        return self.autoencoder.decode(batch["content"], motion).float()
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the held-out loss, and how much sampled clips move, of what real clips do."""
+        variance = self.latents(*self.sample(8)).var(dim=2).mean()
+        return super().evaluate() | {"time_variance_ratio": float(variance / self.variance)}
+
+
+def _moments(motion: Rows) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(N, D, T, S) -> D numbers x 2: mean and standard deviation of each channel."""
+    total = squares = torch.zeros(motion.shape[1], dtype=torch.float64)
+    for rows in torch.arange(len(motion)).split(1024):
+        part = motion[rows].double()
+        total = total + part.sum(dim=(0, 2, 3))
+        squares = squares + part.square().sum(dim=(0, 2, 3))
+    count = math.prod(motion.shape) / motion.shape[1]
+    mean = total / count
+    std = ((squares - count * mean.square()) / (count - 1)).sqrt()
+    return _rounded(mean), _rounded(std)
+
+
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 6) for value in values.tolist())

@@ -15,43 +15,41 @@ class Ema:
     """
 
     def __init__(self, modules: dict[str, nn.Module], decay: float) -> None:
-        named = [
-            (f"{m}.{n}", p) for m, module in modules.items() for n, p in module.named_parameters()
-        ]
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter.data for _, parameter in named]
-        self.averages = [parameter.clone() for parameter in self.parameters]
+        parameters = {
+            f"{name}.{key}": parameter.data
+            for name, module in modules.items()
+            for key, parameter in module.named_parameters()
+        }
+        self.parameters = list(parameters.values())
+        self.averages = {name: parameter.clone() for name, parameter in parameters.items()}
         self.decay = decay
         self.updates = 0
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the averages towards the parameters."""
+        """Move the averages towards the parameters."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        torch._foreach_lerp_(list(self.averages.values()), self.parameters, 1 - decay)
         self.updates += 1
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Puts the averages into the modules for the length of a block."""
-        self._swap()
-        try:
-            yield
-        finally:
+        """Put the averages into the modules for the length of a block, without gradients."""
+        with torch.no_grad():
             self._swap()
+            try:
+                yield
+            finally:
+                self._swap()
 
     def _swap(self) -> None:
-        for parameter, average in zip(self.parameters, self.averages, strict=True):
-            kept = parameter.clone()
+        for parameter, average in zip(self.parameters, self.averages.values(), strict=True):
+            current = parameter.clone()
             parameter.copy_(average)
-            average.copy_(kept)
+            average.copy_(current)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """() -> averages by parameter name."""
-        return dict(zip(self.names, self.averages, strict=True))
-
-    def load_state_dict(self, state: dict[str, Tensor], updates: int) -> None:
-        """Reads what state_dict gave."""
-        for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(state[name])
+    def load(self, averages: dict[str, Tensor], updates: int) -> None:
+        """Copy the averages of a checkpoint."""
+        for name, average in self.averages.items():
+            average.copy_(averages[name])
         self.updates = updates

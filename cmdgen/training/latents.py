@@ -1,8 +1,7 @@
 """Clips as the later stages see them: latents, and (content, motion) pairs, from the cache."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -17,52 +16,60 @@ from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
 from cmdgen.schema import read_config
 from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
+from cmdgen.training.config import Report
 from cmdgen.training.data import TrainingData
-from cmdgen.training.loop import Report
 from cmdgen.video.pixels import to_levels, to_unit
 from cmdgen.weights import weight_paths
 
 # pixels that go through the VAE's decoder at once: 64 frames of 64x64, one of 512x512 or more
 VAE_PIXELS = 2**18
-# clips, at most, that are drawn or read, or go through the autoencoder, at once
+# largest number of clips that are rendered, read or encoded at once
 CLIPS = 16
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Frames to what the autoencoder works on, and back: scaled latents; pixels without a VAE."""
+    """Frames to the autoencoder's input and back: scaled latents, or pixels without a VAE."""
 
     # of the VAE, which is read when first needed
     folder: Path | None
     model: ModelConfig
     device: torch.device
     bf16: bool
-    # bytes that encoding may hold beside the weights; None: what is fastest
+    # bytes that encoding may hold beside the weights; None: no limit, fastest
     max_memory: int | None = None
 
     @cached_property
     def vae(self) -> KlVae | None:
-        """The VAE, frozen."""
+        """Return the VAE, frozen."""
         if self.folder is None:
             return None
         return KlVae.from_pretrained(self.folder, device=self.device).requires_grad_(False)
 
     @cached_property
+    def config(self) -> VaeConfig | None:
+        """Return the configuration of the VAE."""
+        return None if self.folder is None else read_config(self.folder, VaeConfig)
+
+    @cached_property
     def key(self) -> str:
-        """Tells what this VAE makes of frames from what others do."""
+        """Return a hash of all that the latents of a frame depend on."""
         if self.folder is None or self.config is None:
             return fingerprint([])
         scale = self.config.scaling_factor
         return fingerprint(weight_paths(self.folder, KlVae.filename), str(scale))
 
-    @cached_property
-    def config(self) -> VaeConfig | None:
-        """Of the VAE."""
-        return None if self.folder is None else read_config(self.folder, VaeConfig)
-
     def autocast(self) -> torch.autocast:
-        """The precision that encoders and decoders run in."""
+        """Return the precision of encoders and decoders."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def slices(self, batch: int, autoencoder: AutoencoderConfig | None = None) -> Slices:
+        """Return how to encode a batch of clips, by this autoencoder or the model's own."""
+        autoencoder = autoencoder or self.model.autoencoder
+        model = replace(self.model, vae=self.config, autoencoder=autoencoder)
+        # weights are float32; in bf16 the convolutions alone run, and others hold no more than that
+        work = Work(model, torch.float32, batch, "encode")
+        return choose_slices(work, self.device, self.max_memory)
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
@@ -70,66 +77,42 @@ class Codec:
 
         Raises ValueError, saying how much memory would do, where `max_memory` is too little.
         """
-        count, length, _, *size = frames.shape
-        slices = self.slices(count, length, size)
-        parts = frames.flatten(0, 1).split(slices.pictures)
-        with self.autocast():
-            latents = torch.cat(
-                [self._encode(to_unit(part.to(self.device)), slices.strips) for part in parts]
-            )
-        return rearrange(latents, "(b t) c h w -> b c t h w", b=count)
-
-    def slices(
-        self,
-        batch: int,
-        frames: int,
-        size: Sequence[int],
-        autoencoder: AutoencoderConfig | None = None,
-    ) -> Slices:
-        """How to encode clips of (H, W), by this autoencoder or the model's own."""
-        height, width = size
-        model = replace(self.model, vae=self.config, frames=frames, height=height, width=width)
-        if autoencoder is not None:
-            model = replace(model, autoencoder=autoencoder)
-        # weights are float32; in bf16 the convolutions alone run, and others hold no more than that
-        work = Work(model, torch.float32, batch, "encode")
-        return choose_slices(work, self.device, self.max_memory)
-
-    def _encode(self, frames: Tensor, strips: int) -> Tensor:
-        return frames if self.vae is None else encode_pictures(self.vae, frames, strips).float()
+        slices = self.slices(len(frames))
+        latents = []
+        for part in frames.flatten(0, 1).split(slices.pictures):
+            pixels = to_unit(part.to(self.device))
+            with self.autocast():
+                if self.vae is not None:
+                    pixels = encode_pictures(self.vae, pixels, slices.strips).float()
+            latents.append(pixels)
+        return rearrange(torch.cat(latents), "(b t) c h w -> b c t h w", b=len(frames))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, T, h, w) -> (B, T, 3, H, W) uint8."""
-        count = len(latents)
         stride = 1 if self.vae is None else self.vae.config.stride
-        parts = rearrange(latents, "b c t h w -> (b t) c h w").split(_at_once(latents, stride))
-        with self.autocast():
-            frames = torch.cat([to_levels(self._decode(part)) for part in parts])
-        return frames.unflatten(0, (count, -1))
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return latents if self.vae is None else self.vae.from_latents(latents)
-
-
-def _at_once(frames: Tensor, stride: int = 1) -> int:
-    return max(1, VAE_PIXELS // (frames.shape[-2] * frames.shape[-1] * stride**2))
+        step = max(1, VAE_PIXELS // (latents.shape[-2] * latents.shape[-1] * stride**2))
+        frames = []
+        for part in rearrange(latents, "b c t h w -> (b t) c h w").split(step):
+            with self.autocast():
+                frames.append(to_levels(part if self.vae is None else self.vae.from_latents(part)))
+        return torch.cat(frames).unflatten(0, (len(latents), -1))
 
 
 @dataclass(frozen=True)
 class Encodings:
-    """The clips of a run, encoded; shards live in `folder`, latents maybe in one for many runs."""
+    """The encoded clips of a run; shards live in `folder`."""
 
     data: TrainingData
     codec: Codec
     folder: Path
     report: Report
-    # of latents that were encoded before, see `precompute`; nothing is written there
+    # folder of latents that `precompute` wrote; nothing is written there
     shared: Path | None = None
 
     @property
     def key(self) -> str:
-        """Tells the latents of these clips from others."""
+        """Return a hash of all that the latents of these clips depend on."""
         return fingerprint([], self.codec.key, self.data.key)
 
     def latents(self) -> Rows:
@@ -142,22 +125,21 @@ class Encodings:
         return latents[torch.arange(len(latents))].to(self.codec.device).float()
 
     def _latents(self, kind: str, indices: Tensor) -> Rows:
+        place = (self.shared or self.folder) / f"{kind}-{self.key}"
         if self.shared is None:
-            place = self.folder / f"{kind}-{self.key}"
             remove_others(place)
             self._encode(place, indices)
-            return read(place, ("latents",), len(indices))["latents"]
-        height, width = self.data.size
-        wanted = f"{self.data.frames} frames of {width}x{height} of this data and VAE"
         try:
-            return read(self.shared / f"{kind}-{self.key}", ("latents",), len(indices))["latents"]
+            return read(place, ("latents",), len(indices))["latents"]
         except ValueError as error:
+            height, width = self.data.size
             raise ValueError(
-                f"{error}, {wanted}: first run `cmdgen data precompute -o {self.shared}` for them"
+                f"{error}, {self.data.frames} frames of {width}x{height} of this data and VAE:"
+                f" first run `cmdgen data precompute -o {self.shared}` for them"
             ) from error
 
     def precompute(self, held_out: int) -> None:
-        """Encodes what `folder` lacks of the clips to learn from and of those to evaluate on.
+        """Encode what `folder` lacks of the clips to learn from and of those to evaluate on.
 
         It may serve many runs: encodings of other data, sizes and VAEs stay.
         """
@@ -165,8 +147,8 @@ class Encodings:
         self._encode(self.folder / f"latents-{self.key}", self.data.training)
 
     @property
-    def at_once(self) -> int:
-        """Clips to encode together: 16 of 64x64, one of 512x512 or more."""
+    def step(self) -> int:
+        """Return how many clips to encode together: 16 of 64x64, one of 512x512 or more."""
         height, width = self.data.size
         return min(CLIPS, max(1, VAE_PIXELS * CLIPS // (self.data.frames * height * width)))
 
@@ -175,7 +157,7 @@ class Encodings:
             frames = self.data.clips(indices[rows.start : rows.stop]).frames
             return {"latents": self.codec.encode(frames)}
 
-        fill(place, len(indices), encode, self.report, step=self.at_once)
+        fill(place, len(indices), encode, self.report, step=self.step)
 
     def pairs(self, autoencoder: CmdAutoencoder, folder: Path) -> dict[str, Rows]:
         """() -> content (N, C, h, w) and raw motion (N, D, T, w' + h'), float16.
@@ -185,22 +167,17 @@ class Encodings:
         weights = weight_paths(folder, CmdAutoencoder.filename)
         place = self.folder / f"pairs-{fingerprint(weights, self.key)}"
         remove_others(place)
-        latents: list[Rows] = []
+        # read when the first pair is missing
+        latents = lru_cache(self.latents)
 
         @torch.no_grad()
         def encode(rows: range) -> dict[str, Tensor]:
-            if not latents:
-                latents.append(self.latents())
-            part = latents[0][torch.arange(rows.start, rows.stop)]
-            slices = self.codec.slices(
-                len(part), self.data.frames, self.data.size, autoencoder.config
-            )
+            part = latents()[torch.arange(rows.start, rows.stop)].to(self.codec.device).float()
+            slices = self.codec.slices(len(part), autoencoder.config)
             with self.codec.autocast():
-                content, motion = encode_clip(
-                    autoencoder, part.to(self.codec.device).float(), slices
-                )
+                content, motion = encode_clip(autoencoder, part, slices)
             return {"content": content, "motion": motion}
 
         count = len(self.data.training)
-        fill(place, count, encode, self.report, step=self.at_once)
+        fill(place, count, encode, self.report, step=self.step)
         return read(place, ("content", "motion"), count)

@@ -10,22 +10,23 @@ from torch import Tensor
 
 from cmdgen.files import replace_with
 
-
-def grid(rows: Tensor, gap: int = 2) -> Tensor:
-    """(R, N, 3, H, W) uint8 -> (h, w, 3) uint8: R rows of N frames on white."""
-    framed = F.pad(rows, (0, gap, 0, gap), value=255)
-    return rearrange(framed.cpu(), "r n c h w -> (r h) (n w) c")
+# stills in a row, and pixels between pictures
+COLUMNS, GAP = 8, 2
 
 
-def compare(above: Tensor, below: Tensor, columns: int = 8) -> Tensor:
-    """(N, 3, H, W) uint8 x2 -> (h, w, 3) uint8: rows of one, each above its row of the other."""
-    columns = min(columns, len(above))
-    rows = len(above) // columns
-    pairs = torch.stack((above[: rows * columns], below[: rows * columns].to(above.device)))
-    return grid(rearrange(pairs, "p (r n) c h w -> (r p) n c h w", r=rows))
+def compare(above: Tensor, below: Tensor) -> Tensor:
+    """(N, T, 3, H, W) uint8 x2 -> (h, w, 3) uint8: a row for each clip, above that of the other.
+
+    Stills, T = 1, come eight in a row.
+    """
+    columns = above.shape[1] if above.shape[1] > 1 else min(COLUMNS, len(above))
+    rows = above.shape[0] * above.shape[1] // columns
+    pairs = torch.stack((above, below.to(above.device))).flatten(1, 2)[:, : rows * columns]
+    framed = F.pad(pairs.cpu(), (0, GAP, 0, GAP), value=255)
+    return rearrange(framed, "p (r n) c h w -> (r p h) (n w) c", r=rows)
 
 
 def write_png(path: Path, picture: Tensor) -> None:
-    """(H, W, 3) uint8 -> a file, whole or not at all."""
+    """Write (H, W, 3) uint8 to a file, whole or not at all."""
     with replace_with(path) as temporary:
         Image.fromarray(picture.numpy()).save(temporary, format="PNG")

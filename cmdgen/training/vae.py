@@ -4,83 +4,70 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cmdgen.config import VaeConfig
 from cmdgen.evaluation.metrics import psnr
 from cmdgen.models.vae import KlVae
 from cmdgen.training.config import VaeLoss
-from cmdgen.training.data import TrainingData
-from cmdgen.training.loop import Batch
+from cmdgen.training.context import Run
+from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import edge_difference, gaussian_kl, l1_plus_l2
 from cmdgen.training.randomness import Order, seeded
 from cmdgen.training.sheets import compare
 from cmdgen.video.pixels import to_levels, to_unit
 
-
-def fresh_vae(config: VaeConfig) -> KlVae:
-    """A VAE from scratch; a posterior that started wide would drown the means in noise."""
-    vae = KlVae(config)
-    assert vae.quant_conv.bias is not None
-    with torch.no_grad():
-        vae.quant_conv.weight[config.latent_channels :] *= 0.1
-        vae.quant_conv.bias[config.latent_channels :] = -6.0
-    return vae
+# of a clip in a batch
+FRAMES = 2
+# clips that the scale of the latents is measured on
+MEASURED = 64
 
 
-class VaeStage:
-    """Frames of clips rendered as they are needed, a few from each."""
+class VaeStage(Stage):
+    """Frames of clips that are rendered when they are needed."""
 
-    def __init__(
-        self,
-        vae: KlVae,
-        data: TrainingData,
-        weights: VaeLoss,
-        *,
-        batch: int,
-        seed: int,
-        device: torch.device,
-        frames_per_clip: int = 2,
-    ) -> None:
-        if batch % frames_per_clip:
+    def __init__(self, run: Run) -> None:
+        if run.model.vae is None:
+            raise ValueError(f"preset {run.model.name} works on pixels: it has no VAE to train")
+        if run.config.batch % FRAMES:
             raise ValueError(
-                f"batch {batch} is not a multiple of the {frames_per_clip} frames of a clip"
+                f"batch {run.config.batch} is not a multiple of the {FRAMES} frames of a clip"
             )
-        self.vae, self.data, self.weights, self.device = vae, data, weights, device
-        self.modules: dict[str, nn.Module] = {"vae": vae}
-        self.seed, self.frames_per_clip = seed, frames_per_clip
-        self.clips = batch // frames_per_clip
-        self.training = data.training
+        assert isinstance(run.loss, VaeLoss)
+        self.run, self.weights, seed = run, run.loss, run.config.seed
+        self.vae: KlVae = run.build("vae")
+        if run.initial("vae") is None:
+            _narrow_posterior(self.vae)
+        self.modules = {"vae": self.vae}
+        self.training = run.data.training
         self.order = Order(len(self.training), seed)
-        self.held_out = self._frames(data.held_out(32), seeded(seed, "held out"))
-        self.measured = self._frames(self.training[:64], seeded(seed, "scale"))["frames"]
+        held_out = run.data.held_out(run.config.held_out)
+        self.held_out = self._frames(held_out, seeded(seed, "held out"))
+        self.measured = self._frames(self.training[:MEASURED], seeded(seed, "scale"))["frames"]
 
     def batch(self, step: int) -> Batch:
-        """Frames (B, 3, H, W) uint8, the subject's mask (B, 1, H, W), noise for the latents."""
-        generator = seeded(self.seed, "vae", step)
-        rows = self.order.rows(step, self.clips)
+        """Return frames (B, 3, H, W) uint8, the subject's mask (B, 1, H, W) and noise."""
+        generator = seeded(self.run.config.seed, "vae", step)
+        rows = self.order.rows(step, self.run.config.batch // FRAMES)
         batch = self._frames(self.training[rows], generator)
         frames, config = batch["frames"], self.vae.config
-        height, width = (side // config.stride for side in frames.shape[-2:])
-        noise = torch.randn(
-            (len(frames), config.latent_channels, height, width), generator=generator
-        )
-        return {**batch, "noise": noise.to(self.device)}
+        size = [side // config.stride for side in frames.shape[-2:]]
+        noise = torch.randn((len(frames), config.latent_channels, *size), generator=generator)
+        return batch | {"noise": noise}
 
     def _frames(self, indices: Tensor, generator: torch.Generator) -> Batch:
-        clips = self.data.clips(indices)
-        count = clips.frames.shape[1]
-        chosen = torch.rand((len(indices), count), generator=generator).argsort(dim=1)
-        chosen = chosen[:, : self.frames_per_clip].to(clips.frames.device)
-        rows = torch.arange(len(indices), device=clips.frames.device)[:, None]
+        clips = self.run.data.clips(indices)
+        count, device = clips.frames.shape[1], clips.frames.device
+        order = torch.rand((len(indices), count), generator=generator).argsort(dim=1)
+        chosen = order[:, :FRAMES].to(device)
+        rows = torch.arange(len(indices), device=device)[:, None]
         frames = clips.frames[rows, chosen].flatten(0, 1)
         mask = torch.zeros_like(frames[:, :1], dtype=torch.bool)
         if clips.mask is not None:
             mask = clips.mask[rows, chosen].flatten(0, 1)[:, None]
-        return {"frames": frames.to(self.device), "mask": mask.to(self.device)}
+        return {"frames": frames.to(self.run.device), "mask": mask.to(self.run.device)}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction of a sample of the posterior, and its KL."""
+        """Return the error of a reconstruction from a sample of the posterior, and the KL."""
         frames = to_unit(batch["frames"])
         mean, logvar = (moment.float() for moment in self.vae.encode(frames))
         output = self.vae.decode(mean + (0.5 * logvar).exp() * batch["noise"]).float()
@@ -92,28 +79,37 @@ class VaeStage:
         return loss, {"pixels": pixels, "edges": edges, "kl": kl}
 
     def evaluate(self) -> dict[str, float]:
-        """PSNR on held-out frames, overall and inside the subject's mask."""
+        """Return PSNR on held-out frames, overall and inside the subject's mask."""
         frames, mask = self.held_out["frames"], self.held_out["mask"][:, 0]
-        output = self._reconstruct(frames).float() / 255
-        target = frames.float() / 255
+        output, target = self._reconstruct(frames).float() / 255, frames.float() / 255
         figures = {"psnr": psnr(output, target)}
         if mask.any():
             figures["psnr_subject"] = psnr(output, target, mask)
         return figures
 
+    def _means(self, frames: Tensor) -> Tensor:
+        return torch.cat([self.vae.encode(to_unit(part))[0] for part in frames.split(16)])
+
     def _reconstruct(self, frames: Tensor) -> Tensor:
-        parts = [self.vae.decode(self.vae.encode(to_unit(part))[0]) for part in frames.split(16)]
+        parts = [self.vae.decode(part) for part in self._means(frames).split(16)]
         return to_levels(torch.cat(parts))
 
     def sheet(self) -> Tensor:
-        """Held-out frames above their reconstructions."""
-        # one of each clip, of at most 16
-        frames = self.held_out["frames"][:: self.frames_per_clip][:16]
-        return compare(frames, self._reconstruct(frames))
+        """Draw held-out frames, one of a clip, above their reconstructions."""
+        frames = self.held_out["frames"][::FRAMES][:16]
+        return compare(frames[:, None], self._reconstruct(frames)[:, None])
 
     def export(self, folder: Path) -> None:
-        """Measures the scale of the latents, then writes vae/."""
-        means = [self.vae.encode(to_unit(part))[0].float() for part in self.measured.split(16)]
-        scale = 1 / float(torch.cat(means).std())
+        """Write vae/ with the measured scale of its latents."""
+        scale = 1 / float(self._means(self.measured).float().std())
         self.vae.config = replace(self.vae.config, scaling_factor=round(scale, 6))
-        self.vae.save_pretrained(folder / "vae")
+        super().export(folder)
+
+
+@torch.no_grad()
+def _narrow_posterior(vae: KlVae) -> None:
+    """Make the posterior of fresh weights narrow: a wide one would drown the means in noise."""
+    channels = vae.config.latent_channels
+    assert vae.quant_conv.bias is not None
+    vae.quant_conv.weight[channels:] *= 0.1
+    vae.quant_conv.bias[channels:] = -6.0

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from cmdgen.training import checkpoint
-from cmdgen.training.config import TrainConfig
+from cmdgen.training.config import Loss, Shared, Start, TrainConfig
+from cmdgen.training.context import Run
+from cmdgen.training.data import open_data
 from cmdgen.training.ema import Ema
-from cmdgen.training.loop import Batch, learning_rate, train
+from cmdgen.training.loop import Batch, Stage, learning_rate, train
 from cmdgen.training.randomness import Order, seeded
+from tests.conftest import tiny_config
 
 CONFIG = TrainConfig(steps=8, batch=8, lr=0.01, warmup=3, log_steps=3, evaluate_steps=100, ema=0.9)
 
 
-class LinearStage:
+class LinearStage(Stage):
     def __init__(self, *, fail_at: int = -1, seconds: float = 0.0) -> None:
         torch.manual_seed(0)
         self.model = nn.Linear(3, 2)
@@ -48,20 +51,18 @@ class LinearStage:
 def fit(
     folder: Path, config: TrainConfig = CONFIG, stage: LinearStage | None = None
 ) -> LinearStage:
-    stage = stage or LinearStage()
-    train(
-        stage,
-        config,
-        folder / "state",
-        folder / "model",
-        device=torch.device("cpu"),
-        report=lambda *_: None,
-    )
+    stage, cpu, model = stage or LinearStage(), torch.device("cpu"), tiny_config()
+    data = open_data("mini", 1, model, cpu)
+    train(stage, Run("linear", Start(folder), Shared(), config, Loss(), model, data, cpu))
     return stage
 
 
+def state(folder: Path) -> Path:
+    return folder / "training" / "linear"
+
+
 def log(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "state" / "log.jsonl").read_text().splitlines()
+    lines = (state(folder) / "log.jsonl").read_text().splitlines()
     timed = ("samples/s", "seconds")
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
@@ -77,7 +78,7 @@ def test_kill_loses_at_most_the_steps_since_the_checkpoint(tmp_path: Path) -> No
     config = replace(CONFIG, save_seconds=0.0)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "killed", config, LinearStage(fail_at=5))
-    assert checkpoint.load_checkpoint(tmp_path / "killed/state/checkpoint.pt")["step"] == 5
+    assert checkpoint.load_checkpoint(state(tmp_path / "killed") / "checkpoint.pt")["step"] == 5
     continued = fit(tmp_path / "killed", config)
     assert torch.equal(continued.model.weight, expected.model.weight)
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
@@ -85,7 +86,7 @@ def test_kill_loses_at_most_the_steps_since_the_checkpoint(tmp_path: Path) -> No
 
 def test_the_optimizer_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
     fit(tmp_path, replace(CONFIG, steps=1, betas=(0.5, 0.75), weight_decay=0.125))
-    matrices, vectors = checkpoint.load_checkpoint(tmp_path / "state/checkpoint.pt")["optimizer"][
+    matrices, vectors = checkpoint.load_checkpoint(state(tmp_path) / "checkpoint.pt")["optimizer"][
         "param_groups"
     ]
     assert matrices["betas"] == vectors["betas"] == (0.5, 0.75)
@@ -135,9 +136,9 @@ def test_other_batch_or_shape_is_refused(tmp_path: Path) -> None:
 
 def test_minutes_end_the_run_in_time_with_a_checkpoint(tmp_path: Path) -> None:
     begun = time.monotonic()
-    fit(tmp_path, replace(CONFIG, steps=10_000, minutes=0.5 / 60), LinearStage(seconds=0.01))
+    fit(tmp_path, replace(CONFIG, steps=10_000, minutes=0.1 / 60), LinearStage(seconds=0.01))
     assert time.monotonic() - begun < 5
-    step = checkpoint.load_checkpoint(tmp_path / "state/checkpoint.pt")["step"]
+    step = checkpoint.load_checkpoint(state(tmp_path) / "checkpoint.pt")["step"]
     assert 0 < step < 10_000
     assert log(tmp_path)[-1]["step"] == step
 
@@ -147,13 +148,13 @@ def test_diverged_weights_are_never_saved(tmp_path: Path) -> None:
     nn.init.constant_(stage.model.weight, float("inf"))
     with pytest.raises(FloatingPointError, match="not finite"):
         fit(tmp_path, stage=stage)
-    assert not (tmp_path / "state/checkpoint.pt").exists()
+    assert not (state(tmp_path) / "checkpoint.pt").exists()
 
 
 def test_export_holds_the_averaged_weights(tmp_path: Path) -> None:
     stage = fit(tmp_path)
-    exported = torch.load(tmp_path / "model/model.pt", weights_only=True)
-    averages = checkpoint.load_checkpoint(tmp_path / "state/checkpoint.pt")["ema"]
+    exported = torch.load(tmp_path / "model.pt", weights_only=True)
+    averages = checkpoint.load_checkpoint(state(tmp_path) / "checkpoint.pt")["ema"]
     assert torch.equal(exported["weight"], averages["model.weight"])
     assert not torch.equal(exported["weight"], stage.model.weight)
 
@@ -169,7 +170,7 @@ def test_ema_of_a_ramp_is_its_closed_form() -> None:
         ema.update()
     # sum over k of (1 - d) d^(n - k) k = n - d (1 - d^n) / (1 - d)
     expected = 10 - 0.5 * (1 - 0.5**10) / 0.5
-    assert float(ema.state_dict()["m.weight"]) == pytest.approx(expected)
+    assert float(ema.averages["m.weight"]) == pytest.approx(expected)
     with ema.swapped():
         assert module.weight.item() == pytest.approx(expected)
     assert module.weight.item() == 10

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cmdgen.config import AutoencoderConfig, SampleConfig, VaeConfig
-from cmdgen.pipeline import TextToVideo
+from cmdgen.config import AutoencoderConfig, VaeConfig
+from cmdgen.pipelines.load import load_pipeline
 from cmdgen.schema import read_config
-from cmdgen.training.config import STAGES, StageConfig, TrainConfig
+from cmdgen.training.config import LOSSES, STAGES, Shared, Start, TrainConfig
+from cmdgen.training.context import Run
 from cmdgen.training.data import TrainingData
 from cmdgen.training.export import export_model
 from cmdgen.training.run import run_stage, settle
@@ -31,7 +32,7 @@ WORLD = World(
         sprites="shapes",
     )
 )
-CONFIG = TrainConfig(steps=2, batch=4, warmup=2, log_steps=1, evaluate_steps=10)
+CONFIG = TrainConfig(steps=2, batch=4, warmup=2, log_steps=1, evaluate_steps=10, held_out=4)
 PARTS = {"vae": "vae", "autoencoder": "autoencoder", "content": "unet", "motion": "motion"}
 
 
@@ -39,25 +40,17 @@ def run(
     folder: Path,
     stage: str,
     steps: int = 2,
-    options: StageConfig | None = None,
+    *,
+    init: Path | None = None,
+    restart: bool = False,
     learned: bool = False,
 ) -> int:
     model, cpu = tiny_config(), torch.device("cpu")
     model = replace(model, motion=replace(model.motion, learned_sigma=learned))
     data = TrainingData(WORLD, "shapes", 10, model.frames, (model.height, model.width), cpu)
-    return run_stage(
-        stage,
-        folder,
-        model,
-        data,
-        replace(CONFIG, steps=steps),
-        options or StageConfig(),
-        device=cpu,
-        report=lambda *_: None,
-        stopped=lambda: False,
-        shared={"preset": "tiny"},
-        started=0.0,
-    )
+    start, config = Start(folder, init=init, restart=restart), replace(CONFIG, steps=steps)
+    shared = Shared("mini", "world")
+    return run_stage(Run(stage, start, shared, config, LOSSES[stage](), model, data, cpu))
 
 
 def records(folder: Path, stage: str) -> list[dict[str, float]]:
@@ -84,7 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_four_stages_give_a_folder_that_samples(trained: Path) -> None:
-    clip = TextToVideo.load(trained).sample("a dog jumping", SampleConfig(seed=1))
+    clip = load_pipeline(trained).sample("a dog jumping", seed=1)
     assert clip.frames.shape == (4, 32, 48, 3)
     for stage in STAGES:
         assert [step for step, *_ in curve(trained, stage)] == [1, 2]
@@ -121,7 +114,7 @@ def test_resumed_training_equals_training_at_once(
 def test_motion_with_learned_variance_trains_on_the_bound(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    run(folder, "motion", options=StageConfig(restart=True), learned=True)
+    run(folder, "motion", restart=True, learned=True)
     assert records(folder, "motion")[0]["bound"] > 0
 
 
@@ -131,16 +124,16 @@ def test_missing_stage_names_the_command_that_makes_it(tmp_path: Path) -> None:
 
 
 def test_init_provides_the_parts_that_the_run_lacks(trained: Path, tmp_path: Path) -> None:
-    run(tmp_path, "autoencoder", options=StageConfig(init=trained))
+    run(tmp_path, "autoencoder", init=trained)
     assert (tmp_path / "vae" / "config.json").read_bytes() == (
         trained / "vae" / "config.json"
     ).read_bytes()
 
 
 def test_stages_of_a_run_share_what_the_first_was_told(trained: Path) -> None:
-    assert settle(trained, {"preset": None, "size": "64x64"}) == {"preset": "tiny", "size": "64x64"}
-    with pytest.raises(ValueError, match="started with preset tiny, not mini"):
-        settle(trained, {"preset": "mini"})
+    assert settle(trained, Shared(frames=8)) == Shared("mini", "world", frames=8)
+    with pytest.raises(ValueError, match="started with preset mini, not cmd-sd15"):
+        settle(trained, Shared("cmd-sd15"))
 
 
 def test_export_is_the_model_alone_in_half_precision(trained: Path, tmp_path: Path) -> None:
@@ -153,4 +146,4 @@ def test_export_is_the_model_alone_in_half_precision(trained: Path, tmp_path: Pa
         tensor.dtype == torch.float16 for tensor in weights(tmp_path / "tiny", "vae").values()
     )
     assert "tokenizer/words.json" in sizes
-    TextToVideo.load(tmp_path / "tiny").sample("a cat", SampleConfig())
+    load_pipeline(tmp_path / "tiny").sample("a cat")

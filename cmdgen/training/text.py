@@ -1,0 +1,61 @@
+"""Captions of training: their token ids, and a text encoder that is frozen or trained."""
+
+import torch
+from torch import Tensor
+
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tokenizer import Tokenizer
+from cmdgen.training.context import Run
+
+# that a tokenizer is learned from, each in two phrasings
+CAPTIONS = 10_000
+
+
+class Text:
+    """The tokenizer and the text encoder of a run."""
+
+    def __init__(self, run: Run, tokenizer: Tokenizer, encoder: ClipTextModel) -> None:
+        self.data, self.device = run.data, run.device
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.length = encoder.config.max_position_embeddings
+
+    @classmethod
+    def read(cls, run: Run) -> "Text":
+        """Read what a former stage trained, frozen."""
+        encoder = run.read("text_encoder")
+        return cls(run, Tokenizer.from_pretrained(run.finished("tokenizer")), encoder)
+
+    @classmethod
+    def build(cls, run: Run) -> "Text":
+        """Build what this stage trains; the tokenizer stays the one that the stage began with.
+
+        That is the one of `init`, or one that is learned from the captions.
+        """
+        assert run.model.text is not None
+        place, initial = run.folder / "tokenizer", run.initial("tokenizer")
+        if place.is_dir() and not run.start.restart:
+            tokenizer = Tokenizer.from_pretrained(place)
+        elif initial is not None:
+            tokenizer = Tokenizer.from_pretrained(initial)
+        else:
+            indices = run.data.source.indices("train", CAPTIONS)
+            texts = [text for variant in range(2) for text in run.data.captions(indices, variant)]
+            tokenizer = Tokenizer.train(texts, run.model.text.vocab_size)
+        # before the first checkpoint: token ids must never change under the weights
+        tokenizer.save_pretrained(place, length=run.model.text.max_position_embeddings)
+        return cls(run, tokenizer, run.build("text_encoder"))
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """(B, L) -> (B, L, D)."""
+        return self.encoder(ids).last_hidden_state
+
+    def ids(self, texts: list[str]) -> Tensor:
+        """() -> (B, L) int64."""
+        return self.tokenizer(texts, self.length).to(self.device)
+
+    def draw(self, rows: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+        """(B,) -> (B, L) int64: captions in another phrasing each time, some left empty."""
+        variant = int(torch.randint(1000, (), generator=generator))
+        texts = self.data.captions(self.data.training[rows], variant)
+        dropped = (torch.rand(len(rows), generator=generator) < dropout).tolist()
+        return self.ids(["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
