@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cmdgen.training import denoising
-from cmdgen.video.write import write_video
+from tests.videos import write_video
 
 
 @pytest.fixture(scope="package", autouse=True)
