@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,9 +16,6 @@ from cmdgen.options import option, read_fields
 from cmdgen.request import Request, Size, parse_size, write_size
 from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
-
-if TYPE_CHECKING:
-    from cmdgen.data.clips import ClipSource
 
 app = typer.Typer(
     cls=Group,
@@ -73,11 +70,10 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)]) -> Non
     from cmdgen.training.data import open_source
     from cmdgen.world.world import World
 
+    source, _ = open_source(sheet.data)
     if sheet.data in WORLDS:
         chosen = {name: value for name in _NARROWED if (value := getattr(world, name))}
-        source: ClipSource = World(replace(WORLDS[sheet.data], **chosen))
-    else:
-        source, _ = open_source(sheet.data)
+        source = World(replace(WORLDS[sheet.data], **chosen))
     clips = source.render(source.indices(sheet.split, sheet.count), sheet.size)
     picture = draw_sheet(clips, sheet.columns)
     with replace_with(sheet.output) as temporary:
