@@ -100,7 +100,7 @@ class World:
         return Specs(actors, motion, scene, adjectives[:, :2], adjectives[:, 2:])
 
     def indices(self, split: str, count: int) -> Tensor:
-        """Find the first `count` indices of "train", or of "test": held-out (subject, motion, scene).
+        """Find the first `count` of "train", or of "test": held-out (subject, motion, scene).
 
         A training clip shows no held-out combination, not even by its second subject.
         """
