@@ -8,12 +8,11 @@ import typer
 
 from cmdgen.cli.command import Only, expand
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.options import Threads
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
 from cmdgen.files import replace_with
 from cmdgen.options import option, read_fields
-from cmdgen.request import Request, Size, parse_size, write_size
+from cmdgen.request import MACHINE, Request, Size, parse_size, write_size
 from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
 
@@ -95,6 +94,7 @@ class Latents:
     held_out: int | None = option(
         None, "Clips to evaluate on.", low=1, shown="as many as for `cmdgen train`"
     )
+    threads: int | None = option(None, "CPU threads.", low=1, group=MACHINE)
 
     def __post_init__(self) -> None:
         read_fields(self)
@@ -110,7 +110,6 @@ def precompute(
     shared: Annotated[Shared, Only(("preset", "data", "size", "frames"))],
     train: Annotated[TrainConfig, Only(("precision",))],
     machine: Annotated[Request, Only(("device", "max_memory"))],
-    threads: Threads = None,
     say: Annotated[Say, Only(("quiet",))],
 ) -> None:
     """Encode clips with a VAE, once for many runs, and print the folder.
@@ -133,8 +132,8 @@ def precompute(
     from cmdgen.training.data import open_data
     from cmdgen.training.latents import Codec, Encodings
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if latents.threads is not None:
+        torch.set_num_threads(latents.threads)
     device = choose_device(machine.device)
     bf16 = train.uses_bf16(device.type)
     codec = Codec(latents.vae / "vae", model, device, bf16, machine.max_memory)
