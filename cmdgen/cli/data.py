@@ -2,7 +2,7 @@
 
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,9 +15,6 @@ from cmdgen.options import option, read_fields
 from cmdgen.request import MACHINE, Request, Size, parse_size, write_size
 from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
-
-if TYPE_CHECKING:
-    from cmdgen.data.clips import ClipSource
 
 app = typer.Typer(
     cls=Group,
@@ -72,11 +69,10 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)]) -> Non
     from cmdgen.training.data import open_source
     from cmdgen.world.world import World
 
+    source, _ = open_source(sheet.data)
     if sheet.data in WORLDS:
         chosen = {name: value for name in _NARROWED if (value := getattr(world, name))}
-        source: ClipSource = World(replace(WORLDS[sheet.data], **chosen))
-    else:
-        source, _ = open_source(sheet.data)
+        source = World(replace(WORLDS[sheet.data], **chosen))
     clips = source.render(source.indices(sheet.split, sheet.count), sheet.size)
     picture = draw_sheet(clips, sheet.columns)
     with replace_with(sheet.output) as temporary:
@@ -85,8 +81,8 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)]) -> Non
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """Options of `cmdgen data precompute`."""
+class Latents:
+    """Options of latents that many runs share."""
 
     output: Path = option(
         MISSING, "Folder of the latents; it may hold several sets.", flags=("--output", "-o")
@@ -95,37 +91,40 @@ class Encoding:
     clips: int | None = option(
         None, "Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world"
     )
-    held_out: int | None = option(None, "Clips to evaluate on.", low=1, shown="as `cmdgen train`")
+    held_out: int | None = option(
+        None, "Clips to evaluate on.", low=1, shown="as many as for `cmdgen train`"
+    )
     threads: int | None = option(None, "CPU threads.", low=1, group=MACHINE)
+
+    def __post_init__(self) -> None:
+        read_fields(self)
+        if not (self.vae / "vae").is_dir():
+            raise FileNotFoundError(f"vae {self.vae} is no model folder: it has no vae/")
 
 
 @app.command(cls=Command)
 @expand
 def precompute(
-    encoding: Encoding,
+    *,
+    latents: Latents,
     shared: Annotated[Shared, Only(("preset", "data", "size", "frames"))],
-    training: Annotated[TrainConfig, Only(("precision",))],
-    request: Annotated[Request, Only(("device", "max_memory"))],
+    train: Annotated[TrainConfig, Only(("precision",))],
+    machine: Annotated[Request, Only(("device", "max_memory"))],
     say: Annotated[Say, Only(("quiet",))],
 ) -> None:
     """Encode clips with a VAE, once for many runs, and print the folder.
 
     `cmdgen train ... --latents FOLDER` finds what was encoded for the same data, size, frames and
-    VAE, and at least as many clips; it refuses anything else and never writes there. Interrupted,
-    the same command goes on where it was. A clip of 16 frames at 512x1024 takes 1 MiB.
+    VAE, and at least as many clips; it refuses anything else and never writes there. After a
+    stop, the same command continues. A clip of 16 frames at 512x1024 takes 1 MiB.
 
     Examples:
         cmdgen data precompute -o latents --vae RUN --data clips/
         cmdgen train content -o RUN --latents latents
     """
     model = build_model(shared)
-    config = replace(recipe(model.name, "content").train, precision=training.precision)
-    if encoding.held_out is not None:
-        config = replace(config, held_out=encoding.held_out)
     if model.vae is None:
         raise ValueError(f"preset {model.name} works on pixels: there is nothing to encode")
-    if not (encoding.vae / "vae").is_dir():
-        raise FileNotFoundError(f"vae {encoding.vae} is no model folder: it has no vae/")
 
     import torch
 
@@ -133,18 +132,20 @@ def precompute(
     from cmdgen.training.data import open_data
     from cmdgen.training.latents import Codec, Encodings
 
-    if encoding.threads is not None:
-        torch.set_num_threads(encoding.threads)
-    device, folder = choose_device(request.device), encoding.vae / "vae"
-    codec = Codec(folder, model, device, config.uses_bf16(device.type), request.max_memory)
+    if latents.threads is not None:
+        torch.set_num_threads(latents.threads)
+    device = choose_device(machine.device)
+    bf16 = train.uses_bf16(device.type)
+    codec = Codec(latents.vae / "vae", model, device, bf16, machine.max_memory)
     with Stop("these clips") as stop, say.progress() as show:
 
         def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
             show(phase, done, total)
-            if stop.signal is not None and done < total:
+            if stop() and done < total:
                 say.note(f"stopped with {done} of {total} clips: the same command goes on")
                 raise typer.Exit(stop.code)
 
-        source = open_data(shared.data or DATA, encoding.clips, model, device)
-        Encodings(source, codec, encoding.output, report).precompute(config.held_out)
-    typer.echo(encoding.output)
+        source = open_data(shared.data or DATA, latents.clips, model, device)
+        held_out = latents.held_out or recipe(model.name, "content").train.held_out
+        Encodings(source, codec, latents.output, report).precompute(held_out)
+    typer.echo(latents.output)

@@ -247,12 +247,11 @@ class Recipe(NamedTuple):
 
     def replaced(self, values: Mapping[str, Any]) -> "Recipe":
         """Return the recipe with those of `values`, by field name, that are not None."""
-        values = {name: value for name, value in values.items() if value is not None}
-        return Recipe(*(_replace(part, values) for part in self))
-
-
-def _replace(part: Any, values: Mapping[str, Any]) -> Any:
-    return replace(part, **{name: values[name] for name in vars(part) if name in values})
+        train, loss = (
+            {name: value for name in vars(part) if (value := values.get(name)) is not None}
+            for part in self
+        )
+        return Recipe(replace(self.train, **train), replace(self.loss, **loss))
 
 
 # App. B.3 and Tables 6 and 7 of Yu et al. 2024 (arXiv:2403.14148). Ours, since the paper does not
