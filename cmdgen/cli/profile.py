@@ -227,7 +227,7 @@ def describe(measured: "Profile") -> dict[str, Any]:
 
 
 # the help ends with it
-JSON_KEYS = inspect.cleandoc(describe.__doc__ or "")
+EPILOG = inspect.cleandoc(describe.__doc__ or "")
 
 
 def _title(settings: dict[str, Any]) -> list[str]:
