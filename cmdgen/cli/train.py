@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train a model in one folder: vae, autoencoder, content, motion, then export.",
 )
-STAGES = {
+_SUMMARIES = {
     "vae": "Frames to latents and back, learned on single frames.",
     "autoencoder": "Clips of latents to content frame and motion latents, and back. Needs vae.",
     "content": "Text to content frame, with the text encoder. Needs autoencoder.",
@@ -88,7 +88,7 @@ def _command(stage: str) -> Callable[..., None]:
     return expand(command)
 
 
-for _stage, _help in STAGES.items():
+for _stage, _help in _SUMMARIES.items():
     app.command(_stage, cls=Command, help=_HELP.format(_help, stage=_stage))(_command(_stage))
 
 
@@ -154,7 +154,7 @@ def _train(
 
 
 def _check_gate(stage: str, start: Start, shared: Shared) -> None:
-    """Raise ValueError for settings of attention where `init` has the part: it has its own."""
+    """Raise ValueError for settings of attention that the part of `init` already has."""
     part = {"content": "unet"}.get(stage, stage)
     for name in shared.gate:
         if start.init is not None and (start.init / part).is_dir():
