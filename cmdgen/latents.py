@@ -1,14 +1,14 @@
 """A clip as CMD decomposes it, content frame and motion latents, and the file that holds the two.
 
-What is read comes from strangers: every value is checked, and whatever is wrong is one line of
-ValueError that names the file. What is written appears whole or not at all.
+Files are untrusted: every value is checked, and whatever is wrong is one line of ValueError that
+names the file. What is written appears whole or not at all.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -19,21 +19,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cmdgen.config import ModelConfig, SampleConfig
-from cmdgen.files import check_file, replace_with
-from cmdgen.video.formats import Encoding, list_frames
-from cmdgen.video.read import parse_metadata
+from cmdgen.config import ModelConfig
+from cmdgen.files import check_file, parse_json, replace_with
+from cmdgen.request import MAX_FPS, Request, resolve
+from cmdgen.video.formats import Encoding, list_files
 from cmdgen.video.write import check_output
 from cmdgen.weights import FLOATS, open_weights
 
 SUFFIX = ".safetensors"
-# of the file: which one it is, and the JSON of the clip's metadata, as in a video's comment
+# keys of the file's header: its version, and the JSON of the clip's metadata, as a video has it
 VERSION_KEY, VERSION, METADATA_KEY = "cmdgen_latents", "1", "comment"
 # bytes: latents of a clip of 512x1024 take half a million for each 128 frames
 MOST_BYTES, MOST_HEADER = 2**28, 2**20
-MOST_FPS = 240
 
 Shape = tuple[int, ...]
+File = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Header:
 
 
 def latent_shapes(model: ModelConfig) -> tuple[Shape, Shape]:
-    """Of the content frame and the motion of a clip as the model makes it: (C, h, w), (K, T, S).
+    """Return the shapes of a clip's content frame and motion: (C, h, w), (K, T, S).
 
     Raises ValueError for a model that makes stills.
     """
@@ -72,159 +72,129 @@ def latent_shapes(model: ModelConfig) -> tuple[Shape, Shape]:
     stride = 1 if model.vae is None else model.vae.stride
     height, width = model.height // stride, model.width // stride
     positions = width // autoencoder.patch + height // autoencoder.patch
-    return (
-        (autoencoder.channels, height, width),
-        (autoencoder.motion_channels, model.frames, positions),
-    )
+    motion = autoencoder.motion_channels, model.frames, positions
+    return (autoencoder.channels, height, width), motion
 
 
 def fit_model(model: ModelConfig, content: Shape, motion: Shape) -> ModelConfig:
-    """The model at the size and length of these latents; ValueError where they cannot be its."""
+    """Return the model at the size and length of the latents; ValueError where they do not fit."""
     latent_shapes(model)
     if motion[1] < 2:
         raise ValueError(f"motion of {motion[1]} frame: a clip has 2 or more")
     stride = 1 if model.vae is None else model.vae.stride
-    asked = SampleConfig(frames=motion[1], height=content[1] * stride, width=content[2] * stride)
-    asked_model = asked.apply(model)
-    for name, got, wanted in zip(
-        ("content", "motion"), (content, motion), latent_shapes(asked_model), strict=True
-    ):
-        if got != wanted:
-            raise ValueError(
-                f"{name} of shape {list(got)} does not fit {model.name}: expected {list(wanted)}"
-            )
-    return asked_model
+    size = content[1] * stride, content[2] * stride
+    fitted = resolve(Request(frames=motion[1], size=size), model).model
+    check_fit(fitted, content, motion)
+    return fitted
 
 
 def check_fit(model: ModelConfig, content: Shape | None, motion: Shape | None) -> None:
-    """ValueError where what there is of the two is not of the model's size and length."""
-    for name, got, wanted in zip(
-        ("content", "motion"), (content, motion), latent_shapes(model), strict=True
-    ):
+    """Raise ValueError where one of the two, if given, is not of the model's size and length."""
+    fits = zip(("content", "motion"), (content, motion), latent_shapes(model), strict=True)
+    for name, got, wanted in fits:
         if got is not None and got != wanted:
             raise ValueError(
                 f"the {name} given is of shape {list(got)}, {model.frames} frames of "
-                f"{model.width}x{model.height} have {list(wanted)}"
+                f"{model.width}x{model.height} by {model.name} have {list(wanted)}"
             )
 
 
-def describe_origin(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What tells a file, or a sequence of them (%04d.png), from others, for metadata.
+def describe_origin(path: File) -> dict[str, str]:
+    """Return what identifies a file, or a sequence of them (%04d.png), in metadata.
 
-    Its name, and SHA-256 of all its bytes. Raises FileNotFoundError where there is none,
+    That is its name, and SHA-256 of all its bytes. Raises FileNotFoundError where there is none,
     ValueError for a device or a pipe.
     """
-    file, digest = Path(path), hashlib.sha256()
-    sequence: list[Path] = []
-    if not file.is_file():
-        # of what is no name of a sequence, opening says what is wrong
-        with suppress(ValueError):
-            sequence = list_frames(file)
-    for part in sequence or [file]:
-        check_file(part)
-        with part.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    # bytes that are no letters are told as such
-    name = os.fsencode(file.name).decode(errors="backslashreplace")
+    digest = hashlib.sha256()
+    for file in list_files(Path(path)):
+        check_file(file)
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    # bytes that are no text are escaped
+    name = os.fsencode(Path(path).name).decode(errors="backslashreplace")
     return {"file": name, "sha256": digest.hexdigest()}
 
 
-def save_latents(
-    path: str | os.PathLike[str], latents: Latents, *, overwrite: bool = False
-) -> None:
+def save_latents(path: File, latents: Latents, *, overwrite: bool = False) -> None:
     """Write a file that `read_latents` reads.
 
-    Raises FileExistsError where there is one and it is not to be replaced, ValueError or OSError
-    where it cannot be written.
+    Raises FileExistsError where there is one, unless `overwrite`, ValueError or OSError where it
+    cannot be written.
     """
     target = Path(path)
     check_output(target, Encoding("safetensors"), overwrite=overwrite)
     comment = json.dumps({**latents.metadata, "fps": latents.fps}, ensure_ascii=False)
     header = {"format": "pt", VERSION_KEY: VERSION, METADATA_KEY: comment}
     tensors = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in (("content", latents.content), ("motion", latents.motion))
+        name: getattr(latents, name).detach().to("cpu", torch.float32).contiguous()
+        for name in ("content", "motion")
     }
-    with replace_with(target) as temporary:
+    with replace_with(target, overwrite=overwrite) as temporary:
         try:
             save_file(tensors, temporary, metadata=header)
         except SafetensorError as error:
             raise OSError(f"{target}: {error}") from error
 
 
-def read_latents(path: str | os.PathLike[str], model: ModelConfig | None = None) -> Latents:
-    """Read a file that `save_latents` wrote, of latents that are the model's, if one is given.
+def read_latents(path: File, model: ModelConfig | None = None) -> Latents:
+    """Read a file that `save_latents` wrote, of latents that fit the model, if one is given.
 
     Raises ValueError where it is anything else, FileNotFoundError where there is none.
     """
-    with _open(path) as file:
-        header = _parse(file, path)
+    with _open(path) as (file, header):
         if model is not None:
-            try:
-                fit_model(model, header.content, header.motion)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
+            fit_model(model, header.content, header.motion)
         content, motion = (file.get_tensor(name).float() for name in ("content", "motion"))
-    for name, tensor in (("content", content), ("motion", motion)):
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} has values that are no finite numbers")
+        for name, tensor in (("content", content), ("motion", motion)):
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has NaN or inf")
     return Latents(content, motion, header.fps, header.metadata)
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """What `read_latents` would read, without the tensors; raises what it raises."""
-    with _open(path) as file:
-        return _parse(file, path)
+def read_header(path: File) -> Header:
+    """Read the file without its tensors; raises what `read_latents` raises."""
+    with _open(path) as (_, header):
+        return header
 
 
 @contextmanager
-def _open(path: str | os.PathLike[str]) -> Iterator[safe_open]:
-    """Give an open file whose size and header are no larger than ours are."""
-    target = Path(path)
-    check_file(target)
-    with target.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        size = os.fstat(raw.fileno()).st_size
+def _open(path: File) -> Iterator[tuple[safe_open, Header]]:
+    """Give an open file and its header; ValueErrors in the block name the file."""
+    check_file(Path(path))
+    with Path(path).open("rb") as raw:
+        length, size = int.from_bytes(raw.read(8), "little"), os.fstat(raw.fileno()).st_size
     if size > MOST_BYTES or length > MOST_HEADER:
         raise ValueError(f"{path}: not latents of cmdgen: they are never this large")
-    with open_weights(target) as file:
-        yield file
+    with open_weights(Path(path)) as file:
+        try:
+            yield file, _parse_header(file)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
-def _parse(file: safe_open, path: str | os.PathLike[str]) -> Header:
-    about: dict[str, str] = file.metadata() or {}
-    if VERSION_KEY not in about:
-        raise ValueError(f"{path}: not latents of cmdgen: its header has no {VERSION_KEY}")
-    if about[VERSION_KEY] != VERSION:
-        raise ValueError(
-            f"{path}: version {short(about[VERSION_KEY])} of latents is not supported, {VERSION} is"
-        )
-    names = sorted(file.keys())
-    if names != ["content", "motion"]:
-        raise ValueError(f"{path}: holds tensors {short(names)}, expected content and motion")
-    content, motion = (_parse_shape(file, name, path) for name in names)
-    types = {FLOATS[file.get_slice(name).get_dtype()] for name in names}
-    metadata = _parse_metadata(about.get(METADATA_KEY, ""), path)
-    fps = metadata.get("fps")
-    if type(fps) is not int or not 1 <= fps <= MOST_FPS:
-        raise ValueError(f"{path}: fps {short(fps)} is not a whole number from 1 to {MOST_FPS}")
-    return Header(content, motion, " and ".join(sorted(types)), fps, metadata)
-
-
-def _parse_shape(file: safe_open, name: str, path: str | os.PathLike[str]) -> Shape:
-    """Of a tensor that is one of ours, of floats."""
-    part = file.get_slice(name)
-    shape, dtype = tuple(part.get_shape()), part.get_dtype()
-    if len(shape) != 3 or not all(shape):
-        raise ValueError(f"{path}: {name} has shape {short(list(shape))}, expected three sides")
-    if dtype not in FLOATS:
-        raise ValueError(f"{path}: {name} has type {dtype}, not one of {', '.join(FLOATS)}")
-    return shape
-
-
-def _parse_metadata(text: str, path: str | os.PathLike[str]) -> dict[str, Any]:
+def _parse_header(file: safe_open) -> Header:
+    fields: dict[str, str] = file.metadata() or {}
+    if (version := fields.get(VERSION_KEY)) is None:
+        raise ValueError(f"not latents of cmdgen: its header has no {VERSION_KEY}")
+    if version != VERSION:
+        raise ValueError(f"version {short(version)} of latents is not supported, {VERSION} is")
+    if (names := sorted(file.keys())) != ["content", "motion"]:
+        raise ValueError(f"holds tensors {short(names)}, expected content and motion")
+    parts = {name: file.get_slice(name) for name in names}
+    for name, part in parts.items():
+        shape, dtype = part.get_shape(), part.get_dtype()
+        if len(shape) != 3 or not all(shape):
+            raise ValueError(f"{name} has shape {short(shape)}, expected three sides")
+        if dtype not in FLOATS:
+            raise ValueError(f"{name} has type {dtype}, not one of {', '.join(FLOATS)}")
+    comment = fields.get(METADATA_KEY, "")
     try:
-        return parse_metadata(text)
+        metadata = parse_json(comment)
     except ValueError as error:
-        raise ValueError(f"{path}: its {METADATA_KEY} is no JSON of ours: {text[:40]!r}") from error
+        raise ValueError(f"its {METADATA_KEY} is no JSON of ours: {comment[:40]!r}") from error
+    fps = metadata.get("fps")
+    if type(fps) is not int or not 1 <= fps <= MAX_FPS:
+        raise ValueError(f"fps {short(fps)} is not a whole number from 1 to {MAX_FPS}")
+    content, motion = (tuple(part.get_shape()) for part in parts.values())
+    dtypes = sorted({FLOATS[part.get_dtype()] for part in parts.values()})
+    return Header(content, motion, " and ".join(dtypes), fps, metadata)

@@ -93,16 +93,17 @@ def read_value(cls: type, name: str, value: Any) -> Any:
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**53 else math.inf
     if kind is Path and isinstance(value, str):
-        value = Path(check_text(name, value))
+        value = Path(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{title} {short(value)} is not {_KINDS.get(kind, 'text')}")
-    if isinstance(value, str):
+    if isinstance(value, str) and described.complete != "file":
+        # names of files may hold any bytes
         value = check_text(title, value)
-    if isinstance(value, float) and math.isnan(value):
-        raise ValueError(f"{title} {short(value)} is not a number")
     if described.choices and value not in described.choices:
         raise ValueError(f"{title} {short(value)} is not one of {', '.join(described.choices)}")
     _check_range(title, value, described)
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError(f"{title} {short(value)} is not a number")
     return value
 
 
@@ -117,10 +118,9 @@ def _check_range(title: str, value: Any, described: Option) -> None:
 
 def read_fields(instance: Any) -> None:
     """Read all fields of a frozen dataclass in place; call it in `__post_init__`."""
-    for name in options_of(type(instance)):
-        object.__setattr__(
-            instance, name, read_value(type(instance), name, getattr(instance, name))
-        )
+    cls: Any = type(instance)
+    for name in options_of(cls):
+        object.__setattr__(instance, name, read_value(cls, name, getattr(instance, name)))
 
 
 def check_text(title: str, text: str) -> str:

@@ -17,7 +17,7 @@ from reprlib import repr as short
 from typing import Any
 
 from cmdgen.config import POLICIES, SAMPLERS, ModelConfig
-from cmdgen.options import option, option_of, options_of, read_fields, read_value
+from cmdgen.options import check_text, option, option_of, options_of, read_fields, read_value
 
 WHAT, HOW, FASTER, FILE = (
     "What is made",
@@ -84,7 +84,7 @@ def parse_rehash(text: str) -> int | Steps | None:
         return None
     if re.fullmatch(r"[0-9]{1,6}", text):
         return int(text)
-    if len(text) > 2**14 or not re.fullmatch(r"0(,[0-9]{1,4})*(\+0(,[0-9]{1,4})*)?", text):
+    if len(text) > 2**13 or not re.fullmatch(r"0(,[0-9]{1,4})*(\+0(,[0-9]{1,4})*)?", text):
         raise ValueError(
             f"rehash {short(text)} is neither off nor a number of steps, such as 13, nor the steps "
             "themselves, such as 0,1,4+0,2"
@@ -112,6 +112,11 @@ _how = partial(option, None, group=HOW, per_job=True, shown=MODELS_OWN)
 _faster = partial(option, group=FASTER, per_job=True)
 _file = partial(option, group=FILE, per_job=True)
 _machine = partial(option, group=MACHINE)
+_SIZE = {"read": parse_size, "write": write_size, "metavar": "WIDTHxHEIGHT"}
+_INTERVAL = {"read": parse_interval, "write": "{0[0]}-{0[1]}".format, "metavar": "LOW-HIGH"}
+_REHASH = {"read": parse_rehash, "write": write_rehash, "metavar": "N|STEPS|off"}
+_MEMORY = {"read": parse_memory, "write": "{}B".format, "metavar": "SIZE"}
+_NAME = {"flags": ("--output", "-o"), "metavar": "NAME", "complete": "file"}
 
 
 @dataclass(frozen=True)
@@ -123,51 +128,35 @@ class Request:
     """
 
     prompt: str | None = _what(
-        None,
-        "What the video shows. Without PROMPT, prompts are read from stdin.",
-        argument=True,
-        metavar="PROMPT",
+        None, "What the video shows; read from stdin if missing.", argument=True, metavar="PROMPT"
     )
     output: str | None = _what(
         None,
         "File to write. Its suffix chooses the format; .png is a still; - is stdout. {index}, "
         "{line}, {seed} and {slug} are replaced.",
-        flags=("--output", "-o"),
-        metavar="NAME",
-        complete="file",
+        **_NAME,
     )
     seed: int | None = _seed("The same seed gives the same frames.", shown="random")
     content_seed: int | None = _seed("Seed of the content frame.", shown="--seed")
     motion_seed: int | None = _seed("Seed of the motion.", shown="--seed")
     negative: str = _what("", "Negative prompt: guidance leads away from it.", shown="none")
     frames: int | None = _what(
-        None,
-        "Length of the video. 1 makes a still, the content frame alone.",
-        low=1,
-        shown=MODELS_OWN,
+        None, "Length of the video. 1 is a still, the content frame.", low=1, shown=MODELS_OWN
     )
-    size: Size | None = _what(
-        None,
-        "Size of the video.",
-        metavar="WIDTHxHEIGHT",
-        shown=MODELS_OWN,
-        read=parse_size,
-        write=write_size,
-    )
+    size: Size | None = _what(None, "Size of the video.", shown=MODELS_OWN, **_SIZE)
     fps: int | None = _what(None, "Frames per second.", low=1, shown=MODELS_OWN)
 
     content_from: Path | None = _input(
-        "Take the content frame from a video, or from latents that `cmdgen encode` wrote. Only the "
-        "motion is sampled."
+        "Take the content frame from a video, or latents of `cmdgen encode`; sample the motion."
     )
     motion_from: Path | None = _input(
-        "Take the motion from a video or from latents. Only the content frame is sampled."
+        "Take the motion from a video, or latents; sample the content frame."
     )
     image: Path | None = _input("Animate a picture of any size: it becomes the content frame.")
 
     steps: int | None = _how("Sampling steps of the content frame.", low=1)
     motion_steps: int | None = _how("Sampling steps of the motion.", low=1)
-    sampler: str | None = _how(f"One of {', '.join(SAMPLERS)}.", choices=SAMPLERS)
+    sampler: str | None = _how("How noise becomes a sample.", choices=SAMPLERS)
     guidance: float | None = _how(
         "How closely the content frame follows the prompt; 1 is off.", low=0, high=100
     )
@@ -176,26 +165,17 @@ class Request:
     )
 
     guidance_interval: tuple[float, float] | None = _faster(
-        None,
-        "Guide only between these shares of the noise schedule, such as 0.1-0.8.",
-        metavar="LOW-HIGH",
-        read=parse_interval,
-        write="{0[0]}-{0[1]}".format,
+        None, "Guide only between these shares of the noise schedule, such as 0.1-0.8.", **_INTERVAL
     )
     rehash: int | Steps | None = _faster(
         None,
         "Run N of the steps in full and reuse features in the others; the motion model runs as "
         "many in proportion. Or list the steps: 0,1,4+0,2 are those of content and motion.",
-        metavar="N|STEPS|off",
         shown="off",
-        read=parse_rehash,
-        write=write_rehash,
+        **_REHASH,
     )
     rehash_policy: str | None = _faster(
-        None,
-        f"How the full steps are chosen, one of {', '.join(POLICIES)}.",
-        choices=POLICIES,
-        shown="minimax",
+        None, "How the full steps are chosen.", choices=POLICIES, shown="minimax"
     )
     rehash_threshold: float | None = _faster(
         None,
@@ -205,17 +185,10 @@ class Request:
         high=1,
     )
     rehash_protect: float = _faster(
-        0.1,
-        "Share of the content model's steps, from the first, that always run in full.",
-        low=0,
-        high=1,
+        0.1, "Share of the content steps, from the first, that always run in full.", low=0, high=1
     )
     rehash_file: Path | None = _faster(
-        None,
-        "Calibration that `cmdgen rehash calibrate` wrote.",
-        metavar="FILE",
-        shown=MODELS_OWN,
-        complete="file",
+        None, "Calibration of `cmdgen rehash calibrate`.", shown=MODELS_OWN, complete="file"
     )
 
     format: str | None = _file(
@@ -223,29 +196,23 @@ class Request:
     )
     crf: int | None = _file(None, "Quality; 0 is best.", shown="the codec's own")
     codec: str | None = _file(None, "Video codec.", shown="the format's own", complete="codec")
-    loop: int | None = _file(
-        None, "How often a gif, webp or apng plays.", metavar="N", shown="0, for ever"
-    )
+    loop: int | None = _file(None, "How often a gif, webp or apng plays.", shown="0, for ever")
     sidecar: bool = _file(False, "Also write the metadata to NAME.json.")
     no_metadata: bool = _file(False, "Write no metadata into the file.")
 
     model: str = _machine(
-        "mini",
-        "Name of a packaged model, a folder, or OWNER/NAME that `cmdgen models pull` brought.",
-        complete="model",
+        "mini", "Packaged model, folder, or OWNER/NAME of `cmdgen models pull`.", complete="model"
     )
     max_memory: int | None = _machine(
         None,
         "Limit on what networks hold beside the weights, such as 4GB. The result stays the same.",
-        metavar="SIZE",
         shown="no limit, fastest",
-        read=parse_memory,
-        write="{}B".format,
+        **_MEMORY,
     )
     device: str = _machine("auto", "auto, cpu, cuda or cuda:N.", complete="device")
     dtype: str = _machine(
         "auto",
-        "auto, float32, float16 or bfloat16. auto is float32 on a CPU, bfloat16 on a GPU.",
+        "auto (float32 on a CPU, else bfloat16), float32, float16, bfloat16.",
         complete="dtype",
     )
     compile: bool = _machine(
@@ -261,45 +228,45 @@ class Request:
         return self.rehash is not None or self.rehash_threshold is not None
 
 
+FIELDS = options_of(Request)
+JOB_FIELDS = frozenset(name for name, (item, *_) in FIELDS.items() if option_of(item).per_job)
 # fields that name files, which metadata identifies by name and SHA-256
 INPUT_FIELDS = ("content_from", "motion_from", "image")
-JOB_FIELDS = frozenset(
-    name for name, (item, _, _) in options_of(Request).items() if option_of(item).per_job
-)
+
+
+def read_json(name: str, value: Any) -> Any:
+    """Return the typed value of one field of a request in JSON, which is untrusted.
+
+    JSON types are strict: a number is not text; null is the default. Raises ValueError.
+    """
+    item, kind, _ = FIELDS[name]
+    if value is None:
+        return item.default
+    # of the values that are read from text, only a number of steps may be a number
+    is_text = kind is str or kind is Path or option_of(item).read is not None
+    if is_text and not isinstance(value, str) and (type(value), name) != (int, "rehash"):
+        raise ValueError(f"{name} {short(value)} is not text")
+    if kind is float and not isinstance(value, int | float):
+        raise ValueError(f"{name} {short(value)} is not a number")
+    return read_value(Request, name, check_text(name, value) if isinstance(value, str) else value)
 
 
 def read_job(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the typed values of one line of a batch file by field name.
 
-    JSON types are strict: a number is not text. null asks for the default. Raises ValueError for
-    unknown keys, options that hold for all jobs, and values that are not valid.
+    Raises ValueError for unknown keys, options that hold for all jobs, and wrong values.
     """
     typed: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
         if name in typed:
             raise ValueError(f"{short(key)} is given twice")
-        if name not in JOB_FIELDS:
-            table = options_of(Request)
-            raise ValueError(
-                f"{short(key)} is the same for all jobs: give it as a flag"
-                if name in table
-                else f"{short(key)} is not one of {', '.join(sorted(JOB_FIELDS))}"
-            )
-        item = options_of(Request)[name][0]
-        typed[name] = item.default if value is None else _read_json(name, value)
+        if name in FIELDS and name not in JOB_FIELDS:
+            raise ValueError(f"{short(key)} is the same for all jobs: give it as a flag")
+        if name not in FIELDS:
+            raise ValueError(f"{short(key)} is not one of {', '.join(sorted(JOB_FIELDS))}")
+        typed[name] = read_json(name, value)
     return typed
-
-
-def _read_json(name: str, value: Any) -> Any:
-    item, kind, _ = options_of(Request)[name]
-    # of the fields with a text form, only a number of steps is a number
-    numeric = type(value) is int and name == "rehash"
-    if option_of(item).read is not None and not isinstance(value, str) and not numeric:
-        raise ValueError(f"{name} {short(value)} is not text")
-    if kind is float and not isinstance(value, int | float):
-        raise ValueError(f"{name} {short(value)} is not a number")
-    return read_value(Request, name, value)
 
 
 @dataclass(frozen=True)
@@ -413,9 +380,8 @@ def _check_clip(model: ModelConfig) -> None:
 def _check_rehash(request: Request, model: ModelConfig) -> None:
     policy, threshold = request.rehash_policy, request.rehash_threshold
     if not request.rehashes:
-        defaults = options_of(Request)
         names = ("rehash_policy", "rehash_protect", "rehash_file")
-        if any(getattr(request, name) != defaults[name][0].default for name in names):
+        if any(getattr(request, name) != FIELDS[name][0].default for name in names):
             raise ValueError("nothing is rehashed: say how many steps run in full with --rehash N")
         return
     if isinstance(request.rehash, tuple) and (policy, threshold) != (None, None):
@@ -434,76 +400,20 @@ def _check_rehash(request: Request, model: ModelConfig) -> None:
 def describe_plan(plan: Plan, *, content: bool = True, motion: bool = True) -> dict[str, Any]:
     """Return a plan as metadata: a value for each field of `Request`, as JSON or as its text.
 
-    Settings of a part that is not sampled, and the motion's of a still, are left out.
+    Leaves out the settings of a part that is not sampled, as the motion of a still.
     """
-    model, motion = plan.model, motion and plan.moves
-    values: dict[str, Any] = {
-        name: getattr(plan, name) for name in ("prompt", "negative", "seed", "max_memory")
-    }
-    if content:
-        values["content_seed"] = plan.content_seed
-    if motion:
-        values["motion_seed"] = plan.motion_seed
-    values["size"] = model.height, model.width
-    unused = set() if content else {"steps", "guidance"}
-    unused |= set() if motion else {"motion_steps", "motion_guidance"}
-    values |= {name: getattr(model, name) for name in _DEFAULTS if name not in unused}
-    if plan.key_steps is not None:
-        steps = plan.key_steps
+    model, steps = plan.model, plan.key_steps
+    values = vars(model) | vars(plan) | {"size": (model.height, model.width)}
+    if steps is not None:
         values["rehash"] = (steps.content if content else (), steps.motion if motion else ())
         values |= {"rehash_policy": steps.policy, "rehash_threshold": steps.threshold}
-    table = options_of(Request)
-    return {
-        name: option_of(table[name][0]).write(value)
-        if option_of(table[name][0]).read is not None
-        else value
-        for name, value in values.items()
-        if value is not None
-    }
-
-
-def recall_request(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the typed values of `Request` fields that a file's metadata records.
-
-    Metadata is untrusted. Raises ValueError for values that are not valid; ignores unknown keys.
-    """
-    values = _translate(metadata)
-    # seeds that are the clip's own follow --seed
-    for name in ("content_seed", "motion_seed"):
-        if name in values and values[name] == values.get("seed"):
-            del values[name]
-    # metadata lists the full steps themselves: how they were chosen is history
-    if "rehash" in values:
-        values.pop("rehash_policy", None)
-        values.pop("rehash_threshold", None)
-    return {
-        name: _read_json(name, value)
-        for name, value in values.items()
-        if name in options_of(Request) and name not in INPUT_FIELDS
-    }
-
-
-def _translate(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return metadata in today's form; files of version 0.1 kept some values otherwise."""
-    values = dict(metadata)
-    if "width" in values or "height" in values:
-        sides = [values.pop(name, None) for name in ("width", "height")]
-        if any(type(side) is not int for side in sides):
-            raise ValueError(f"width and height {short(sides)} are not whole numbers")
-        values["size"] = "{}x{}".format(*sides)
-    interval = values.get("guidance_interval")
-    if isinstance(interval, list):
-        if [type(share) for share in interval] != [float, float]:
-            raise ValueError(f"guidance_interval {short(interval)} is not two numbers")
-        values["guidance_interval"] = f"{interval[0]}-{interval[1]}"
-    if type(values.get("max_memory")) is int:
-        values["max_memory"] = f"{values['max_memory']}B"
-    if isinstance(values.get("rehash"), dict):
-        steps = [values["rehash"].get(part, [0]) for part in ("content", "motion")]
-        for listed in steps:
-            if not isinstance(listed, list) or any(type(step) is not int for step in listed):
-                raise ValueError(f"rehash {short(listed)} is not a list of steps")
-        values["rehash"] = "+".join(",".join(map(str, listed)) for listed in steps)
-    if isinstance(values.get("encoding"), dict):
-        values |= values.pop("encoding")
-    return values
+    unused = set() if content else {"content_seed", "steps", "guidance"}
+    if not (motion and plan.moves):
+        unused |= {"motion_seed", "motion_steps", "motion_guidance"}
+    described = {}
+    for name, (item, *_) in FIELDS.items():
+        if name in unused or values.get(name) is None or name == "model":
+            continue
+        options = option_of(item)
+        described[name] = values[name] if options.read is None else options.write(values[name])
+    return described

@@ -128,12 +128,25 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
     if type(value) is not hint:
         kind = _KINDS.get(hint, "a list" if get_origin(hint) is tuple else "an object")
         raise ValueError(f"{key} {short(value)} is not {kind}")
-    if value not in _CHOICES.get(key, (value,)):
-        expected = ", ".join(_CHOICES[key])
-        raise ValueError(f"{key} {short(value)} is not supported, expected one of {expected}")
+    check_choice(value, key)
     if hint in (int, float):
         low, high = _RANGES.get(key, (1, 2**20) if hint is int else (-1e6, 1e6))
         # NaN lies in no range
         if not low <= value <= high:
             raise ValueError(f"{key} {short(value)} is not between {low} and {high}")
     return value
+
+
+def check_choices(config: object) -> None:
+    """Raise ValueError for a field that holds none of the values it may have."""
+    for key in _CHOICES:
+        value = getattr(config, key, ())
+        for item in value if isinstance(value, tuple) else (value,):
+            check_choice(item, key)
+
+
+def check_choice(value: Any, key: str) -> None:
+    """Raise ValueError where `value` is none of the values that the field `key` may have."""
+    if value not in _CHOICES.get(key, (value,)):
+        expected = ", ".join(_CHOICES[key])
+        raise ValueError(f"{key} {short(value)} is not supported, expected one of {expected}")

@@ -28,6 +28,8 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 _AT_ONCE = 8
 # bytes of a hash, and of so few weights that hashing them takes a moment
 _DIGEST, _HASHED_AT_ONCE = 16, 2**26
+# a stored tensor's name -> the module's, or None for a tensor that is skipped
+Rename = Callable[[str], str | None]
 C = TypeVar("C")
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,7 +41,7 @@ def load_weights(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    rename: Callable[[str], str | None] | None = None,
+    rename: Rename = str,
 ) -> None:
     """Replace all tensors of a module, maybe on the meta device, by those of a safetensors file.
 
@@ -48,18 +50,11 @@ def load_weights(
     stored name to the module's, or to None for a tensor that is skipped. diffusers' "fp16" variant
     and shards are found too.
     """
-    expected = module.state_dict()
-    state: dict[str, torch.Tensor] = {}
-    paths = weight_paths(Path(folder), filename)
-    for path in paths:
-        names = _match(path, expected, rename or str)
+    expected, state = module.state_dict(), {}
+    for path, names in match_weights(expected, folder, filename, rename).items():
         dtypes = {stored: dtype or expected[name].dtype for stored, name in names.items()}
         for stored, tensor in _read_tensors(path, dtypes, device):
             state[names[stored]] = tensor
-    missing = [name for name in expected if name not in state]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{paths[0]}: tensor {missing[0]}{more} is missing")
     module.load_state_dict(state, assign=True)
     assert not any(buffer.is_meta for buffer in module.buffers()), (
         "a buffer was left without values"
@@ -81,10 +76,24 @@ def open_weights(path: Path, device: torch.device | str = "cpu") -> Iterator[saf
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
 
-def _match(
-    path: Path, expected: dict[str, torch.Tensor], rename: Callable[[str], str | None]
-) -> dict[str, str]:
-    """Map the names of a file's tensors to the module's, whose shapes they have."""
+def match_weights(
+    expected: Mapping[str, torch.Tensor], folder: Folder, filename: str, rename: Rename = str
+) -> dict[Path, dict[str, str]]:
+    """Map the names of stored tensors to the expected ones, by file; nothing is read but headers.
+
+    ValueError names a tensor that is missing, unknown, or of another shape or kind.
+    """
+    paths = weight_paths(Path(folder), filename)
+    matched = {path: _match_file(path, expected, rename) for path in paths}
+    found = {name for names in matched.values() for name in names.values()}
+    missing = [name for name in expected if name not in found]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{paths[0]}: tensor {missing[0]}{more} is missing")
+    return matched
+
+
+def _match_file(path: Path, expected: Mapping[str, torch.Tensor], rename: Rename) -> dict[str, str]:
     names = {}
     with open_weights(path) as file:
         for stored in file.keys():  # noqa: SIM118

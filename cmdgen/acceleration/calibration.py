@@ -53,13 +53,15 @@ class Calibration:
 
     def __post_init__(self) -> None:
         read_fields(self)
+        if self.protected > self.steps:
+            raise ValueError(f"protected {self.protected} is not between 1 and {self.steps}")
         sizes = {"similarity": self.steps - 1, "errors": self.steps - self.protected}
         bounds = {"similarity": (-1, 1), "errors": (0, MAX_ERROR)}
         for name, size in sizes.items():
             rows, (low, high) = getattr(self, name), bounds[name]
             if not _is_triangle(rows, size, low, high):
                 raise ValueError(
-                    f"{name} {short(rows)} is not {size} rows, of {size} numbers down to 1, "
+                    f"{name} is not {size} rows, of {size} numbers down to 1, "
                     f"between {low} and {high:g}"
                 )
             object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in rows))

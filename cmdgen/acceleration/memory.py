@@ -256,14 +256,16 @@ _POINTWISE = {
     *("addcmul", "round", "clamp"),
 }
 _STAND_INS: dict[object, Callable[..., object]] = {
-    aten.arange.default: lambda end, **options: torch.empty(int(end), **options),
+    aten.arange.default: lambda end, **options: torch.empty(end, **{"dtype": torch.long} | options),
     aten.addmm.default: lambda bias, x, weight: aten.mm(x, weight),
     aten.mean.dim: aten.sum.dim_IntList,
     aten.polar.default: aten.complex.default,
-    aten.upsample_bilinear2d.vec: lambda x, size, _, scale: aten.upsample_nearest2d(x, size, scale),
-    aten.native_layer_norm.default: lambda x, *_: (torch.empty_like(x), x[:0], x[:0]),
+    aten.upsample_bilinear2d.default: lambda x, size, *_: aten.upsample_nearest2d(x, size),
+    aten.native_layer_norm.default: lambda x, *_: (x.new_empty(x.shape), x[:0], x[:0]),
     aten.native_group_norm.default: lambda x, *_: (torch.empty_like(x), x[:0], x[:0]),
-    aten.stack.default: lambda parts, *_: parts[0].new_empty(len(parts), *parts[0].shape),
+    aten.stack.default: lambda parts, dim=0: _STAND_INS[aten.cat.default](
+        [part.unsqueeze(dim) for part in parts], dim
+    ),
     # padding, unlike `new_empty`, keeps the order of memory
     aten.cat.default: lambda parts, dim=0: F.pad(
         parts[0],

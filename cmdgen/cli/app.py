@@ -13,8 +13,8 @@ import typer
 from typer.main import get_command
 
 from cmdgen import __version__
-from cmdgen.cli.completion import VARIABLE, complete, completion
 from cmdgen.cli.command import expand
+from cmdgen.cli.completion import VARIABLE, complete, completion
 from cmdgen.cli.data import app as data
 from cmdgen.cli.decompose import decode, encode, reconstruct
 from cmdgen.cli.doctor import doctor
@@ -42,9 +42,9 @@ for verb in (sample, encode, decode, reconstruct, inspect):
     app.command(cls=Command, rich_help_panel=VIDEOS)(expand(verb))
 for name, group in {"models": models, "train": train, "data": data, "rehash": rehash}.items():
     app.add_typer(group, name=name, rich_help_panel=MODELS)
-app.command("eval", cls=Command, rich_help_panel=MODELS)(evaluate)
-app.command(cls=Command, rich_help_panel=MACHINE)(doctor)
-app.command(cls=Command, epilog=JSON_KEYS, rich_help_panel=MACHINE)(profile)
+app.command("eval", cls=Command, rich_help_panel=MODELS)(expand(evaluate))
+app.command(cls=Command, rich_help_panel=MACHINE)(expand(doctor))
+app.command(cls=Command, epilog=JSON_KEYS, rich_help_panel=MACHINE)(expand(profile))
 app.command(cls=Command, rich_help_panel=MACHINE)(completion)
 
 

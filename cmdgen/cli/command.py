@@ -2,17 +2,20 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import Field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from cmdgen.cli.completion import COMPLETIONS, one_of
-from cmdgen.options import Option, is_required, option_of, options_of
+from cmdgen.cli.completion import WORDS, complete_model, one_of
+from cmdgen.options import Option, is_required, option_of, options_of, read_value
 
-# what the command line reads by itself; all else comes as text, and the dataclass reads that
-_PLAIN = (int, float, bool, Path, tuple, list)
+# what Typer reads; all else it hands on as text, for `read_text`
+_TYPERS = (bool, tuple, list)
+# how --help names a value
+_METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
 _EMPTY = inspect.Parameter.empty
 
 
@@ -23,7 +26,7 @@ class Only(tuple[str, ...]):
 def parameter(
     item: Field[Any], kind: type, *, default: Any = _EMPTY, shown: str | None = None
 ) -> inspect.Parameter:
-    """Return one field as a parameter of a command.
+    """Return one field as a parameter of a command, whose value is text or None for most types.
 
     `default` and `shown`, the default that help shows, stand for the field's own.
     """
@@ -31,34 +34,39 @@ def parameter(
     shown = shown or described.shown
     if default is _EMPTY and not is_required(item):
         default = item.default
-        if described.read is not None and default is not None:
-            default = described.write(default)
     value_type: Any = str
-    if kind in _PLAIN and described.read is None:
-        # `kind` itself, or the tuple or list with the types of its members
+    if kind in _TYPERS and described.read is None:
+        # with the types of its members
         candidates = (item.type, *get_args(item.type))
         value_type = next(each for each in candidates if (get_origin(each) or each) is kind)
-    complete = COMPLETIONS.get(described.complete)
-    if described.choices:
-        complete = one_of(described.choices)
+    elif default not in (None, _EMPTY):
+        default = described.write(default)
+    words = described.choices or WORDS.get(described.complete, ())
+    complete = complete_model if described.complete == "model" else one_of(words) if words else None
+    text = described.help
+    if described.complete in ("format", "codec"):
+        text += f" One of {', '.join(words)}."
     settings: dict[str, Any] = {
-        "help": described.help + _bracket(described, shown),
-        "metavar": described.metavar or ("NAME" if complete else None),
+        "help": text + _bracket(described, shown),
+        "metavar": described.metavar or ("NAME" if complete else _METAVARS.get(kind)),
         "rich_help_panel": described.group,
         "autocompletion": complete,
         # Typer adds the default, or the one in the user's file; `cmdgen.cli.help` shows one of them
         "show_default": not shown or default is None,
     }
     if described.argument:
+        settings["metavar"] = described.metavar or item.name.upper()
         info: Any = typer.Argument(**settings)
     else:
         flags = described.flags or (f"--{item.name.replace('_', '-')}",)
         info = typer.Option(*flags, **settings)
+    if default is None:
+        value_type = value_type | None
     return inspect.Parameter(
         item.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[value_type | None if default is None else value_type, info],
+        annotation=Annotated[value_type, info],
     )
 
 
@@ -76,12 +84,24 @@ def _bracket(described: Option, shown: str | None) -> str:
     return f"  [{'; '.join(notes)}]" if notes else ""
 
 
+def read_text(cls: type, name: str, value: Any) -> Any:
+    """Return the typed value of a field, given on the command line; None where it is not given."""
+    if value is None:
+        return None
+    item, kind, _ = options_of(cls)[name]
+    if isinstance(value, str) and kind in (int, float) and option_of(item).read is None:
+        # what is no number, `read_value` refuses in its words
+        with suppress(ValueError):
+            value = kind(value)
+    return read_value(cls, name, value)
+
+
 def expand(function: Callable[..., None]) -> Callable[..., None]:
     """Return a command with one option for each field of the dataclasses that `function` takes.
 
     Parameters of other types stay as they are. The dataclasses are made of the options' values, so
-    that a value which is not valid is their ValueError. `command.fields` holds the class and the
-    field's name for each of these options.
+    that a value which is not valid is their ValueError. `command.fields` holds the class of each
+    of these options.
     """
     makers: dict[str, tuple[type, list[str]]] = {}
     parameters: list[inspect.Parameter] = []
@@ -97,9 +117,12 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
         makers[own.name] = hint, names
         parameters += [parameter(*table[name][:2]) for name in names]
 
+    if not makers:
+        return function
+
     def command(**values: Any) -> None:
         made = {
-            name: cls(**{field: values.pop(field) for field in names})
+            name: cls(**{field: read_text(cls, field, values.pop(field)) for field in names})
             for name, (cls, names) in makers.items()
         }
         function(**values, **made)
@@ -108,6 +131,6 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     vars(command).update(
         __signature__=inspect.Signature(parameters),
-        fields={name: (cls, name) for cls, names in makers.values() for name in names},
+        fields={name: cls for cls, names in makers.values() for name in names},
     )
     return command

@@ -39,16 +39,14 @@ def complete_model(incomplete: str) -> list[str]:
     return one_of([*packaged_models(), *sorted(names)])(incomplete)
 
 
-# what completes an option, by `Option.complete`
-COMPLETIONS: dict[str | None, Callable[[str], list[str]]] = {
-    "model": complete_model,
-    "device": one_of(("auto", "cpu", "cuda")),
-    "dtype": one_of(("auto", "float32", "float16", "bfloat16")),
-    "format": one_of(FORMATS),
-    "codec": one_of(CODECS),
-    "world": one_of(WORLDS),
+# what completes an option, by `Option.complete`; other values are possible, too
+WORDS: dict[str | None, tuple[str, ...]] = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "float16", "bfloat16"),
+    "format": tuple(FORMATS),
+    "codec": tuple(CODECS),
+    "world": tuple(WORLDS),
 }
-
 
 _SHELLS = ", ".join(_SEPARATORS)
 _SHELL = typer.Argument(metavar="SHELL", help=f"{_SHELLS}.", autocompletion=one_of(_SEPARATORS))

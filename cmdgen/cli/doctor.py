@@ -6,19 +6,16 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
-from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cmdgen import __version__
-from cmdgen.cli.command import Only, expand
+from cmdgen.cli.command import Only
 from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.progress import Say
 from cmdgen.cli.settings import config_path, read_settings
-from cmdgen.config import SampleConfig
 from cmdgen.request import Request
 from cmdgen.video.formats import CODECS
 
@@ -35,7 +32,6 @@ TOLERANCE = 2.0
 Result = tuple[dict[str, Any], str]
 
 
-@expand
 def doctor(
     context: typer.Context,
     machine: Annotated[Request, Only(("device",))],
@@ -51,9 +47,12 @@ def doctor(
         cmdgen doctor
         cmdgen doctor --device cpu --json > report.json
     """
+    # --help does without
+    from importlib.metadata import distributions
+
     import torch
 
-    from cmdgen.pipeline import choose_device
+    from cmdgen.pipelines.base import choose_device
     from cmdgen_kernels import samples
 
     device = choose_device(machine.device)
@@ -65,25 +64,28 @@ def doctor(
         "cmdgen": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": next((each.version for each in metadata.distributions(name="triton")), None),
+        "triton": next((each.version for each in distributions(name="triton")), None),
         "system": platform.platform(),
     }
-    devices = _list_devices()
+    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    devices = {name: _describe_device(torch.device(name)) for name in names}
     checks = {
         "ffmpeg": _try(_check_ffmpeg),
-        "config": _try(partial(_check_config, context)),
+        "config": _try(_check_config, context),
         "cache": _try(_check_cache),
-        "model": _try(partial(_check_model, device)),
+        "model": _try(_check_model, device),
     }
     ops = {op.name: _check_op(op, device) for op in samples.OPS}
     if say.as_json:
-        report: dict[str, Any] = {**facts, "devices": devices, "device": str(device)}
+        report: dict[str, Any] = dict(facts)
+        report["devices"] = [record for record, _ in devices.values()]
+        report["device"] = str(device)
         report |= {name: record for name, (record, _) in checks.items()}
         report["ops"] = {name: record for name, (record, _) in ops.items()}
         typer.echo(json.dumps(report, indent=2))
     else:
-        lines = facts | {"triton": facts["triton"] or "not installed"}
-        lines |= {each["device"]: _describe_device(each) for each in devices}
+        lines = {name: fact or "not installed" for name, fact in facts.items()}
+        lines |= {name: line for name, (_, line) in devices.items()}
         lines["runs on"] = str(device)
         lines |= {name: line for name, (_, line) in {**checks, **ops}.items()}
         typer.echo("\n".join(f"{name:18}{line}" for name, line in lines.items()))
@@ -96,37 +98,32 @@ def doctor(
         raise Failure("; ".join(faults))
 
 
-def _list_devices() -> list[dict[str, Any]]:
-    """Return all devices that --device takes, with memory in GiB; of GPUs compute capability."""
+def _describe_device(device: "torch.device") -> Result:
+    """Return memory in GiB, and threads or the GPU's name and compute capability."""
     import torch
 
     from cmdgen.evaluation.memory import measure_memory
 
-    devices: list[dict[str, Any]] = [{"device": "cpu", "threads": torch.get_num_threads()}]
-    for index in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        capability = f"{gpu.major}.{gpu.minor}"
-        devices.append({"device": f"cuda:{index}", "name": gpu.name, "capability": capability})
-    for each in devices:
-        memory = measure_memory(torch.device(each["device"]))
-        each["memory"] = round(memory.total / 2**30, 1)
-        each["free"] = None if memory.free is None else round(memory.free / 2**30, 1)
-    return devices
+    record: dict[str, Any] = {"device": str(device)}
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        record.update(name=gpu.name, capability=f"{gpu.major}.{gpu.minor}")
+        kind = f"{gpu.name}, compute capability {record['capability']}"
+    else:
+        record["threads"] = torch.get_num_threads()
+        kind = f"{record['threads']} threads"
+    total, free = measure_memory(device)
+    record["memory"] = round(total / 2**30, 1)
+    record["free"] = None if free is None else round(free / 2**30, 1)
+    line = f"{kind}, {record['memory']} GiB"
+    return record, line if free is None else f"{line}, {record['free']} free"
 
 
-def _describe_device(device: dict[str, Any]) -> str:
-    kind = "{threads} threads"
-    if "name" in device:
-        kind = "{name}, compute capability {capability}"
-    free = "" if device["free"] is None else ", {free} free"
-    return f"{kind}, {{memory}} GiB{free}".format(**device)
-
-
-def _try(check: Callable[[dict[str, Any]], str]) -> Result:
+def _try(check: Callable[..., str], *arguments: Any) -> Result:
     """Run a check, which fills in its record and returns its line."""
     record: dict[str, Any] = {}
     try:
-        return record, check(record)
+        return record, check(record, *arguments)
     except (RuntimeError, OSError, ValueError, MemoryError, subprocess.SubprocessError) as error:
         record["error"] = describe(error)
         return record, f"broken: {record['error']}"
@@ -153,7 +150,7 @@ def _check_ffmpeg(record: dict[str, Any]) -> str:
     return f"{version} with {', '.join(name for name in codecs if codecs[name])}{without}; {path}"
 
 
-def _check_config(context: typer.Context, record: dict[str, Any]) -> str:
+def _check_config(record: dict[str, Any], context: typer.Context) -> str:
     root = context.find_root()
     path = root.params["config"] or config_path()
     record.update(path=str(path), exists=path.exists())
@@ -176,16 +173,16 @@ def _check_cache(record: dict[str, Any]) -> str:
     return f"{folder} ({record['models']} models, {size / 2**30:.1f} GiB)"
 
 
-def _check_model(device: "torch.device", record: dict[str, Any]) -> str:
+def _check_model(record: dict[str, Any], device: "torch.device") -> str:
     """Make a clip in one step of each model, on a GPU also on the CPU."""
     import numpy as np
 
     from cmdgen.config import packaged_models
-    from cmdgen.pipeline import TextToVideo
+    from cmdgen.pipelines.load import load_pipeline
 
     def sample(place: str) -> np.ndarray:
-        config = SampleConfig(seed=0, steps=1, motion_steps=1)
-        return TextToVideo.load(folder, device=place).sample(PROMPT, config).frames
+        pipeline = load_pipeline(str(folder), device=place)
+        return pipeline.sample(PROMPT, seed=0, steps=1, motion_steps=1).frames
 
     record["name"] = MODEL
     if MODEL not in packaged_models():

@@ -1,104 +1,99 @@
 """`cmdgen sample --dry-run`: what would be made, in how much memory and time."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from cmdgen.cli.batch import Kept, Manner, group
+from cmdgen.cli.batch import Batch, group
 from cmdgen.cli.errors import PARTIAL, Failure
 from cmdgen.cli.jobs import Job, Refused
-from cmdgen.cli.progress import Say
 from cmdgen.video.formats import STDOUT
 
 if TYPE_CHECKING:
-    from cmdgen.pipeline import TextToVideo
+    from cmdgen.evaluation.estimate import Estimate
+
+# values of a plan's model that the report has
+_SETTINGS = (
+    *("frames", "fps", "width", "height", "sampler", "steps", "motion_steps"),
+    *("guidance", "motion_guidance"),
+)
 
 
-def print_plan(
-    jobs: Iterable[Job | Refused | Kept | None],
-    pipeline: "TextToVideo",
-    manner: Manner,
-    say: Say,
-) -> None:
-    """What would become of jobs that were checked; Failure where some could not be made."""
-    from cmdgen.evaluation.estimate import EFFICIENCY, Estimate, estimate
-    from cmdgen.evaluation.profile import Limits, measure_limits
+def print_forecast(jobs: Iterable[Job | Refused | None], batch: Batch) -> None:
+    """Print what would become of checked jobs; Failure where some could not be made."""
+    from cmdgen.evaluation.estimate import estimate
+    from cmdgen.evaluation.profile import measure_limits
+    from cmdgen.pipelines.base import dtype_name
 
-    limits: Limits | None = None
+    pipeline, say = batch.pipeline, batch.say
+    limits = None
     estimates: dict[object, Estimate] = {}
+    groups: list[Estimate] = []
     records: list[dict[str, Any]] = []
-    seconds, memory, refused, flops = 0.0, 0, 0, 0
-    for each in group(jobs, manner.batch):
-        if isinstance(each, Refused):
-            refused += 1
-            records.append(each.describe())
-            if not each.told:
-                say.error(str(each))
-        elif isinstance(each, Kept):
-            records.append({**each.job.describe(), "skipped": True})
+    for jobs_together in group(jobs, batch.options.batch):
+        if isinstance(jobs_together, Refused):
+            records.append(jobs_together.describe())
+            if not jobs_together.reported:
+                say.error(str(jobs_together))
+        elif jobs_together[0].exists:
+            records.append({**jobs_together[0].describe(), "skipped": True})
         else:
-            # what takes no time of its own
-            config = replace(
-                each[0].config, seed=0, content_seed=None, motion_seed=None, negative=""
-            )
-            key = config, len(each)
-            if key not in estimates:
+            count = len(jobs_together)
+            plan = replace(jobs_together[0].plan, prompt="", negative="", seed=0)
+            plan = replace(plan, content_seed=0, motion_seed=0)
+            if (plan, count) not in estimates:
                 limits = limits or measure_limits(pipeline.device, pipeline.dtype)
-                estimates[key] = estimate(pipeline, config, limits, batch=len(each))
-            found = estimates[key]
-            seconds, flops = seconds + found.seconds, flops + found.flops
-            memory = max(memory, found.memory)
-            records += [_describe(job, pipeline) for job in each]
+                estimates[plan, count] = estimate(plan, pipeline.dtype, limits, batch=count)
+            groups.append(estimates[plan, count])
+            records += map(_describe, jobs_together)
     report: dict[str, Any] = {
         **{"model": pipeline.config.name, "folder": str(pipeline.folder)},
-        **{"device": str(pipeline.device), "dtype": str(pipeline.dtype).removeprefix("torch.")},
-        **{"jobs": records, "flops": flops, "memory_bytes": memory, "seconds": round(seconds, 1)},
+        **{"device": str(pipeline.device), "dtype": dtype_name(pipeline.dtype), "jobs": records},
+        "flops": sum(each.flops for each in groups),
+        "memory_bytes": max((each.memory for each in groups), default=0),
+        "seconds": round(sum(each.seconds for each in groups), 1),
     }
     if any(record.get("output") == STDOUT for record in records):
-        # where the video would be
-        for line in _lines(report, EFFICIENCY):
+        # stdout is the video's
+        for line in _lines(report):
             say.note(line)
     else:
-        say.result("\n".join(_lines(report, EFFICIENCY)), report)
-    if refused:
+        say.result("\n".join(_lines(report)), report)
+    if refused := sum("error" in record for record in records):
         raise Failure(f"{refused} of {len(records)} clips cannot be made", PARTIAL)
 
 
-def _describe(job: Job, pipeline: "TextToVideo") -> dict[str, Any]:
-    asked = job.config.apply(pipeline.config)
-    plan = pipeline.plan_rehash(job.config)
+def _describe(job: Job) -> dict[str, Any]:
+    model, key_steps = job.plan.model, job.plan.key_steps
     return {
         **job.describe(),
-        **{"format": job.encoding.format, "frames": asked.frames, "fps": asked.fps},
-        **{"width": asked.width, "height": asked.height, "sampler": asked.sampler},
-        **{"steps": asked.steps, "motion_steps": asked.motion_steps},
-        **{"guidance": asked.guidance, "motion_guidance": asked.motion_guidance},
-        "rehash": None if plan is None else plan.to_dict(),
+        "format": job.encoding.format,
+        **{name: getattr(model, name) for name in _SETTINGS},
+        "rehash": None if key_steps is None else asdict(key_steps),
     }
 
 
-def _lines(report: dict[str, Any], efficiency: float) -> Iterator[str]:
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    from cmdgen.evaluation.estimate import EFFICIENCY
+
     for job in report["jobs"]:
         if "error" in job:
             continue
         if "skipped" in job:
-            yield f"{job['output']}  is there already"
+            yield f"{job['output']}  exists already"
             continue
-        size = f"{job['frames']} x {job['width']}x{job['height']}, {job['fps']} frames a second"
-        steps = (
-            str(job["steps"]) if job["frames"] == 1 else f"{job['steps']} + {job['motion_steps']}"
-        )
-        yield f"{job['output']}  seed {job['seed']}, {size}, {steps} steps of {job['sampler']}"
+        motion = "" if job["frames"] == 1 else f" + {job['motion_steps']}"
+        yield (
+            "{output}  seed {seed}, {frames} x {width}x{height}, {fps} frames a second, "
+            f"{{steps}}{motion} steps of {{sampler}}"
+        ).format(**job)
         if job["rehash"] is not None:
-            full = " + ".join(
-                str(len(job["rehash"][part]))
-                for part in ("content", "motion")
-                if part in job["rehash"]
-            )
-            yield f"{'':4}rehash: {full} of them in full"
+            parts = (job["rehash"][part] for part in ("content", "motion"))
+            full = " + ".join(str(len(steps)) for steps in parts if steps)
+            yield f"    rehash: {full} of them in full"
     yield (
         f"{report['model']} on {report['device']} in {report['dtype']}: about "
         f"{report['memory_bytes'] / 1e6:,.0f} MB of weights and activations, about "
         f"{report['seconds']:.1f} s for {report['flops'] / 1e12:.2f} * 10^12 operations at "
-        f"{efficiency:.0%} of the rate that a matrix product has here now"
+        f"{EFFICIENCY:.0%} of the rate that a matrix product has here now"
     )

@@ -50,6 +50,8 @@ def describe(command: Any, context: typer.Context, width: int) -> str:
     """Return the help of a command: usage, what it does, its options and examples."""
     text, examples = split_help(command.help)
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    # Typer puts what is required in braces
+    usage = usage.replace("{", "").replace("}", "")
     parts = [_fill(f"Usage: {usage}", width, subsequent_indent=" " * 7)]
     parts += [_fill(paragraph, width) for paragraph in text.split("\n\n")]
     groups = sections(command, context)
@@ -81,8 +83,9 @@ def sections(command: Any, context: typer.Context) -> dict[str, Rows]:
             groups.setdefault(title, []).append((name, inner.get_short_help_str()))
     for parameter in command.get_params(context):
         if record := parameter.get_help_record(context):
-            name = _TYPE.sub(lambda match: _name_values(match[1]), record[0])
-            own = OPTIONS if parameter.param_type_name == "option" else "Arguments"
+            is_option = parameter.param_type_name == "option"
+            name = _TYPE.sub(_name_values if is_option else "", record[0]).rstrip()
+            own = OPTIONS if is_option else "Arguments"
             title = getattr(parameter, "rich_help_panel", None) or own
             groups.setdefault(title, []).append((name, _merge_notes(record[1])))
     if len(groups[OPTIONS]) == 1:
@@ -90,8 +93,8 @@ def sections(command: Any, context: typer.Context) -> dict[str, Rows]:
     return groups
 
 
-def _name_values(types: str) -> str:
-    return " ".join(_VALUES.get(each, each.upper()) for each in types.split(","))
+def _name_values(match: re.Match[str]) -> str:
+    return " ".join(_VALUES.get(each, each.upper()) for each in match[1].split(","))
 
 
 def _merge_notes(text: str) -> str:

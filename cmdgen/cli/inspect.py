@@ -6,14 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from cmdgen.cli.command import Only, expand
+from cmdgen.cli.command import Only
 from cmdgen.cli.errors import Failure, describe, printable
 from cmdgen.cli.progress import Say
 
 _FILE = typer.Argument(metavar="FILE", help="A video, picture or latents that cmdgen wrote.")
 
 
-@expand
 def inspect(file: Annotated[Path, _FILE], say: Annotated[Say, Only(("as_json",))]) -> None:
     """Print how a file was made: model, prompt, seeds, options.
 

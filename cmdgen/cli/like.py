@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmdgen import __version__
 from cmdgen.cli.jobs import STILL
-from cmdgen.options import options_of
-from cmdgen.request import INPUT_FIELDS, Request, recall_request
+from cmdgen.request import FIELDS, INPUT_FIELDS, Request, read_json
 
 if TYPE_CHECKING:
     from cmdgen.pipelines.still import StillPipeline
@@ -18,8 +17,16 @@ if TYPE_CHECKING:
 _KEPT = {"output", "format", "sidecar", "no_metadata"}
 # options of the encoding, which hold for the same format only
 _ENCODING = {"format", "crf", "codec", "loop"}
+# fields that are taken from metadata: never names of files. It lists the full steps themselves
+_RECORDED = {*FIELDS} - {
+    *(*INPUT_FIELDS, "output", "sidecar", "no_metadata"),
+    *("rehash_file", "rehash_protect", "rehash_policy", "rehash_threshold"),
+}
 # keys of metadata beside the fields of a request
-_OTHER = {"cmdgen", "weights", "width", "height", "encoding"}
+_OTHER = {
+    *("cmdgen", "weights", "width", "height", "encoding", *INPUT_FIELDS),
+    *("rehash_policy", "rehash_threshold"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Recalled:
         if metadata.get("device") != pipeline.device.type:
             device = short(metadata.get("device"))
             yield f"note: {path} was made on {device}, which rounds differently"
-        if unknown := [key for key in metadata if key not in {*options_of(Request), *_OTHER}]:
+        if unknown := [key for key in metadata if key not in _RECORDED | _OTHER]:
             yield f"note: unknown metadata of {path}: {', '.join(map(short, unknown[:8]))}"
 
 
@@ -65,7 +72,7 @@ def recall(path: Path, request: Request, flags: set[str], target: str | None) ->
     if not isinstance(metadata.get("cmdgen"), str) or "prompt" not in metadata:
         raise ValueError(f"{path} does not say how cmdgen made it")
     try:
-        values = recall_request(metadata)
+        values = _read(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     dropped = set(flags)
@@ -94,3 +101,40 @@ def recall(path: Path, request: Request, flags: set[str], target: str | None) ->
         return Recalled(path, Request(**(own | values)), metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the typed values of a request's fields; ignores unknown keys."""
+    values = _translate(metadata)
+    # seeds that are the clip's own follow --seed
+    for name in ("content_seed", "motion_seed"):
+        if values.get(name) == values.get("seed"):
+            values.pop(name, None)
+    return {name: read_json(name, value) for name, value in values.items() if name in _RECORDED}
+
+
+def _translate(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metadata in today's form: at first, some values were not as options are written."""
+    values = dict(metadata)
+    if "width" in values or "height" in values:
+        sides = {name: values.get(name) for name in ("width", "height")}
+        for name, side in sides.items():
+            if type(side) is not int:
+                raise ValueError(f"{name} {short(side)} is not a whole number")
+        values["size"] = "{width}x{height}".format(**sides)
+    interval = values.get("guidance_interval")
+    if isinstance(interval, list):
+        if [type(share) for share in interval] != [float, float]:
+            raise ValueError(f"guidance_interval {short(interval)} is not two numbers")
+        values["guidance_interval"] = f"{interval[0]}-{interval[1]}"
+    if type(values.get("max_memory")) is int:
+        values["max_memory"] = f"{values['max_memory']}B"
+    if isinstance(values.get("rehash"), dict):
+        steps = [values["rehash"].get(part, [0]) for part in ("content", "motion")]
+        for listed in steps:
+            if not isinstance(listed, list) or any(type(step) is not int for step in listed):
+                raise ValueError(f"rehash {short(listed)} is not a list of steps")
+        values["rehash"] = "+".join(",".join(map(str, listed)) for listed in steps)
+    if isinstance(values.get("encoding"), dict):
+        values |= values.pop("encoding")
+    return values

@@ -10,7 +10,6 @@ batch = 16
 
 import difflib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import typer
 from typer.core import TyperOption
 
-from cmdgen.options import read_value
+from cmdgen.cli.command import read_text
 
 # bytes; what a person writes is far smaller
 _LARGEST = 2**20
@@ -36,6 +35,9 @@ def read_settings(path: Path, commands: Any) -> dict[str, Any]:
 
     Raises ValueError, with the file and the key, for unknown keys and values that are not valid.
     """
+    # most commands find no file
+    import tomllib
+
     with path.open("rb") as file:
         text = file.read(_LARGEST + 1)
     if len(text) > _LARGEST:
@@ -75,31 +77,32 @@ def _read_table(table: Mapping[str, Any], context: Any, above: list[str]) -> dic
         elif name not in options:
             raise ValueError(f"{title} has no option {key!r}{_suggest(name, options)}")
         else:
-            option = options[name]
             try:
-                values[option.name] = _check_value(value, option, context)
-            except (typer.BadParameter, ValueError) as error:
-                raise ValueError(f"{title} {key}: {getattr(error, 'message', error)}") from error
+                values[options[name].name] = _check_value(key, value, options[name], context)
+            except ValueError as error:
+                raise ValueError(f"{title} {error}") from error
     return values
 
 
-def _check_value(value: Any, option: TyperOption, context: Any) -> bool | str | list[str]:
+def _check_value(key: str, value: Any, option: TyperOption, context: Any) -> Any:
     """Return a value as it stands on the command line, where its option takes it."""
     several = option.multiple or option.nargs != 1
     items = value if several and isinstance(value, list) else [value]
     for item in items:
         if isinstance(item, bool) != option.is_flag or not isinstance(item, int | float | str):
-            known = json.dumps(item) if isinstance(item, bool | int | float | str) else None
+            scalar = isinstance(item, bool | int | float | str)
+            shown = json.dumps(item) if scalar else f"a {type(item).__name__}"
             expected = "true or false" if option.is_flag else "a number or a text"
-            shown = known or f"a {type(item).__name__}"
-            raise ValueError(f"{shown} is not allowed, expected {expected}")
+            raise ValueError(f"{key}: {shown} is not allowed, expected {expected}")
     texts = [str(item) for item in items]
-    words: Any = value if option.is_flag else texts if several else texts[0]
-    typed = option.process_value(context, words)
+    words = value if option.is_flag else texts if several else texts[0]
+    try:
+        typed = option.process_value(context, words)
+    except typer.BadParameter as error:
+        raise ValueError(f"{key} {json.dumps(value)}: {error.message}") from error
     # of a command that `expand` made
-    if field := getattr(context.command.callback, "fields", {}).get(option.name):
-        cls, name = field
-        read_value(cls, name, typed)
+    if cls := getattr(context.command.callback, "fields", {}).get(option.name):
+        read_text(cls, option.name, typed)
     return words
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
 from zlib import crc32
 
 import torch
@@ -33,7 +32,15 @@ class Folder:
             raise ValueError(f"{path} is not a folder")
         root = path.resolve()
         clips: dict[Path, list[str]] = {}
-        for file, captions in _listed(root) if (root / _LIST).is_file() else _beside(root):
+        for where, name, captions in _listed(root) if (root / _LIST).is_file() else _beside(root):
+            if not captions or not all(captions):
+                raise ValueError(f"{where}: the caption is missing, empty or not text")
+            # a file name with a zero byte is none that could exist
+            if "\0" in name or not (root / name).is_file():
+                raise ValueError(f"{where}: {name!r} does not exist, or is no file")
+            file = (root / name).resolve()
+            if not file.is_relative_to(root):
+                raise ValueError(f"{where}: {name!r} lies outside the folder")
             clips.setdefault(file, []).extend(captions)
         if len(clips) < 2:
             raise ValueError(f"{path} holds {len(clips)} captioned videos, at least 2 are needed")
@@ -57,7 +64,7 @@ class Folder:
         return torch.tensor(self._splits[split][:count])
 
     def captions(self, indices: Indices, variant: int = 0) -> list[str]:
-        """One caption each; `variant` goes round those that a file has."""
+        """Return one caption each; `variant` goes round those that a file has."""
         texts = [self._captions[i] for i in torch.as_tensor(indices).tolist()]
         return [choices[variant % len(choices)] for choices in texts]
 
@@ -70,51 +77,32 @@ class Folder:
         return Clips(clips.to(device), None, self.captions(indices, variant))
 
 
-def _listed(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Read captions.jsonl, line by line."""
+def _listed(root: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Read captions.jsonl: where it stands there, a file and its captions."""
     for number, line in enumerate(_lines(root / _LIST), 1):
+        if not line.strip():
+            continue
         where = f"{root / _LIST} line {number}"
-        if line.strip():
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise ValueError(f"{where}: not readable as JSON ({error})") from error
-            yield _read_row(root, row, where)
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not readable as JSON ({error})") from error
+        name, texts = row.get("file"), row.get("caption")
+        if not isinstance(name, str):
+            raise ValueError(f'{where}: got {short(row)}, expected {{"file": ..., "caption": ...}}')
+        texts = texts if isinstance(texts, list) else [texts]
+        yield where, name, [" ".join(t.split()) if isinstance(t, str) else "" for t in texts]
 
 
-def _read_row(root: Path, row: dict[str, Any], where: str) -> tuple[Path, list[str]]:
-    name, texts = row.get("file"), row.get("caption")
-    if not isinstance(name, str):
-        raise ValueError(f'{where}: got {short(row)}, expected {{"file": ..., "caption": ...}}')
-    texts = texts if isinstance(texts, list) else [texts]
-    captions = [" ".join(text.split()) if isinstance(text, str) else "" for text in texts]
-    if not captions or not all(captions):
-        raise ValueError(f"{where}: the caption is missing, empty or not text")
-    # a file name with a zero byte is none that could exist
-    if "\0" in name or not (root / name).is_file():
-        raise ValueError(f"{where}: {name!r} does not exist")
-    file = (root / name).resolve()
-    if not file.is_relative_to(root):
-        raise ValueError(f"{where}: {name!r} lies outside the folder")
-    return file, captions
-
-
-def _beside(root: Path) -> Iterator[tuple[Path, list[str]]]:
+def _beside(root: Path) -> Iterator[tuple[str, str, list[str]]]:
     """Find every video below the folder, and the lines of its .txt."""
     for file in sorted(root.rglob("*")):
-        if file.suffix.lower() not in _SUFFIXES:
-            continue
-        if not file.is_file():
-            raise ValueError(f"{file} is not a file")
-        if not file.resolve().is_relative_to(root):
-            raise ValueError(f"{file} is a link to outside the folder")
-        text = file.with_suffix(".txt")
-        if not text.is_file():
-            raise ValueError(f"{file} has no caption: there is neither {_LIST} nor {text.name}")
-        captions = [" ".join(line.split()) for line in _lines(text) if line.strip()]
-        if not captions:
-            raise ValueError(f"{text} is empty")
-        yield file.resolve(), captions
+        if file.suffix.lower() in _SUFFIXES:
+            text = file.with_suffix(".txt")
+            if not text.is_file():
+                raise ValueError(f"{file} has no caption: there is neither {_LIST} nor {text.name}")
+            captions = [" ".join(line.split()) for line in _lines(text) if line.strip()]
+            yield str(text), file.relative_to(root).as_posix(), captions
 
 
 def _lines(file: Path) -> list[str]:

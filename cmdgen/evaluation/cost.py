@@ -8,26 +8,25 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from cmdgen.evaluation.report import Figure, Report
 
 HELP_RUNS = 3
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Seconds from start to end, and the peak resident memory of the largest process in MB."""
 
     seconds: float
     megabytes: float
 
 
-def measure_cost(arguments: list[str]) -> Cost:
-    """Runs `cmdgen ARGUMENTS` in a new process; ValueError with its last line if it fails."""
+def measure_cost(*arguments: str) -> Cost:
+    """Run `cmdgen ARGUMENTS` in a new process; ValueError with its last line if it fails."""
     command = [sys.executable, "-m", "cmdgen", *arguments]
     started = time.perf_counter()
     with subprocess.Popen(
@@ -40,48 +39,30 @@ def measure_cost(arguments: list[str]) -> Cost:
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise ValueError(
-            f"cmdgen {arguments[0]}: {errors.splitlines()[-1] if errors else process.returncode}"
-        )
+        last = errors.splitlines()[-1] if errors else process.returncode
+        raise ValueError(f"cmdgen {arguments[0]}: {last}")
     # kilobytes on Linux, bytes on macOS
-    unit = 1e6 if sys.platform == "darwin" else 1e6 / 1024
-    return Cost(seconds, usage.ru_maxrss / unit)
+    return Cost(seconds, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e6 / 1024))
 
 
 def report_cost(model: str, prompt: str = "a corgi swimming") -> Report:
-    """`cmdgen sample` and `cmdgen --help`, each from the start of a process to its end."""
+    """Measure `cmdgen sample` and `cmdgen --help`, from the start of a process to its end."""
     with TemporaryDirectory() as folder:
         output = Path(folder) / "out.mp4"
-        sample = measure_cost(
-            ["sample", prompt, "-o", str(output), "--model", model, "--seed", "0"]
-        )
+        sample = measure_cost("sample", prompt, "-o", str(output), "--model", model, "--seed", "0")
         assert output.stat().st_size > 0
-    helps = [measure_cost(["--help"]) for _ in range(HELP_RUNS)]
-    seconds = [cost.seconds for cost in helps]
+    helps = [measure_cost("--help").seconds for _ in range(HELP_RUNS)]
+    spread = {"fastest": min(helps), "slowest": max(helps)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # key, label, value, unit, beside, target
+    rows: list[tuple[str, str, float, str, dict[str, float], float]] = [
+        ("sample_seconds", "cmdgen sample, cold", sample.seconds, "s", {}, 15),
+        ("sample_memory", "its peak resident memory", sample.megabytes, "MB", {}, 2000),
+        ("help_seconds", "cmdgen --help", median(helps), "s", spread, 0.5),
+    ]
     return Report(
         title=f"Cost of {model} on {cores} CPU cores",
-        figures=[
-            Figure("sample_seconds", "cmdgen sample, cold", sample.seconds, "s", {}, 15, "most"),
-            Figure(
-                "sample_memory",
-                "its peak resident memory",
-                sample.megabytes,
-                "MB",
-                {},
-                2000,
-                "most",
-            ),
-            Figure(
-                "help_seconds",
-                "cmdgen --help",
-                median(seconds),
-                "s",
-                {"fastest": min(seconds), "slowest": max(seconds)},
-                0.5,
-                "most",
-            ),
-        ],
+        figures=[Figure(*row, "most") for row in rows],
         notes=[
             "Seconds from the start of a new process to its end, file on disk; targets: 2 cores.",
             f"--help is the median of {HELP_RUNS} runs.",

@@ -1,29 +1,25 @@
 """Memory and time of decoding a clip: in slices, beside whole clips and the VAE frame by frame."""
 
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmdgen.acceleration.memory import Work, choose_slices, peak_bytes
 from cmdgen.acceleration.slicer import decode_clip, decode_pictures
 from cmdgen.config import ModelConfig
+from cmdgen.evaluation.profile import Show, Stopwatch
+from cmdgen.latents import latent_shapes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
 from cmdgen.video.pixels import to_rgb24
 
-# of the peak of whole clips: what decoding in slices is to stay below
+# decoding in slices is to stay below this share of the peak of whole clips
 TARGET = 0.4
-C = TypeVar("C")
-M = TypeVar("M", bound=nn.Module)
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Decoding:
     slices: Slices | None
     # highest bytes of tensors beside the weights; "reserved" of a GPU is with the weights
     memory: dict[str, int]
-    # the same by the memory model, of slices
+    # the same as planned, of slices
     predicted: int | None
     # of the autoencoder; of the VAE, all frames
     clip_seconds: float
@@ -42,120 +38,88 @@ class Decoding:
 
     @property
     def seconds(self) -> float:
-        """Of all of it."""
+        """Return those of all of it."""
         return self.clip_seconds + self.vae_seconds
 
 
 class _Decoder:
-    """The networks that decode, their weights random, and one clip for them."""
+    """The networks that decode, with random weights, and one clip for them."""
 
     def __init__(self, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        assert model.vae is not None and model.autoencoder is not None
-        self.model, self.device = model, device
-        height, width = (side // model.vae.stride for side in (model.height, model.width))
-        patch = model.autoencoder.patch
-        positions = width // patch + height // patch
-        self.autoencoder = _build(CmdAutoencoder, model.autoencoder, device, dtype)
-        self.vae = _build(KlVae, model.vae, device, dtype)
+        assert model.autoencoder is not None and model.vae is not None
+        self.device = device
         with device:
-            content = torch.randn(1, model.autoencoder.channels, height, width)
-            motion = torch.randn(1, model.autoencoder.motion_channels, model.frames, positions)
-        self.content, self.motion = content.to(dtype), motion.to(dtype)
+            self.autoencoder = CmdAutoencoder(model.autoencoder).to(dtype)
+            self.vae = KlVae(model.vae).to(dtype)
+            content, motion = (torch.randn(1, *shape).to(dtype) for shape in latent_shapes(model))
+        self.halves = content, motion
 
-    def decode_clip(self, slices: Slices | None) -> Tensor:
-        """() -> (1, C, T, h, w)."""
-        if slices is None:
-            latents: Tensor = self.autoencoder.decode(self.content, self.motion)
-            return latents
-        return decode_clip(self.autoencoder, self.content, self.motion, slices)
-
-    def decode_slice(self, latents: Tensor, slices: Slices | None) -> Tensor:
-        """(N, C, h, w) -> uint8 (N, H, W, 3)."""
-        strips = 1 if slices is None else slices.strips
-        return to_rgb24(decode_pictures(self.vae, latents, strips))
-
-    def decode(self, slices: Slices | None) -> tuple[float, float]:
+    def decode(self, slices: Slices | None) -> dict[str, float]:
         """() -> seconds of the autoencoder and of the VAE, the latter from its first slice."""
-        started = self._now()
-        latents = rearrange(self.decode_clip(slices), "1 c t h w -> t c h w").contiguous()
-        between = self._now()
-        frames = torch.empty(
-            (len(latents), self.model.height, self.model.width, 3), dtype=torch.uint8
-        )
-        together = 1 if slices is None else slices.pictures
-        frames[:together] = self.decode_slice(latents[:together], slices)
-        seconds = (self._now() - between) * len(latents) / together
-        return between - started, seconds
+        watch = Stopwatch(self.device)
+        with watch.stage("clip"):
+            if slices is None:
+                latents: Tensor = self.autoencoder.decode(*self.halves)
+            else:
+                latents = decode_clip(self.autoencoder, *self.halves, slices)
+            latents = rearrange(latents, "1 c t h w -> t c h w").contiguous()
+        together, strips = (1, 1) if slices is None else (slices.pictures, slices.strips)
+        height, width = (side * self.vae.config.stride for side in latents.shape[2:])
+        with watch.stage("vae"):
+            frames = torch.empty(len(latents), height, width, 3, dtype=torch.uint8)
+            pictures = decode_pictures(self.vae, latents[:together], strips)
+            frames[:together] = to_rgb24(pictures)
+        watch.seconds["vae"] *= len(latents) / together
+        return watch.seconds
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-def _build(build: Callable[[C], M], config: C, device: torch.device, dtype: torch.dtype) -> M:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            return build(config)
-    finally:
-        torch.set_default_dtype(before)
+    def measure_memory(self, slices: Slices | None) -> dict[str, int]:
+        """Return the highest bytes beside the weights: on a CPU, with fake tensors, counted."""
+        if self.device.type == "cpu":
+            return {"live": peak_bytes(lambda: self.decode(slices))}
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self.decode(slices)
+        return {
+            "allocated": torch.cuda.max_memory_allocated(self.device) - before,
+            "reserved": torch.cuda.max_memory_reserved(self.device),
+        }
 
 
 @torch.no_grad()
 def compare_decoding(
-    model: ModelConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    runs: int = 1,
-    on_progress: OnProgress | None = None,
-) -> list[Decoding]:
-    """Decode a clip whole, in the slices that are fastest, and in `TARGET` of the whole's memory.
+    model: ModelConfig, device: torch.device, dtype: torch.dtype, *, runs: int, show: Show
+) -> dict[str, Decoding]:
+    """Decode a clip whole, in the fastest slices, and in `TARGET` of the whole's memory.
 
     Seconds are the least of `runs`, in turns. On a CPU, bytes are those of the same run on shapes
     alone, on a GPU what PyTorch allocated. Raises ValueError where the target cannot be met.
     """
-    report = on_progress or (lambda stage, done, total: None)
     with FakeTensorMode() if device.type == "cpu" else nullcontext():
-        decoder = _Decoder(model, device, dtype)
-        whole = _measure_memory(decoder, None)
-        budget = int(TARGET * max(whole["live" if device.type == "cpu" else "allocated"], 1))
-        ways = [
-            None,
-            choose_slices(Work(model, dtype), device),
-            choose_slices(Work(model, dtype), device, budget),
-        ]
-        memory = [whole, *(_measure_memory(decoder, slices) for slices in ways[1:])]
+        decoder, work = _Decoder(model, device, dtype), Work(model, dtype)
+        whole = decoder.measure_memory(None)
+        budget = int(TARGET * next(iter(whole.values())))
+        ways = {
+            "whole": None,
+            "default": choose_slices(work, device),
+            "least": choose_slices(work, device, budget),
+        }
+        memory = {name: decoder.measure_memory(slices) for name, slices in ways.items()}
     if device.type == "cpu":
         decoder = _Decoder(model, device, dtype)
-    seconds: list[list[tuple[float, float]]] = [[] for _ in ways]
-    total = runs * len(ways)
-    for i in range(total):
-        report("decode", i, total)
-        seconds[i % len(ways)].append(decoder.decode(ways[i % len(ways)]))
-    report("decode", total, total)
-    return [
-        Decoding(
-            slices=slices,
-            memory=taken,
-            predicted=None if slices is None else Work(model, dtype).peak(slices),
-            clip_seconds=min(clip for clip, _ in each),
-            vae_seconds=min(vae for _, vae in each),
-        )
-        for slices, taken, each in zip(ways, memory, seconds, strict=True)
-    ]
-
-
-def _measure_memory(decoder: _Decoder, slices: Slices | None) -> dict[str, int]:
-    if decoder.device.type == "cpu":
-        return {"live": peak_bytes(lambda: decoder.decode(slices))}
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(decoder.device)
-    before = torch.cuda.memory_allocated(decoder.device)
-    decoder.decode(slices)
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for i in range(runs):
+        for j, (name, slices) in enumerate(ways.items()):
+            show("decode", i * len(ways) + j, runs * len(ways))
+            seconds[name].append(decoder.decode(slices))
+    show("decode", runs * len(ways), runs * len(ways))
     return {
-        "allocated": torch.cuda.max_memory_allocated(decoder.device) - before,
-        "reserved": torch.cuda.max_memory_reserved(decoder.device),
+        name: Decoding(
+            slices=slices,
+            memory=memory[name],
+            predicted=None if slices is None else work.peak(slices),
+            clip_seconds=min(each["clip"] for each in seconds[name]),
+            vae_seconds=min(each["vae"] for each in seconds[name]),
+        )
+        for name, slices in ways.items()
     }

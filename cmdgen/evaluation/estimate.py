@@ -1,13 +1,15 @@
-"""What sampling will take, told from shapes and from how fast the machine multiplies and copies."""
+"""What making clips will take: told from shapes, and from how fast the machine multiplies."""
 
 from dataclasses import dataclass, replace
 
+import torch
+
+from cmdgen.acceleration.calibration import PARTS
 from cmdgen.acceleration.memory import Work
-from cmdgen.config import SampleConfig
-from cmdgen.evaluation.flops import build_parts, count_peaks
-from cmdgen.evaluation.profile import Limits, count_work
-from cmdgen.evaluation.suite import count_row
-from cmdgen.pipeline import TextToVideo
+from cmdgen.evaluation.flops import count_work, list_forwards
+from cmdgen.evaluation.profile import Limits
+from cmdgen.pipelines.still import StillPipeline
+from cmdgen.request import Plan, Request
 
 # of a large matrix product's rate: what `mini` reaches on a CPU as a whole (`cmdgen profile`)
 EFFICIENCY = 0.5
@@ -15,7 +17,7 @@ EFFICIENCY = 0.5
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one forward of so many clips; an estimate, not a promise."""
+    """What a batch of clips takes; an estimate, not a promise."""
 
     flops: int
     # of all weights
@@ -26,73 +28,60 @@ class Estimate:
 
     @property
     def memory(self) -> int:
-        """Bytes, without what Python, libraries and an allocator take."""
+        """Return the bytes, without what Python, libraries and an allocator take."""
         return self.weights + self.activations
 
 
-def estimate(
-    model: TextToVideo, config: SampleConfig, limits: Limits, *, batch: int = 1
-) -> Estimate:
-    """What `sample_batch` will take; reads no weights.
+def estimate(plan: Plan, dtype: torch.dtype, limits: Limits, *, batch: int = 1) -> Estimate:
+    """Estimate what `Pipeline.run` will take; reads no weights.
 
     A stage takes the longer of its operations at EFFICIENCY of a matrix product's rate, and its
-    weights at a copy's.
+    bytes at a copy's.
     """
-    asked, dtype = config.apply(model.config), model.dtype
-    parts = build_parts(model.config)
-    for part in vars(parts).values():
-        if part is not None:
-            part.to(dtype)
-    work = count_work(asked, parts, dtype, batch=batch)
-    flops = {stage: each.flops for stage, each in work.items()}
-    if model.plan_rehash(config) is not None and asked.frames > 1:
-        flops |= {stage: batch * each.flops for stage, each in count_row(model, config).items()}
+    work = count_work(plan, dtype, batch=batch)
     speed = EFFICIENCY * limits.flops_per_second
-    seconds = sum(
-        max(flops[stage] / speed, each.bytes_read / limits.bytes_per_second)
-        for stage, each in work.items()
-    )
     return Estimate(
-        flops=sum(flops.values()),
+        flops=sum(each.flops for each in work.values()),
         weights=work["load"].weight_bytes,
-        activations=estimate_activations(model, config, batch=batch),
-        seconds=seconds,
+        activations=estimate_activations(plan, dtype, batch=batch),
+        seconds=sum(
+            max(each.flops / speed, each.bytes_read / limits.bytes_per_second)
+            for each in work.values()
+        ),
     )
 
 
-def estimate_activations(model: TextToVideo, config: SampleConfig, *, batch: int = 1) -> int:
-    """Bytes beside the weights, at the moment of most; reads no weights."""
-    asked, dtype = config.apply(model.config), model.dtype
+def estimate_activations(plan: Plan, dtype: torch.dtype, *, batch: int = 1) -> int:
+    """Return the bytes beside the weights, at the moment of most; reads no weights."""
+    model, forwards = plan.model, list_forwards(plan.model)
     # guidance runs both branches at once
-    branches = {"content": asked.guidance, "motion": asked.motion_guidance}
+    doubled = {"content": model.guidance != 1, "motion": model.motion_guidance != 1}
     peaks = [
-        peak * batch * (2 if branches.get(name, 1.0) != 1 else 1)
-        for name, peak in count_peaks(asked, dtype).items()
+        forwards[name].peak * dtype.itemsize // 4 * batch * (1 + doubled.get(name, False))
+        for name in ("text", *PARTS[: 1 + plan.moves])
     ]
-    slices = model.plan_decoding(config, batch=batch)
-    return max(*peaks, Work(asked, dtype, batch).peak(slices))
+    return max(*peaks, Work(model, dtype, batch).peak(plan.slices))
 
 
-def find_fitting(model: TextToVideo, config: SampleConfig, memory: int) -> SampleConfig | None:
-    """One clip like what is asked for that takes at most `memory` bytes beside the weights.
+def find_fitting(pipeline: StillPipeline, request: Request, memory: int) -> Request | None:
+    """Return a request for one clip like this one that takes at most `memory` bytes beside weights.
 
-    First in slices, then in fewer frames, then smaller; None where nothing of that would do.
+    First in slices, then in fewer frames, then smaller; None where none of these would fit.
     """
-    asked, multiple = config.apply(model.config), model.config.size_multiple
-    least = 1 if model.config.motion is None else model.config.motion.patch
+    model = pipeline.plan(request).model
+    multiple, least = model.size_multiple, 1 if model.motion is None else model.motion.patch
     for part in (1, 2, 4):
-        sides = {
-            name: max(1, getattr(asked, name) // part // multiple) * multiple
-            for name in ("height", "width")
-        }
-        for share in (1, 2, 4) if asked.frames > 1 else (1,):
-            frames = max(1, asked.frames // share // least) * least if share > 1 else asked.frames
-            smaller = replace(config, **sides, frames=frames, max_memory=memory)
+        height, width = (
+            max(1, side // part // multiple) * multiple for side in (model.height, model.width)
+        )
+        for share in (1, 2, 4) if model.frames > 1 else (1,):
+            frames = max(1, model.frames // share // least) * least if share > 1 else model.frames
+            smaller = replace(request, size=(height, width), frames=frames, max_memory=memory)
             try:
-                model.plan_decoding(smaller)
+                plan = pipeline.plan(smaller)
             except ValueError:
                 # not in the smallest slices
                 continue
-            if estimate_activations(model, smaller) <= memory:
+            if estimate_activations(plan, pipeline.dtype) <= memory:
                 return smaller
     return None

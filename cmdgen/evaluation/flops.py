@@ -1,13 +1,13 @@
-"""How much a model computes, and reads of its weights: counted on the meta device, no GPU needed.
+"""How much a model computes and what it reads of its weights: counted on the meta device, no GPU.
 
 Two accountings of arithmetic. The honest one: every matrix product and convolution, two operations
 for each multiply-add. That of CMD's Tables 8 and 9 (Yu et al. 2024, arXiv:2403.14148), whose
 counter took a multiply-add for one operation and did not see inside fused attention.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from math import ceil, prod
 from typing import Any
 
@@ -19,14 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmdgen.acceleration.memory import Work, choose_slices, peak_bytes
-from cmdgen.config import CMD_SD21, ModelConfig, UNetConfig
-from cmdgen.models.autoencoder import CmdAutoencoder
-from cmdgen.models.dit import DiT
-from cmdgen.models.text import ClipTextModel
-from cmdgen.models.unet import UNet
-from cmdgen.models.vae import KlVae
-from cmdgen.pipeline import TIMESTEPS_TOGETHER, Parts
+from cmdgen.acceleration.memory import FusedAttention, peak_bytes
+from cmdgen.acceleration.rehash import CutDiT, CutUNet
+from cmdgen.config import CMD_SD21, ModelConfig
+from cmdgen.latents import latent_shapes
+from cmdgen.pipelines.base import TIMESTEPS_TOGETHER
+from cmdgen.request import Plan, Request, resolve
+from cmdgen.store.parts import NETWORKS, network_configs
 from cmdgen.weights import build_empty
 
 # what the tables count in
@@ -36,6 +35,12 @@ TERA = 10**12
 TABLE_8 = {"autoencoder": 0.77, "content": 0.34, "motion": 0.14}
 # Table 9: sampling one clip at 512x1024 in so many steps of both models
 TABLE_9 = {50: 46.8, 100: 92.1}
+# the forwards of each row of Table 8
+_FORWARDS = {
+    "autoencoder": ("frame encode", "frame decode"),
+    "content": ("content",),
+    "motion": ("motion",),
+}
 
 
 @dataclass(frozen=True)
@@ -48,37 +53,19 @@ class Products:
     multiply_adds: int
     attention: int
 
-    def __add__(self, other: "Products") -> "Products":
-        return Products(self.multiply_adds + other.multiply_adds, self.attention + other.attention)
-
-    def __mul__(self, times: int) -> "Products":
-        return Products(self.multiply_adds * times, self.attention * times)
-
     @property
     def flops(self) -> int:
-        """The honest count."""
+        """Return the honest count."""
         return 2 * self.multiply_adds
 
     @property
     def published(self) -> int:
-        """What a counter reports that sees a multiply-add as one and fused attention as none."""
+        """Return the count of one that sees multiply-adds as one, fused attention as none."""
         return self.multiply_adds - self.attention
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention as libraries run it, which never hold its scores; the meta device has none."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function is F.scaled_dot_product_attention:
-            q, _, v = args
-            return q.new_empty(*q.shape[:-1], v.shape[-1])
-        return function(*args, **(kwargs or {}))
-
-
 class _AttentionCounter(TorchFunctionMode):
-    """Multiply-adds inside fused attention; what else is a batched product cannot be told apart."""
+    """Multiply-adds inside fused attention; elsewhere it is a batched product like any other."""
 
     multiply_adds = 0
 
@@ -92,7 +79,7 @@ class _AttentionCounter(TorchFunctionMode):
 
 
 def count_products(run: Callable[[], object]) -> Products:
-    """What a function of tensors on the meta device would compute."""
+    """Count what a function of tensors on the meta device would compute."""
     with (
         torch.inference_mode(),
         _AttentionCounter() as attention,
@@ -102,28 +89,14 @@ def count_products(run: Callable[[], object]) -> Products:
     return Products(counter.get_total_flops() // 2, attention.multiply_adds)
 
 
-NOTHING = Products(0, 0)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a forward takes of a part's weights, in numbers, not bytes."""
-
-    # of the half that runs, where a part has two
-    parameters: int
-    # those and the buffers
-    numbers: int
-    # once each; of a table that is looked up, the rows of one sample
-    read: int
-
-
 class _WeightCounter(TorchDispatchMode):
-    """Which tensors of a part are operands, and how many of their numbers are read."""
+    """Which tensors of a network are operands, and how many of their numbers are read."""
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.names = {id(tensor): name for name, tensor in part.state_dict(keep_vars=True).items()}
-        self.read: dict[str, int] = {}
+        state = network.state_dict(keep_vars=True)
+        self.names = {id(tensor): name for name, tensor in state.items()}
+        self.reads: dict[str, int] = {}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -132,235 +105,216 @@ class _WeightCounter(TorchDispatchMode):
         looked_up = function is torch.ops.aten.embedding.default
         for operand in tree_leaves((args, kwargs)):
             if (name := self.names.get(id(operand))) is not None:
-                self.read[name] = (result if looked_up else operand).numel()
+                self.reads[name] = (result if looked_up else operand).numel()
         return result
 
 
-def count_weights(part: nn.Module, run: Callable[[], object]) -> Weights:
-    """What a function of tensors on the meta device would take of a part's weights."""
-    with torch.inference_mode(), _WeightCounter(part) as counter:
-        run()
-    state = part.state_dict(keep_vars=True)
-    taken = {name: state[name] for name in counter.read}
-    return Weights(
-        parameters=sum(t.numel() for t in taken.values() if isinstance(t, nn.Parameter)),
-        numbers=sum(t.numel() for t in taken.values()),
-        read=sum(counter.read.values()),
-    )
+@dataclass(frozen=True)
+class Forward:
+    """A network, or a piece of one, and one run of it on one sample of the meta device."""
+
+    network: nn.Module
+    run: Callable[[], object]
+
+    @cached_property
+    def counts(self) -> tuple[Products, dict[str, int]]:
+        """Count what it computes, and the numbers that it reads of each weight and buffer by name.
+
+        Each is read once; of a table that is looked up, the rows of one sample are.
+        """
+        with _WeightCounter(self.network) as weights:
+            products = count_products(self.run)
+        return products, weights.reads
+
+    @property
+    def products(self) -> Products:
+        """Return what it computes."""
+        return self.counts[0]
+
+    @property
+    def reads(self) -> dict[str, int]:
+        """Return the numbers that it reads of each weight and buffer by name."""
+        return self.counts[1]
+
+    @cached_property
+    def peak(self) -> int:
+        """Count the bytes of tensors that it makes and holds at once, in float32."""
+        with FusedAttention():
+            return peak_bytes(self.run)
 
 
 @dataclass(frozen=True)
-class Forwards:
-    """One forward of each network on one sample; of the VAE, one frame. Stills need no motion.
+class Use:
+    """How often a stage runs a forward: on so many samples, in so many runs."""
 
-    What makes content and motion is in parts: what each step runs, and what is made for all steps
-    beforehand.
+    forward: Forward
+    samples: int
+    runs: int = 1
+    # made once for all steps, beside the runs of the network
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage, or all of them, has to do."""
+
+    # of the half of a network that runs; of "load", of everything that is loaded
+    parameters: int = 0
+    weight_bytes: int = 0
+    # of the whole network; beside them run what all steps share
+    forwards: int = 0
+    flops: int = 0
+    # the weights, for each run; of "load", all weights; of "video encode", the frames
+    bytes_read: int = 0
+
+
+def build_networks(model: ModelConfig) -> dict[str, Any]:
+    """Build the networks of a model on the meta device, by folder.
+
+    Raises ValueError where the model makes no video from text.
     """
-
-    text: Products
-    # of a step, of a timestep, of a text
-    content_step: Products
-    content_time: Products
-    content_text: Products
-    vae_decode: Products
-    # of a step, of a timestep and text, of a content frame
-    motion_step: Products = NOTHING
-    motion_time: Products = NOTHING
-    motion_place: Products = NOTHING
-    frame_encode: Products = NOTHING
-    frame_decode: Products = NOTHING
-
-    @property
-    def content(self) -> Products:
-        """Of the UNet as a whole."""
-        return self.content_step + self.content_time + self.content_text
-
-    @property
-    def motion(self) -> Products:
-        """Of the motion model as a whole."""
-        return self.motion_step + self.motion_time + self.motion_place
-
-
-def build_parts(model: ModelConfig) -> Parts:
-    """The networks on the meta device; ValueError where the model makes no video from text."""
-    if model.text is None or model.vae is None or not isinstance(model.content, UNetConfig):
+    configs = network_configs(model)
+    if not {"text_encoder", "unet", "vae"} <= configs.keys():
         raise ValueError(f"{model.name} makes no video from text: it has no text, UNet or VAE")
-    return Parts(
-        text=build_empty(ClipTextModel, model.text),
-        content=build_empty(UNet, model.content),
-        vae=build_empty(KlVae, model.vae),
-        autoencoder=(
-            None if model.autoencoder is None else build_empty(CmdAutoencoder, model.autoencoder)
-        ),
-        motion=None if model.motion is None else build_empty(DiT, model.motion),
-    )
+    return _build_networks(tuple(configs.items()))
 
 
-def count_forwards(model: ModelConfig, parts: Parts | None = None) -> Forwards:
-    """Count each network of a model at its size and length."""
-    parts = build_parts(model) if parts is None else parts
-    runs = _forwards(model, parts)
-    return Forwards(
-        **{
-            each.name: count_products(runs[each.name][1])
-            for each in fields(Forwards)
-            if each.name in runs
-        }
-    )
+@lru_cache(maxsize=2)
+def _build_networks(configs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return {name: build_empty(NETWORKS[name].network, config) for name, config in configs}
 
 
-def count_peaks(model: ModelConfig, dtype: torch.dtype) -> dict[str, int]:
-    """Of text, content and motion: bytes of tensors that one forward makes and holds at once.
+def list_forwards(model: ModelConfig) -> dict[str, Forward]:
+    """Return the networks of a model, and their pieces, at its size and length.
 
-    Counted in float32, and taken in proportion for `dtype`.
+    Those that make content and motion run in pieces: what each step runs, in full or reusing
+    features, and what is made beforehand. Raises ValueError as `build_networks`.
     """
-    runs = _forwards(model, build_parts(model))
-    with _FusedAttention():
-        return {
-            name: peak_bytes(runs[name][1]) * dtype.itemsize // 4
-            for name in ("text", "content", "motion")
-            if name in runs
-        }
+    # one forward is the same whatever the sampler does
+    model = replace(model, sampler="", steps=1, motion_steps=1, guidance_interval=None, fps=1)
+    return _list_forwards(replace(model, guidance=1.0, motion_guidance=1.0))
 
 
+@lru_cache(maxsize=8)
 @torch.inference_mode()
-def _forwards(
-    model: ModelConfig, parts: Parts
-) -> dict[str, tuple[nn.Module, Callable[[], object]]]:
-    """What of `Forwards` a model has: the network, and what of it runs."""
-    assert model.text is not None and model.vae is not None
-    height, width = (side // model.vae.stride for side in (model.height, model.width))
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta")
-
-    length = model.text.max_position_embeddings
-    ids = torch.empty((1, length), dtype=torch.long, device="meta")
-    states, when = empty(1, length, model.text.hidden_size), empty(1)
-    still = empty(1, model.vae.latent_channels, height, width)
-    unet = parts.content
-    time, text = unet.project_time(when), unet.project_text(states)
-    forwards: dict[str, tuple[nn.Module, Callable[[], object]]] = {
-        "text": (parts.text, lambda: parts.text(ids)),
-        "content": (unet, lambda: unet(still, when, states)),
-        "content_step": (unet, lambda: unet.denoise(still, time, *text)),
-        "content_time": (unet, lambda: unet.project_time(when)),
-        "content_text": (unet, lambda: unet.project_text(states)),
-        "vae_decode": (parts.vae, lambda: parts.vae.decode(still)),
-    }
-    if parts.autoencoder is None or parts.motion is None or model.frames == 1:
-        return forwards
-    autoencoder, mover = parts.autoencoder, parts.motion
-    clip = still.unsqueeze(2).expand(-1, -1, model.frames, -1, -1)
-    rows, columns = (side // autoencoder.config.patch for side in (height, width))
-    motion = empty(1, autoencoder.config.motion_channels, model.frames, columns + rows)
-    given = None if mover.config.text_width is None else states
-    place = partial(mover.place, *motion.shape[-2:], context=still, split=columns)
-    modulations, ground = mover.modulations(when, text=given), place()
-    return forwards | {
-        "motion": (
-            mover,
-            lambda: mover(motion, when, text=given, context=still, split=columns),
-        ),
-        "motion_step": (mover, lambda: mover.denoise(motion, modulations, ground)),
-        "motion_time": (mover, lambda: mover.modulations(when, text=given)),
-        "motion_place": (mover, place),
-        "frame_encode": (autoencoder, lambda: autoencoder.encode(clip)),
-        "frame_decode": (autoencoder, lambda: autoencoder.decode(still, motion)),
-    }
-
-
-def count_sampling(
-    model: ModelConfig, forwards: Forwards | None = None, *, batch: int = 1
-) -> dict[str, Products]:
-    """Each stage of `TextToVideo.sample_batch`, with the model's own steps and guidance."""
-    each = count_forwards(model) if forwards is None else forwards
-    content, motion = (1 if scale == 1 else 2 for scale in (model.guidance, model.motion_guidance))
-    # the negative prompt and the timesteps are the same for all clips that are made together
-    times = _times(model, batch)
-    stages = {
-        "text": each.text * (batch + times),
-        "content": each.content_step * (batch * model.steps * content)
-        + each.content_time * (times * model.steps)
-        + each.content_text * (batch + times * (content - 1)),
-    }
-    if model.frames > 1:
-        stages["motion"] = (
-            each.motion_step * (batch * model.motion_steps * motion)
-            + each.motion_time * ((batch + times * (motion - 1)) * model.motion_steps)
-            + each.motion_place * batch
-        )
-        stages["frame decode"] = each.frame_decode * batch
-    return stages | {"VAE decode": each.vae_decode * (batch * _pictures(model))}
-
-
-@dataclass(frozen=True)
-class Reads:
-    """How often a stage runs its network, and what that takes of the weights."""
-
-    forwards: int
-    # of each forward
-    weights: Weights
-    # what all forwards share is made of: read beside, in numbers
-    once: int = 0
-
-    @property
-    def read(self) -> int:
-        """Numbers read by all of it."""
-        return self.forwards * self.weights.read + self.once
-
-
-def count_reads(
-    model: ModelConfig, *, batch: int = 1, dtype: torch.dtype = torch.float32
-) -> dict[str, Reads]:
-    """Each stage of `TextToVideo.sample_batch`: its forwards, and the weights of one.
-
-    The clips of a batch, and the two branches of guidance, share a forward; of the VAE, the frames
-    that are decoded together unless memory is short.
-    """
-    runs = _forwards(model, build_parts(model))
-    times = _times(model, batch)
-    together = choose_slices(Work(model, dtype, batch // times), torch.device("meta")).pictures
-    # beside the content frame
-    slices = ceil(batch // times * model.frames / together) if model.frames > 1 else 0
+def _list_forwards(model: ModelConfig) -> dict[str, Forward]:
+    networks = build_networks(model)
+    text, unet, vae = (networks[name] for name in ("text_encoder", "unet", "vae"))
+    empty = partial(torch.empty, device="meta")
+    length = text.config.max_position_embeddings
+    ids, time = empty(1, length, dtype=torch.long), empty(1)
+    states = empty(1, length, text.config.hidden_size)
+    sides = [side // vae.config.stride for side in (model.height, model.width)]
+    still = empty(1, vae.config.latent_channels, *sides)
     forwards = {
-        "text": ("text", 1),
-        "content": ("content", model.steps),
-        "motion": ("motion", model.motion_steps),
-        "frame decode": ("frame_decode", 1),
-        "VAE decode": ("vae_decode", 1 + slices),
+        "text": Forward(text, lambda: text(ids)),
+        "content": Forward(unet, lambda: unet(still, time, states)),
+        "content time": Forward(unet, lambda: unet.project_time(time)),
+        "content text": Forward(unet, lambda: unet.project_text(states)),
+        **_steps(
+            "content", CutUNet(unet), still, unet.project_time(time), *unet.project_text(states)
+        ),
+        "VAE decode": Forward(vae, lambda: vae.decode(still)),
     }
-    # of the networks that run at each step: what is made for all steps, and how often
-    shared = {
-        "content": {"content_time": _projections(model.steps), "content_text": 1},
-        "motion": {"motion_time": _projections(model.motion_steps), "motion_place": 1},
+    if model.frames == 1 or not {"autoencoder", "motion"} <= networks.keys():
+        return forwards
+    autoencoder, dit = networks["autoencoder"], networks["motion"]
+    clip = still.unsqueeze(2).expand(-1, -1, model.frames, -1, -1)
+    motion = empty(1, *latent_shapes(model)[1])
+    ground = {"context": still, "split": sides[1] // autoencoder.config.patch}
+    condition = {"text": None if dit.config.text_width is None else states}
+    modulate = partial(dit.modulations, time, **condition)
+    place = partial(dit.place, *motion.shape[-2:], **ground)
+    return forwards | {
+        "motion": Forward(dit, lambda: dit(motion, time, **condition, **ground)),
+        "motion time": Forward(dit, modulate),
+        "motion place": Forward(dit, place),
+        **_steps("motion", CutDiT(dit), motion, modulate(), place()),
+        "frame encode": Forward(autoencoder, lambda: autoencoder.encode(clip)),
+        "frame decode": Forward(autoencoder, lambda: autoencoder.decode(still, motion)),
     }
-    found = {}
-    for stage, (name, count) in forwards.items():
-        if name not in runs:
-            continue
-        weights = count_weights(*runs[name])
-        if stage in shared:
-            weights = replace(weights, read=count_weights(*runs[f"{name}_step"]).read)
-        once = sum(
-            count_weights(*runs[part]).read * often for part, often in shared.get(stage, {}).items()
-        )
-        found[stage] = Reads(times * count, weights, times * once)
-    return found
 
 
-def _times(model: ModelConfig, batch: int) -> int:
-    # this sampler makes clips one at a time
-    return batch if model.sampler == "ddpm" else 1
+def _steps(part: str, network: Any, x: Tensor, *conditions: Tensor) -> dict[str, Forward]:
+    """Return a step in full, and one that reuses the feature of another."""
+    denoiser = network.unet if isinstance(network, CutUNet) else network.dit
+    _, feature = network.run(x, *conditions)
+    return {
+        f"{part} step": Forward(denoiser, lambda: denoiser.denoise(x, *conditions)),
+        f"{part} skipped": Forward(denoiser, lambda: network.resume(feature, x, *conditions)),
+    }
 
 
-def _projections(steps: int) -> int:
-    return ceil(steps / TIMESTEPS_TOGETHER)
+def list_uses(plan: Plan, *, batch: int = 1) -> dict[str, list[Use]]:
+    """Return what each stage of `Pipeline.run` runs for a batch of clips.
+
+    The clips of a batch, and the two branches of guidance, share a run; so do the pictures of one
+    of the VAE's slices. The negative prompt and the timesteps are the same for all clips.
+    """
+    model, forwards = plan.model, list_forwards(plan.model)
+    uses = {"text": [Use(forwards["text"], batch + 1)]}
+    denoisers = [("content", model.steps, model.guidance)]
+    if plan.moves:
+        denoisers.append(("motion", model.motion_steps, model.motion_guidance))
+    for part, steps, guidance in denoisers:
+        branches = 1 if guidance == 1 else 2
+        texts = batch + branches - 1
+        full = steps if plan.key_steps is None else len(getattr(plan.key_steps, part))
+        # what all steps share: samples of the condition and of the timesteps
+        condition, samples, times = {
+            "content": ("text", texts, steps),
+            "motion": ("place", batch, steps * texts),
+        }[part]
+        projections = ceil(steps / TIMESTEPS_TOGETHER)
+        uses[part] = [
+            Use(forwards[f"{part} step"], batch * branches * full, full),
+            Use(forwards[f"{part} skipped"], batch * branches * (steps - full), steps - full),
+            Use(forwards[f"{part} {condition}"], samples, shared=True),
+            Use(forwards[f"{part} time"], times, projections, shared=True),
+        ]
+    pictures, together = [batch], plan.slices.pictures
+    if plan.moves:
+        uses["frame decode"] = [Use(forwards["frame decode"], batch)]
+        # after the content frames
+        pictures.append(batch * model.frames)
+    runs = sum(ceil(each / together) for each in pictures)
+    return uses | {"VAE decode": [Use(forwards["VAE decode"], sum(pictures), runs)]}
 
 
-def _pictures(model: ModelConfig) -> int:
-    # the content frame is decoded too, and is all there is of a still
-    return model.frames + 1 if model.frames > 1 else 1
+def count_work(plan: Plan, dtype: torch.dtype, *, batch: int = 1) -> dict[str, Work]:
+    """Count the work of each stage, from reading the weights to the encoded files."""
+    model = plan.model
+    stages = list_uses(plan, batch=batch)
+    loaded = [
+        tensor
+        for network in build_networks(model).values()
+        for tensor in network.state_dict(keep_vars=True).values()
+    ]
+    weights = sum(tensor.numel() for tensor in loaded) * dtype.itemsize
+    # a still is RGB; of a video, the planes of colour have half the height and width
+    numbers = model.height * model.width * 3 // (2 if plan.moves else 1)
+    return {
+        "load": Work(_count_parameters(loaded), weights, bytes_read=weights),
+        **{stage: _count_stage(uses, dtype) for stage, uses in stages.items()},
+        "video encode": Work(bytes_read=batch * model.frames * numbers),
+    }
+
+
+def _count_stage(uses: list[Use], dtype: torch.dtype) -> Work:
+    uses = [use for use in uses if use.runs]
+    state = uses[0].forward.network.state_dict(keep_vars=True)
+    read = [state[name] for name in {name for use in uses for name in use.forward.reads}]
+    return Work(
+        parameters=_count_parameters(read),
+        weight_bytes=sum(tensor.numel() for tensor in read) * dtype.itemsize,
+        forwards=sum(use.runs for use in uses if not use.shared),
+        flops=sum(use.samples * use.forward.products.flops for use in uses),
+        bytes_read=sum(use.runs * sum(use.forward.reads.values()) for use in uses) * dtype.itemsize,
+    )
+
+
+def _count_parameters(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
 
 
 @dataclass(frozen=True)
@@ -391,37 +345,30 @@ def compare_with_paper(model: ModelConfig = CMD_SD21) -> PaperTables:
     512x1024; neither text encoder nor VAE. Ours beside them is what `cmdgen sample` computes: with
     guidance, text encoder and VAE, the autoencoder one way.
     """
-    parts = build_parts(model)
-    square = count_forwards(replace(model, height=512, width=512), parts)
-    wide_model = replace(model, height=512, width=1024)
-    wide = count_forwards(wide_model, parts)
-    single = {
-        "autoencoder": square.frame_encode + square.frame_decode,
-        "content": square.content,
-        "motion": square.motion,
-    }
-    sampled = {
-        steps: count_sampling(replace(wide_model, steps=steps, motion_steps=steps), wide)
-        for steps in TABLE_9
-    }
+    square, wide = (list_forwards(replace(model, height=512, width=width)) for width in (512, 1024))
+
+    def count(forwards: dict[str, Forward], label: str) -> tuple[float, float]:
+        products = [forwards[name].products for name in _FORWARDS[label]]
+        return sum(p.published for p in products) / TERA, sum(p.flops for p in products) / TERA
+
+    once, content, motion = (count(wide, label)[0] for label in TABLE_8)
+    stages = {}
+    for steps in TABLE_9:
+        request = Request(size=(512, 1024), steps=steps, motion_steps=steps)
+        work = count_work(resolve(request, model), torch.float32)
+        stages[steps] = {stage: each.flops / TERA for stage, each in work.items() if each.flops}
     return PaperTables(
         model=model.name,
         table_8=[
-            _compare(name, published, single[name], single[name])
-            for name, published in TABLE_8.items()
+            Comparison(label, published, *count(square, label))
+            for label, published in TABLE_8.items()
         ],
         table_9=[
-            _compare(
-                f"{steps} steps",
-                published,
-                (wide.content + wide.motion) * steps + wide.frame_encode + wide.frame_decode,
-                sum(sampled[steps].values(), Products(0, 0)),
+            Comparison(
+                *(f"{steps} steps", published, once + steps * (content + motion)),
+                honest=sum(stages[steps].values()),
             )
             for steps, published in TABLE_9.items()
         ],
-        stages={name: products.flops / TERA for name, products in sampled[50].items()},
+        stages=stages[50],
     )
-
-
-def _compare(label: str, published: float, ours: Products, honest: Products) -> Comparison:
-    return Comparison(label, published, ours.published / TERA, honest.flops / TERA)

@@ -5,51 +5,48 @@ clips to watch itself.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
 from cmdgen.acceleration.slicer import decode_clip, encode_clip
-from cmdgen.config import SampleConfig
 from cmdgen.evaluation.metrics import SquaredError, frechet_distance
-from cmdgen.evaluation.probe import HEADS, Probe
+from cmdgen.evaluation.probe import HEADS, PACKAGED, Probe
+from cmdgen.evaluation.profile import Show, Stopwatch, vary
 from cmdgen.evaluation.report import Figure, Report
-from cmdgen.pipeline import TextToVideo
+from cmdgen.evaluation.settings import Evaluation
+from cmdgen.pipelines.cmd import CmdPipeline
+from cmdgen.pipelines.load import load_pipeline
+from cmdgen.request import Plan, Request
+from cmdgen.world.config import MINI_WORLD
 from cmdgen.world.world import World
 
-# targets: decibels, and per cent of generated clips
-_VAE_TARGETS = (30.0, 24.0)
-_AUTOENCODER_TARGET = 27.0
+# targets in decibels; of the subject after the autoencoder, so many above the mean frame's
+_PSNR_TARGETS = {"vae_psnr": 30.0, "vae_psnr_subject": 24.0, "autoencoder_psnr": 27.0}
 _ABOVE_MEAN_FRAME = 5.0
+# per cent of generated clips
 _NAMED_TARGETS = {"subject": 70.0, "motion": 60.0, "scene": 85.0}
 # what "well below frozen" is taken to mean
 _OF_FROZEN = 0.5
 
-# stage, how much of it is done, of how much
-OnProgress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """How much is measured."""
-
-    # generated, and in each of two sets of real clips; 0 measures reconstruction alone
-    clips: int = 500
-    # rendered, encoded and decoded
-    reconstructed: int = 256
-    batch: int = 32
-    # of the first generated clip; every next one has the next
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.clips < 0 or self.clips == 1:
-            raise ValueError(f"clips {self.clips} is neither 0 nor at least 2")
-        for name in ("reconstructed", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not at least 1")
+_RECONSTRUCTION_NOTES = [
+    "PSNR: of the mean squared error over all values of {reconstructed} held-out clips, pixels in "
+    "[0, 1]; in the subject: over its mask. Mean frame: the clip's mean over time, repeated.",
+    "All clips, and the captions that clips are generated from, are of combinations of subject, "
+    "motion and scene that no weight was fitted to; training only watches some of them.",
+]
+_GENERATION_NOTES = [
+    "Named: by a classifier of rendered training clips, on {clips} generated clips; beside: on "
+    "rendered clips, and on those after the CMD autoencoder.",
+    "Frechet distance of its features: two sets of {clips}; generated and frozen (the generated "
+    "content frame, repeated) against the real set whose captions they do not share; real: that "
+    "set against the other.",
+]
 
 
 class Readings:
@@ -74,11 +71,11 @@ class Readings:
         return torch.cat(self._features)
 
     def accuracy(self, head: str) -> float:
-        """Per cent named correctly."""
+        """Return the per cent named correctly."""
         return 100 * float(torch.cat(self._hits[head]).double().mean())
 
     def by_name(self, head: str) -> dict[str, float]:
-        """Per cent named correctly of each class that occurs."""
+        """Return the per cent named correctly of each class that occurs."""
         hits, labels = torch.cat(self._hits[head]).double(), torch.cat(self._labels[head])
         names = getattr(self.probe.config, head)
         return {
@@ -86,182 +83,173 @@ class Readings:
         }
 
 
-@torch.inference_mode()
-def evaluate(
-    model: TextToVideo,
-    world: World,
-    probe: Probe,
-    config: EvaluationConfig,
-    *,
-    on_progress: OnProgress,
-) -> Report:
-    """Every figure; ValueError for stills and where the probe was trained for another world."""
-    if model.config.motion is None:
-        raise ValueError(f"{model.config.name} makes stills: videos alone are evaluated")
-    for head, names in zip(HEADS, (world.subjects, world.motions, world.scenes), strict=True):
-        if getattr(probe.config, head) != names:
-            raise ValueError(f"the probe knows {head}s of another world: train it again")
-    figures, rebuilt = _measure_reconstruction(model, world, probe, config, on_progress)
-    notes = [
-        f"PSNR: of the mean squared error over all values of {config.reconstructed} held-out clips,"
-        " pixels in [0, 1]; in the subject: over its mask. Mean frame: the clip's mean over time,"
-        " repeated.",
-        "All clips, and the captions that clips are generated from, are of combinations of subject,"
-        " motion and scene that no weight was fitted to; training only watches some of them.",
-    ]
-    details: dict[str, object] = {}
-    if config.clips:
-        more, details = _measure_generation(model, world, probe, rebuilt, config, on_progress)
-        figures += more
-        notes += [
-            f"Named: by a classifier of rendered training clips, on {config.clips} generated clips;"
-            " beside: on rendered clips, and on those after the CMD autoencoder.",
-            f"Frechet distance of its features: two sets of {config.clips}; generated and frozen"
-            " (the generated content frame, repeated) against the real set whose captions they do"
-            " not share; real: that set against the other.",
-        ]
-    settings = {
-        **{"model": model.config.name, "split": "test", "clips": config.clips},
-        **{"reconstructed": config.reconstructed, "batch": config.batch},
-        "seeds": [config.seed, config.seed + config.clips - 1] if config.clips else None,
-        "device": model.device.type,
-    }
-    title = f"{model.config.name}: {config.clips} generated clips, first seed {config.seed}"
-    return Report(title, figures, notes, settings, details)
+@dataclass(frozen=True)
+class Evaluator:
+    """A model, and the world and the probe that it is measured by.
 
+    Raises ValueError where the probe was trained for another world.
+    """
 
-def _measure_reconstruction(
-    model: TextToVideo,
-    world: World,
-    probe: Probe,
-    config: EvaluationConfig,
-    on_progress: OnProgress,
-) -> tuple[list[Figure], Readings]:
-    """PSNR of VAE, CMD autoencoder and mean frame; what the probe sees after CMD."""
-    asked, parts = model.config, model.parts
-    whole: dict[str, SquaredError] = defaultdict(SquaredError)
-    subject: dict[str, SquaredError] = defaultdict(SquaredError)
-    rebuilt = Readings(probe)
-    indices = world.indices("test", config.reconstructed)
-    done = 0
-    for rows in indices.split(config.batch):
-        clips = world.render(rows, (asked.height, asked.width), asked.frames)
-        assert clips.mask is not None
-        real = clips.frames.float() / 255
-        pixels = rearrange(real, "b t c h w -> (b t) c h w").to(model.device, model.dtype)
-        latents = parts.vae.to_latents(pixels * 2 - 1)
-        by_clip = rearrange(latents, "(b t) c h w -> b c t h w", b=len(rows))
-        assert parts.autoencoder is not None
-        slices = model.plan_decoding(SampleConfig(), batch=len(rows))
-        content, motion = encode_clip(parts.autoencoder, by_clip, slices)
-        decoded = decode_clip(parts.autoencoder, content, motion, slices)
-        predictions = {
-            "vae": _pixels(model, latents).view_as(real),
-            "autoencoder": _pixels(model, rearrange(decoded, "b c t h w -> (b t) c h w")).view_as(
-                real
-            ),
-            "mean": real.mean(1, keepdim=True).expand_as(real),
+    pipeline: CmdPipeline
+    world: World
+    probe: Probe
+    show: Show
+
+    def __post_init__(self) -> None:
+        for head in HEADS:
+            if getattr(self.probe.config, head) != getattr(self.world, f"{head}s"):
+                raise ValueError(f"the probe knows {head}s of another world: train it again")
+
+    def labels(self, rows: Tensor) -> dict[str, Tensor]:
+        """(B,) indices of clips -> what they show, (B,) by head."""
+        specs = self.world.specs(rows)
+        return {head: getattr(specs, head) for head in HEADS}
+
+    def sample(
+        self, plan: Plan, rows: Tensor, seed: int, watch: Stopwatch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) indices of clips -> uint8 (B, T, 3, H, W), (B, 3, H, W): of their captions."""
+        captions = self.world.captions(rows)
+        plans = [vary(plan, caption, seed + i) for i, caption in enumerate(captions)]
+        clips = self.pipeline.run(plans, watch)
+        return _stack([clip.frames for clip in clips]), _stack([clip.content for clip in clips])
+
+    @torch.inference_mode()
+    def evaluate(self, options: Evaluation) -> Report:
+        """Measure every figure."""
+        figures, rebuilt = self.measure_reconstruction(options)
+        notes = _RECONSTRUCTION_NOTES
+        details: dict[str, object] = {}
+        if options.clips:
+            more, details = self.measure_generation(options, rebuilt)
+            figures, notes = figures + more, notes + _GENERATION_NOTES
+        sizes = {name: getattr(options, name) for name in ("clips", "reconstructed", "batch")}
+        name, seed = self.pipeline.config.name, options.seed
+        settings = {
+            **{"model": name, "split": "test", **sizes},
+            "seeds": [seed, seed + options.clips - 1] if options.clips else None,
+            "device": self.pipeline.device.type,
         }
-        for name, prediction in predictions.items():
-            whole[name].add(prediction, real)
-            subject[name].add(prediction, real, clips.mask)
-        rebuilt.add((predictions["autoencoder"] * 255).round().to(torch.uint8), clips.labels)
-        done += len(rows)
-        on_progress("rebuild", done, len(indices))
+        title = f"{name}: {options.clips} generated clips, first seed {seed}"
+        return Report(title, figures, [note.format(**sizes) for note in notes], settings, details)
 
-    figures = []
-    for name, label in (("vae", "VAE"), ("autoencoder", "CMD autoencoder")):
-        for suffix, where, errors in (("", "", whole), ("_subject", " in the subject", subject)):
-            value, mean = errors[name].psnr(), errors["mean"].psnr()
-            beside, reason = {}, ""
-            target = _VAE_TARGETS[errors is subject]
-            if name == "autoencoder":
-                beside = {"mean frame": mean, "VAE": errors["vae"].psnr()}
-                target = _AUTOENCODER_TARGET
-                if errors is subject:
-                    target, reason = mean + _ABOVE_MEAN_FRAME, f"mean frame + {_ABOVE_MEAN_FRAME:g}"
-            figures.append(
-                Figure(
-                    f"{name}_psnr{suffix}",
-                    f"{label} PSNR{where}",
-                    value,
-                    "dB",
-                    beside,
-                    target,
-                    reason=reason,
-                )
-            )
-    return figures, rebuilt
-
-
-def _measure_generation(
-    model: TextToVideo,
-    world: World,
-    probe: Probe,
-    rebuilt: Readings,
-    config: EvaluationConfig,
-    on_progress: OnProgress,
-) -> tuple[list[Figure], dict[str, object]]:
-    """What the probe names, and how far its features are from those of real clips."""
-    asked, count = model.config, config.clips
-    indices = world.indices("test", 2 * count)
-    real = Readings(probe), Readings(probe)
-    generated, frozen = Readings(probe), Readings(probe)
-    done = 0
-    for readings, half in zip(real, indices.split(count), strict=True):
-        for rows in half.split(config.batch):
-            clips = world.render(rows, (asked.height, asked.width), asked.frames)
-            readings.add(clips.frames, clips.labels)
+    def measure_reconstruction(self, options: Evaluation) -> tuple[list[Figure], Readings]:
+        """Measure PSNR of VAE, CMD autoencoder and mean frame; show the probe what CMD rebuilds."""
+        pipeline, model = self.pipeline, self.pipeline.config
+        # of whole frames, and of the subject alone
+        errors: tuple[dict[str, SquaredError], ...] = (
+            defaultdict(SquaredError),
+            defaultdict(SquaredError),
+        )
+        rebuilt = Readings(self.probe)
+        indices = self.world.indices("test", options.reconstructed)
+        done = 0
+        for rows in indices.split(options.batch):
+            clips = self.world.render(rows, (model.height, model.width), model.frames)
+            assert clips.mask is not None
+            real = clips.frames.float() / 255
+            pixels = rearrange(real, "b t c h w -> (b t) c h w")
+            latents = pipeline.vae.to_latents((pixels * 2 - 1).to(pipeline.device, pipeline.dtype))
+            by_clip = rearrange(latents, "(b t) c h w -> b c t h w", b=len(rows))
+            slices = pipeline.plan(Request(), batch=len(rows)).slices
+            halves = encode_clip(pipeline.autoencoder, by_clip, slices)
+            decoded = decode_clip(pipeline.autoencoder, *halves, slices)
+            predictions = {
+                "vae": self._decode(latents).view_as(real),
+                "autoencoder": self._decode(rearrange(decoded, "b c t h w -> (b t) c h w")).view_as(
+                    real
+                ),
+                "mean frame": real.mean(1, keepdim=True).expand_as(real),
+            }
+            for name, prediction in predictions.items():
+                for error, mask in zip(errors, (None, clips.mask), strict=True):
+                    error[name].add(prediction, real, mask)
+            levels = (predictions["autoencoder"] * 255).round().to(torch.uint8)
+            rebuilt.add(levels, clips.labels)
             done += len(rows)
-            on_progress("render", done, 2 * count)
-    done = 0
-    for rows in indices[:count].split(config.batch):
-        specs = world.specs(rows)
-        labels = {"subject": specs.subject, "motion": specs.motion, "scene": specs.scene}
-        seeds = list(range(config.seed + done, config.seed + done + len(rows)))
-        made = model.sample_batch(world.captions(rows), SampleConfig(), seeds)
-        frames = torch.stack([torch.from_numpy(clip.frames) for clip in made])
-        generated.add(rearrange(frames, "b t h w c -> b t c h w"), labels)
-        content = torch.stack([torch.from_numpy(clip.content) for clip in made])
-        frozen.add(repeat(content, "b h w c -> b t c h w", t=asked.frames), labels)
-        done += len(rows)
-        on_progress("generate", done, count)
+            self.show("rebuild", done, len(indices))
+        figures = []
+        for name, label in (("vae", "VAE"), ("autoencoder", "CMD autoencoder")):
+            for error, suffix, where in zip(
+                errors, ("", "_subject"), ("", " in the subject"), strict=True
+            ):
+                psnr = {each: squared.psnr() for each, squared in error.items()}
+                key, value, mean = f"{name}_psnr{suffix}", psnr.pop(name), psnr["mean frame"]
+                target, reason = _PSNR_TARGETS.get(key), ""
+                if target is None:
+                    target, reason = mean + _ABOVE_MEAN_FRAME, f"mean frame + {_ABOVE_MEAN_FRAME:g}"
+                beside = {"mean frame": mean, "VAE": psnr["vae"]} if name != "vae" else {}
+                figures.append(
+                    Figure(key, f"{label} PSNR{where}", value, "dB", beside, target, reason=reason)
+                )
+        return figures, rebuilt
 
-    figures = [
-        Figure(
-            f"named_{head}",
-            f"{head} named correctly",
-            generated.accuracy(head),
-            "%",
-            {"real": real[0].accuracy(head), "autoencoder": rebuilt.accuracy(head)},
-            _NAMED_TARGETS[head],
+    def measure_generation(
+        self, options: Evaluation, rebuilt: Readings
+    ) -> tuple[list[Figure], dict[str, object]]:
+        """Read what the probe names, and how far its features are from those of real clips."""
+        model, count = self.pipeline.config, options.clips
+        indices = self.world.indices("test", 2 * count)
+        real, reference, generated, frozen = (Readings(self.probe) for _ in range(4))
+        done = 0
+        for readings, half in zip((real, reference), indices.split(count), strict=True):
+            for rows in half.split(options.batch):
+                clips = self.world.render(rows, (model.height, model.width), model.frames)
+                readings.add(clips.frames, clips.labels)
+                done += len(rows)
+                self.show("render", done, 2 * count)
+        done = 0
+        for rows in indices[:count].split(options.batch):
+            labels = self.labels(rows)
+            plan = self.pipeline.plan(Request(), batch=len(rows))
+            frames, content = self.sample(plan, rows, options.seed + done)
+            generated.add(frames, labels)
+            frozen.add(repeat(content, "b c h w -> b t c h w", t=model.frames), labels)
+            done += len(rows)
+            self.show("generate", done, count)
+        figures = [
+            Figure(
+                *(f"named_{head}", f"{head} named correctly", generated.accuracy(head), "%"),
+                {"real": real.accuracy(head), "autoencoder": rebuilt.accuracy(head)},
+                _NAMED_TARGETS[head],
+            )
+            for head in HEADS
+        ]
+        distances = {
+            name: frechet_distance(readings.features(), reference.features())
+            for name, readings in (("generated", generated), ("real", real), ("frozen", frozen))
+        }
+        figures.append(
+            Figure(
+                *("frechet", "Frechet distance to real", distances.pop("generated"), "", distances),
+                *(_OF_FROZEN * distances["frozen"], "most", f"{_OF_FROZEN:g} of frozen"),
+            )
         )
-        for head in HEADS
-    ]
-    reference = real[1].features()
-    distances = {
-        name: frechet_distance(readings.features(), reference)
-        for name, readings in (("generated", generated), ("real", real[0]), ("frozen", frozen))
-    }
-    figures.append(
-        Figure(
-            "frechet",
-            "Frechet distance to real",
-            distances.pop("generated"),
-            "",
-            distances,
-            _OF_FROZEN * distances["frozen"],
-            "most",
-            f"{_OF_FROZEN:g} of frozen",
+        return figures, {
+            "named_by_class": {head: generated.by_name(head) for head in HEADS},
+            "named_of_frozen": {head: frozen.accuracy(head) for head in HEADS},
+        }
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """(N, c, h, w) scaled -> (N, 3, H, W) float32 in [0, 1], on the CPU."""
+        pixels = self.pipeline.vae.from_latents(latents).float().cpu()
+        return ((pixels + 1) / 2).clamp(0, 1)
+
+
+def load_evaluator(model: str, device: str, probe: Path | None = None, *, show: Show) -> Evaluator:
+    """Return what measures a model by the small world; ValueError where that cannot be."""
+    pipeline = load_pipeline(model, device=device)
+    folder = probe or PACKAGED
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no probe in {folder}: make one by `cmdgen eval --train-probe FOLDER`"
         )
-    )
-    return figures, {
-        "named_by_class": {head: generated.by_name(head) for head in HEADS},
-        "named_of_frozen": {head: frozen.accuracy(head) for head in HEADS},
-    }
+    if not isinstance(pipeline, CmdPipeline):
+        raise ValueError(f"{pipeline.config.name} makes stills: videos alone are measured")
+    reader = Probe.from_pretrained(folder).to(pipeline.device)
+    return Evaluator(pipeline, World(MINI_WORLD), reader, show)
 
 
-def _pixels(model: TextToVideo, latents: Tensor) -> Tensor:
-    """(N, c, h, w) scaled -> (N, 3, H, W) float32 in [0, 1], on the CPU."""
-    pixels = model.parts.vae.from_latents(latents).float().cpu()
-    return ((pixels + 1) / 2).clamp(0, 1)
+def _stack(pictures: Sequence[np.ndarray]) -> Tensor:
+    """B x uint8 (..., H, W, 3) -> (B, ..., 3, H, W)."""
+    return torch.stack([torch.from_numpy(each) for each in pictures]).movedim(-1, -3)

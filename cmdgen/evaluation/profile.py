@@ -1,32 +1,49 @@
-"""Where the time of sampling goes, stage by stage, beside what this machine can do at most."""
+"""Where the time of making clips goes, stage by stage, beside what this machine can do at most."""
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import profile as record
 
-from cmdgen.config import ModelConfig, ProfileConfig, SampleConfig
-from cmdgen.evaluation.flops import count_reads, count_sampling
+from cmdgen.acceleration.calibration import PARTS
+from cmdgen.evaluation.flops import Work, count_work
 from cmdgen.files import replace_with
-from cmdgen.pipeline import OnStage, Parts, TextToVideo
-from cmdgen.video.write import open_video, write_still
+from cmdgen.pipelines.base import dtype_name
+from cmdgen.pipelines.observer import Observer
+from cmdgen.pipelines.still import StillPipeline
+from cmdgen.request import Plan, Request
+from cmdgen.video.write import open_video
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PROMPT = "a corgi swimming"
-# what tells what the machine can do: the product of two square matrices, and copying a buffer that
+# a machine's limits are those of the product of two square matrices, and of copying a buffer that
 # no cache holds
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
-# how often each is timed, and repeated in between: a GPU's clock is also that of its launches
+# how often each is timed, and repeated in between: a GPU's clock includes launches
 LIMIT_RUNS = 5
 LIMIT_REPEATS = {"cpu": 1, "cuda": 5}
+
+# of the suite, CMD's sampler (Yu et al. 2024, arXiv:2403.14148), for its speed too
+SAMPLER, STEPS, LEAST_STEPS = "ddim", 50, 3
+# what the paper's 3.1 s count: without the VAE, and without a file
+PAPER_STAGES = ("text", "content", "motion", "frame decode")
+# full steps of the rows with step rehash, of the steps of the others
+SHARES = {"rehash_half": 25 / 50, "rehash_quarter": 13 / 50}
+
+# stage, how much of it is done, of how much
+Show = Callable[[str, int, int], None]
 
 
 class Limits(NamedTuple):
@@ -38,262 +55,21 @@ class Limits(NamedTuple):
     bytes_per_second: float
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a stage, or all of them, has to do, counted."""
-
-    # of the half of a part that runs; of "load", of everything that is loaded
-    parameters: int = 0
-    weight_bytes: int = 0
-    forwards: int = 0
-    flops: int = 0
-    # its weights, for each forward or, where all share what is made of them, once; of "load", all
-    # weights; of "video encode", the frames
-    bytes_read: int = 0
-
-
-@dataclass(frozen=True)
-class StageProfile:
-    """One stage, or all of them: its work, and what that took."""
-
-    work: Work
-    # of each run
-    seconds: tuple[float, ...]
-    # highest bytes: "resident" on a CPU, "allocated" and "reserved" on a GPU; empty: cannot be told
-    memory: dict[str, int]
-
-    @property
-    def flops_per_second(self) -> float:
-        """In the median run."""
-        return self.work.flops / median(self.seconds)
-
-    @property
-    def bytes_per_second(self) -> float:
-        """In the median run."""
-        return self.work.bytes_read / median(self.seconds)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """One model on one machine."""
-
-    settings: dict[str, Any]
-    limits: Limits
-    stages: dict[str, StageProfile]
-    total: StageProfile
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: the keys that `cmdgen profile --help` explains."""
-        return {
-            **self.settings,
-            "matmul_flops_per_second": self.limits.flops_per_second,
-            "copy_bytes_per_second": self.limits.bytes_per_second,
-            "stages": {name: self._entry(stage) for name, stage in self.stages.items()},
-            "total": self._entry(self.total),
-        }
-
-    def _entry(self, stage: StageProfile) -> dict[str, Any]:
-        seconds = stage.seconds
-        return {
-            **asdict(stage.work),
-            "seconds": {
-                "median": median(seconds),
-                "fastest": min(seconds),
-                "slowest": max(seconds),
-            },
-            "flops_per_second": stage.flops_per_second,
-            "share_of_matmul": stage.flops_per_second / self.limits.flops_per_second,
-            "bytes_per_second": stage.bytes_per_second,
-            "share_of_copy": stage.bytes_per_second / self.limits.bytes_per_second,
-            "memory_bytes": stage.memory,
-        }
-
-
-@dataclass
-class Stopwatch:
-    """Seconds and highest memory of each stage that is entered, all its work waited for."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-    memory: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        _forget_peak(self.device)
-        _wait(self.device)
-        started = time.perf_counter()
-        yield
-        _wait(self.device)
-        seconds = time.perf_counter() - started
-        # a stage may be entered once for each clip
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
-        self.memory[stage] = highest([self.memory.get(stage, {}), _peak(self.device)])
-
-
-class StepNames:
-    """Names the stages of a trace, and the steps between two reports of progress."""
-
-    def __init__(self) -> None:
-        self.step: record_function | None = None
-
-    @contextmanager
-    def on_stage(self, stage: str) -> Iterator[None]:
-        """Around a stage."""
-        with record_function(stage):
-            if stage in ("content", "motion"):
-                self._begin(f"{stage} step 1")
-            yield
-            self._end()
-
-    def on_progress(self, stage: str, done: int, total: int) -> None:
-        """After a step."""
-        if self.step is not None:
-            self._end()
-            if done < total:
-                self._begin(f"{stage} step {done + 1}")
-
-    def _begin(self, name: str) -> None:
-        self.step = record_function(name)
-        self.step.__enter__()
-
-    def _end(self) -> None:
-        if self.step is not None:
-            self.step.__exit__(None, None, None)
-        self.step = None
-
-
-def profile_sampling(
-    load: Callable[[], TextToVideo],
-    asked: SampleConfig,
-    config: ProfileConfig,
-    *,
-    trace: Path | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> Profile:
-    """Sample clips as `cmdgen sample` does, from reading the weights to the encoded file.
-
-    `trace` is where to write one more run as a Chrome trace. Raises ValueError where the model
-    cannot do what is asked.
-    """
-    report = on_progress or (lambda stage, done, total: None)
-    runs = 1 + config.runs + (trace is not None)
-    report("run", 0, runs)
-    model = load()
-    device, dtype, own = model.device, model.dtype, asked.apply(model.config)
-    before = measure_limits(device, dtype)
-
-    watches, totals = [], []
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        for i in range(1 + config.runs):
-            watch = Stopwatch(device)
-            started = time.perf_counter()
-            # the weights of the run before are let go before they are read again
-            model = load()
-            _run(model, asked, config.batch, folder, watch)
-            _wait(device)
-            # the first run warms up
-            if i:
-                watches.append(watch)
-                totals.append(time.perf_counter() - started)
-            report("run", i + 1, runs)
-        if trace is not None:
-            model = load()
-            _trace(model, asked, config.batch, folder, trace)
-            report("run", runs, runs)
-    # others may have had the machine before or after: its limits are the higher of the two
-    after = measure_limits(device, dtype)
-    limits = Limits(*map(max, before, after))
-
-    counted = count_work(own, model.parts, dtype, batch=config.batch)
-    stages = {
-        stage: StageProfile(
-            work=work,
-            seconds=tuple(watch.seconds[stage] for watch in watches),
-            memory=highest([watch.memory[stage] for watch in watches]),
-        )
-        for stage, work in counted.items()
-    }
-    moves = own.frames > 1
-    return Profile(
-        settings={
-            **{"model": own.name, "frames": own.frames, "height": own.height, "width": own.width},
-            **{"sampler": own.sampler, "steps": own.steps, "guidance": own.guidance},
-            "motion_steps": own.motion_steps if moves else None,
-            "motion_guidance": own.motion_guidance if moves else None,
-            **{"batch": config.batch, "runs": config.runs, "torch": torch.__version__},
-            **{"device": device_name(device), "dtype": str(dtype).removeprefix("torch.")},
-        },
-        limits=limits,
-        stages=stages,
-        total=StageProfile(
-            work=replace(
-                counted["load"],
-                forwards=sum(work.forwards for work in counted.values()),
-                flops=sum(work.flops for work in counted.values()),
-                bytes_read=sum(work.bytes_read for work in counted.values()),
-            ),
-            seconds=tuple(totals),
-            memory=highest([stage.memory for stage in stages.values()]),
-        ),
-    )
-
-
-def count_work(
-    model: ModelConfig, parts: Parts, dtype: torch.dtype, *, batch: int
-) -> dict[str, Work]:
-    """The stages that run, in their order; all weights of `parts` are of one dtype."""
-    loaded = [part for part in vars(parts).values() if part is not None]
-    weights = sum(each.nbytes for part in loaded for each in part.state_dict().values())
-    # a still is RGB, a video planes of which two are of half the height and width
-    numbers = model.height * model.width * 3 // (1 if model.frames == 1 else 2)
-    products = count_sampling(model, batch=batch)
-    return {
-        "load": Work(
-            parameters=sum(each.numel() for part in loaded for each in part.parameters()),
-            weight_bytes=weights,
-            bytes_read=weights,
-        ),
-        **{
-            stage: Work(
-                parameters=reads.weights.parameters,
-                weight_bytes=reads.weights.numbers * dtype.itemsize,
-                forwards=reads.forwards,
-                flops=products[stage].flops,
-                bytes_read=reads.read * dtype.itemsize,
-            )
-            for stage, reads in count_reads(model, batch=batch, dtype=dtype).items()
-        },
-        "video encode": Work(bytes_read=batch * model.frames * numbers),
-    }
-
-
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """The fastest of a few square matrix products of random data, and of a few copies."""
-    limits = Limits(_matmul_rate(device, dtype), _copy_rate(device))
-    if device.type == "cuda":
-        # what is kept for reuse would count as reserved by the stages
-        torch.cuda.empty_cache()
-    return limits
-
-
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    size = MATMUL_SIZE[device.type]
+    """Measure a few square matrix products of random data and a few copies; the fastest count."""
+    size, length = MATMUL_SIZE[device.type], COPY_BYTES[device.type]
     # float16 is not drawn on every CPU
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _fastest(lambda: torch.mm(a, b), device)
-
-
-def _copy_rate(device: torch.device) -> float:
-    length = COPY_BYTES[device.type]
+    multiplying = _fastest(lambda: torch.mm(a, b), device)
     # written first: pages of memory that never were are all one and the same
     source = torch.ones(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * length / _fastest(lambda: target.copy_(source), device)
+    copying = _fastest(lambda: target.copy_(source), device)
+    return Limits(2 * size**3 / multiplying, 2 * length / copying)
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the first of which warms up."""
+    """Return the seconds of one call, after one to warm up."""
     work()
     repeats = LIMIT_REPEATS[device.type]
     seconds = []
@@ -307,37 +83,273 @@ def _fastest(work: Callable[[], object], device: torch.device) -> float:
     return min(seconds)
 
 
-def _run(
-    model: TextToVideo,
-    asked: SampleConfig,
-    batch: int,
-    folder: Path,
-    on_stage: OnStage,
-    on_progress: Callable[[str, int, int], None] | None = None,
-) -> None:
-    clips = model.sample_batch(
-        *([PROMPT] * batch, asked, range(batch)),
-        pixels="yuv420p",
-        on_progress=on_progress,
-        on_stage=on_stage,
-    )
-    with on_stage("video encode"):
-        for i, clip in enumerate(clips):
-            if len(clip.frames) == 1:
-                write_still(folder / f"{i}.png", clip.content, clip.metadata, overwrite=True)
-            else:
-                path, what = folder / f"{i}.mp4", (clip.content.shape[:2], clip.fps, clip.metadata)
-                with open_video(path, *what, overwrite=True, pixels=clip.pixels) as write:
-                    write(clip.frames)
+@dataclass
+class Stopwatch(Observer):
+    """Measures seconds and the highest memory of each stage, and waits for all of its work."""
+
+    device: torch.device
+    # takes frames as soon as they are decoded
+    write: "Callable[[np.ndarray], None] | None" = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    # "resident" on a CPU, "allocated" and "reserved" on a GPU; empty where that cannot be told
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure a stage; one that is entered again adds to its time."""
+        _forget_peak(self.device)
+        _wait(self.device)
+        started = time.perf_counter()
+        yield
+        _wait(self.device)
+        seconds = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.memory[name] = _highest([self.memory.get(name, {}), _peak(self.device)])
+
+    def frames(self, clip: int, frames: "np.ndarray") -> None:
+        """Write frames, if they go anywhere."""
+        if self.write is not None:
+            self.write(frames)
 
 
-def _trace(model: TextToVideo, asked: SampleConfig, batch: int, folder: Path, path: Path) -> None:
+class Tracer(Observer):
+    """Names the stages of a trace, and the steps between two reports of progress."""
+
+    def __init__(self) -> None:
+        self.names = ExitStack()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Name a stage, and its first step."""
+        with record_function(name), self.names:
+            if name in PARTS:
+                self.names.enter_context(record_function(f"{name} step 1"))
+            yield
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        """Name the next step."""
+        if stage in PARTS:
+            self.names.close()
+            if done < total:
+                self.names.enter_context(record_function(f"{stage} step {done + 1}"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The work of one stage, or of all of them, and what that took."""
+
+    work: Work
+    # of each run
+    seconds: tuple[float, ...]
+    # highest bytes, as in `Stopwatch`
+    memory: dict[str, int]
+
+    @property
+    def flops_per_second(self) -> float:
+        """Return the rate of the median run."""
+        return self.work.flops / median(self.seconds)
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Return the rate of the median run."""
+        return self.work.bytes_read / median(self.seconds)
+
+    def to_dict(self, limits: Limits) -> dict[str, Any]:
+        """Return the keys that `cmdgen profile --help` explains."""
+        seconds = self.seconds
+        return {
+            **asdict(self.work),
+            "seconds": {
+                "median": median(seconds),
+                "fastest": min(seconds),
+                "slowest": max(seconds),
+            },
+            "flops_per_second": self.flops_per_second,
+            "share_of_matmul": self.flops_per_second / limits.flops_per_second,
+            "bytes_per_second": self.bytes_per_second,
+            "share_of_copy": self.bytes_per_second / limits.bytes_per_second,
+            "memory_bytes": self.memory,
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to make clips, measured."""
+
+    plan: Plan
+    # those that count
+    stages: dict[str, Measured]
+    total: Measured
+
+    @property
+    def step_seconds(self) -> float:
+        """Return the content model's seconds for a step, full or skipped, in the median run."""
+        return median(self.stages["content"].seconds) / self.plan.model.steps
+
+    def to_dict(self, limits: Limits) -> dict[str, Any]:
+        """Return the keys that `cmdgen profile --help` explains."""
+        full, model = full_steps(self.plan), self.plan.model
+        return self.total.to_dict(limits) | {
+            **dict(zip(("full_steps", "full_motion_steps"), full, strict=True)),
+            **{"guidance": model.guidance, "motion_guidance": model.motion_guidance},
+            "content_step_seconds": self.step_seconds,
+            "stages": {name: stage.to_dict(limits) for name, stage in self.stages.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All rows, of one model on one machine."""
+
+    settings: dict[str, Any]
+    limits: Limits
+    rows: dict[str, Row]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How clips are made, and what of it counts."""
+
+    plan: Plan
+    batch: int = 1
+    # whether frames are encoded after all other stages, as they are decoded, or not at all
+    encode: Literal["after", "during", "never"] = "after"
+    # stages that count; None: all
+    stages: tuple[str, ...] | None = None
+
+    def clips(self, run: int) -> list[Plan]:
+        """Return the plans of clips whose seeds no other run has: nothing serves a second time."""
+        first = run * self.batch
+        return [vary(self.plan, PROMPT, seed) for seed in range(first, first + self.batch)]
+
+    def make(self, pipeline: StillPipeline, observer: Observer, path: Path, run: int = 0) -> None:
+        """Make the clips of one run; `path`, with a suffix, is where their files go."""
+        plans, model = self.clips(run), self.plan.model
+        with ExitStack() as stack:
+            if self.encode == "during":
+                # as `cmdgen sample` does
+                assert isinstance(observer, Stopwatch)
+                size, about = (model.height, model.width), pipeline.describe(plans[0])
+                file = open_video(f"{path}.mp4", size, model.fps, about, pixels="yuv420p")
+                observer.write = stack.enter_context(file)
+            clips = pipeline.run(plans, observer, pixels="yuv420p")
+        if self.encode == "after":
+            with observer.stage("video encode"):
+                for i, clip in enumerate(clips):
+                    clip.save(f"{path}-{i}.{'mp4' if self.plan.moves else 'png'}")
+
+
+def vary(plan: Plan, prompt: str, seed: int) -> Plan:
+    """Return the plan of another clip."""
+    return replace(plan, prompt=prompt, seed=seed, content_seed=seed, motion_seed=seed)
+
+
+def full_steps(plan: Plan) -> tuple[int, int]:
+    """Return how many steps of content and motion skip nothing."""
+    if plan.key_steps is None:
+        return plan.model.steps, plan.model.motion_steps
+    return len(plan.key_steps.content), len(plan.key_steps.motion)
+
+
+def profile(
+    load: Callable[[], StillPipeline], ways: Mapping[str, Way], *, runs: int, show: Show
+) -> Profile:
+    """Make clips in each way, `runs` times after once to warm up.
+
+    `load` gives the pipeline of each run. A row's seconds are those of whole runs or, where no file
+    is written, of the stages that count.
+    """
+    pipeline = load()
+    device, dtype = pipeline.device, pipeline.dtype
+    before = measure_limits(device, dtype)
+    rows: dict[str, Row] = {}
+    total = len(ways) * (1 + runs)
+    show("run", 0, total)
+    with TemporaryDirectory() as folder:
+        for name, way in ways.items():
+            if device.type == "cuda":
+                # what others keep for reuse would count as reserved by this one
+                torch.cuda.empty_cache()
+            watches, seconds = [], []
+            for i in range(1 + runs):
+                watch, started = Stopwatch(device), time.perf_counter()
+                # the pipeline of the run before is let go of before this one reads its weights
+                pipeline = load()
+                way.make(pipeline, watch, Path(folder, f"{name}-{i}"), i)
+                _wait(device)
+                seconds.append(time.perf_counter() - started)
+                watches.append(watch)
+                show("run", len(rows) * (1 + runs) + i + 1, total)
+            rows[name] = _finish(way, dtype, watches[1:], seconds[1:])
+    # others may have had the machine before or after: its limits are the higher of the two
+    limits = Limits(*map(max, before, measure_limits(device, dtype)))
+    (*_, last) = ways.values()
+    model, moves = last.plan.model, last.plan.moves
+    names = ("name", "frames", "height", "width", "sampler", "steps", "guidance")
+    settings = {name: getattr(model, name) for name in names}
+    settings["model"] = settings.pop("name")
+    settings |= {
+        **{"motion_steps": model.motion_steps if moves else None},
+        **{"motion_guidance": model.motion_guidance if moves else None},
+        **{"batch": last.batch, "runs": runs, "compile": pipeline.uses_compiler},
+        **{"device": device_name(device), "dtype": dtype_name(dtype), "torch": torch.__version__},
+    }
+    return Profile(settings, limits, rows)
+
+
+def _finish(way: Way, dtype: torch.dtype, watches: list[Stopwatch], seconds: list[float]) -> Row:
+    work = count_work(way.plan, dtype, batch=way.batch)
+    stages = {
+        stage: Measured(
+            work[stage],
+            tuple(watch.seconds[stage] for watch in watches),
+            _highest([watch.memory[stage] for watch in watches]),
+        )
+        for stage in way.stages or work
+    }
+    counted = [stage.work for stage in stages.values()]
+    if way.encode == "never":
+        seconds = [sum(each) for each in zip(*(s.seconds for s in stages.values()), strict=True)]
+    sums = {
+        name: sum(getattr(each, name) for each in counted)
+        for name in ("forwards", "flops", "bytes_read")
+    }
+    memory = _highest([stage.memory for stage in stages.values()])
+    return Row(way.plan, stages, Measured(replace(work["load"], **sums), tuple(seconds), memory))
+
+
+def plan_suite(pipeline: StillPipeline, request: Request) -> dict[str, Way]:
+    """Return the ways that are compared in public; reads no weights.
+
+    Raises ValueError where the model cannot make these clips.
+    """
+    if pipeline.config.motion is None:
+        raise ValueError(f"{pipeline.config.name} makes stills: the suite measures videos")
+    steps = request.steps or STEPS
+    if steps < LEAST_STEPS:
+        raise ValueError(f"steps {steps} is not at least {LEAST_STEPS}: some are skipped")
+    clip = replace(request, sampler=SAMPLER, steps=steps, motion_steps=steps)
+    paper = replace(clip, guidance=1.0, motion_guidance=1.0)
+    stages = (*PAPER_STAGES, "VAE decode")
+    ways = {
+        "paper": Way(pipeline.plan(paper), encode="never", stages=PAPER_STAGES),
+        "clip": Way(pipeline.plan(clip), encode="during", stages=stages),
+    }
+    for name, share in SHARES.items():
+        # the first step runs, and one more at least; this policy alone needs no calibration
+        full = max(2, round(share * steps))
+        rehash = replace(clip, rehash=full, rehash_policy="uniform")
+        ways[name] = Way(pipeline.plan(rehash), encode="during", stages=stages)
+    return ways
+
+
+def trace(pipeline: StillPipeline, way: Way, path: Path) -> None:
+    """Write one run as a Chrome trace."""
     activities = [ProfilerActivity.CPU]
-    if model.device.type == "cuda":
+    if pipeline.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    names = StepNames()
-    with profile(activities=activities) as recorded:
-        _run(model, asked, batch, folder, names.on_stage, names.on_progress)
+    with TemporaryDirectory() as folder, record(activities=activities) as recorded:
+        way.make(pipeline, Tracer(), Path(folder, "clip"))
     with replace_with(path) as temporary:
         recorded.export_chrome_trace(str(temporary))
 
@@ -356,7 +368,7 @@ def _forget_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> dict[str, int]:
-    """Highest memory in bytes since it was forgotten; of a CPU, Linux alone can tell."""
+    """Return the highest memory in bytes since it was forgotten; of a CPU, Linux alone can tell."""
     if device.type == "cuda":
         return {
             "allocated": torch.cuda.max_memory_allocated(device),
@@ -369,14 +381,13 @@ def _peak(device: torch.device) -> dict[str, int]:
     return {"resident": int(fields["VmHWM"].split()[0]) * 1024}
 
 
-def highest(peaks: list[dict[str, int]]) -> dict[str, int]:
-    """The largest of each name."""
+def _highest(peaks: list[dict[str, int]]) -> dict[str, int]:
     names = dict.fromkeys(name for peak in peaks for name in peak)
     return {name: max(peak.get(name, 0) for peak in peaks) for name in names}
 
 
 def device_name(device: torch.device) -> str:
-    """As reports call it: a GPU's own name, a CPU's threads."""
+    """Return a GPU's own name, or a CPU's threads, for reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads"

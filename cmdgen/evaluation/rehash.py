@@ -1,46 +1,89 @@
-"""Step rehash beside fewer steps, at equal numbers of full steps, on one set of clips."""
+"""Step rehash: which steps can reuse features, and what that is worth beside fewer steps."""
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from cmdgen.config import POLICIES, SampleConfig
-from cmdgen.evaluation.measure import OnProgress, Readings
+from cmdgen.acceleration.calibration import PARTS, Calibration, Measurement, Predict
+from cmdgen.acceleration.keysteps import count_protected
+from cmdgen.acceleration.rehash import CutDiT, CutUNet
+from cmdgen.config import POLICIES
+from cmdgen.evaluation.measure import Evaluator, Readings
 from cmdgen.evaluation.metrics import SquaredError, structural_similarity
-from cmdgen.evaluation.probe import HEADS, Probe
+from cmdgen.evaluation.probe import HEADS
+from cmdgen.evaluation.profile import Show, Stopwatch, full_steps, vary
 from cmdgen.evaluation.report import table
-from cmdgen.pipeline import Clip, TextToVideo
-from cmdgen.world.world import World
+from cmdgen.evaluation.settings import Comparing
+from cmdgen.pipelines.base import Inputs
+from cmdgen.pipelines.cmd import CmdPipeline
+from cmdgen.pipelines.observer import Observer
+from cmdgen.pipelines.still import StillPipeline
+from cmdgen.request import Plan, Request
 
-SAMPLERS_OF = ("content", "motion")
+# full steps of the content model; the motion model's are in proportion
+BUDGETS = (13, 9)
 
 
-@dataclass(frozen=True)
-class ComparisonConfig:
-    """What is compared, on how much."""
+@torch.inference_mode()
+def calibrate(
+    pipeline: StillPipeline,
+    plan: Plan,
+    prompts: Sequence[str],
+    *,
+    protect: float,
+    batch: int,
+    show: Show,
+) -> list[Calibration]:
+    """Measure what step rehash of a plan's sampler and steps would change, for each network.
 
-    # full steps of the content model; the motion model's are in proportion
-    budgets: tuple[int, ...] = (13, 9)
-    clips: int = 128
-    batch: int = 16
-    # of the first clip; every next one has the next
-    seed: int = 0
-    cut: str = SampleConfig.rehash_cut
-    protect: float = SampleConfig.rehash_protect
+    Prompts have the seeds 0, 1, ... Where P of the K steps are protected, each network runs about
+    (K - P)^3 / 6 times for each prompt.
+    """
+    model = plan.model
+    steps = dict(zip(PARTS, (model.steps, model.motion_steps)[: 1 + plan.moves], strict=False))
+    for part, count in steps.items():
+        if count < 2:
+            raise ValueError(f"{part} in {count} step has nothing to reuse: ask for 2 or more")
+    if not prompts:
+        raise ValueError("no prompts to calibrate on")
+    sums = {
+        part: Measurement(count, count_protected(part, count, protect))
+        for part, count in steps.items()
+    }
+    starts = range(0, len(prompts), batch)
+    done = dict.fromkeys(steps, 0)
 
-    def __post_init__(self) -> None:
-        for name in ("clips", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not at least 1")
-        if not self.budgets:
-            raise ValueError("no number of full steps to compare")
+    def count_run(part: str) -> None:
+        done[part] += 1
+        show(part, done[part], len(starts) * sums[part].runs)
+
+    with torch.cuda.device(pipeline.device) if pipeline.device.type == "cuda" else nullcontext():
+        for start in starts:
+            some = enumerate(prompts[start : start + batch], start)
+            plans = [vary(plan, prompt, seed) for seed, prompt in some]
+            text = pipeline.encode_text(plans)
+
+            network = CutUNet(pipeline.unet)
+            sample = partial(pipeline.sample_content, plans, text, Observer(), Inputs())
+            content = sums["content"].add(network, sample, partial(count_run, "content"))
+            if isinstance(pipeline, CmdPipeline) and plan.moves:
+                motion = partial(_sample_motion, pipeline, plans, text, content)
+                sums["motion"].add(CutDiT(pipeline.motion), motion, partial(count_run, "motion"))
+    return [each.finish(part, model.sampler, len(prompts)) for part, each in sums.items()]
+
+
+def _sample_motion(
+    pipeline: CmdPipeline, plans: list[Plan], text: Tensor, content: Tensor, predict: Predict
+) -> Tensor:
+    """(B + 1, L, D), (B, C, h, w) -> (B, K, T, W' + H'): standardised, as the sampler makes it."""
+    motion = pipeline.sample_motion(plans, text, content, Observer(), Inputs(), predict=predict)
+    return pipeline.autoencoder.standardise(motion)
 
 
 @dataclass(frozen=True)
@@ -52,7 +95,7 @@ class Row:
     full_motion_steps: int
     # per cent that the probe names correctly, by head
     named: dict[str, float]
-    # to the frames of the run that skips nothing: dB, and the mean over frames; of itself neither
+    # to the frames of the run that skips nothing: dB, and the mean over frames; None for itself
     psnr: float | None
     ssim: float | None
     # for each clip: of both samplers, and of everything
@@ -68,14 +111,14 @@ class Comparison:
     rows: list[Row]
 
     def to_dict(self) -> dict[str, object]:
-        """For JSON, which has no infinity: where nothing differs there is no PSNR."""
+        """Return what JSON can hold, which has no infinity: where nothing differs, no PSNR."""
         rows = [asdict(row) for row in self.rows]
         for row in rows:
             row["psnr"] = None if row["psnr"] == math.inf else row["psnr"]
         return {**self.settings, "rows": rows}
 
     def to_markdown(self) -> str:
-        """A title and a table."""
+        """Return a title and a table."""
         header = ("full steps", "", *HEADS, "PSNR", "SSIM", "samplers", "clip")
         cells = [
             (
@@ -89,122 +132,83 @@ class Comparison:
             )
             for row in self.rows
         ]
-        title = "{model}: {clips} clips, {sampler}, {steps} + {motion_steps} steps, cut {cut}"
+        title = "{model}: {clips} clips, {sampler}, {steps} + {motion_steps} steps"
         return "\n".join([title.format(**self.settings), "", *table([header, *cells])])
 
 
 @dataclass
 class _Sums:
-    """Of one way to sample, over the clips so far."""
+    """One way to sample, over the clips so far."""
 
+    way: str
+    plan: Plan
     readings: Readings
     error: SquaredError = field(default_factory=SquaredError)
     ssim: list[Tensor] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    sampler_seconds: float = 0.0
+    seconds: float = 0.0
 
-    @contextmanager
-    def clock(self, stage: str) -> Iterator[None]:
-        """Around a stage; what it leaves on a GPU is waited for."""
-        started = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[stage] += time.perf_counter() - started
+    def finish(self, clips: int) -> Row:
+        return Row(
+            self.way,
+            *full_steps(self.plan),
+            named={head: self.readings.accuracy(head) for head in HEADS},
+            psnr=self.error.psnr() if self.ssim else None,
+            ssim=float(torch.cat(self.ssim).mean()) if self.ssim else None,
+            sampler_seconds=self.sampler_seconds / clips,
+            seconds=self.seconds / clips,
+        )
 
 
-def compare_rehash(
-    model: TextToVideo,
-    world: World,
-    probe: Probe,
-    config: ComparisonConfig,
-    *,
-    on_progress: OnProgress,
-) -> Comparison:
+def compare_rehash(evaluator: Evaluator, options: Comparing) -> Comparison:
     """Sample the same captions and seeds in every way; ValueError where one of them cannot be."""
-    own = model.config
-    if own.motion is None:
-        raise ValueError(f"{own.name} makes stills: videos alone are compared")
-    ways = _list_ways(model, config)
-    sums = [_Sums(Readings(probe)) for _ in ways]
-    indices = world.indices("test", config.clips)
+    pipeline, world, clips = evaluator.pipeline, evaluator.world, options.clips
+    ways = [
+        _Sums(way, plan, Readings(evaluator.probe)) for way, plan in _list_ways(pipeline, options)
+    ]
+    indices = world.indices("test", clips)
     # the first clips of a process are slow, and those in which a way's graphs are captured
-    first_captions = world.captions(indices[: config.batch])
-    for _, asked in ways if model.uses_graphs else ways[:1]:
-        model.sample_batch(first_captions, asked, range(len(first_captions)))
+    for sums in ways[: None if pipeline.uses_graphs else 1]:
+        evaluator.sample(sums.plan, indices[: options.batch], options.seed)
     done = 0
-    on_progress("compare", 0, config.clips * len(ways))
-    for rows in indices.split(config.batch):
-        specs = world.specs(rows)
-        labels = {"subject": specs.subject, "motion": specs.motion, "scene": specs.scene}
-        captions = world.captions(rows)
-        first = config.seed + done // len(ways)
-        seeds = range(first, first + len(rows))
+    evaluator.show("compare", 0, clips * len(ways))
+    for rows in indices.split(options.batch):
+        labels, seed = evaluator.labels(rows), options.seed + done // len(ways)
         reference: Tensor | None = None
         # one after the other in each batch: what else the machine does, it does to all of them
-        for (_, asked), each in zip(ways, sums, strict=True):
-            with each.clock("all"):
-                clips = model.sample_batch(captions, asked, seeds, on_stage=each.clock)
-            frames = _stack(clips)
-            each.readings.add(frames, labels)
-            values = frames.float() / 255
+        for sums in ways:
+            watch, started = Stopwatch(pipeline.device), time.perf_counter()
+            frames, _ = evaluator.sample(sums.plan, rows, seed, watch)
+            sums.seconds += time.perf_counter() - started
+            sums.sampler_seconds += sum(watch.seconds[part] for part in PARTS)
+            sums.readings.add(frames, labels)
+            values = (frames.float() / 255).flatten(0, 1)
             if reference is None:
                 reference = values
             else:
-                each.error.add(values, reference)
-                each.ssim.append(
-                    structural_similarity(values.flatten(0, 1), reference.flatten(0, 1))
-                )
+                sums.error.add(values, reference)
+                sums.ssim.append(structural_similarity(values, reference))
             done += len(rows)
-            on_progress("compare", done, config.clips * len(ways))
+            evaluator.show("compare", done, clips * len(ways))
+    own = pipeline.config
+    names = ("sampler", "steps", "motion_steps", "guidance")
     return Comparison(
         settings={
-            **{"model": own.name, "sampler": own.sampler, "steps": own.steps},
-            **{"motion_steps": own.motion_steps, "guidance": own.guidance},
-            **{"clips": config.clips, "seed": config.seed, "batch": config.batch},
-            **{"cut": config.cut, "protect": config.protect},
-            **{"device": model.device.type, "threads": torch.get_num_threads()},
+            **{"model": own.name, **{name: getattr(own, name) for name in names}},
+            **{"clips": clips, "seed": options.seed, "batch": options.batch},
+            **{"protect": options.protect, "device": pipeline.device.type},
+            "threads": torch.get_num_threads(),
         },
-        rows=[
-            _finish(model, way, asked, each, config.clips)
-            for (way, asked), each in zip(ways, sums, strict=True)
-        ],
+        rows=[sums.finish(clips) for sums in ways],
     )
 
 
-def _list_ways(model: TextToVideo, config: ComparisonConfig) -> list[tuple[str, SampleConfig]]:
-    """A name and what is asked for, of each way; the first skips nothing."""
-    own = model.config
-    ways = [("all steps", SampleConfig())]
-    for budget in config.budgets:
-        rehashed = SampleConfig(rehash=budget, rehash_cut=config.cut, rehash_protect=config.protect)
-        plan = model.plan_rehash(replace(rehashed, rehash_policy="uniform"))
-        assert plan is not None
-        fewer = SampleConfig(steps=len(plan.content), motion_steps=len(plan.motion))
-        ways.append(("fewer steps", fewer))
-        for policy in POLICIES:
-            ways.append((f"rehash {policy}", replace(rehashed, rehash_policy=policy)))
-    for _, asked in ways:
-        # what cannot be is said before anything runs
-        asked.apply(own)
-        model.plan_rehash(asked)
-    return ways
-
-
-def _finish(model: TextToVideo, way: str, asked: SampleConfig, sums: _Sums, clips: int) -> Row:
-    plan, applied = model.plan_rehash(asked), asked.apply(model.config)
-    return Row(
-        way=way,
-        full_steps=applied.steps if plan is None else len(plan.content),
-        full_motion_steps=applied.motion_steps if plan is None else len(plan.motion),
-        named={head: sums.readings.accuracy(head) for head in HEADS},
-        psnr=sums.error.psnr() if sums.ssim else None,
-        ssim=float(torch.cat(sums.ssim).mean()) if sums.ssim else None,
-        sampler_seconds=sum(sums.seconds[stage] for stage in SAMPLERS_OF) / clips,
-        seconds=sums.seconds["all"] / clips,
-    )
-
-
-def _stack(clips: list[Clip]) -> Tensor:
-    """B clips -> (B, T, 3, H, W) uint8."""
-    frames = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
-    return rearrange(frames, "b t h w c -> b t c h w")
+def _list_ways(pipeline: CmdPipeline, options: Comparing) -> list[tuple[str, Plan]]:
+    """Return the name and the plan of each way; the first skips nothing."""
+    ways = [("all steps", Request())]
+    for budget in options.full or BUDGETS:
+        rehash = Request(rehash=budget, rehash_policy="uniform", rehash_protect=options.protect)
+        content, motion = full_steps(pipeline.plan(rehash))
+        ways.append(("fewer steps", Request(steps=content, motion_steps=motion)))
+        ways += [(f"rehash {policy}", replace(rehash, rehash_policy=policy)) for policy in POLICIES]
+    return [(way, pipeline.plan(request, batch=options.batch)) for way, request in ways]

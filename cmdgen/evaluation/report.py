@@ -1,7 +1,7 @@
 """Figures beside their targets: one Markdown table, or JSON. Never imports torch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,15 +83,46 @@ class Report:
         return "\n".join([self.title, "", *lines, "", *(f"- {note}" for note in self.notes)])
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table, the first row its header, aligned for reading as it is."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return lines
+def table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table, the first row its header, aligned to read as it is.
+
+    Numbers are on the right.
+    """
+    columns = []
+    for header, *cells in zip(*rows, strict=True):
+        width = max(map(len, (header, *cells)))
+        numbers = any(cells) and all(cell[:1] in "+-0123456789" for cell in cells)
+        align = str.rjust if numbers else str.ljust
+        columns.append([align(cell, width) for cell in (header, "-" * width, *cells)])
+    lines = ["| " + " | ".join(row) + " |" for row in zip(*columns, strict=True)]
+    return [lines[0], lines[1].replace(" ", "-"), *lines[2:]]
+
+
+def spread(seconds: Sequence[float], digits: int) -> str:
+    """Return the fastest and the slowest."""
+    return f"{min(seconds):.{digits}f}-{max(seconds):.{digits}f}"
+
+
+def column(name: str, unit: str, values: Sequence[float]) -> list[str]:
+    """Return a header and its cells, all in the unit of the largest value; zeros are left out."""
+    factor, prefix = scale(max(values))
+    digits = 1 if max(values) >= 100 * factor else 2
+    cells = [f"{value / factor:.{digits}f}" if value else "" for value in values]
+    return [f"{name} {prefix}{unit}".strip(), *cells]
+
+
+def shares(name: str, rates: Sequence[float], limit: float) -> list[str]:
+    """Return a header and each rate in per cent of the limit."""
+    return [name, *(f"{rate / limit:.1%}" if rate else "" for rate in rates)]
+
+
+def scale(value: float) -> tuple[float, str]:
+    """Return the unit in which a column's largest value has up to four digits before the point.
+
+    One step finer than usual: the smallest value is often a thousandth of it.
+    """
+    scales = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
+    return next((each for each in scales if value >= 10 * each[0]), scales[-1])
 
 
 def _number(value: float, unit: str) -> str:

@@ -27,11 +27,7 @@ class GatedAttention(nn.Module):
 
 def self_attention(config: UNetConfig | AutoencoderConfig, head_dim: int) -> Attend:
     """() -> the attention that a model's configuration names, for heads of that width."""
-    match config.attention:
-        case "softmax":
-            return softmax_attention
-        case "gated":
-            threshold = config.attention_threshold
-            return GatedAttention(config.attention_features, head_dim, threshold=threshold)
-        case other:
-            raise ValueError(f"attention {other!r} is not one of softmax, gated")
+    if config.attention == "softmax":
+        return softmax_attention
+    threshold = config.attention_threshold
+    return GatedAttention(config.attention_features, head_dim, threshold=threshold)

@@ -138,12 +138,6 @@ class CmdAutoencoder(Pretrained[AutoencoderConfig]):
         width, channels, patch = config.width, config.channels, config.patch
         if width % (2 * config.heads):
             raise ValueError(f"width {width} is not an even multiple of heads {config.heads}")
-        if config.importance not in ("pixel", "patch"):
-            raise ValueError(f"importance {config.importance!r} is not one of pixel, patch")
-        if config.motion_activation not in ("tanh", "linear"):
-            raise ValueError(
-                f"motion activation {config.motion_activation!r} is not one of tanh, linear"
-            )
         self.embed_frames = nn.Linear(patch * patch * channels, width)
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.importance: Unpatch | nn.Linear
@@ -252,21 +246,18 @@ class CmdAutoencoder(Pretrained[AutoencoderConfig]):
 
     def standardise(self, motion: Tensor) -> Tensor:
         """(B, K, T, S) -> the same, zero mean and unit variance on the training data."""
-        if self.config.motion_mean is None or self.config.motion_std is None:
-            return motion
-        return (motion - per_channel(self.config.motion_mean, motion)) / per_channel(
-            self.config.motion_std, motion
-        )
+        mean, deviation = self._statistics(motion)
+        return (motion - mean) / deviation
 
     def destandardise(self, motion: Tensor) -> Tensor:
         """(B, K, T, S) -> the same: the inverse of `standardise`."""
-        if self.config.motion_mean is None or self.config.motion_std is None:
-            return motion
-        return motion * per_channel(self.config.motion_std, motion) + per_channel(
-            self.config.motion_mean, motion
-        )
+        mean, deviation = self._statistics(motion)
+        return motion * deviation + mean
 
-
-def per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    """K numbers -> (K, 1, 1) beside a (B, K, T, S) tensor."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """() -> mean and standard deviation on the training data, (K, 1, 1) x 2, or () x 2."""
+        config = self.config
+        measured = config.motion_mean is not None and config.motion_std is not None
+        pair = (config.motion_mean, config.motion_std) if measured else (0.0, 1.0)
+        mean, deviation = torch.tensor(pair, dtype=like.dtype, device=like.device)
+        return (mean[:, None, None], deviation[:, None, None]) if measured else (mean, deviation)

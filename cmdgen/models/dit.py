@@ -83,10 +83,8 @@ class DiT(Pretrained[DiTConfig]):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
         width = config.width
-        if width % config.heads:
-            raise ValueError(f"width {width} is not a multiple of heads {config.heads}")
-        if width % 4:
-            raise ValueError(f"width {width} is not a multiple of 4")
+        if width % config.heads or width % 4:
+            raise ValueError(f"width {width} is not a multiple of heads {config.heads} and of 4")
         self.out_channels = config.in_channels * (2 if config.learned_sigma else 1)
         self.embed_sample = nn.Linear(config.patch**2 * config.in_channels, width)
         self.embed_time = nn.Sequential(
@@ -149,11 +147,8 @@ class DiT(Pretrained[DiTConfig]):
         if labels is not None:
             condition = condition + self.embed_label(labels)
         condition = F.silu(condition)  # (B, D)
-        parts = []
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            parts.append(block.modulation(condition))
-        return torch.cat([*parts, self.final_modulation(condition)], dim=-1)
+        layers = [*(block.get_submodule("modulation") for block in self.blocks)]
+        return torch.cat([layer(condition) for layer in (*layers, self.final_modulation)], dim=-1)
 
     def place(
         self, height: int, width: int, *, context: Tensor | None = None, split: int | None = None

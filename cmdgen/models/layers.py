@@ -83,7 +83,7 @@ class ResnetBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, groups: int, eps: float, time_width: int = 0
+        self, in_channels: int, out_channels: int, groups: int, eps: float, time_width: int = 0
     ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import nn
 
-from cmdgen.schema import Folder, config_path, read_config, write_config
+from cmdgen.schema import Folder, check_choices, config_path, read_config, write_config
 from cmdgen.weights import build_empty, load_weights, save_weights
 
 C = TypeVar("C")
@@ -19,16 +19,13 @@ class Pretrained(nn.Module, Generic[C]):
     filename: ClassVar[str] = "diffusion_pytorch_model.safetensors"
 
     def __init__(self, config: C) -> None:
+        check_choices(config)
         super().__init__()
         self.config = config
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder: Folder,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
+        cls, folder: Folder, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Self:
         """Read a folder that `save_pretrained` or the library wrote, in evaluation mode.
 

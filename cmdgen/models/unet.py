@@ -7,8 +7,7 @@ knows its timesteps beforehand and whose text stays, has all of that made once (
 Parameter names equal diffusers' `UNet2DConditionModel`: its files load here, ours load there.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,15 +131,9 @@ class Stage(nn.Module):
         self, in_channels: tuple[int, ...], channels: int, heads: int, config: UNetConfig
     ) -> None:
         super().__init__()
+        groups, time_width = config.norm_num_groups, 4 * config.block_out_channels[0]
         self.resnets = nn.ModuleList(
-            ResnetBlock(
-                before,
-                channels,
-                groups=config.norm_num_groups,
-                eps=_EPS,
-                time_width=4 * config.block_out_channels[0],
-            )
-            for before in in_channels
+            ResnetBlock(before, channels, groups, _EPS, time_width) for before in in_channels
         )
         if heads:
             self.attentions = nn.ModuleList(
@@ -157,9 +150,8 @@ class DownStage(Stage):
     """Layers, then halving except in the last stage; every intermediate result is a skip."""
 
     def __init__(
-        self, in_channels: int, channels: int, heads: int, config: UNetConfig, *, last: bool
+        self, inputs: tuple[int, ...], channels: int, heads: int, config: UNetConfig, *, last: bool
     ) -> None:
-        inputs = (in_channels, *(channels,) * (config.layers_per_block - 1))
         super().__init__(inputs, channels, heads, config)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels, padding=1)])
 
@@ -172,43 +164,34 @@ class DownStage(Stage):
         return [*skips, *(down(x) for down in self.downsamplers)]
 
 
-class MidStage(nn.Module):
+class MidStage(Stage):
     """Residual block, attention, residual block."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig) -> None:
-        super().__init__()
-        stage = Stage((channels, channels), channels, 0, config)
-        self.resnets = stage.resnets
+        super().__init__((channels, channels), channels, 0, config)
         self.attentions = nn.ModuleList([SpatialTransformer(channels, heads, config)])
 
     def forward(self, x: Tensor, given: Given) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        before, after = self.resnets
-        x = self.attentions[0](before(x, given.shifts[before]), given)
-        return after(x, given.shifts[after])
+        last = self.resnets[1]
+        return last(self.layer(0, x, given), given.shifts[last])
 
 
 class UpStage(Stage):
     """Layers that each take one skip, then doubling except in the last stage."""
 
     def __init__(
-        self,
-        in_channels: int,
-        skip_channels: list[int],
-        channels: int,
-        heads: int,
-        config: UNetConfig,
-        *,
-        last: bool,
+        self, inputs: tuple[int, ...], channels: int, heads: int, config: UNetConfig, *, last: bool
     ) -> None:
-        before = (in_channels, *(channels,) * (len(skip_channels) - 1))
-        inputs = tuple(map(sum, zip(before, skip_channels, strict=True)))
         super().__init__(inputs, channels, heads, config)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(channels)])
 
     def forward(self, x: Tensor, skips: list[Tensor], given: Given) -> Tensor:
-        """(B, C, H, W) -> (B, C', 2H, 2W); takes its skips off the end of the list."""
-        for i in range(len(self.resnets)):
+        """(B, C, H, W) -> (B, C', 2H, 2W); takes its skips off the end of the list.
+
+        The first skip of all stays there, and so the last layer of the last stage does not run.
+        """
+        for i in range(min(len(self.resnets), len(skips) - 1)):
             x = self.layer(i, torch.cat([x, skips.pop()], dim=1), given)
         for up in self.upsamplers:
             # an odd side is not twice its half
@@ -235,20 +218,20 @@ class UNet(Pretrained[UNetConfig]):
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
         self.down_blocks, skips = nn.ModuleList(), [widths[0]]
         for i, kind in enumerate(config.down_block_types):
-            last = i == levels - 1
+            last, width = i == levels - 1, widths[i]
             n = heads[i] if kind.startswith("CrossAttn") else 0
-            self.down_blocks.append(DownStage(skips[-1], widths[i], n, config, last=last))
-            skips += [widths[i]] * (config.layers_per_block + (not last))
+            inputs = (skips[-1], *(width,) * (config.layers_per_block - 1))
+            self.down_blocks.append(DownStage(inputs, width, n, config, last=last))
+            skips += [width] * (config.layers_per_block + (not last))
         self.mid_block = MidStage(widths[-1], heads[-1], config)
-        self.up_blocks, channels = nn.ModuleList(), widths[-1]
-        for i, kind in enumerate(config.up_block_types):
-            level = levels - 1 - i
-            n = heads[level] if kind.startswith("CrossAttn") else 0
-            taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
-            self.up_blocks.append(
-                UpStage(channels, taken, widths[level], n, config, last=level == 0)
-            )
-            channels = widths[level]
+        self.up_blocks, before = nn.ModuleList(), widths[-1]
+        for i, kind in zip(reversed(range(levels)), config.up_block_types, strict=True):
+            width = widths[i]
+            n = heads[i] if kind.startswith("CrossAttn") else 0
+            inputs = (before, *(width,) * config.layers_per_block)
+            inputs = tuple(channels + skips.pop() for channels in inputs)
+            self.up_blocks.append(UpStage(inputs, width, n, config, last=i == 0))
+            before = width
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
@@ -274,7 +257,7 @@ class UNet(Pretrained[UNetConfig]):
 
     def hand_out(self, time: Tensor, text: tuple[Tensor, ...]) -> Given:
         """(B, P), the projected text -> what each layer takes of them."""
-        resnets = list(self._resnets())
+        resnets = self._resnets()
         shifts = time.split([resnet.conv1.out_channels for resnet in resnets], dim=-1)
         pairs = zip(text[::2], text[1::2], strict=True)
         return Given(
@@ -282,15 +265,16 @@ class UNet(Pretrained[UNetConfig]):
             text=dict(zip(self._readers(), pairs, strict=True)),
         )
 
-    def _resnets(self) -> Iterator[ResnetBlock]:
-        for stage in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            yield from stage.resnets
+    def _stages(self) -> tuple[Any, ...]:
+        return (*self.down_blocks, self.mid_block, *self.up_blocks)
 
-    def _readers(self) -> Iterator[Attention]:
-        """The attentions to the text."""
-        for stage in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            for attention in getattr(stage, "attentions", ()):
-                yield attention.transformer_blocks[0].attn2
+    def _resnets(self) -> list[ResnetBlock]:
+        return [resnet for stage in self._stages() for resnet in stage.resnets]
+
+    def _readers(self) -> list[Attention]:
+        """List the attentions to the text."""
+        readers = (getattr(stage, "attentions", ()) for stage in self._stages())
+        return [part.transformer_blocks[0].attn2 for parts in readers for part in parts]
 
     def embed(self, sample: Tensor) -> Tensor:
         """(B, C, h, w) -> the first skip (B, C', h, w)."""
@@ -302,12 +286,8 @@ class UNet(Pretrained[UNetConfig]):
         for block in self.down_blocks:
             skips += block(skips[-1], given)
         x = self.mid_block(skips[-1], given)
-        *earlier, last = self.up_blocks
-        assert isinstance(last, UpStage)
-        for block in earlier:
+        for block in self.up_blocks:
             x = block(x, skips, given)
-        for i in range(len(last.resnets) - 1):
-            x = last.layer(i, torch.cat([x, skips.pop()], dim=1), given)
         return x
 
     def tail(self, feature: Tensor, first: Tensor, given: Given) -> Tensor:

@@ -3,19 +3,14 @@
 Parameter names equal diffusers' `AutoencoderKL`: its files load here, ours load there.
 """
 
+from itertools import pairwise
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import VaeConfig
-from cmdgen.models.layers import (
-    Attention,
-    Downsample,
-    KeysValues,
-    ResnetBlock,
-    Upsample,
-    normalise,
-)
+from cmdgen.models.layers import Attention, Downsample, KeysValues, ResnetBlock, Upsample, normalise
 from cmdgen.models.pretrained import Pretrained
 
 _EPS = 1e-6
@@ -48,7 +43,7 @@ class MidBlock(nn.Module):
         super().__init__()
         self.attentions = nn.ModuleList([SpatialAttention(channels, groups=groups)])
         self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, groups=groups, eps=_EPS) for _ in range(2)
+            ResnetBlock(channels, channels, groups, _EPS) for _ in range(2)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,44 +51,36 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class DownBlock(nn.Module):
-    """Residual blocks, then halving except in the last level."""
+class Level(nn.Module):
+    """Residual blocks, then another resolution except in the last level."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, layers: int, *, groups: int, last: bool
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(out_channels if i else in_channels, out_channels, groups=groups, eps=_EPS)
-            for i in range(layers)
-        )
-        self.downsamplers = nn.ModuleList([] if last else [Downsample(out_channels, padding=0)])
+        inputs = (in_channels, *(out_channels,) * (layers - 1))
+        self.resnets = nn.ModuleList(ResnetBlock(n, out_channels, groups, _EPS) for n in inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H/2, W/2)."""
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
+        """(B, C, H, W) -> (B, C', H/2, W/2) or (B, C', 2H, 2W)."""
+        for layers in self.children():
+            for layer in layers.children():
+                x = layer(x)
         return x
 
 
-class UpBlock(nn.Module):
-    """Residual blocks, then doubling except in the last level."""
+class DownBlock(Level):
+    """A level of the encoder: halves the resolution."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, layers: int, *, groups: int, last: bool
-    ) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(out_channels if i else in_channels, out_channels, groups=groups, eps=_EPS)
-            for i in range(layers)
-        )
-        self.upsamplers = nn.ModuleList([] if last else [Upsample(out_channels)])
+    def __init__(self, before: int, width: int, config: VaeConfig, *, last: bool) -> None:
+        super().__init__(before, width, config.layers_per_block, config.norm_num_groups)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(width, padding=0)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', 2H, 2W)."""
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+
+class UpBlock(Level):
+    """A level of the decoder: doubles the resolution."""
+
+    def __init__(self, before: int, width: int, config: VaeConfig, *, last: bool) -> None:
+        super().__init__(before, width, config.layers_per_block + 1, config.norm_num_groups)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(width)])
 
 
 class Encoder(nn.Module):
@@ -104,10 +91,8 @@ class Encoder(nn.Module):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            DownBlock(
-                before, width, config.layers_per_block, groups=groups, last=i == len(widths) - 1
-            )
-            for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+            DownBlock(before, width, config, last=i == len(widths) - 1)
+            for i, (before, width) in enumerate(pairwise((widths[0], *widths)))
         )
         self.mid_block = MidBlock(widths[-1], groups=groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
@@ -130,10 +115,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups=groups)
         self.up_blocks = nn.ModuleList(
-            UpBlock(
-                before, width, config.layers_per_block + 1, groups=groups, last=i == len(widths) - 1
-            )
-            for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+            UpBlock(before, width, config, last=i == len(widths) - 1)
+            for i, (before, width) in enumerate(pairwise((widths[0], *widths)))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)

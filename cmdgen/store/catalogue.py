@@ -5,6 +5,7 @@ Configurations and the headers of weight files are read, weights never are.
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
@@ -18,7 +19,7 @@ from cmdgen.files import create_folder
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.schema import read_config
 from cmdgen.store.parts import NETWORKS, PARTS, network_configs, read_index, write_model_index
-from cmdgen.weights import FLOATS, build_empty, open_weights, weight_paths
+from cmdgen.weights import FLOATS, build_empty, match_weights, open_weights, weight_paths
 from cmdgen.world.config import WORLD
 from cmdgen.world.world import World
 
@@ -69,7 +70,7 @@ def describe_preset(model: ModelConfig, *, dtype: torch.dtype = torch.float16) -
     """Describe the parts of a preset, counted on the meta device."""
     parts = []
     for name, config in network_configs(model).items():
-        count = _count(name, config)
+        count = _count(_build(name, config))
         size = count * dtype.itemsize
         parts.append(Network(name, count, size, _name(dtype), _presets(name, config)))
     return Model(model.name, None, None, tuple(parts))
@@ -101,7 +102,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has none of the parts {', '.join(NETWORKS)}")
     for name, config in networks.items():
         try:
-            _count(name, config)
+            _build(name, config)
         except ValueError as error:
             raise ValueError(f"{folder / name / 'config.json'}: {error}") from error
     return networks
@@ -158,34 +159,31 @@ Written by `cmdgen models init {name} --seed {seed} --dtype {dtype}`.
 
 
 def _describe_network(place: Path, name: str, config: Any) -> Network:
-    filename, expected = PARTS[name].network.filename, _count(name, config)
-    paths = weight_paths(place, filename)
+    network, expected = PARTS[name].network, _build(name, config)
+    paths = weight_paths(place, network.filename)
     if not paths[0].is_file() and any(place.glob("*.bin")):
         raise ValueError(
             f"{place}: the weights are pickled, and reading those could run any code: "
-            f"expected {filename}"
+            f"expected {network.filename}"
         )
-    count, dtypes = 0, set()
-    for path in paths:
+    matched = match_weights(expected, place, network.filename, network.rename_stored)
+    dtypes = set()
+    for path, names in matched.items():
         with open_weights(path) as file:
-            tensors = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
-            # old text encoders keep their positions, whole numbers, among the weights
-            floats = [tensor for tensor in tensors if tensor.get_dtype() in FLOATS]
-            count += sum(torch.Size(tensor.get_shape()).numel() for tensor in floats)
-            dtypes |= {FLOATS[tensor.get_dtype()] for tensor in floats}
-    if count != expected:
-        raise ValueError(
-            f"{paths[0]}: {count:,} parameters, {place / 'config.json'} means {expected:,}"
-        )
-    size = sum(path.stat().st_size for path in paths)
-    return Network(name, count, size, ", ".join(sorted(dtypes)), _presets(name, config))
+            dtypes |= {FLOATS.get(file.get_slice(key).get_dtype(), "") for key in names}
+    size = sum(path.stat().st_size for path in matched)
+    dtype = ", ".join(sorted(dtypes - {""}))
+    return Network(name, _count(expected), size, dtype, _presets(name, config))
 
 
 @cache
-def _count(name: str, config: Any) -> int:
-    """Count the parameters of a network on the meta device."""
-    state = build_empty(PARTS[name].network, config).state_dict()
-    return sum(tensor.numel() for tensor in state.values())
+def _build(name: str, config: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a network on the meta device."""
+    return build_empty(PARTS[name].network, config).state_dict()
+
+
+def _count(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _presets(name: str, config: Any) -> tuple[str, ...]:

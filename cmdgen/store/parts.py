@@ -67,11 +67,7 @@ _ROWS = (
     Part("transformer", "content", DiTConfig, "dit.DiT"),
     Part("vae", "vae", VaeConfig, "vae.KlVae", "vae", "diffusers.AutoencoderKL"),
     Part(
-        "autoencoder",
-        "autoencoder",
-        AutoencoderConfig,
-        "autoencoder.CmdAutoencoder",
-        "autoencoder",
+        "autoencoder", "autoencoder", AutoencoderConfig, "autoencoder.CmdAutoencoder", "autoencoder"
     ),
     Part("motion", "motion", DiTConfig, "dit.DiT", "motion"),
 )

@@ -1,34 +1,46 @@
-"""What a video can be written as, and what each of those can hold; decides, and writes nothing."""
+"""The formats of videos and stills: one table that writing, reading, checks and help share.
+
+Imports no library: `cmdgen --help` needs the table.
+"""
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 # how frames are handed to an encoder, by ffmpeg's names
 Pixels = Literal["rgb24", "yuv420p"]
+# where a file keeps its metadata: a tag of the container, a comment block, the user comment of
+# EXIF, a text chunk, a header; nowhere
+Storage = Literal["tag", "comment", "exif", "text", "header", ""]
+# how bytes go to stdout: while frames are written, or as a whole at the end; never
+Streaming = Literal["live", "whole", ""]
 
 STDOUT = "-"
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How ffmpeg compresses; `crf` is from 0, the best, to `worst`, None where it loses nothing."""
+    """How ffmpeg compresses: `crf` is the default, from 0 (best) to `worst`, 0 where lossless."""
 
     arguments: tuple[str, ...]
-    crf: int | None = None
+    crf: int = 0
     worst: int = 0
 
+
+_H265 = ("-c:v", "libx265", "-x265-params", "log-level=error", "-tag:v", "hvc1")
 
 CODECS: Mapping[str, Codec] = MappingProxyType(
     {
         "h264": Codec(("-c:v", "libx264"), 16, 51),
-        # what is no error goes to stderr otherwise
-        "hevc": Codec(("-c:v", "libx265", "-x265-params", "log-level=error"), 18, 51),
+        # x265 logs to stderr what is no error; Apple's players want the tag hvc1
+        "hevc": Codec(_H265, 18, 51),
         "av1": Codec(("-c:v", "libsvtav1", "-preset", "6"), 20, 63),
-        # without a rate of 0, crf is but a lower limit of quality
+        # without a bit rate of 0, crf only limits the quality
         "vp9": Codec(("-c:v", "libvpx-vp9", "-b:v", "0", "-row-mt", "1"), 20, 63),
         "ffv1": Codec(("-c:v", "ffv1", "-level", "3")),
     }
@@ -37,60 +49,81 @@ CODECS: Mapping[str, Codec] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: how its name ends, and what it can do.
+    """A kind of file: the suffixes of its name, how it is written, and what it can hold.
 
-    The first of `codecs` is the one that is used where none is named. `pixels` is what frames are
-    best handed over as: "yuv420p" where they are stored so, and tagged. `even` where sides are,
-    `stdout` where it can be a stream, `loops` where it says how often it plays, `comment` where it
-    has room for metadata.
+    The first of `codecs` is the default. ffmpeg writes it with the arguments `muxer`, and with
+    `stream` too where it goes to stdout live; a format without `muxer` is a picture file.
+    `pixels` is what loses nothing: "yuv420p" where frames are stored so, in BT.709.
     """
 
     name: str
     suffixes: tuple[str, ...]
     codecs: tuple[str, ...] = ()
+    muxer: tuple[str, ...] = ()
+    stream: tuple[str, ...] = ()
     pixels: Pixels = "rgb24"
+    metadata: Storage = ""
+    stdout: Streaming = ""
+    # whether it holds more than one frame, needs even sides, and says how often it plays
+    video: bool = True
     even: bool = False
-    stdout: bool = False
     loops: bool = False
-    comment: bool = True
     max_fps: float = 1000
-    max_side: int = 16_384
+    max_side: int = 65_535
 
 
+def _to_yuv420p(matrix: str) -> str:
+    """Return ffmpeg's filter from RGB to yuv420p of limited range."""
+    flags = "flags=accurate_rnd+full_chroma_int"
+    return f"scale=out_color_matrix={matrix}:out_range=tv:{flags},format=yuv420p"
+
+
+# tagged as well as converted: players else guess the matrix from the size of the frame
+_TAGS = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709,setsar=1"
+_BT709 = (
+    "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv -pix_fmt yuv420p"
+)
+# leaves out when a file was made, and by which version of ffmpeg
+_PLAIN = "-fflags +bitexact -flags:v +bitexact"
+# one palette for the clip and an ordered dither: what stands still does not flicker. Pillow's best
+# palette without flicker is 1.6 dB worse on clips of mini
+_PALETTE = "split[a][b];[a]palettegen[p];[b][p]paletteuse=dither=bayer:bayer_scale=4"
+_GIF = ("-filter_complex", _PALETTE, "-f", "gif")
+_MP4 = ("-f", "mp4", "-movflags", "+faststart")
+_FRAGMENTS = ("-movflags", "frag_keyframe+delay_moov+default_base_moof")
+# a y4m cannot name its matrix, and readers take it for BT.601
+_Y4M = ("-vf", f"{_to_yuv420p('bt601')},setsar=1", "-f", "yuv4mpegpipe")
 # players show a frame for 0.1 s that asks for 0.01 s or less
 _BRIEFEST = 90
 
-FORMATS: Mapping[str, Format] = MappingProxyType(
-    {
-        each.name: each
-        for each in (
-            Format("mp4", (".mp4", ".m4v"), ("h264", "hevc", "av1"), "yuv420p", True, stdout=True),
-            Format("webm", (".webm",), ("vp9", "av1"), "yuv420p", True),
-            Format("mkv", (".mkv",), ("h264", "hevc", "av1", "vp9", "ffv1"), "yuv420p", True),
-            # shows a frame for a whole number of 0.01 s: on the average, these are as long as asked
-            Format("gif", (".gif",), stdout=True, loops=True, max_fps=50, max_side=65_535),
-            Format("webp", (".webp",), stdout=True, loops=True, max_fps=_BRIEFEST, max_side=16_383),
-            Format("apng", (".apng",), loops=True, max_fps=_BRIEFEST),
-            Format("png", (".png",)),
-            # its name has a number in it, such as %04d.png
-            Format("frames", (), comment=False),
-            # cannot tell that it is BT.709, so that readers take it for BT.601: it is converted
-            Format("y4m", (".y4m",), even=True, stdout=True, comment=False),
-            Format("raw", (".rgb", ".raw"), stdout=True, comment=False),
-            Format("safetensors", (".safetensors",)),
-        )
-    }
+_film = partial(Format, pixels="yuv420p", metadata="tag", even=True, max_side=16_384)
+_animation = partial(Format, loops=True, max_fps=_BRIEFEST)
+_TABLE = (
+    _film("mp4", (".mp4", ".m4v"), ("h264", "hevc", "av1"), _MP4, _FRAGMENTS, stdout="live"),
+    _film("webm", (".webm",), ("vp9", "av1"), ("-f", "webm")),
+    _film("mkv", (".mkv",), ("h264", "hevc", "av1", "vp9", "ffv1"), ("-f", "matroska")),
+    # a frame is shown for a whole number of 0.01 s, on average for as long as it should be
+    _animation("gif", (".gif",), (), _GIF, metadata="comment", stdout="whole", max_fps=50),
+    _animation("webp", (".webp",), metadata="exif", stdout="whole", max_side=16_383),
+    _animation("apng", (".apng",), metadata="text"),
+    Format("png", (".png",), metadata="text", video=False),
+    # its name holds a number, such as %04d.png
+    Format("frames", (), muxer=("-pix_fmt", "rgb24", "-f", "image2")),
+    Format("y4m", (".y4m",), muxer=_Y4M, stdout="live", even=True),
+    Format("raw", (".rgb", ".raw"), muxer=("-f", "rawvideo"), stdout="live"),
+    Format("safetensors", (".safetensors",), metadata="header", video=False),
 )
+FORMATS: Mapping[str, Format] = MappingProxyType({kind.name: kind for kind in _TABLE})
 
-# a number, and what stands for a percent sign
-_FIELD = re.compile(r"%(?:%|(?:0(\d+))?d)")
+# a number, or %% for a percent sign
+_FIELD = re.compile(r"(%%|%(?:0\d+)?d)")
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a video is written; ValueError, in one line, for what its format cannot do.
+    """How a video is written; raises ValueError, in one line, for what its format cannot do.
 
-    `crf` and `codec` are the format's own where None. `loop` is how often it plays, 0 for ever.
+    `crf` and `codec` None are the format's own. `loop` is how often it plays, 0 for ever.
     `metadata` says whether the file holds it, `sidecar` whether NAME.json beside it does.
     """
 
@@ -102,44 +135,43 @@ class Encoding:
     sidecar: bool = False
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"format {self.format!r} is not one of {', '.join(FORMATS)}")
-        kind = FORMATS[self.format]
+        kind = _find_format(self.format)
         if self.codec is not None and self.codec not in kind.codecs:
             possible = f"one of {', '.join(kind.codecs)}" if kind.codecs else "none to choose"
             raise ValueError(f"codec {self.codec!r}: {kind.name} has {possible}")
-        if self.crf is not None:
-            codec = CODECS.get(self.codec_used)
-            if codec is None or codec.crf is None:
-                has = ", ".join(f"{each.name}" for each in FORMATS.values() if each.codecs)
-                what = self.codec_used or kind.name
-                raise ValueError(f"crf {self.crf}: {what} has none, of {has} the lossy codecs do")
-            if not 0 <= self.crf <= codec.worst:
-                raise ValueError(
-                    f"crf {self.crf} is not one of 0, the best, to {codec.worst} for "
-                    f"{self.codec_used}"
-                )
-        if self.loop and not kind.loops:
-            raise _no_loop(kind)
+        name = self.codec_used or kind.name
+        worst = CODECS[name].worst if name in CODECS else 0
+        if self.crf is not None and not worst:
+            lossy = f"the lossy codecs of {_list_formats('codecs')}"
+            raise ValueError(f"crf {self.crf}: {name} has none, {lossy} have one")
+        if self.crf is not None and not 0 <= self.crf <= worst:
+            raise ValueError(f"crf {self.crf} is not one of 0, the best, to {worst} for {name}")
+        if self.loop:
+            _check_loops(kind)
         if not 0 <= self.loop <= 65_535:
             raise ValueError(f"loop {self.loop} is not from 0, for ever, to 65535")
         if self.sidecar and not self.metadata:
             raise ValueError("a sidecar holds the metadata, which is to be left out")
 
     @property
+    def kind(self) -> Format:
+        """The row of the table."""
+        return FORMATS[self.format]
+
+    @property
     def codec_used(self) -> str:
-        """The codec's name, empty where the format has none to choose."""
-        return self.codec or next(iter(FORMATS[self.format].codecs), "")
+        """The name of the codec, empty where the format has none to choose."""
+        return self.codec or next(iter(self.kind.codecs), "")
 
     @property
     def pixels(self) -> Pixels:
         """What frames are best handed over as: nothing is lost or converted twice."""
-        return "rgb24" if self.codec_used == "ffv1" else FORMATS[self.format].pixels
+        return "rgb24" if self.codec_used == "ffv1" else self.kind.pixels
 
     def check(self, size: tuple[int, int], fps: float) -> None:
-        """Raise ValueError, in one line, where a video of `size` (H, W) and `fps` cannot be so."""
+        """Raise ValueError, in one line, where the file cannot hold frames of `size` (H, W)."""
         height, width = size
-        kind = FORMATS[self.format]
+        kind = self.kind
         if kind.even and self.codec_used != "ffv1" and (height % 2 or width % 2):
             raise ValueError(f"size {width}x{height} is odd: {kind.name} needs even sides")
         if not 1 <= min(size) <= max(size) <= kind.max_side:
@@ -150,6 +182,24 @@ class Encoding:
             raise ValueError(
                 f"fps {fps:g} is not above 0 and at most {kind.max_fps:g}, as {kind.name} needs it"
             )
+
+    def choose_arguments(self, pixels: Pixels, *, streams: bool) -> list[str]:
+        """Return the arguments with which ffmpeg writes frames handed over as `pixels`."""
+        kind, codec = self.kind, CODECS.get(self.codec_used)
+        arguments = [*_PLAIN.split(), *kind.muxer, *(kind.stream if streams else ())]
+        if codec is not None:
+            arguments += codec.arguments
+            if codec.worst:
+                arguments += ["-crf", str(codec.crf if self.crf is None else self.crf)]
+            if self.pixels == pixels == "rgb24":
+                arguments += ["-pix_fmt", "bgr0"]
+            else:
+                convert = f"{_to_yuv420p('bt709')}," if pixels == "rgb24" else ""
+                arguments += ["-vf", convert + _TAGS, *_BT709.split()]
+        if kind.loops:
+            # 0 is for ever, and else how often it is repeated
+            arguments += ["-loop", str({0: 0, 1: -1}.get(self.loop, self.loop - 1))]
+        return arguments
 
 
 def choose_encoding(
@@ -162,74 +212,93 @@ def choose_encoding(
     metadata: bool = True,
     sidecar: bool = False,
 ) -> Encoding:
-    """How to write `target`, a path or "-" for stdout: by its suffix, unless `format` is said.
+    """Return how to write `target`, a path or "-" for stdout; its suffix decides without `format`.
 
-    Raises ValueError, in one line that says what is possible, for what cannot be.
+    Raises ValueError, in one line that says what is possible.
     """
-    if format is not None and format not in FORMATS:
-        raise ValueError(f"format {format!r} is not one of {', '.join(FORMATS)}")
-    if target == STDOUT:
-        kind = FORMATS[format or "y4m"]
-        if not kind.stdout:
-            streams = ", ".join(each.name for each in FORMATS.values() if each.stdout)
-            raise ValueError(f"{kind.name} cannot go to stdout: {streams} can")
-        if sidecar:
-            raise ValueError("a sidecar lies beside a file: give a name instead of -")
-    else:
-        kind = FORMATS[format] if format else _format_by_name(target)
+    kind = _find_format(format or "y4m") if format or target == STDOUT else _find_by_name(target)
+    if target == STDOUT and not kind.stdout:
+        raise ValueError(f"{kind.name} cannot go to stdout: {_list_formats('stdout')} can")
+    if target == STDOUT and sidecar:
+        raise ValueError("a sidecar lies beside a file: give a name instead of -")
     if kind.name == "frames":
-        check_pattern(target)
-    if loop is not None and not kind.loops:
-        raise _no_loop(kind)
+        parse_pattern(target)
+    if loop is not None:
+        _check_loops(kind)
     return Encoding(kind.name, crf, codec, loop or 0, metadata, sidecar)
 
 
-def _format_by_name(target: str) -> Format:
+def _list_formats(field: str) -> str:
+    """Return the names of the formats in whose row a field is set."""
+    return ", ".join(kind.name for kind in FORMATS.values() if getattr(kind, field))
+
+
+def _find_format(name: str) -> Format:
+    if name not in FORMATS:
+        raise ValueError(f"format {name!r} is not one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _find_by_name(target: str) -> Format:
     path = Path(target)
     suffix = path.suffix.lower()
-    if suffix == ".png" and any(field[0] != "%%" for field in _FIELD.finditer(path.name)):
+    if suffix == ".png" and {*_FIELD.findall(path.name)} - {"%%"}:
         return FORMATS["frames"]
-    for kind in FORMATS.values():
-        if suffix in kind.suffixes:
-            return kind
-    suffixes = ", ".join(kind.suffixes[0] for kind in FORMATS.values() if kind.suffixes)
-    raise ValueError(
-        f"{target}: the name must end in {suffixes} or %04d.png, or the format must be said"
-    )
+    by_suffix = {suffix: kind for kind in FORMATS.values() for suffix in kind.suffixes}
+    if suffix not in by_suffix:
+        raise ValueError(
+            f"{target}: the name must end in {', '.join(by_suffix)} or %04d.png, or give a format"
+        )
+    return by_suffix[suffix]
 
 
-def _no_loop(kind: Format) -> ValueError:
-    loops = ", ".join(each.name for each in FORMATS.values() if each.loops)
-    return ValueError(f"{kind.name} does not say how often it plays: {loops} do")
+def _check_loops(kind: Format) -> None:
+    if not kind.loops:
+        raise ValueError(
+            f"{kind.name} does not say how often it plays: {_list_formats('loops')} do"
+        )
 
 
-def check_pattern(target: str) -> None:
-    """Raise ValueError where the name of a file has not exactly one number, such as %04d.png."""
+def parse_pattern(target: str | Path) -> re.Pattern[str]:
+    """Return what matches the names of the files of a sequence such as frame-%04d.png.
+
+    Its group is the number. Raises ValueError where the name has not exactly one.
+    """
     path = Path(target)
-    fields = [field for field in _FIELD.finditer(path.name) if field[0] != "%%"]
-    rest = _FIELD.sub("", path.name)
-    if len(fields) != 1 or "%" in rest or int(fields[0][1] or 0) > 9:
+    # every second piece is a field
+    pieces = _FIELD.split(path.name)
+    numbers = [field for field in pieces[1::2] if field != "%%"]
+    digits = int(numbers[0][2:-1] or 1) if numbers else 0
+    if len(numbers) != 1 or not 1 <= digits <= 9 or any("%" in text for text in pieces[::2]):
         raise ValueError(f"{target}: the name of frames needs one number in it, such as %04d.png")
     if path.suffix.lower() != ".png":
         raise ValueError(f"{target}: the name of frames must end in .png, such as %04d.png")
+    names = (
+        rf"(\d{{{digits},}})" if piece in numbers else re.escape(piece.replace("%%", "%"))
+        for piece in pieces
+    )
+    return re.compile("".join(names), re.ASCII)
 
 
 def list_frames(target: Path) -> list[Path]:
-    """The files of a sequence such as frame-%04d.png, by their numbers; [] where there are none."""
-    check_pattern(str(target))
-    name, position = [], 0
-    for field in _FIELD.finditer(target.name):
-        name.append(re.escape(target.name[position : field.start()]))
-        name.append("%" if field[0] == "%%" else rf"(\d{{{field[1] or 1},}})")
-        position = field.end()
-    wanted = re.compile("".join([*name, re.escape(target.name[position:])]), re.ASCII)
-    found = {}
+    """Return the files of a sequence such as frame-%04d.png, by number; [] where there are none."""
+    pattern = parse_pattern(target)
+    frames = {}
     for file in target.parent.iterdir() if target.parent.is_dir() else ():
-        if match := wanted.fullmatch(file.name):
-            found[int(match[1])] = file
-    return [found[number] for number in sorted(found)]
+        if match := pattern.fullmatch(file.name):
+            frames[int(match[1])] = file
+    return [frames[number] for number in sorted(frames)]
+
+
+def list_files(path: Path) -> list[Path]:
+    """Return the files of a video: those of a sequence such as %04d.png, or `path` itself."""
+    if not path.is_file():
+        # a name that is no pattern is the name of a file
+        with suppress(ValueError):
+            return list_frames(path) or [path]
+    return [path]
 
 
 def name_sidecar(target: Path) -> Path:
-    """Where the metadata of `target` is kept beside it: clip.mp4.json, %04d.png.json."""
-    return target.with_name(f"{target.name}.json")
+    """Return where the metadata of `target` is kept beside it: clip.mp4.json, %04d.png.json."""
+    return target.parent / f"{target.name}.json"

@@ -1,34 +1,33 @@
 """Video and picture files to frames, and the metadata that `video.write` put into a file.
 
-What is read comes from strangers: a file is opened alone, whatever others it names, and what it
-takes of memory and time has a limit. Untagged colours are taken for BT.601, as ffmpeg does.
+Files are untrusted: each is opened alone, whatever other files it names, and what it takes of
+memory and time has a limit. Colours without a tag are taken for BT.601, as ffmpeg does.
 """
 
-import json
 import math
 import os
 import re
 import struct
-import subprocess
 import sys
 import warnings
 import zlib
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
-from threading import Event, Thread, Timer
+from threading import Timer
 from time import monotonic
 from typing import IO, Any
 
 import numpy as np
-from imageio_ffmpeg import get_ffmpeg_exe
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
-from cmdgen.video.formats import list_frames, name_sidecar
-from cmdgen.video.write import ASCII, EXIF_IFD, USER_COMMENT
+from cmdgen.files import parse_json
+from cmdgen.video.ffmpeg import run_ffmpeg
+from cmdgen.video.formats import FORMATS, list_files, name_sidecar
+from cmdgen.video.write import ASCII
 
 # of one picture: 8192x8192
 MOST_PIXELS = 2**26
@@ -45,35 +44,39 @@ MOST_SECONDS = 120
 _CONTAINERS = (
     "mov,matroska,avi,flv,mpeg,mpegvideo,mpegts,ogg,asf,ivf,nut,yuv4mpegpipe,h264,hevc,obu,m4v,dv"
 )
-_PICTURES = {b"\x89PNG": "PNG", b"GIF8": "GIF", b"RIFF": "WEBP", b"\xff\xd8\xff": "JPEG"}
+# how picture files begin, by their formats
+_PICTURES = re.compile(
+    rb"(?P<png>\x89PNG)|(?P<gif>GIF8)|(?P<webp>RIFF.{4}WEBP)|(?P<jpeg>\xff\xd8\xff)", re.DOTALL
+)
 # what Pillow raises on its way through a broken file
 _BROKEN = (
     *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
-    *(struct.error, zlib.error),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 # pixels as wide as they are high, by making the longer side shorter
 _SQUARE = (
     "scale=w='if(gt(sar,1),iw,max(1,round(iw*sar)))':h='if(gt(sar,1),max(1,round(ih/sar)),ih)'"
     ":flags=bicubic+accurate_rnd+full_chroma_int,format=rgb24"
 )
-# frames, and how many seconds each is shown
+File = str | os.PathLike[str]
+# frames, each with the seconds for which it is shown
 _Shown = Generator[tuple[np.ndarray, float], None, None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
-    """What a file holds that a clip was read from.
+    """What is known of the file that a clip was read from.
 
     `width` and `height` are as it is shown: turned upright, with square pixels. `fps` is the mean,
     None for a still or a sequence of pictures, `seconds` the whole length, None where it is not
     known. `held` counts the frames at the clip's end that repeat the last one for want of more.
     """
 
-    width: int
-    height: int
-    fps: float | None
-    seconds: float | None
-    held: int
+    width: int = 0
+    height: int = 0
+    fps: float | None = None
+    seconds: float | None = None
+    held: int = 0
 
     def __str__(self) -> str:
         """1920x1080, 29.97 fps, 12.4 s."""
@@ -82,16 +85,8 @@ class Source:
         return ", ".join((f"{self.width}x{self.height}", *rate, *length))
 
 
-@dataclass
-class _About:
-    """What has become known of a file: its frames per second, and its length in seconds."""
-
-    fps: float | None = None
-    seconds: float | None = None
-
-
 def read_clip(
-    path: str | os.PathLike[str], *, frames: int, size: tuple[int, int], fps: float | None
+    path: File, *, frames: int, size: tuple[int, int], fps: float | None
 ) -> tuple[np.ndarray, Source]:
     """A video, picture or sequence (%04d.png) -> uint8 (T, H, W, 3) from its start, and its source.
 
@@ -100,31 +95,27 @@ def read_clip(
     Raises ValueError, in one line, for a file that cannot be read, FileNotFoundError for none.
     """
     clip = np.empty((frames, *size, 3), np.uint8)
-    width = height = made = 0
-    last: np.ndarray | None = None
-    with _open(path, fps, frames) as (shown, about):
+    made, last = 0, None
+    with _open(path, fps, frames) as (shown, source):
         for frame in islice(shown, frames):
             clip[made] = clip[made - 1] if frame is last else fit(frame, size)
-            height, width, _ = frame.shape
+            source.height, source.width, _ = frame.shape
             last, made = frame, made + 1
-    if not made:
-        raise ValueError(f"{path} is not a readable video or picture")
+        if not made:
+            raise EOFError
     clip[made:] = clip[made - 1]
-    return clip, Source(width, height, about.fps, about.seconds, frames - made)
+    source.held = frames - made
+    return clip, source
 
 
-def read_video(
-    path: str | os.PathLike[str], *, max_frames: int | None = None
-) -> tuple[np.ndarray, float]:
+def read_video(path: File, *, max_frames: int | None = None) -> tuple[np.ndarray, float]:
     """A file -> uint8 (T, H, W, 3) and its frames per second; the first `max_frames` if given.
 
     Raises ValueError, in one line, for a file that cannot be read, FileNotFoundError for none.
     """
-    with _open(path, None, max_frames) as (shown, about):
-        frames = list(islice(shown, max_frames))
-    if not frames or len({frame.shape for frame in frames}) != 1:
-        raise ValueError(f"{path} is not a readable video or picture")
-    return np.stack(frames), about.fps or 1.0
+    with _open(path, None, max_frames) as (shown, source):
+        frames = np.stack(list(islice(shown, max_frames)))
+    return frames, source.fps or 1.0
 
 
 def fit(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -136,31 +127,26 @@ def fit(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     part = frame[top : top + height, left : left + width]
     if part.shape[:2] == size:
         return part
-    # as wide as the shrinking asks for: nothing flickers
+    # the filter is wider where it shrinks more: nothing flickers
     resized = Image.fromarray(part).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return np.asarray(resized)
 
 
 @contextmanager
 def _open(
-    path: str | os.PathLike[str], fps: float | None, limit: int | None
-) -> Iterator[tuple[Iterator[np.ndarray], _About]]:
-    """Give the frames of a file, at `fps` unless None, and what is known of it at the end."""
-    file, about = Path(path), _About()
-    sequence = [] if _is_file(file) else _list_sequence(file)
-    if not sequence and not _is_file(file):
-        raise _missing(path)
-    kind = _picture_kind(sequence[0] if sequence else file)
+    path: File, fps: float | None, limit: int | None
+) -> Iterator[tuple[Iterator[np.ndarray], Source]]:
+    """Give the frames of a file, at `fps` unless None, and what is known of it in the end."""
+    files, source = _find_files(path), Source()
     try:
-        if sequence:
-            with closing(_sequence(sequence)) as shown:
-                yield shown, about
-        elif kind:
-            with closing(_picture(file, kind, about)) as pictures:
-                yield (_at_times(pictures, fps) if fps else (frame for frame, _ in pictures)), about
+        if files != [Path(path)]:
+            frames = (next(_picture(file, Source()))[0] for file in files)
+        elif _picture_format(files[0]):
+            frames = _at_times(_picture(files[0], source), fps)
         else:
-            with _video(file, fps, limit, about) as shown:
-                yield shown, about
+            frames = _video(files[0], fps, limit, source)
+        with closing(frames):
+            yield frames, source
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} has more than the {MOST_PIXELS} pixels it may have") from error
     except _BROKEN as error:
@@ -169,45 +155,32 @@ def _open(
         raise ValueError(f"{path} is not a readable video or picture") from error
 
 
-def _sequence(files: list[Path]) -> Generator[np.ndarray, None, None]:
-    for file in files:
-        with closing(_picture(file, _picture_kind(file), _About())) as pictures:
-            yield next(pictures)[0]
-
-
-def _picture(
-    file: Path, kind: str, about: _About
-) -> Generator[tuple[np.ndarray, float], None, None]:
-    """The frames of a picture file, and how many seconds each is shown: a still, for ever."""
-    late = monotonic() + MOST_SECONDS
-    seconds = 0.0
-    with _open_picture(file, kind) as image:
+def _picture(file: Path, source: Source) -> _Shown:
+    """Give the frames of a picture file; a still is shown for ever."""
+    late, seconds = monotonic() + MOST_SECONDS, 0.0
+    with _open_picture(file, _picture_format(file)) as image:
         if not getattr(image, "is_animated", False):
             yield _to_rgb(ImageOps.exif_transpose(image)), math.inf
             return
-        for number in count():
-            try:
-                image.seek(number)
-            except EOFError:
-                break
-            image.load()
-            # as players do where nothing is said
-            shown = float(image.info.get("duration", 0)) / 1000 or 0.1
+        for number, page in enumerate(ImageSequence.Iterator(image), 1):
+            page.load()
+            # players take 0.1 s where the file says nothing
+            shown = float(page.info.get("duration", 0)) / 1000 or 0.1
             seconds += shown
-            about.fps = (number + 1) / seconds
-            yield _to_rgb(image), shown
+            source.fps = number / seconds
+            yield _to_rgb(page), shown
             if monotonic() > late:
                 raise ValueError(f"{file} takes longer than {MOST_SECONDS} seconds to read")
-    about.seconds = seconds
+    source.seconds = seconds
 
 
-def _open_picture(file: Path | IO[bytes], kind: str) -> Image.Image:
+def _open_picture(file: Path | IO[bytes], format: str) -> Image.Image:
     if isinstance(file, Path) and file.stat().st_size > MOST_PICTURE:
         raise ValueError(f"{file} is larger than the {MOST_PICTURE} bytes a picture may have")
     with warnings.catch_warnings():
-        # of very large ones, which are refused here too
+        # about large pictures, which are refused here too
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(file, formats=(kind,))
+        image = Image.open(file, formats=(format,))
     if image.width * image.height > MOST_PIXELS:
         image.close()
         raise Image.DecompressionBombError
@@ -226,51 +199,57 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _at_times(shown: Iterator[tuple[np.ndarray, float]], fps: float) -> Iterator[np.ndarray]:
-    """What is shown at 0.5 / fps, 1.5 / fps and so on, by (frame, seconds) one after another."""
+def _at_times(shown: _Shown, fps: float | None) -> Generator[np.ndarray, None, None]:
+    """Give what is shown at 0.5 / fps, 1.5 / fps and so on; with `fps` None, each frame once."""
     number, end = 0, 0.0
     for frame, seconds in shown:
         end += seconds
-        while number + 0.5 <= end * fps:
+        if fps is None:
+            yield frame
+        while fps is not None and number + 0.5 <= end * fps:
             yield frame
             number += 1
 
 
-@contextmanager
 def _video(
-    file: Path, fps: float | None, limit: int | None, about: _About
-) -> Iterator[Iterator[np.ndarray]]:
-    """Give a video's frames as ffmpeg decodes them."""
+    file: Path, fps: float | None, limit: int | None, source: Source
+) -> Generator[np.ndarray, None, None]:
+    """Give the frames of a video as ffmpeg decodes them."""
     rate = []
     if fps is not None:
         assert limit is not None
-        # where time leaps, ffmpeg makes all that lies between at once: no more than is asked for,
-        # for which the unit of time may not be long
+        # where time leaps, ffmpeg makes all frames between at once: let it make no more than are
+        # needed. The unit of time must be short for that
         rate = ["settb=intb/ceil(intb*1000)"]
         rate += [f"setpts=min(PTS-STARTPTS\\,ceil({(limit + 2) / fps!r}/TB))"]
         # rounded to the nearest: the last one that began by the middle of the time
         rate += [f"fps={float(fps)!r}:round=near"]
     arguments = ["-map", "0:V:0", "-vf", ",".join([*rate, _SQUARE]), "-fps_mode", "passthrough"]
     arguments += [] if limit is None else ["-frames:v", str(limit)]
-    with _run(file, *arguments, "-f", "image2pipe", "-c:v", "ppm") as (output, said):
-        yield _read_ppm(output)
-    text = bytes(said).decode(errors="replace")
+    said = bytearray()
+    try:
+        with _decode(file, *arguments, "-f", "image2pipe", "-c:v", "ppm") as (output, said):
+            yield from _read_ppm(output)
+    finally:
+        _describe(said.decode(errors="replace"), source)
+
+
+def _describe(text: str, source: Source) -> None:
+    """Read what ffmpeg says of a file."""
     if "max_pixels" in text:
         raise Image.DecompressionBombError
-    stream = re.search(r"^  Stream #0:.* Video: .*?([\d.]+) fps", text, re.MULTILINE)
-    length = re.search(r"^  Duration: (\d+):(\d\d):(\d\d\.\d+)", text, re.MULTILINE)
-    if stream and float(stream[1]):
-        about.fps = float(stream[1])
-    if length:
-        hours, minutes, seconds = length.groups()
-        about.seconds = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    if fps := re.search(r"^  Stream #0:.* Video: .*?([\d.]+) fps", text, re.MULTILINE):
+        source.fps = float(fps[1]) or None
+    if length := re.search(r"^  Duration: (\d+):(\d\d):(\d\d\.\d+)", text, re.MULTILINE):
+        hours, minutes, seconds = map(float, length.groups())
+        source.seconds = 3600 * hours + 60 * minutes + seconds
 
 
 def _read_ppm(output: IO[bytes]) -> Iterator[np.ndarray]:
-    """Pictures one after another, each with its size before it, up to one that is not whole."""
-    while output.readline() == b"P6\n":
-        width, height = map(int, output.readline().split())
-        assert output.readline() == b"255\n"
+    """Give pictures one after another, each with its size before it, while they are whole."""
+    start = re.compile(rb"P6\n(\d+) (\d+)\n255\n")
+    while header := start.fullmatch(b"".join(islice(output, 3))):
+        width, height = map(int, header.groups())
         pixels = output.read(height * width * 3)
         if len(pixels) < height * width * 3:
             return
@@ -278,46 +257,28 @@ def _read_ppm(output: IO[bytes]) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def _run(file: Path, *arguments: str) -> Iterator[tuple[IO[bytes], bytearray]]:
-    """Give what ffmpeg makes of a file, and the start of what it says, complete at the end."""
-    command = [
-        *(get_ffmpeg_exe(), "-hide_banner", "-nostats", "-nostdin", "-v", "info"),
-        *("-protocol_whitelist", "file", "-format_whitelist", _CONTAINERS),
-        # of each thread, pictures wait in memory
-        *("-max_pixels", str(MOST_PIXELS), "-threads", "2"),
-        *("-i", f"file:{file}", *arguments, "pipe:1"),
-    ]
-    said, late = bytearray(), Event()
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
+def _decode(file: Path, *arguments: str) -> Iterator[tuple[IO[bytes], bytearray]]:
+    """Give what ffmpeg makes of a file, and the start of its stderr, complete at the end."""
+    started = monotonic()
+    limits = f"-protocol_whitelist file -format_whitelist {_CONTAINERS} -max_pixels {MOST_PIXELS}"
+    # few threads: in each of them pictures wait in memory
+    options = f"-nostdin -v info {limits} -threads 2".split()
+    with run_ffmpeg(*options, "-i", f"file:{file}", *arguments, "pipe:1") as (process, said):
+        assert process.stdout is not None
         _limit_memory(process.pid)
-
-        def stop() -> None:
-            late.set()
-            process.kill()
-
-        timer = Timer(MOST_SECONDS, stop)
-        listener = Thread(target=_listen, args=(process.stderr, said), daemon=True)
+        timer = Timer(MOST_SECONDS, process.kill)
         timer.start()
-        listener.start()
         try:
             yield process.stdout, said
         finally:
             timer.cancel()
             process.kill()
-            listener.join()
-    if late.is_set():
+    if monotonic() - started >= MOST_SECONDS:
         raise ValueError(f"{file} takes longer than {MOST_SECONDS} seconds to read")
 
 
 def _limit_memory(process: int) -> None:
-    """Of a program that reads what strangers wrote, where the system can."""
+    """Limit the memory of a program that reads untrusted files, where the system can."""
     if sys.platform == "linux":
         import resource
 
@@ -326,166 +287,64 @@ def _limit_memory(process: int) -> None:
         resource.prlimit(process, resource.RLIMIT_AS, (most, hard))
 
 
-def _listen(stderr: IO[bytes], said: bytearray) -> None:
-    while part := stderr.read(2**16):
-        if len(said) < MOST_HEAD:
-            said += part
+def read_metadata(path: File) -> dict[str, Any]:
+    """Return the metadata of a file that cmdgen wrote, of its sidecar where the file has none.
 
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A file of ours, in any format -> its metadata, from the sidecar where the file has none.
-
-    Raises ValueError, in one line, for any other file, FileNotFoundError for none.
+    Raises ValueError, in one line, for any other file, FileNotFoundError where there is none.
     """
-    file = Path(path)
-    try:
-        found = _parse(_comment(file)) if _is_file(file) else None
-        sidecar = name_sidecar(file)
-        if found is None and _is_file(sidecar):
-            found = _parse(_head(sidecar))
-        elif not _is_file(file):
-            raise _missing(path)
-    except FileNotFoundError:
-        raise
-    except (*_BROKEN, Image.DecompressionBombError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path} holds no metadata of cmdgen") from error
-    if found is None:
-        raise ValueError(f"{path} holds no metadata of cmdgen")
-    return found
+    for file in (Path(path), name_sidecar(Path(path))):
+        with suppress(*_BROKEN):
+            if file.is_file():
+                return parse_json(_read_comment(file))
+    _find_files(path)
+    raise ValueError(f"{path} holds no metadata of cmdgen")
 
 
-def parse_metadata(text: str | bytes) -> dict[str, Any]:
-    """JSON as `write` makes it -> what it says; ValueError for anything else.
-
-    That is, for what is no object, too deep, not Unicode, names a key twice or a number that is
-    none.
-    """
-    try:
-        metadata = json.loads(
-            text, parse_constant=_finite, parse_float=_finite, object_pairs_hook=_unique
-        )
-        # half of a letter, which nothing could print
-        json.dumps(metadata, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise ValueError("JSON is too deep") from error
-    if not isinstance(metadata, dict):
-        raise ValueError("JSON is not an object")
-    return metadata
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is not a finite number")
-    return number
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a key is there twice")
-    return found
-
-
-def _parse(text: str | bytes) -> dict[str, Any] | None:
-    try:
-        return parse_metadata(text)
-    except ValueError:
-        return None
-
-
-def _comment(file: Path) -> str | bytes:
-    """The text that a file keeps metadata in, empty where it has none."""
-    kind = _picture_kind(file)
-    if kind in ("PNG", "GIF"):
-        # it is before the first picture
-        with _open_picture(BytesIO(_head(file)), kind) as image:
-            comment = image.info.get("comment")
-        return comment if isinstance(comment, str | bytes) else b""
-    if kind == "WEBP":
-        return _webp_comment(file)
-    if kind:
-        return b""
+def _read_comment(file: Path) -> str | bytes:
+    """Return the text that a file keeps metadata in; raise one of `_BROKEN` where it has none."""
+    head, format = _read_head(file), _picture_format(file)
+    if format:
+        # in a WebP it is at the end, in others before the first frame
+        at_end = format == "webp"
+        with _open_picture(file if at_end else BytesIO(head), format) as image:
+            info = image.info
+        # found by the mark before it: parsing untrusted tags may take gigabytes
+        return info["exif"].partition(ASCII)[2].rstrip(b"\0") if at_end else info["comment"]
     if file.suffix.lower() == ".json":
-        return _head(file)
-    if file.suffix.lower() == ".safetensors":
-        return _safetensors_comment(file)
-    return _container_comment(file)
-
-
-def _container_comment(file: Path) -> bytes:
-    with _run(file, "-f", "ffmetadata") as (output, _):
+        return head
+    if file.suffix.lower() in FORMATS["safetensors"].suffixes:
+        length = int.from_bytes(head[:8], "little")
+        return parse_json(head[8 : 8 + length])["__metadata__"]["comment"]
+    with _decode(file, "-f", "ffmetadata") as (output, _):
         text = output.read(MOST_HEAD)
-    # a value ends at the first newline that no backslash precedes, what is said of all at a "[";
-    # nothing is tried again, as remembering each letter would take a hundred times its room
-    for name, value in re.findall(
-        rb"^(?:(\w+)=((?:\\.|[^\\\n])*+)|\[\w+\])$", text, re.MULTILINE | re.DOTALL
-    ):
-        if not name:
-            break
-        # upper case in a Matroska
-        if name.lower() == b"comment":
-            return re.sub(rb"\\(.)", rb"\1", value, flags=re.DOTALL)
-    return b""
+    # in upper case in a Matroska. The value ends at a newline without a backslash; `*+` keeps no
+    # positions to go back to, which would take a hundred times the memory of the text
+    tag = re.compile(rb"^comment=((?:\\.|[^\\\n])*+)$", re.MULTILINE | re.DOTALL | re.IGNORECASE)
+    return re.sub(rb"\\(.)", rb"\1", tag.findall(text)[0], flags=re.DOTALL)
 
 
-def _webp_comment(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        end = stream.seek(0, os.SEEK_END)
-        place = 12
-        while place + 8 <= end:
-            stream.seek(place)
-            name, length = struct.unpack("<4sI", stream.read(8))
-            if name == b"EXIF":
-                exif = Image.Exif()
-                exif.load(stream.read(min(length, MOST_HEAD)))
-                comment = exif.get_ifd(EXIF_IFD).get(USER_COMMENT, b"")
-                return comment.removeprefix(ASCII) if isinstance(comment, bytes) else b""
-            place += 8 + length + length % 2
-    return b""
-
-
-def _safetensors_comment(file: Path) -> str:
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = parse_metadata(stream.read(length)) if length <= MOST_HEAD else {}
-    about = header.get("__metadata__")
-    comment = about.get("comment") if isinstance(about, dict) else None
-    return comment if isinstance(comment, str) else ""
-
-
-def _head(file: Path) -> bytes:
+def _read_head(file: Path) -> bytes:
     with file.open("rb") as stream:
         return stream.read(MOST_HEAD)
 
 
-def _picture_kind(file: Path) -> str:
-    """The name that Pillow has for a file, by how it begins; empty where it is no picture."""
+def _picture_format(file: Path) -> str:
+    """Return the format of a picture file by how it begins; empty where it is none."""
+    with file.open("rb") as stream:
+        start = _PICTURES.match(stream.read(12))
+    return start.lastgroup or "" if start else ""
+
+
+def _find_files(path: File) -> list[Path]:
+    """Return the file, or those of a sequence (%04d.png), that can be read: at least one."""
     try:
-        with file.open("rb") as stream:
-            start = stream.read(12)
+        files = [file for file in list_files(Path(path)) if file.is_file()]
+        for file in files[:1]:
+            file.open("rb").close()
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from error
-    kind = next((kind for mark, kind in _PICTURES.items() if start.startswith(mark)), "")
-    # other files than pictures are a RIFF too
-    return "" if kind == "WEBP" and start[8:] != b"WEBP" else kind
-
-
-def _is_file(file: Path) -> bool:
-    try:
-        return file.is_file()
-    except OSError as error:
-        raise ValueError(f"{file}: {error.strerror}") from error
-
-
-def _list_sequence(file: Path) -> list[Path]:
-    try:
-        return [each for each in list_frames(file) if _is_file(each)]
-    except ValueError:
-        return []
-
-
-def _missing(path: str | os.PathLike[str]) -> OSError | ValueError:
-    if os.path.lexists(path):
-        return ValueError(f"{path} is not a file")
-    return FileNotFoundError(f"{path} does not exist")
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if not files and os.path.lexists(path):
+        raise ValueError(f"{path} is not a file")
+    if not files:
+        raise FileNotFoundError(f"{path} does not exist")
+    return files

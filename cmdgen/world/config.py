@@ -7,6 +7,7 @@ from cmdgen.options import option, read_fields
 
 
 def _names(text: str) -> tuple[str, ...]:
+    """Return the names in a text with commas between them."""
     return tuple(name for part in text.split(",") if (name := part.strip()))
 
 
@@ -43,15 +44,9 @@ WORLD = WorldConfig()
 
 # what a small model learns on a CPU: few subjects, in-place motions, smooth scenes
 MINI_WORLD = WorldConfig(
-    subjects=(
-        *("dog", "cat", "fish", "penguin", "elephant"),
-        *("car", "rocket", "butterfly", "sailboat", "frog"),
-    ),
-    motions=(
-        *("swimming", "flying", "jumping", "spinning"),
-        *("growing", "shrinking", "shaking", "swinging"),
-    ),
-    scenes=("ocean", "sky", "grass", "desert", "space", "snow"),
+    subjects=_names("dog,cat,fish,penguin,elephant,car,rocket,butterfly,sailboat,frog"),
+    motions=_names("swimming,flying,jumping,spinning,growing,shrinking,shaking,swinging"),
+    scenes=_names("ocean,sky,grass,desert,space,snow"),
     pairs=0.0,
     adjectives=False,
     flips=False,

@@ -11,13 +11,14 @@ from torch import Tensor
 from cmdgen.acceleration.calibration import (
     Calibration,
     Measurement,
-    plan_rehash,
+    choose_key_steps,
     read_calibrations,
     write_calibrations,
 )
 from cmdgen.acceleration.keysteps import by_threshold, minimax
-from cmdgen.config import MINI, ModelConfig, NoiseConfig, SampleConfig
+from cmdgen.config import MINI, ModelConfig, NoiseConfig
 from cmdgen.diffusion.samplers import SAMPLERS
+from cmdgen.request import KeySteps, Request, resolve
 
 STEPS = 8
 MODEL = replace(MINI, steps=STEPS, motion_steps=STEPS)
@@ -63,14 +64,14 @@ def measure(sampler: str, protected: int) -> tuple[Line, Calibration]:
         generators=seeded(),
     )
     assert torch.equal(final, plain)
-    return network, measurement.finish("content", sampler, "layer", 3)
+    return network, measurement.finish("content", sampler, 3)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_similarity_is_the_cosine_of_features(sampler: str) -> None:
     _, found = measure(sampler, 1)
     # timesteps are even: so is the angle between neighbours
-    cosines = torch.tensor(found.similarity)
+    cosines = torch.tensor(found.similarity_map())
     assert torch.equal(cosines, cosines.T)
     angles = cosines.clamp(max=1).acos()
     between = angles.diagonal(1)
@@ -96,15 +97,15 @@ def test_errors_are_those_of_sampling_with_the_steps_skipped(sampler: str) -> No
 
         return SAMPLERS[sampler](predict, noise, NoiseConfig(), steps=STEPS, generators=seeded())
 
-    every = set(range(STEPS))
+    every, errors = set(range(STEPS)), found.error_map()
     whole = run(every)
     for i, j in ((1, 3), (2, 6), (4, STEPS), (6, STEPS)):
         changed = run(every - set(range(i + 1, j)))
         error = float((changed - whole).square().sum() / whole.square().sum())
-        assert found.errors[i][j] == pytest.approx(error, rel=1e-2)
+        assert errors[i][j] == pytest.approx(error, rel=1e-2)
     # neighbours skip nothing; what is protected was not measured
-    assert all(found.errors[i][i + 1] == 0 for i in range(STEPS))
-    assert not any(found.errors[0])
+    assert all(errors[i][i + 1] == 0 for i in range(STEPS))
+    assert not any(errors[0])
 
 
 def test_two_batches_are_one() -> None:
@@ -117,7 +118,7 @@ def test_two_batches_are_one() -> None:
     together.add(Line(), sample(noise))
     for each in noise.split(1):
         apart.add(Line(), sample(each))
-    a, b = (each.finish("motion", "dpm++", None, 2) for each in (together, apart))
+    a, b = (each.finish("motion", "dpm++", 2) for each in (together, apart))
     assert a == b
 
 
@@ -126,7 +127,7 @@ def calibrations() -> list[Calibration]:
     _, content = measure("dpm++", 2)
     _, other = measure("ddim", 2)
     _, motion = measure("dpm++", 1)
-    return [content, other, replace(motion, part="motion", cut=None)]
+    return [content, other, replace(motion, part="motion")]
 
 
 def test_a_file_gives_back_what_was_written(calibrations, tmp_path: Path) -> None:
@@ -142,13 +143,22 @@ def test_a_file_gives_back_what_was_written(calibrations, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_motion_model_may_leave_its_cut_out(calibrations, tmp_path: Path) -> None:
+def test_files_of_other_cuts_still_load(calibrations, tmp_path: Path) -> None:
     path = tmp_path / "rehash.json"
-    write_calibrations(path, "mini", calibrations[2:])
+    write_calibrations(path, "mini", calibrations)
     data = json.loads(path.read_text())
-    del data["calibrations"][0]["cut"]
-    path.write_text(json.dumps(data))
-    assert read_calibrations(path, "mini") == calibrations[2:]
+    content, other, motion = data["calibrations"]
+    # as version 0.1 wrote them
+    others = [content | {"cut": cut, "prompts": 1} for cut in ("resnet", "attention")]
+    entries = [
+        content | {"cut": "layer"},
+        *others,
+        other | {"cut": "layer"},
+        motion | {"cut": None},
+    ]
+    path.write_text(json.dumps({"model": "mini", "calibrations": entries}))
+    found = read_calibrations(path, "mini")
+    assert sorted(found, key=str) == sorted(calibrations, key=str)
 
 
 def entry(calibrations: list[Calibration], path: Path) -> dict:
@@ -160,23 +170,21 @@ def entry(calibrations: list[Calibration], path: Path) -> dict:
     ("key", "value", "says"),
     [
         ("part", "vae", "part 'vae' is not one of"),
-        ("part", ["content"], "part ['content'] is not one of"),
+        ("part", ["content"], "part ['content'] is not text"),
         ("sampler", "euler", "sampler 'euler' is not one of"),
-        ("cut", "middle", "cut 'middle' is not one of"),
-        ("cut", None, "cut None is not one of"),
         ("steps", 10**9, "steps 1000000000 is not between 2 and 250"),
-        ("steps", True, "steps True is not between"),
-        ("steps", "8", "steps '8' is not between"),
-        ("steps", 7, "similarity is not a list of 6 rows"),
+        ("steps", True, "steps True is not a whole number"),
+        ("steps", "8", "steps '8' is not a whole number"),
+        ("steps", 7, "similarity is not 6 rows, of 6 numbers down to 1, between -1 and 1"),
         ("prompts", 0, "prompts 0 is not between"),
         ("protected", 9, "protected 9 is not between 1 and 8"),
-        ("protected", 1, "errors is not a list of 7 rows"),
-        ("similarity", None, "similarity is not a list of 7 rows"),
-        ("similarity", [[0.5] * 8] * 7, "row 0 of similarity is not a list of 7 numbers"),
+        ("protected", 1, "errors is not 7 rows, of 7 numbers down to 1, between 0 and 1e+06"),
+        ("similarity", None, "similarity is not 7 rows, of 7"),
+        ("similarity", [[0.5] * 8] * 7, "similarity is not 7 rows, of 7 numbers down to 1"),
         ("errors", [[float("nan")] * n for n in range(6, 0, -1)], "NaN is not a finite number"),
-        ("errors", [[-1] * n for n in range(6, 0, -1)], "errors has -1, which is no number of 0"),
-        ("errors", [["1"] * n for n in range(6, 0, -1)], "errors has '1', which is no number"),
-        ("errors", [[True] * n for n in range(6, 0, -1)], "errors has True, which is no number"),
+        ("errors", [[-1] * n for n in range(6, 0, -1)], "errors is not 6 rows"),
+        ("errors", [["1"] * n for n in range(6, 0, -1)], "errors is not 6 rows"),
+        ("errors", [[True] * n for n in range(6, 0, -1)], "errors is not 6 rows"),
     ],
 )
 def test_a_hostile_file_is_one_line_that_names_it(
@@ -197,7 +205,7 @@ def test_a_hostile_file_is_one_line_that_names_it(
         ("", "not readable as JSON"),
         ("[1]", "is not a JSON object"),
         ('{"model": "mini", "calibrations": 3}', "calibrations 3 is not a list"),
-        ('{"model": "mini", "calibrations": [3]}', "3 is not an object"),
+        ('{"model": "mini", "calibrations": [3]}', r"calibrations \[3\] is not a list of objects"),
         ('{"model": "other", "calibrations": []}', "model 'other' is not mini"),
         ('{"calibrations": []}', "model None is not mini"),
         ("[" * 100_000, "not readable as JSON"),
@@ -210,38 +218,38 @@ def test_a_file_that_is_no_calibration_is_refused(tmp_path: Path, text: str, say
         read_calibrations(path, "mini")
 
 
-def plan(folder: Path, model: ModelConfig = MODEL, **asked: object):
+def choose(folder: Path, model: ModelConfig = MODEL, **options: object) -> KeySteps | None:
     # two of the content model's steps are protected
-    return plan_rehash(SampleConfig(**{"rehash_protect": 0.2} | asked), model, folder)  # type: ignore[arg-type]
+    request = Request(**{"rehash_protect": 0.2} | options)
+    resolve(request, model)
+    return choose_key_steps(request, model, folder)
 
 
-def test_a_plan_has_the_steps_of_its_policy(calibrations, tmp_path: Path) -> None:
+def test_key_steps_are_those_of_the_policy(calibrations, tmp_path: Path) -> None:
     write_calibrations(tmp_path / "rehash.json", "mini", calibrations)
-    content = calibrations[0]
-    assert plan(tmp_path) is None
-    found = plan(tmp_path, rehash=5)
-    assert found.policy == "minimax"
-    assert found.content == minimax(content.errors, 5, protected=2)
-    # of motion the first step alone
-    assert found.motion == minimax(calibrations[2].errors, 5, protected=1)
-    found = plan(tmp_path, rehash_threshold=0.99)
-    assert found.content == by_threshold(content.similarity, 0.99, protected=2)
-    assert found.to_dict()["threshold"] == 0.99
-    found = plan(tmp_path, rehash=5, rehash_policy="uniform", rehash_protect=0)
-    assert found.to_dict() == {
-        **{"policy": "uniform", "cut": "layer"},
-        **{"content": (0, 2, 4, 5, 7), "motion": (0, 2, 4, 5, 7)},
-    }
-    ddim = plan(tmp_path, replace(MODEL, sampler="ddim", frames=1), rehash=5)
-    assert ddim.content == minimax(calibrations[1].errors, 5, protected=2)
-    assert "motion" not in ddim.to_dict()
-    assert plan(tmp_path, rehash=STEPS).content == tuple(range(STEPS))
+    content, other, motion = calibrations
+    assert choose_key_steps(Request(), MODEL, tmp_path) is None
+    found = choose(tmp_path, rehash=5)
+    assert found == KeySteps(
+        "minimax",
+        minimax(content.error_map(), 5, protected=2),
+        # of motion the first step alone
+        minimax(motion.error_map(), 5, protected=1),
+    )
+    found = choose(tmp_path, rehash_threshold=0.99)
+    assert found.content == by_threshold(content.similarity_map(), 0.99, protected=2)
+    assert (found.policy, found.threshold) == ("similarity", 0.99)
+    found = choose(tmp_path, rehash=5, rehash_policy="uniform", rehash_protect=0)
+    assert found == KeySteps("uniform", (0, 2, 4, 5, 7), (0, 2, 4, 5, 7))
+    ddim = choose(tmp_path, replace(MODEL, sampler="ddim", frames=1), rehash=5)
+    assert ddim == KeySteps("minimax", minimax(other.error_map(), 5, protected=2), ())
+    assert choose(tmp_path, rehash=STEPS).content == tuple(range(STEPS))
 
 
 def test_motion_steps_run_in_proportion(tmp_path: Path) -> None:
     for steps, budget, expected in ((16, 4, 8), (8, 8, 8), (4, 4, 2), (12, 3, 5), (1, 4, 1)):
         model = replace(MODEL, motion_steps=steps)
-        found = plan(tmp_path, model, rehash=budget, rehash_policy="uniform")
+        found = choose(tmp_path, model, rehash=budget, rehash_policy="uniform")
         assert (len(found.content), len(found.motion)) == (budget, expected)
 
 
@@ -249,45 +257,42 @@ def test_what_was_not_measured_is_one_line_that_says_how(calibrations, tmp_path:
     path = tmp_path / "elsewhere.json"
     write_calibrations(path, "mini", calibrations)
     with pytest.raises(ValueError) as error:
-        plan(tmp_path, rehash=5)
+        choose(tmp_path, rehash=5)
     assert str(error.value) == (
-        "no calibration of mini's content for 8 steps of dpm++ with cut layer: "
+        "no calibration of mini's content for 8 steps of dpm++: "
         "make one by cmdgen rehash calibrate, or ask for policy uniform"
     )
-    given = {"rehash": 5, "rehash_file": str(path)}
-    assert plan(tmp_path, **given) is not None
+    options = {"rehash": 5, "rehash_file": path}
+    assert choose(tmp_path, **options) is not None
     for model, says in (
         (replace(MODEL, steps=9), "content for 9 steps of dpm"),
         (replace(MODEL, motion_steps=9), "motion for 9 steps of dpm"),
         (replace(MODEL, sampler="ddpm"), "steps of ddpm"),
     ):
         with pytest.raises(ValueError, match=says):
-            plan(tmp_path, model, **given)
-    with pytest.raises(ValueError, match="cut attention"):
-        plan(tmp_path, **given, rehash_cut="attention")
+            choose(tmp_path, model, **options)
     with pytest.raises(ValueError, match="the first 2 of 8 steps protected: protect as many"):
-        plan(tmp_path, **given, rehash_protect=0)
+        choose(tmp_path, **options, rehash_protect=0)
     with pytest.raises(ValueError, match=r"none\.json: No such file"):
-        plan(tmp_path, rehash=5, rehash_file=str(tmp_path / "none.json"))
+        choose(tmp_path, rehash=5, rehash_file=tmp_path / "none.json")
     with pytest.raises(ValueError, match="rehash 9 is not between 1 and the 8 steps"):
-        plan(tmp_path, rehash=9)
+        choose(tmp_path, rehash=9)
     with pytest.raises(ValueError, match="rehash 2: of 8 steps between 3 and 8 can run in full"):
-        plan(tmp_path, **given | {"rehash": 2})
+        choose(tmp_path, **options | {"rehash": 2})
 
 
-def test_a_plan_may_list_its_steps(tmp_path: Path) -> None:
-    listed = ((0, 1, 3), (0, 2))
-    found = plan(tmp_path, rehash_steps=listed)
-    assert (found.policy, found.content, found.motion) == ("listed", *listed)
+def test_key_steps_may_be_listed(tmp_path: Path) -> None:
+    found = choose(tmp_path, rehash="0,1,3+0,2")
+    assert found == KeySteps("listed", (0, 1, 3), (0, 2))
     still = replace(MODEL, frames=1)
-    assert plan(tmp_path, still, rehash_steps=((0,), ())).motion == ()
-    for asked, says in (
-        (((0, STEPS), (0,)), f"rehash lists step {STEPS} of content, which has {STEPS} from 0"),
-        (((0,), ()), "rehash lists no steps of motion"),
-        (((1,), (0,)), "do not rise from 0"),
-        (((0, 2, 2), (0,)), "do not rise from 0"),
+    assert choose(tmp_path, still, rehash="0,1").motion == ()
+    for listed, says in (
+        (f"0,{STEPS}+0", f"rehash lists step {STEPS} of content, which has {STEPS} from 0"),
+        ("0,1", "rehash lists no steps of motion"),
+        ("1+0", "neither off nor a number"),
+        ("0,2,2+0", "do not rise from 0"),
     ):
         with pytest.raises(ValueError, match=says):
-            plan(tmp_path, rehash_steps=asked)
+            choose(tmp_path, rehash=listed)
     with pytest.raises(ValueError, match="nothing is left to choose"):
-        plan(tmp_path, rehash_steps=listed, rehash=3)
+        choose(tmp_path, rehash="0,1,3+0,2", rehash_policy="uniform")

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from torch._dynamo.exc import TorchDynamoException
 
 from cmdgen.acceleration import graphs
 from cmdgen.acceleration.compiled import Compiled
-from cmdgen.config import SampleConfig
 from cmdgen.models.layers import ResnetBlock
-from cmdgen.pipeline import TextToVideo
+from cmdgen.pipelines import base
+from cmdgen.pipelines.load import load_pipeline
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,28 +32,28 @@ def forget():
 
 
 def test_compiled_clips_are_those_of_the_networks(monkeypatch, tiny_model: Path) -> None:
-    plain = TextToVideo.load(tiny_model, device="cpu")
+    plain = load_pipeline(tiny_model, device="cpu")
     place = plain.folder, plain.config, plain.device, plain.dtype
-    ours = TextToVideo(*place, compile=True)
+    ours = type(plain)(*place, compile=True)
     made: list[Compiled] = []
 
     def prepare(function):
         made.append(Compiled(function))
         return made[-1]
 
-    monkeypatch.setattr("cmdgen.pipeline.Compiled", prepare)
+    monkeypatch.setattr(base, "Compiled", prepare)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(graphs, "capture", lambda run, inputs, pool: lambda: run(*inputs))
-    config = SampleConfig(
+    options = {
         **{"sampler": "ddim", "steps": 3, "motion_steps": 4, "guidance": 1.0},
-        **{"motion_guidance": 3.0, "guidance_interval": (0.4, 1.0)},
-    )
-    skipping = replace(config, rehash=2, rehash_policy="uniform", rehash_cut="attention")
+        **{"motion_guidance": 3.0, "guidance_interval": "0.4-1.0", "seed": 0},
+    }
+    skipping = {**options, "rehash": 2, "rehash_policy": "uniform"}
     # the batches that content and motion are compiled for, guidance being two; with step rehash
     # each of them in full, then skipped
     shapes = [{1}, {2, 1}, {1}, {1}, {2, 1}, {2}]
-    for asked, count in ((config, 2), (skipping, 6), (config, 6)):
-        expected, clip = plain.sample("a dog", asked), ours.sample("a dog", asked)
+    for asked, count in ((options, 2), (skipping, 6), (options, 6)):
+        expected, clip = plain.sample("a dog", **asked), ours.sample("a dog", **asked)
         assert np.abs(clip.frames.astype(int) - expected.frames).max() <= 1
         assert clip.metadata == {**expected.metadata, "compile": True}
         # of what is made, the whole networks are not run where steps are skipped

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cmdgen.acceleration import graphs
 from cmdgen.acceleration.graphs import Graphed
-from cmdgen.config import SAMPLERS, SampleConfig
-from cmdgen.pipeline import TextToVideo
+from cmdgen.config import SAMPLERS
+from cmdgen.pipelines.load import load_pipeline
 
 POOLS: dict[object, Tensor] = {}
 
@@ -52,14 +52,14 @@ def test_clips_are_the_same_and_graphs_are_reused(
     monkeypatch, tiny_model, sampler: str, asked: dict[str, object]
 ) -> None:
     monkeypatch.setattr(graphs, "capture", capture_on_cpu)
-    config = SampleConfig(sampler=sampler, steps=6, motion_steps=4, **asked)
-    plain, graphed = TextToVideo.load(tiny_model), TextToVideo.load(tiny_model)
+    options = {"sampler": sampler, "steps": 6, "motion_steps": 4, **asked}
+    plain, graphed = load_pipeline(tiny_model), load_pipeline(tiny_model)
     assert not plain.uses_graphs
     graphed.uses_graphs = True
     captures = None
-    for prompts, seeds in ((["a dog"], [1]), (["a red car"], [2])):
-        expected = plain.sample_batch(prompts, config, seeds)[0].frames
-        assert np.array_equal(graphed.sample_batch(prompts, config, seeds)[0].frames, expected)
+    for prompt, seed in (("a dog", 1), ("a red car", 2)):
+        expected = plain.sample(prompt, seed=seed, **options).frames
+        assert np.array_equal(graphed.sample(prompt, seed=seed, **options).frames, expected)
         count = sum(len(each.captures) for each in graphed.prepared.values())
         assert count == (captures or count) > 0
         captures = count
@@ -105,9 +105,9 @@ def test_inputs_have_one_order_in_memory_so_that_they_are_one_copy(
 
     monkeypatch.setattr(graphs, "capture", capture_on_cpu)
     monkeypatch.setattr(torch, "_foreach_copy_", copy)
-    model = TextToVideo.load(tiny_model)
+    model = load_pipeline(tiny_model)
     model.uses_graphs = True
-    model.sample("a dog", SampleConfig(sampler=sampler, steps=5, motion_steps=4, **asked))
+    model.sample("a dog", sampler=sampler, steps=5, motion_steps=4, **asked)
     assert len(copied) == 9
 
 

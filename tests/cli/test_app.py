@@ -4,42 +4,21 @@ import os
 import re
 import subprocess
 import sys
-from typing import NamedTuple
 
 import pytest
 import typer
 
 from cmdgen.cli import app as application
 from cmdgen.cli import errors
-from cmdgen.cli.app import main
 from cmdgen.cli.errors import Failure, on_the_way, within_memory
 from cmdgen.video.write import EncoderError
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cmdgen(capsys: pytest.CaptureFixture[str]):
-    """Runs a command in this process."""
-
-    def run(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        assert isinstance(end.value.code, int)
-        return Result(end.value.code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
 def ends_with(cmdgen, monkeypatch: pytest.MonkeyPatch):
     """Runs a command that ends with an error."""
 
-    def run(error: BaseException) -> Result:
+    def run(error: BaseException):
         app = typer.Typer(rich_markup_mode=None)
 
         @app.callback(invoke_without_command=True)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from cmdgen.cli.app import main
-from cmdgen.video.write import write_video
+from tests.videos import write_video
 
 
 def preview(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[object, str, str]:

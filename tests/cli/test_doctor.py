@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cmdgen import config
-from cmdgen.cli.app import main
 from cmdgen.evaluation.memory import measure_memory
+from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen_kernels import samples
 from cmdgen_kernels.dispatch import interpreted
 
@@ -17,15 +17,9 @@ NAMES = [op.name for op in samples.OPS]
 
 
 @pytest.fixture
-def doctor(capsys):
+def doctor(cmdgen):
     """Runs the command in this process: its exit code, stdout and stderr."""
-
-    def run(*arguments, before=()):
-        with pytest.raises(SystemExit) as end:
-            main([*before, "doctor", *arguments])
-        return end.value.code or 0, *capsys.readouterr()
-
-    return run
+    return lambda *arguments, before=(): cmdgen(*before, "doctor", *arguments)
 
 
 def test_every_op_has_a_line_that_says_what_it_runs_as(doctor):
@@ -50,7 +44,7 @@ def test_json_holds_what_the_lines_say(doctor):
 def test_kernels_are_tried_against_their_definitions(doctor, monkeypatch):
     pytest.importorskip("triton")
     # minutes in the interpreter
-    monkeypatch.setattr("cmdgen.cli.doctor._check_model", lambda device, record: "not tried")
+    monkeypatch.setattr("cmdgen.cli.doctor._check_model", lambda record, device: "not tried")
     with interpreted():
         code, out, _ = doctor("--device", "cpu")
     assert code == 0
@@ -150,15 +144,13 @@ def test_a_config_file_that_is_wrong_is_named_and_fails(doctor, tmp_path):
 
 
 def test_a_clip_that_is_of_one_colour_is_no_clip(doctor, monkeypatch):
-    from cmdgen.pipeline import TextToVideo
-
-    sample = TextToVideo.sample
+    sample = CmdPipeline.sample
 
     def grey(self, *arguments, **options):
         clip = sample(self, *arguments, **options)
         return replace(clip, frames=np.full_like(clip.frames, 128))
 
-    monkeypatch.setattr(TextToVideo, "sample", grey)
+    monkeypatch.setattr(CmdPipeline, "sample", grey)
     code, out, _ = doctor("--device", "cpu")
     assert code == 1 and "its clip is of one colour" in out
 

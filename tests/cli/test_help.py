@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-from cmdgen.cli.app import app, main
+from cmdgen.cli.app import app
 from cmdgen.cli.docs import PAGE, write_page
 from cmdgen.cli.help import describe, sections, split_help
 
@@ -29,11 +29,14 @@ COMMANDS = {
 }
 
 
-def help_of(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as end:
-        main([*arguments, "--help"])
-    assert not end.value.code
-    return capsys.readouterr().out
+@pytest.fixture
+def help_of(cmdgen):
+    def run(*arguments: str) -> str:
+        result = cmdgen(*arguments, "--help")
+        assert result.code == 0
+        return result.out
+
+    return run
 
 
 def test_the_page_of_all_commands_is_as_the_app_is() -> None:
@@ -41,8 +44,8 @@ def test_the_page_of_all_commands_is_as_the_app_is() -> None:
     assert page == write_page(page), "run: python -m cmdgen.cli.docs"
 
 
-def test_commands_are_grouped_before_examples_and_exit_codes(capsys) -> None:
-    shown = help_of(capsys)
+def test_commands_are_grouped_before_examples_and_exit_codes(help_of) -> None:
+    shown = help_of()
     titles = ["Videos:", "Models:", "This machine:", "Options:", "Examples:"]
     places = [shown.index(f"\n{title}\n") for title in titles]
     assert places == sorted(places)
@@ -52,8 +55,8 @@ def test_commands_are_grouped_before_examples_and_exit_codes(capsys) -> None:
     assert "__complete" not in shown
 
 
-def test_options_are_grouped_and_those_of_other_stages_are_not_there(capsys) -> None:
-    shown = help_of(capsys, "train", "content")
+def test_options_are_grouped_and_those_of_other_stages_are_not_there(help_of) -> None:
+    shown = help_of("train", "content")
     for title in (
         "Options",
         "Learning",
@@ -100,17 +103,15 @@ def test_examples_are_commands_that_are_understood(path: str) -> None:
             command.make_context(context.info_name, rest, parent=context.parent)
 
 
-def test_help_is_plain_where_colours_are_forced(capsys, monkeypatch) -> None:
+def test_help_is_plain_where_colours_are_forced(help_of, monkeypatch) -> None:
     # some CI services set these, and typer then colours what goes into a pipe
     for name in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):
         monkeypatch.setenv(name, "1")
     for arguments in ((), ("train",), ("profile",)):
-        assert "\x1b" not in help_of(capsys, *arguments)
+        assert "\x1b" not in help_of(*arguments)
 
 
-def test_a_group_without_a_command_shows_its_help(capsys) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["models"])
-    out, err = capsys.readouterr()
-    assert (end.value.code, out) == (2, "")
+def test_a_group_without_a_command_shows_its_help(cmdgen) -> None:
+    code, out, err = cmdgen("models")
+    assert (code, out) == (2, "")
     assert err.startswith("Usage: cmdgen models [OPTIONS] COMMAND")

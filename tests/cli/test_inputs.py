@@ -19,7 +19,7 @@ from cmdgen.latents import read_latents, save_latents
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.request import Request
 from cmdgen.video.read import read_clip, read_metadata, read_video
-from cmdgen.video.write import write_video
+from tests.videos import write_video
 
 PROMPT = "a dog swimming in the ocean"
 QUIET = Say(quiet=True)

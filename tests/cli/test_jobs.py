@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from cmdgen.cli.app import app
 from cmdgen.cli.batch import group
+from cmdgen.cli.command import read_text
 from cmdgen.cli.jobs import (
     MAX_LINE_BYTES,
     MAX_SKIPPED_BYTES,
@@ -23,15 +24,15 @@ from cmdgen.cli.jobs import (
     read_entries,
 )
 from cmdgen.config import MINI
-from cmdgen.options import MAX_TEXT_BYTES, check_text, options_of
-from cmdgen.request import JOB_FIELDS, Request, resolve
+from cmdgen.options import MAX_TEXT_BYTES, check_text
+from cmdgen.request import FIELDS, JOB_FIELDS, Request, resolve
 from cmdgen.video.formats import Encoding
 
 
 def request(*flags: str) -> Request:
     """The request of `cmdgen sample` with these flags."""
     context = get_command(app).commands["sample"].make_context("sample", [*flags])
-    return Request(**{name: context.params[name] for name in options_of(Request)})
+    return Request(**{name: read_text(Request, name, context.params[name]) for name in FIELDS})
 
 
 def read(data: bytes) -> list[Entry]:
@@ -187,7 +188,7 @@ def test_options_of_a_line_win_over_flags(given, asked):
         ({"rehash": 2.5}, "rehash 2.5 is not text"),
         ({"rehash": "1,2"}, "neither off nor a number of steps"),
         ({"rehash": "0,4,2"}, "do not rise from 0"),
-        ({"rehash": "0" + ",1" * 9000}, "neither off nor a number of steps"),
+        ({"rehash": "0" + ",1" * 8000}, "neither off nor a number of steps"),
         ({"seed": -1}, "seed -1 is not between"),
         ({"sampler": "euler"}, "sampler 'euler' is not one of"),
         ({"format": "avi"}, "format 'avi' is not one of"),

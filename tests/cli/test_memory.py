@@ -8,11 +8,12 @@ import torch
 
 from cmdgen.cli import advice
 from cmdgen.cli.app import main
-from cmdgen.config import SampleConfig
 from cmdgen.evaluation import memory as memories
 from cmdgen.evaluation.estimate import estimate_activations, find_fitting
 from cmdgen.evaluation.memory import Memory
-from cmdgen.pipeline import TextToVideo
+from cmdgen.pipelines.cmd import CmdPipeline
+from cmdgen.pipelines.load import load_pipeline
+from cmdgen.request import Request
 
 PROMPT = "a dog swimming in the ocean"
 
@@ -22,14 +23,14 @@ def short(monkeypatch):
     """Makes forwards of more than so many clips run out of memory, where so much of it is free."""
 
     def fail(most: int, free: int | None) -> None:
-        sample = TextToVideo.sample_batch
+        sample = CmdPipeline.run
 
-        def run(self, prompts, *arguments, **options):
-            if len(prompts) > most:
+        def run(self, plans, *arguments, **options):
+            if len(plans) > most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return sample(self, prompts, *arguments, **options)
+            return sample(self, plans, *arguments, **options)
 
-        monkeypatch.setattr(TextToVideo, "sample_batch", run)
+        monkeypatch.setattr(CmdPipeline, "run", run)
         monkeypatch.setattr(memories, "measure_memory", lambda device: Memory(2**40, free))
 
     return fail
@@ -46,10 +47,12 @@ def sample(capsys, tiny_model, tmp_path):
     return run
 
 
+def needs(model, request: Request, batch: int = 1) -> int:
+    return estimate_activations(model.plan(request, batch=batch), model.dtype, batch=batch)
+
+
 def test_what_would_fit_is_said_and_does(sample, short, tiny_model, tmp_path) -> None:
-    model = TextToVideo.load(tiny_model)
-    asked = SampleConfig(frames=8, height=64, width=96)
-    needed = estimate_activations(model, asked)
+    needed = needs(load_pipeline(tiny_model), Request(frames=8, size=(64, 96)))
     short(0, needed // 3)
     code, out, err = sample("--frames", 8, "--size", "96x64", "--quiet")
     assert (code, out) == (4, "")
@@ -66,39 +69,38 @@ def test_what_would_fit_is_said_and_does(sample, short, tiny_model, tmp_path) ->
 
 
 def test_the_largest_that_fits_is_found(tiny_model) -> None:
-    model = TextToVideo.load(tiny_model)
-    asked = SampleConfig(frames=8, height=64, width=96)
-    needed = estimate_activations(model, asked)
+    model = load_pipeline(tiny_model)
+    request = Request(frames=8, size=(64, 96))
+    needed = needs(model, request)
     # slices do, where nearly all of it is there
-    fitting = find_fitting(model, asked, needed)
-    assert fitting == replace(asked, max_memory=needed)
+    assert find_fitting(model, request, needed) == replace(request, max_memory=needed)
     before = None
     for share in (2, 4, 8, 16):
-        fitting = find_fitting(model, asked, needed // share)
+        fitting = find_fitting(model, request, needed // share)
         if fitting is None:
             break
-        assert estimate_activations(model, fitting) <= needed // share
-        size = fitting.frames * fitting.height * fitting.width
+        assert needs(model, fitting) <= needed // share
+        size = fitting.frames * fitting.size[0] * fitting.size[1]
         assert before is None or size <= before
         before = size
     assert before is not None and before < 8 * 64 * 96
-    assert find_fitting(model, asked, 1000) is None
+    assert find_fitting(model, request, 1000) is None
 
 
 def test_clips_at_a_time_come_first(tiny_model, short) -> None:
-    model = TextToVideo.load(tiny_model)
-    _ = model.parts
-    needed = estimate_activations(model, SampleConfig(), batch=8)
+    model = load_pipeline(tiny_model)
+    model.load()
+    needed = needs(model, Request(), batch=8)
     short(0, needed // 2)
-    assert advice.advise(model, SampleConfig(), 8).endswith("MB free: ask for --batch 4")
+    assert advice.advise(model, Request(), 8).endswith("MB free: ask for --batch 4")
     # where it cannot be told what is free, it is less than what was asked for
     short(0, None)
-    said = advice.advise(model, SampleConfig(), 1)
+    said = advice.advise(model, Request(), 1)
     assert "free" not in said and said.endswith("should fit")
 
 
 def test_weights_that_do_not_fit_are_told_apart(tiny_model) -> None:
-    said = advice.advise(TextToVideo.load(tiny_model), SampleConfig(), 1)
+    said = advice.advise(load_pipeline(tiny_model), Request(), 1)
     assert said == "the weights of tiny do not fit: try --dtype bfloat16"
 
 

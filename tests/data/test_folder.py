@@ -7,7 +7,7 @@ import torch
 
 from cmdgen.data.folder import Folder
 from cmdgen.video.formats import Encoding
-from cmdgen.video.write import write_video
+from tests.videos import write_video
 
 GOOD = {"file": "a.mp4", "caption": " a  dog "}
 
@@ -79,7 +79,7 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.txt: not a text file"):
         Folder(tmp_path)
     (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match=r"a\.txt: the caption is missing, empty"):
         Folder(tmp_path)
     with pytest.raises(ValueError, match="has 20 frames, 21 are needed"):
         Folder(listed(tmp_path, GOOD, {**GOOD, "file": "bb.mp4"})).render([0], (6, 6), frames=21)

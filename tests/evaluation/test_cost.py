@@ -8,14 +8,14 @@ from cmdgen.evaluation.cost import measure_cost, report_cost
 
 
 def test_cost_of_help_is_measured() -> None:
-    cost = measure_cost(["--help"])
+    cost = measure_cost("--help")
     assert 0 < cost.seconds < 60
     assert cost.megabytes > 5
 
 
 def test_cost_of_a_command_that_fails_is_its_error() -> None:
     with pytest.raises(ValueError, match="cmdgen sample: error: the prompt is empty"):
-        measure_cost(["sample", "", "-o", "out.mp4"])
+        measure_cost("sample", "", "-o", "out.mp4")
 
 
 def test_cost_report_has_all_three_figures(tiny_model: Path) -> None:

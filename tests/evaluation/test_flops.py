@@ -1,26 +1,25 @@
 """Counted operations: the published figures, and what the pipeline really multiplies and reads."""
 
 from dataclasses import replace
-from math import prod
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, DiTConfig, SampleConfig
+from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, DiTConfig
 from cmdgen.evaluation.flops import (
     TABLE_8,
     TABLE_9,
     compare_with_paper,
-    count_forwards,
     count_products,
-    count_reads,
-    count_sampling,
+    count_work,
+    list_forwards,
 )
 from cmdgen.models.dit import DiT
-from cmdgen.pipeline import TextToVideo
+from cmdgen.request import Request, resolve
 from cmdgen.weights import build_empty
+
+FLOAT = torch.float32
 
 
 def meta(*shape: int) -> torch.Tensor:
@@ -55,34 +54,25 @@ def test_attention_alone_is_told_apart_from_other_batched_products():
         (CMD_SD15, 1024, "content", 924.3, None),
         (CMD_SD21, 512, "content", 402.1, 339.1),
         (CMD_SD21, 1024, "content", 924.8, None),
-        (CMD_SD15, 512, "vae_decode", 1257.3, None),
-        (CMD_SD21, 1024, "vae_decode", 2548.9, None),
+        (CMD_SD15, 512, "VAE decode", 1257.3, None),
+        (CMD_SD21, 1024, "VAE decode", 2548.9, None),
         (CMD_SD15, 512, "text", 6.65, None),
         (CMD_SD21, 1024, "text", 22.56, None),
         # 20 d^2 for each of 16 x 32 x 64 tokens and 8 layers, either way
-        (CMD_SD21, 1024, "frame_encode", None, 773.5),
-        (CMD_SD21, 1024, "frame_decode", None, 773.3),
+        (CMD_SD21, 1024, "frame encode", None, 773.5),
+        (CMD_SD21, 1024, "frame decode", None, 773.3),
         # 12 d^2 for each of 28 layers and 512, 320 and 512 tokens
         (CMD_SD15, 512, "motion", None, 228.6),
         (CMD_SD21, 512, "motion", None, 143.0),
         (CMD_SD21, 1024, "motion", None, 228.6),
     ],
 )
-def test_a_forward_takes_the_known_multiply_adds(forwards, model, width, name, giga, published):
-    counted = getattr(forwards[model.name, width], name)
+def test_a_forward_takes_the_known_multiply_adds(model, width, name, giga, published):
+    counted = list_forwards(replace(model, height=512, width=width))[name].products
     if giga is not None:
         assert counted.multiply_adds / 1e9 == pytest.approx(giga, rel=5e-4)
     if published is not None:
         assert counted.published / 1e9 == pytest.approx(published, rel=5e-4)
-
-
-@pytest.fixture(scope="module")
-def forwards():
-    return {
-        (model.name, width): count_forwards(replace(model, height=512, width=width))
-        for model in (CMD_SD15, CMD_SD21)
-        for width in (512, 1024)
-    }
 
 
 @pytest.mark.parametrize(
@@ -100,8 +90,12 @@ def test_dit_takes_what_its_paper_says(depth, width, heads, giga):
     assert counted.multiply_adds / 1e9 == pytest.approx(giga, rel=1e-3)
 
 
-def test_tables_8_and_9_are_the_papers():
-    tables = compare_with_paper()
+@pytest.fixture(scope="module")
+def tables():
+    return compare_with_paper()
+
+
+def test_tables_8_and_9_are_the_papers(tables):
     assert {entry.label: entry.published for entry in tables.table_8} == TABLE_8
     for entry in tables.table_8:
         # the paper gives two digits
@@ -111,8 +105,7 @@ def test_tables_8_and_9_are_the_papers():
         assert entry.ours == pytest.approx(entry.published, rel=1e-3)
 
 
-def test_the_honest_count_has_guidance_attention_and_the_vae():
-    tables = compare_with_paper()
+def test_the_honest_count_has_guidance_attention_and_the_vae(tables):
     # of five, five and six attentions to 77 tokens; of 22 residual blocks and the time embedding
     keys_values = 2 * 77 * 1024 * (5 * 320 + 5 * 640 + 6 * 1280) / 1e12
     time = 1280 * (320 + 1280 + 5 * 320 + 5 * 640 + 12 * 1280) / 1e12
@@ -142,42 +135,36 @@ def test_the_honest_count_has_guidance_attention_and_the_vae():
 
 def test_a_model_without_text_is_refused():
     with pytest.raises(ValueError, match="cmd-ucf makes no video from text"):
-        count_forwards(CMD_UCF)
+        list_forwards(CMD_UCF)
 
 
-ASKED = [
-    SampleConfig(),
-    SampleConfig(steps=3, motion_steps=2, guidance=1, motion_guidance=2, sampler="ddim"),
-    SampleConfig(sampler="ddpm", frames=2, height=16, width=16),
-    SampleConfig(frames=1, steps=3),
+REQUESTS = [
+    {},
+    {"steps": 3, "motion_steps": 2, "guidance": 1.0, "motion_guidance": 2.0, "sampler": "ddim"},
+    {"sampler": "ddpm", "frames": 2, "size": (16, 16)},
+    {"frames": 1, "steps": 3},
+    {"steps": 4, "motion_steps": 3, "motion_guidance": 2.0, "rehash": ((0, 1), (0, 2))},
 ]
 
 
-@pytest.mark.parametrize("asked", ASKED)
-def test_what_is_counted_is_what_the_pipeline_multiplies(tiny_model, asked):
-    def attention(q, k, v, *arguments, out_shape=None, **options):
-        return 2 * prod(q[:-1]) * k[-2] * (k[-1] + v[-1])
-
-    # PyTorch's counter does not know the fused attention of its CPUs
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    model = TextToVideo.load(tiny_model, device="cpu")
-    # reading the weights tries them out
-    assert model.parts
-    with FlopCounterMode(display=False, custom_mapping={fused: attention}) as counter:
-        model.sample_batch(["a dog", "a cat"], asked, [1, 2])
-    counted = count_sampling(asked.apply(model.config), batch=2)
-    assert sum(each.flops for each in counted.values()) == counter.get_total_flops()
+@pytest.mark.parametrize("options", REQUESTS)
+def test_what_is_counted_is_what_the_pipeline_multiplies(pipeline, flop_counter, options):
+    plan = pipeline.plan(Request(**options), batch=2)
+    plans = [replace(plan, prompt=prompt) for prompt in ("a dog", "a cat")]
+    with flop_counter:
+        pipeline.run(plans)
+    counted = count_work(plan, FLOAT, batch=2)
+    assert sum(each.flops for each in counted.values()) == flop_counter.get_total_flops()
 
 
-@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("options", REQUESTS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_forwards_are_as_many_as_the_pipeline_makes(tiny_model, asked, batch):
-    model = TextToVideo.load(tiny_model, device="cpu")
-    parts = model.parts
-    # of those that are not called as a whole, a module that each step or decoding runs once
+def test_forwards_are_as_many_as_the_pipeline_makes(pipeline, options, batch):
+    # of networks that are not called as a whole, a module that each step or decoding runs once
     watched = {
-        **{"text": parts.text, "content": parts.content.conv_in, "motion": parts.motion.final},
-        **{"frame decode": parts.autoencoder.output, "VAE decode": parts.vae.decoder},
+        **{"text": pipeline.text_encoder, "content": pipeline.unet.conv_in},
+        **{"motion": pipeline.motion.final, "frame decode": pipeline.autoencoder.output},
+        "VAE decode": pipeline.vae.decoder,
     }
     made = dict.fromkeys(watched, 0)
 
@@ -187,63 +174,68 @@ def test_forwards_are_as_many_as_the_pipeline_makes(tiny_model, asked, batch):
 
         return hook
 
-    for stage, module in watched.items():
-        module.register_forward_hook(count(stage))
-    model.sample_batch(["a dog"] * batch, asked, range(batch))
-    counted = count_reads(asked.apply(model.config), batch=batch)
-    assert {stage: each.forwards for stage, each in counted.items()} == {
-        stage: times for stage, times in made.items() if times
-    }
-    assert list(counted) == list(count_sampling(asked.apply(model.config)))
+    hooks = [module.register_forward_hook(count(stage)) for stage, module in watched.items()]
+    plan = pipeline.plan(Request(**options), batch=batch)
+    pipeline.run([plan] * batch)
+    for hook in hooks:
+        hook.remove()
+    counted = count_work(plan, FLOAT, batch=batch)
+    forwards = {stage: each.forwards for stage, each in counted.items() if each.flops}
+    assert forwards == {stage: times for stage, times in made.items() if times}
+    assert list(counted) == ["load", *forwards, "video encode"]
 
 
-def test_the_weights_of_a_forward_are_those_that_a_gradient_reaches(tiny_model):
-    model = TextToVideo.load(tiny_model, device="cpu")
-    config, parts = model.config, model.parts
+def test_the_weights_of_a_forward_are_those_that_a_gradient_reaches(pipeline):
     still = torch.randn(1, 8, 8, 12)
     when, ids = torch.ones(1), torch.arange(16)[None]
     states = torch.randn(1, 16, 16)
     # two parts of 6 and 4 columns
     motion = torch.randn(1, 8, 4, 10)
+    text, unet, vae = pipeline.text_encoder, pipeline.unet, pipeline.vae
+    dit, autoencoder = pipeline.motion, pipeline.autoencoder
     ran = {
-        "text": (parts.text, parts.text(ids).last_hidden_state),
-        "content": (parts.content, parts.content(still, when, states)),
-        "motion": (
-            parts.motion,
-            parts.motion(motion, when, text=states, context=still, split=6),
-        ),
-        "frame decode": (parts.autoencoder, parts.autoencoder.decode(still, motion)),
-        "VAE decode": (parts.vae, parts.vae.decode(still)),
+        "text": (text, text(ids).last_hidden_state),
+        "content": (unet, unet(still, when, states)),
+        "motion": (dit, dit(motion, when, text=states, context=still, split=6)),
+        "frame decode": (autoencoder, autoencoder.decode(still, motion)),
+        "VAE decode": (vae, vae.decode(still)),
     }
-    counted = count_reads(config)
-    assert list(counted) == list(ran)
-    for stage, (part, output) in ran.items():
+    counted = count_work(resolve(Request(), pipeline.config), FLOAT)
+    assert list(counted) == ["load", *ran, "video encode"]
+    for stage, (network, output) in ran.items():
         output.sum().backward()
-        reached = sum(p.numel() for p in part.parameters() if p.grad is not None)
-        weights = counted[stage].weights
-        assert weights.parameters == weights.numbers == reached
+        reached = sum(p.numel() for p in network.parameters() if p.grad is not None)
+        network.zero_grad()
+        work = counted[stage]
+        assert (work.parameters, work.weight_bytes) == (reached, 4 * reached)
         halves = stage in ("frame decode", "VAE decode")
-        assert (reached < sum(p.numel() for p in part.parameters())) is halves
+        assert (reached < sum(p.numel() for p in network.parameters())) is halves
     # of 560 tokens, those of one prompt
-    text = counted["text"].weights
-    assert text.read == text.parameters - (560 - 16) * 16
+    assert counted["text"].bytes_read == counted["text"].weight_bytes - 4 * (560 - 16) * 16
 
 
 def test_known_models_read_their_known_parameters():
     # Stable Diffusion 1.5's: CLIP ViT-L, the UNet, the decoder of the VAE with its convolution
-    stable = replace(CMD_SD15, frames=1, autoencoder=None, motion=None)
-    counted = count_reads(stable)
-    assert {stage: each.weights.parameters for stage, each in counted.items()} == {
+    stable = resolve(Request(), replace(CMD_SD15, frames=1, autoencoder=None, motion=None))
+    counted = count_work(stable, FLOAT)
+    sampled = {stage: work for stage, work in counted.items() if work.flops}
+    assert {stage: work.parameters for stage, work in sampled.items()} == {
         **{"text": 123_060_480, "content": 859_520_964, "VAE decode": 49_490_199},
     }
-    assert counted["text"].weights.read == 123_060_480 - (49408 - 77) * 768
-    assert [each.forwards for each in counted.values()] == [1, 50, 1]
-    assert list(count_sampling(stable)) == list(counted)
+    assert counted["text"].bytes_read == 4 * (123_060_480 - (49408 - 77) * 768)
+    assert [work.forwards for work in sampled.values()] == [1, 50, 1]
+    assert counted["text"].weight_bytes == 4 * counted["text"].parameters
+
+
+def test_random_features_are_read_and_are_no_parameters():
     gated = replace(CMD_SD15.autoencoder, attention="gated", attention_features=3)
-    plain = count_reads(CMD_SD15)["frame decode"].weights
-    assert plain.parameters == plain.numbers
-    # the random features of time and space in each of 8 blocks: a buffer, not parameters; space is
-    # long enough to use them, time is not
-    gate = count_reads(replace(CMD_SD15, autoencoder=gated))["frame decode"].weights
-    assert gate.parameters == plain.parameters
-    assert gate.numbers == gate.read == plain.numbers + 8 * 3 * 48
+    plain, gate = (
+        list_forwards(replace(CMD_SD15, autoencoder=autoencoder))["frame decode"]
+        for autoencoder in (CMD_SD15.autoencoder, gated)
+    )
+    parameters = dict(plain.network.named_parameters())
+    assert plain.reads.keys() <= parameters.keys()
+    # of space in each of 8 blocks, which is long enough to use them; time is not
+    features = {name: read for name, read in gate.reads.items() if name not in parameters}
+    assert list(features.values()) == [3 * 48] * 8
+    assert sum(gate.reads.values()) == sum(plain.reads.values()) + 8 * 3 * 48

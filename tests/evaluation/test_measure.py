@@ -7,10 +7,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cmdgen.cli import evaluate as command
 from cmdgen.cli.app import app
-from cmdgen.evaluation.measure import EvaluationConfig
+from cmdgen.evaluation import measure
 from cmdgen.evaluation.probe import HEADS, Probe, ProbeConfig
+from cmdgen.evaluation.settings import Evaluation
 from cmdgen.world.config import WorldConfig
 
 WORLD = WorldConfig(
@@ -27,7 +27,7 @@ KEYS = {
 
 @pytest.fixture
 def probe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(command, "MINI_WORLD", WORLD)
+    monkeypatch.setattr(measure, "MINI_WORLD", WORLD)
     torch.manual_seed(0)
     Probe(ProbeConfig(WORLD.subjects, WORLD.motions, WORLD.scenes)).save_pretrained(tmp_path)
     return tmp_path
@@ -69,4 +69,4 @@ def test_a_probe_of_another_world_is_refused(tiny_model: Path, probe_folder: Pat
 @pytest.mark.parametrize(("name", "value"), [("clips", -1), ("clips", 1), ("batch", 0)])
 def test_impossible_counts_are_named(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} {value} is"):
-        EvaluationConfig(**{name: value})
+        Evaluation(**{name: value})

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cmdgen.training import denoising, text
-from cmdgen.video.write import write_video
 from cmdgen.world.config import WORLDS, WorldConfig
+from tests.videos import write_video
 
 SHAPES = WorldConfig(
     subjects=("dog", "cat", "car"),

@@ -1,10 +1,14 @@
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
+
+from cmdgen.video.formats import choose_encoding
+from tests.videos import write_video
 
 
 def draw(frames: int = 8, height: int = 48, width: int = 80) -> np.ndarray:
@@ -17,6 +21,19 @@ def draw(frames: int = 8, height: int = 48, width: int = 80) -> np.ndarray:
 @pytest.fixture(scope="session")
 def colours() -> Callable[..., np.ndarray]:
     return draw
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
+    """Returns the bytes of a video; of each name and shape it is written once."""
+
+    @cache
+    def write(name: str, *shape: int) -> bytes:
+        path = tmp_path_factory.mktemp("written") / name
+        write_video(path, draw(*shape), 8, {"seed": 1}, choose_encoding(name))
+        return path.read_bytes()
+
+    return write
 
 
 @pytest.fixture(scope="session")

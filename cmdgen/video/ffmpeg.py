@@ -1,0 +1,51 @@
+"""One run of the ffmpeg that imageio-ffmpeg brings."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
+from typing import IO
+
+from imageio_ffmpeg import get_ffmpeg_exe
+
+# bytes of what ffmpeg says that are kept
+MOST_SAID = 2**23
+
+
+@contextmanager
+def run_ffmpeg(
+    *arguments: str, stdin: int = subprocess.DEVNULL, stdout: int | IO[bytes] = subprocess.PIPE
+) -> Iterator[tuple["subprocess.Popen[bytes]", bytearray]]:
+    """Give the process and the start of its stderr, which is complete when the block has ended.
+
+    The block ends with the process, which is killed if the block fails.
+    """
+    said = bytearray()
+    # in a session of its own: Ctrl-C reaches us alone, and we clean up
+    with subprocess.Popen(
+        [get_ffmpeg_exe(), "-hide_banner", "-nostats", *arguments],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        # AV1's encoder logs to stderr what is no error
+        env={**os.environ, "SVT_LOG": "1"},
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        # a pipe that nobody reads would stop ffmpeg when it is full
+        listener = Thread(target=_listen, args=(process.stderr, said), daemon=True)
+        listener.start()
+        try:
+            yield process, said
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            listener.join()
+
+
+def _listen(stderr: IO[bytes], said: bytearray) -> None:
+    while part := stderr.read(2**16):
+        if len(said) < MOST_SAID:
+            said += part
