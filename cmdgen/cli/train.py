@@ -42,22 +42,23 @@ _HELP = """{}
 
 def _settings(stage: str) -> type:
     """Return a dataclass of a stage's settings, where None means the value of the recipe."""
+    recipes = {preset: recipe(preset, stage) for preset in PRESETS}
     members = []
-    for part in recipe(PRESET, stage):
+    for i, part in enumerate(recipes[PRESET]):
         cls: Any = type(part)
         for name, (item, _, _) in options_of(cls).items():
-            described = replace(option_of(item), shown=_show_defaults(stage, name))
+            defaults = {preset: _show(getattr(parts[i], name)) for preset, parts in recipes.items()}
+            described = replace(option_of(item), shown=_show_defaults(defaults))
             setting = field(default=None, metadata={"option": described})
             members.append((name, item.type, setting))
-    return make_dataclass("Settings", members)
+    return make_dataclass("Settings", members, repr=False, eq=False)
 
 
-def _show_defaults(stage: str, name: str) -> str:
-    """Return the defaults of a setting as `VALUE; VALUE for PRESET, PRESET`."""
+def _show_defaults(defaults: dict[str, str]) -> str:
+    """Return the defaults of a setting by preset as `VALUE; VALUE for PRESET, PRESET`."""
     presets = dict[str, list[str]]()
-    for preset in PRESETS:
-        train, loss = recipe(preset, stage)
-        presets.setdefault(_show((vars(train) | vars(loss))[name]), []).append(preset)
+    for preset, value in defaults.items():
+        presets.setdefault(value, []).append(preset)
     first, *others = presets
     return "; ".join([first, *(f"{value} for {', '.join(presets[value])}" for value in others)])
 

@@ -287,5 +287,5 @@ _PAPER_RECIPES = {
 @cache
 def recipe(preset: str, stage: str) -> Recipe:
     """Return the settings of a stage: CMD's for the paper's presets, else ours."""
-    ours = Recipe(TrainConfig(), LOSSES[stage]())
-    return _PAPER_RECIPES.get(stage, ours) if preset in PAPER else ours
+    papers = _PAPER_RECIPES.get(stage) if preset in PAPER else None
+    return papers or Recipe(TrainConfig(), LOSSES[stage]())
