@@ -10,7 +10,6 @@ batch = 16
 
 import difflib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,9 @@ def read_settings(path: Path, commands: Any) -> dict[str, Any]:
 
     Raises ValueError, with the file and the key, for unknown keys and values that are not valid.
     """
+    # most commands find no file
+    import tomllib
+
     with path.open("rb") as file:
         text = file.read(_LARGEST + 1)
     if len(text) > _LARGEST:

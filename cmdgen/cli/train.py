@@ -12,11 +12,11 @@ from cmdgen.cli.command import Only, expand
 from cmdgen.cli.completion import one_of
 from cmdgen.cli.errors import Failure, describe, within_memory
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.options import Device, Threads
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
 from cmdgen.config import PRESETS
 from cmdgen.options import option_of, options_of
+from cmdgen.request import Request
 from cmdgen.training.config import DATA, PRESET, Shared, Start, build_model, recipe
 
 app = typer.Typer(
@@ -79,11 +79,10 @@ def _command(stage: str) -> Callable[..., None]:
         start: Start,
         shared: Shared,
         settings: settings_type,
-        device: Device = "auto",
-        threads: Threads = None,
+        request: Annotated[Request, Only(("device",))],
         say: Annotated[Say, Only(("quiet",))],
     ) -> None:
-        _train(stage, start, shared, vars(settings), device, threads, say)
+        _train(stage, start, shared, vars(settings), request.device, say)
 
     return expand(command)
 
@@ -98,7 +97,6 @@ def _train(
     shared: Shared,
     settings: dict[str, Any],
     device_name: str,
-    threads: int | None,
     say: Say,
 ) -> None:
     started = time.monotonic()
@@ -112,8 +110,8 @@ def _train(
     from cmdgen.training.loop import learning_rate
     from cmdgen.training.run import run_stage, settle
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if start.threads is not None:
+        torch.set_num_threads(start.threads)
     shared = settle(start.folder, shared)
     model = build_model(shared)
     config, loss = recipe(model.name, stage).replaced(settings)

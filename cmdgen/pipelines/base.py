@@ -26,7 +26,7 @@ from cmdgen.latents import Latents, check_fit, save_latents
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request, describe_plan, resolve
 from cmdgen.store.parts import hash_weights, load_part, network_configs
-from cmdgen.video.formats import Pixels, choose_encoding
+from cmdgen.video.formats import Encoding, Pixels, choose_encoding
 from cmdgen.video.write import open_video, write_still
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,18 +47,28 @@ class Clip:
     # None for a still
     latents: Latents | None
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the clip; the suffix chooses the format, as for `cmdgen sample -o`."""
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        encoding: Encoding | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the clip; without `encoding` the suffix chooses the format, as in `cmdgen sample`.
+
+        Raises ValueError for what a format cannot hold, FileExistsError unless `overwrite`.
+        """
         target = os.fspath(path)
-        encoding = choose_encoding(target)
-        size, about = (self.content.shape[0], self.content.shape[1]), self.metadata
+        encoding = encoding or choose_encoding(target)
+        about = self.metadata if encoding.metadata else None
         if encoding.format == "png":
             write_still(target, self.content, about, encoding, overwrite=overwrite)
         elif encoding.format == "safetensors":
             if self.latents is None:
                 raise ValueError(f"{target} holds content and motion: a still has no motion")
-            save_latents(target, self.latents, overwrite=overwrite)
+            save_latents(target, replace(self.latents, metadata=about or {}), overwrite=overwrite)
         else:
+            size = self.content.shape[0], self.content.shape[1]
             with open_video(
                 *(target, size, self.fps, about, encoding),
                 overwrite=overwrite,

@@ -6,13 +6,13 @@ Never imports torch.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmdgen.config import ATTENTIONS, PRESETS, ModelConfig, UNetConfig
 from cmdgen.options import option, read_fields
-from cmdgen.request import MAX_SEED, Request, Size, parse_size, resolve, write_size
+from cmdgen.request import MACHINE, MAX_SEED, Request, Size, parse_size, resolve, write_size
 from cmdgen.world.config import WORLDS
 
 PAPER = ("cmd-sd15", "cmd-sd21", "cmd-ucf")
@@ -46,6 +46,7 @@ class Start:
     restart: bool = option(
         False, "Forget this stage's checkpoint.", flags=("--restart/--no-restart",)
     )
+    threads: int | None = _none("CPU threads.", low=1, group=MACHINE)
 
     def __post_init__(self) -> None:
         read_fields(self)
@@ -246,12 +247,11 @@ class Recipe(NamedTuple):
 
     def replaced(self, values: Mapping[str, Any]) -> "Recipe":
         """Return the recipe with those of `values`, by field name, that are not None."""
-        values = {name: value for name, value in values.items() if value is not None}
-        return Recipe(*(_replace(part, values) for part in self))
-
-
-def _replace(part: Any, values: Mapping[str, Any]) -> Any:
-    return replace(part, **{name: values[name] for name in vars(part) if name in values})
+        train, loss = (
+            {name: value for name in vars(part) if (value := values.get(name)) is not None}
+            for part in self
+        )
+        return Recipe(replace(self.train, **train), replace(self.loss, **loss))
 
 
 # App. B.3 and Tables 6 and 7 of Yu et al. 2024 (arXiv:2403.14148). Ours, since the paper does not
@@ -292,6 +292,7 @@ _PAPER_RECIPES = {
 }
 
 
+@cache
 def recipe(preset: str, stage: str) -> Recipe:
     """Return the settings of a stage: CMD's for the paper's presets, else ours."""
     ours = Recipe(TrainConfig(), LOSSES[stage]())

@@ -108,9 +108,7 @@ def test_impossible_step_counts_are_rejected(steps: int) -> None:
 
 
 def test_unknown_names_are_rejected() -> None:
-    with pytest.raises(
-        ValueError, match="beta_schedule 'cosine' is not supported, expected"
-    ):
+    with pytest.raises(ValueError, match="beta_schedule 'cosine' is not supported, expected"):
         alphas_cumprod(replace(STABLE_DIFFUSION, beta_schedule="cosine"))
     with pytest.raises(ValueError, match="timestep_spacing 'random' is not supported, expected"):
         timesteps(replace(STABLE_DIFFUSION, timestep_spacing="random"), 10)
