@@ -1,10 +1,14 @@
 """Where the time of making clips goes, stage by stage, beside what this machine can do at most."""
 
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -90,9 +94,9 @@ class Stopwatch(Observer):
     device: torch.device
     # takes frames as soon as they are decoded
     write: "Callable[[np.ndarray], None] | None" = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     # "resident" on a CPU, "allocated" and "reserved" on a GPU; empty where that cannot be told
-    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    memory: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -102,9 +106,8 @@ class Stopwatch(Observer):
         started = time.perf_counter()
         yield
         _wait(self.device)
-        seconds = time.perf_counter() - started
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self.memory[name] = _highest([self.memory.get(name, {}), _peak(self.device)])
+        self.seconds[name] += time.perf_counter() - started
+        self.memory[name] |= _peak(self.device)
 
     def frames(self, clip: int, frames: "np.ndarray") -> None:
         """Write frames, if they go anywhere."""
@@ -142,7 +145,7 @@ class Measured:
     # of each run
     seconds: tuple[float, ...]
     # highest bytes, as in `Stopwatch`
-    memory: dict[str, int]
+    memory: Counter[str]
 
     @property
     def flops_per_second(self) -> float:
@@ -285,10 +288,9 @@ def profile(
     limits = Limits(*map(max, before, measure_limits(device, dtype)))
     (*_, last) = ways.values()
     model, moves = last.plan.model, last.plan.moves
-    names = ("name", "frames", "height", "width", "sampler", "steps", "guidance")
-    settings = {name: getattr(model, name) for name in names}
-    settings["model"] = settings.pop("name")
-    settings |= {
+    names = ("frames", "height", "width", "sampler", "steps", "guidance")
+    settings = {
+        **{"model": model.name, **{name: getattr(model, name) for name in names}},
         **{"motion_steps": model.motion_steps if moves else None},
         **{"motion_guidance": model.motion_guidance if moves else None},
         **{"batch": last.batch, "runs": runs, "compile": pipeline.uses_compiler},
@@ -303,7 +305,7 @@ def _finish(way: Way, dtype: torch.dtype, watches: list[Stopwatch], seconds: lis
         stage: Measured(
             work[stage],
             tuple(watch.seconds[stage] for watch in watches),
-            _highest([watch.memory[stage] for watch in watches]),
+            highest(watch.memory[stage] for watch in watches),
         )
         for stage in way.stages or work
     }
@@ -314,7 +316,7 @@ def _finish(way: Way, dtype: torch.dtype, watches: list[Stopwatch], seconds: lis
         name: sum(getattr(each, name) for each in counted)
         for name in ("forwards", "flops", "bytes_read")
     }
-    memory = _highest([stage.memory for stage in stages.values()])
+    memory = highest(stage.memory for stage in stages.values())
     return Row(way.plan, stages, Measured(replace(work["load"], **sums), tuple(seconds), memory))
 
 
@@ -367,23 +369,22 @@ def _forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak(device: torch.device) -> dict[str, int]:
+def _peak(device: torch.device) -> Counter[str]:
     """Return the highest memory in bytes since it was forgotten; of a CPU, Linux alone can tell."""
     if device.type == "cuda":
-        return {
-            "allocated": torch.cuda.max_memory_allocated(device),
-            "reserved": torch.cuda.max_memory_reserved(device),
-        }
+        return Counter(
+            allocated=torch.cuda.max_memory_allocated(device),
+            reserved=torch.cuda.max_memory_reserved(device),
+        )
     if not os.access("/proc/self/clear_refs", os.W_OK):
-        return {}
-    status = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in status)
-    return {"resident": int(fields["VmHWM"].split()[0]) * 1024}
+        return Counter()
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return Counter(resident=int(peak[1]) * 1024) if peak else Counter()
 
 
-def _highest(peaks: list[dict[str, int]]) -> dict[str, int]:
-    names = dict.fromkeys(name for peak in peaks for name in peak)
-    return {name: max(peak.get(name, 0) for peak in peaks) for name in names}
+def highest(peaks: Iterable[Counter[str]]) -> Counter[str]:
+    """Return the largest value of each name."""
+    return reduce(or_, peaks, Counter())
 
 
 def device_name(device: torch.device) -> str:
