@@ -70,7 +70,8 @@ def _read_table(table: Mapping[str, Any], context: Any, above: list[str]) -> dic
             if name not in commands:
                 inside = f"{title} has" if above else "there is"
                 raise ValueError(f"{inside} no command {key!r}{_suggest(name, commands)}")
-            inner = typer.Context(commands[name], info_name=name, parent=context)
+            command = context.command.get_command(context, name)
+            inner = typer.Context(command, info_name=name, parent=context)
             values[name] = _read_table(value, inner, [*above, name])
         elif not above:
             raise ValueError(f"{key} is in no table: expected it in one such as [sample]")

@@ -11,7 +11,6 @@ import pytest
 from cmdgen.config import PRESETS
 from cmdgen.training.vae import VaeStage
 from tests.conftest import tiny_config
-from tests.videos import write_video
 
 FEW = ("--batch", 2, "--accumulate", 1, "--steps", 2, "--clips", 4, "--held-out", 2)
 
