@@ -81,6 +81,8 @@ class Shared:
 
     def __post_init__(self) -> None:
         read_fields(self)
+        if self.attention_threshold == 0:
+            raise ValueError("attention threshold 0.0 is not above 0")
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that are not None, as run.json holds them."""
@@ -153,9 +155,14 @@ class TrainConfig:
             raise ValueError(
                 f"batch {self.batch} is not a multiple of accumulate {self.accumulate}"
             )
-        for decay in self.betas:
-            if not 0 <= decay < 1:
-                raise ValueError(f"betas {decay} is not at least 0 and below 1")
+        for name, decays in {"betas": self.betas, "ema": (self.ema,)}.items():
+            for decay in decays:
+                if not 0 <= decay < 1:
+                    raise ValueError(f"{name} {decay} is not at least 0 and below 1")
+        if not 0 < self.lr < 1:
+            raise ValueError(f"lr {self.lr} is not between 0 and 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes {self.minutes} is not above 0")
 
     def uses_bf16(self, device_type: str) -> bool:
         """Return whether forward passes run in bfloat16 autocast; by default on GPUs alone."""
