@@ -120,7 +120,7 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
         most = 4096 if item is str and key not in _CHOICES else 64
         if len(value) > most:
             raise ValueError(f"{key} has {len(value)} entries, at most {most} are read")
-        return tuple(check_value(each, item, key) for each in value)
+        return tuple(check_value(entry, item, key) for entry in value)
     if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
         return hint(**check_fields(hint, value))
     if hint is float and type(value) is int and abs(value) < 2**53:
