@@ -45,11 +45,6 @@ class Specs:
         """() -> (B,): the first subject."""
         return self.actors[:, 0]
 
-    @property
-    def labels(self) -> dict[str, Tensor]:
-        """Numbers of the subject, the motion and the scene, (B,) each."""
-        return {"subject": self.subject, "motion": self.motion, "scene": self.scene}
-
 
 @dataclass(frozen=True)
 class Pose:

@@ -10,18 +10,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from cmdgen.acceleration.calibration import PARTS, read_calibrations, write_calibrations
 from cmdgen.acceleration.chart import colour
 from cmdgen.acceleration.keysteps import minimax
-from cmdgen.cli import rehash as command
-from cmdgen.cli.app import app
-from cmdgen.cli.errors import Failure
-from cmdgen.config import SampleConfig
-from cmdgen.evaluation import probe as probes
+from cmdgen.config import POLICIES, SAMPLERS
+from cmdgen.evaluation import measure
 from cmdgen.evaluation.probe import HEADS, Probe, ProbeConfig
-from cmdgen.pipeline import TextToVideo
+from cmdgen.evaluation.rehash import calibrate
+from cmdgen.pipelines.load import load_pipeline
+from cmdgen.pipelines.still import StillPipeline
+from cmdgen.request import Request
 from cmdgen.store.find import find_model
 from cmdgen.video.read import read_metadata
 from cmdgen.world.config import WorldConfig
@@ -37,28 +36,33 @@ WORLD = WorldConfig(
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> TextToVideo:
-    return TextToVideo.load(tiny_model)
+def model(tiny_model: Path) -> StillPipeline:
+    return load_pipeline(tiny_model)
 
 
 @pytest.fixture(scope="module")
-def calibration(model: TextToVideo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibration(model: StillPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rehash") / "rehash.json"
     prompts = [PROMPT, "a red car driving", "two birds"]
-    found = model.calibrate(prompts, SampleConfig(**STEPS), batch=2)
+    found = measure_steps(model, prompts, batch=2, **STEPS)
     write_calibrations(path, "tiny", found)
     return path
 
 
-def uniform(number: int, **more: object) -> SampleConfig:
-    return SampleConfig(rehash=number, rehash_policy="uniform", **STEPS, **more)  # type: ignore[arg-type]
+def measure_steps(model: StillPipeline, prompts: list[str], *, batch: int = 1, **options: object):
+    plan = model.plan(Request(**options))
+    return calibrate(model, plan, prompts, protect=0.1, batch=batch, show=lambda *_: None)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++"])
+def uniform(number: int, **more: object) -> dict:
+    return {"rehash": number, "rehash_policy": "uniform", "seed": 0, **STEPS, **more}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_all_steps_in_full_are_no_rehash_bit_for_bit(model, sampler: str) -> None:
-    plain = model.sample(PROMPT, SampleConfig(**STEPS, sampler=sampler))
-    full = model.sample(PROMPT, uniform(6, sampler=sampler))
-    fewer = model.sample(PROMPT, uniform(3, sampler=sampler))
+    plain = model.sample(PROMPT, seed=0, sampler=sampler, **STEPS)
+    full = model.sample(PROMPT, **uniform(6, sampler=sampler))
+    fewer = model.sample(PROMPT, **uniform(3, sampler=sampler))
     assert np.array_equal(plain.frames, full.frames)
     assert not np.array_equal(plain.content, fewer.content)
     assert not np.array_equal(plain.frames, fewer.frames)
@@ -67,111 +71,104 @@ def test_all_steps_in_full_are_no_rehash_bit_for_bit(model, sampler: str) -> Non
 
 def test_each_network_runs_its_full_steps(model) -> None:
     calls = {"content": 0, "motion": 0}
-    parts = {"content": model.parts.content.mid_block, "motion": model.parts.motion.blocks[0]}
+    parts = {"content": model.unet.mid_block, "motion": model.motion.blocks[0]}
     hooks = [
         part.register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
         for name, part in parts.items()
     ]
-    clip = model.sample(PROMPT, uniform(4, rehash_protect=0))
+    clip = model.sample(PROMPT, **uniform(4, rehash_protect=0))
     for hook in hooks:
         hook.remove()
     assert calls == {"content": 4, "motion": 4}
-    assert clip.metadata["rehash"] == {
-        **{"policy": "uniform", "cut": "layer"},
-        **{"content": (0, 2, 3, 5), "motion": (0, 2, 3, 5)},
-    }
+    assert clip.metadata["rehash"] == "0,2,3,5+0,2,3,5"
+    assert clip.metadata["rehash_policy"] == "uniform"
 
 
-@pytest.mark.parametrize("config", [uniform(3), uniform(3, guidance=1), uniform(3, sampler="ddpm")])
-def test_nothing_of_one_clip_is_left_for_the_next(model, tiny_model, config) -> None:
-    model.sample("a red car driving", config)
-    second = model.sample(PROMPT, config)
-    fresh = TextToVideo.load(tiny_model).sample(PROMPT, config)
+@pytest.mark.parametrize("more", [{}, {"guidance": 1}, {"sampler": "ddpm"}])
+def test_nothing_of_one_clip_is_left_for_the_next(model, tiny_model, more) -> None:
+    model.sample("a red car driving", **uniform(3, **more))
+    second = model.sample(PROMPT, **uniform(3, **more))
+    fresh = load_pipeline(tiny_model).sample(PROMPT, **uniform(3, **more))
     assert np.array_equal(second.frames, fresh.frames)
 
 
-@pytest.mark.parametrize("config", [uniform(3), uniform(3, motion_guidance=2)])
-def test_batch_of_two_is_two_batches_of_one(model, config) -> None:
-    prompts, seeds = [PROMPT, "a red car driving"], [1, 2]
-    both = model.sample_batch(prompts, config, seeds)
-    for clip, prompt, seed in zip(both, prompts, seeds, strict=True):
-        (alone,) = model.sample_batch([prompt], config, [seed])
+@pytest.mark.parametrize("more", [{}, {"motion_guidance": 2}])
+def test_batch_of_two_is_two_batches_of_one(model, more) -> None:
+    plans = [
+        model.plan(Request(prompt=prompt, **uniform(3, seed=seed, **more)), batch=2)
+        for prompt, seed in ((PROMPT, 1), ("a red car driving", 2))
+    ]
+    for clip, plan in zip(model.run(plans), plans, strict=True):
+        (alone,) = model.run([plan])
         assert clip.metadata == alone.metadata
         assert np.abs(clip.frames.astype(int) - alone.frames).max() <= 1
 
 
 def test_a_calibration_serves_any_size_and_length(model, calibration: Path) -> None:
-    config = SampleConfig(
-        rehash=4, rehash_file=str(calibration), height=16, width=32, frames=2, **STEPS
-    )
-    clip = model.sample(PROMPT, config)
-    assert clip.frames.shape == (2, 16, 32, 3)
+    options = {"rehash": 4, "rehash_file": calibration, "steps": 6}
+    plan = model.plan(Request(size=(16, 32), frames=2, motion_steps=6, **options))
     content = read_calibrations(calibration, "tiny")[0]
-    assert clip.metadata["rehash"]["content"] == minimax(content.errors, 4, protected=1)
-    still = model.sample(
-        PROMPT, SampleConfig(rehash=4, rehash_file=str(calibration), frames=1, steps=6)
-    )
-    assert "motion" not in still.metadata["rehash"]
+    assert plan.key_steps.content == minimax(content.error_map(), 4, protected=1)
+    assert model.run([plan])[0].frames.shape == (2, 16, 32, 3)
+    still = model.plan(Request(frames=1, **options)).key_steps
+    assert (len(still.content), still.motion) == (4, ())
 
 
 def test_calibration_needs_steps_and_prompts(model) -> None:
     with pytest.raises(ValueError, match="content in 1 step has nothing to reuse"):
-        model.calibrate([PROMPT], SampleConfig(steps=1))
+        measure_steps(model, [PROMPT], steps=1)
     with pytest.raises(ValueError, match="no prompts"):
-        model.calibrate([], SampleConfig())
+        measure_steps(model, [])
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("options", "says"),
     [
         ({"rehash_policy": "random", "rehash": 4}, "'random' is not one of similarity, uniform"),
-        ({"rehash_policy": "uniform"}, "policy uniform chooses nothing"),
-        ({"rehash_cut": "mid"}, "rehash cut 'mid' is not one of layer, resnet, attention"),
+        ({"rehash_policy": "uniform"}, "nothing is rehashed: say how many steps"),
         ({"rehash_threshold": 1.5}, "rehash threshold 1.5 is not between -1 and 1"),
-        ({"rehash_threshold": float("nan")}, "rehash threshold nan is not between"),
-        ({"rehash_threshold": 0.9, "rehash": 4}, "it takes no number"),
+        ({"rehash_threshold": float("nan")}, "rehash threshold nan is not"),
+        ({"rehash_threshold": 0.9, "rehash": 4}, "leave out the number"),
         ({"rehash_threshold": 0.9, "rehash_policy": "minimax"}, "minimax has no threshold"),
         ({"rehash_protect": -0.1}, "rehash protect -0.1 is not between 0 and 1"),
     ],
 )
-def test_what_makes_no_sense_is_refused(asked: dict, says: str) -> None:
+def test_what_makes_no_sense_is_refused(model, options: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        SampleConfig(**asked)
+        model.plan(Request(**options))
 
 
 # the commands
 
 
-def run(*arguments: object):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+@pytest.fixture
+def sample(cmdgen, tiny_model: Path):
+    def run(output: Path, *arguments: object):
+        steps = ("--steps", 6, "--motion-steps", 6, "--seed", 3)
+        options = ("-o", output, "--overwrite", "--model", tiny_model, *steps, *arguments)
+        return cmdgen("sample", PROMPT, *options)
 
-
-def sample(model: Path, output: Path, *arguments: object):
-    steps = ("--steps", 6, "--motion-steps", 6, "--seed", 3)
-    return run("sample", PROMPT, "-o", output, "--overwrite", "--model", model, *steps, *arguments)
+    return run
 
 
 def test_sample_says_which_steps_were_full_and_the_video_knows(
-    tiny_model: Path, calibration: Path, tmp_path: Path
+    sample, calibration: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.mp4"
-    result = sample(tiny_model, path, "--rehash", 4, "--rehash-file", calibration)
-    assert result.exit_code == 0, result.output
-    assert result.stdout == f"{path}\n"
-    recorded = read_metadata(path)["rehash"]
-    assert recorded["policy"] == "minimax"
-    for part in PARTS:
-        steps = " ".join(map(str, recorded[part]))
-        assert re.search(
-            rf"^rehash: .*{part} in full at 4 of 6 steps: {steps}$", result.stderr, re.M
-        )
+    code, out, err = sample(path, "--rehash", 4, "--rehash-file", calibration)
+    assert (code, out) == (0, f"{path}\n"), err
+    metadata = read_metadata(path)
+    assert metadata["rehash_policy"] == "minimax"
+    for part, listed in zip(PARTS, metadata["rehash"].split("+"), strict=True):
+        steps = listed.replace(",", " ")
+        assert re.search(rf"^rehash: .*{part} in full at 4 of 6 steps: {steps}$", err, re.M)
     path = tmp_path / "b.mp4"
-    result = sample(tiny_model, path, "--rehash-threshold", -1, "--rehash-file", calibration)
-    assert "rehash: similarity, content in full at 2 of 6 steps: 0 5\n" in result.stderr
-    assert read_metadata(path)["rehash"]["threshold"] == -1
+    result = sample(path, "--rehash-threshold", -1, "--rehash-file", calibration)
+    assert "rehash: similarity, content in full at 2 of 6 steps: 0 5\n" in result.err
+    assert read_metadata(path)["rehash_threshold"] == -1
     path = tmp_path / "c.mp4"
-    result = sample(tiny_model, path, "--rehash", "off")
-    assert "rehash" not in result.stderr and "rehash" not in read_metadata(path)
+    result = sample(path, "--rehash", "off")
+    assert "rehash" not in result.err and "rehash" not in read_metadata(path)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +184,6 @@ def test_sample_says_which_steps_were_full_and_the_video_knows(
         ),
         (["--rehash", "4", "--rehash-file", "none.json"], "none.json: No such file"),
         (["--rehash-file", "none.json"], "say how many steps run in full with --rehash N"),
-        (["--rehash-cut", "resnet"], "say how many steps run in full with --rehash N"),
         (
             ["--rehash", "3", "--rehash-policy", "uniform", "--guidance-interval", "0.2-0.8"],
             "with rehash, a guidance interval must reach up to 1",
@@ -195,27 +191,27 @@ def test_sample_says_which_steps_were_full_and_the_video_knows(
     ],
 )
 def test_what_cannot_be_is_said_before_weights_are_read(
-    tiny_model: Path, tmp_path: Path, arguments: list[str], says: str, monkeypatch
+    sample, tmp_path: Path, arguments: list[str], says: str, monkeypatch
 ) -> None:
-    monkeypatch.setattr(TextToVideo, "parts", property(lambda self: pytest.fail("weights read")))
-    result = sample(tiny_model, tmp_path / "a.mp4", *arguments)
-    assert isinstance(result.exception, ValueError) and says in str(result.exception)
+    monkeypatch.setattr(StillPipeline, "part", lambda *_: pytest.fail("weights read"))
+    code, out, err = sample(tmp_path / "a.mp4", *arguments)
+    assert (code, out) in ((2, ""), (3, "")) and says in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
 def test_calibrate_writes_a_file_that_sample_reads_and_draws_it(
-    tiny_model: Path, tmp_path: Path
+    cmdgen, tiny_model: Path, tmp_path: Path
 ) -> None:
     prompts, path, plot = (tmp_path / name for name in ("prompts.txt", "a.json", "a.png"))
     prompts.write_text("a dog\n\na red car driving\n")
     arguments = ("rehash", "calibrate", "--model", tiny_model, "--prompts", prompts, "-o", path)
-    result = run(*arguments, "--steps", 3, "--plot", plot)
-    assert (result.exit_code, result.stdout) == (0, f"{path}\n"), result.output
-    result = run(*arguments, "--steps", 3, "--sampler", "ddim", "--cut", "resnet")
+    code, out, err = cmdgen(*arguments, "--steps", 3, "--plot", plot)
+    assert (code, out) == (0, f"{path}\n"), err
+    assert cmdgen(*arguments, "--steps", 3, "--sampler", "ddim").code == 0
     found = read_calibrations(path, "tiny")
-    assert sorted((each.part, each.sampler, str(each.cut)) for each in found) == [
-        *(("content", "ddim", "resnet"), ("content", "dpm++", "layer")),
-        *(("motion", "ddim", "None"), ("motion", "dpm++", "None")),
+    assert sorted((each.part, each.sampler) for each in found) == [
+        *(("content", "ddim"), ("content", "dpm++")),
+        *(("motion", "ddim"), ("motion", "dpm++")),
     ]
     assert {(each.steps, each.prompts) for each in found} == {(3, 2)}
     with Image.open(plot) as image:
@@ -239,38 +235,39 @@ def test_calibrate_writes_a_file_that_sample_reads_and_draws_it(
         (["-o", "none/a.json"], "not the name of a file in a folder that can be written to"),
         (["-o", "other.json"], "other.json: model 'other' is not tiny"),
         (["--batch", "0"], "batch 0 is not at least 1"),
-        (["--cut", "mid"], "rehash cut 'mid' is not one of"),
     ],
 )
 def test_calibrate_says_what_is_wrong_before_it_measures(
-    tiny_model: Path, tmp_path: Path, monkeypatch, arguments: list[str], says: str
+    cmdgen, tiny_model: Path, tmp_path: Path, monkeypatch, arguments: list[str], says: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("\n")
     Path("other.json").write_text('{"model": "other", "calibrations": []}')
-    result = run("rehash", "calibrate", "--model", tiny_model, "-o", "a.json", *arguments)
-    assert isinstance(result.exception, (ValueError, OSError)) and says in str(result.exception)
+    code, out, err = cmdgen(
+        "rehash", "calibrate", "--model", tiny_model, "-o", "a.json", *arguments
+    )
+    assert (code, out) in ((2, ""), (3, "")) and says in err and err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "other.json"]
 
 
 def test_a_calibration_of_no_numbers_is_refused_and_not_written(
-    tiny_model: Path, tmp_path: Path
+    cmdgen, tiny_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "tiny")
     path = tmp_path / "tiny" / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)
     state["conv_out.bias"].fill_(torch.nan)
     save_file(state, path)
-    result = run("rehash", "calibrate", "--model", tmp_path / "tiny", "--steps", 3)
-    assert isinstance(result.exception, Failure) and "unet overflows" in str(result.exception)
+    code, out, err = cmdgen("rehash", "calibrate", "--model", tmp_path / "tiny", "--steps", 3)
+    assert code and not out and "unet overflows" in err
     assert not (tmp_path / "tiny" / "rehash.json").exists()
 
 
 def test_compare_has_a_row_for_each_way_at_equal_full_steps(
-    tiny_model: Path, calibration: Path, tmp_path: Path, monkeypatch
+    cmdgen, tiny_model: Path, calibration: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(command, "MINI_WORLD", WORLD)
-    monkeypatch.setattr(probes, "PACKAGED", tmp_path / "probe")
+    monkeypatch.setattr(measure, "MINI_WORLD", WORLD)
+    monkeypatch.setattr(measure, "PACKAGED", tmp_path / "probe")
     probe = Probe(ProbeConfig(WORLD.subjects, WORLD.motions, WORLD.scenes))
     probe.save_pretrained(tmp_path / "probe")
     folder = tmp_path / "tiny"
@@ -281,9 +278,9 @@ def test_compare_has_a_row_for_each_way_at_equal_full_steps(
     (folder / "model_index.json").write_text(json.dumps(index))
 
     arguments = ["rehash", "compare", "--model", folder, "--clips", 3, "--batch", 2]
-    result = run(*arguments, "--full", 4, "--full", 6, "--json")
-    assert result.exit_code == 0, result.output
-    data = json.loads(result.stdout)
+    code, out, err = cmdgen(*arguments, "--full", 4, "--full", 6, "--json")
+    assert code == 0, err
+    data = json.loads(out)
     policies = ("rehash similarity", "rehash uniform", "rehash minimax")
     ways = [(row["full_steps"], row["full_motion_steps"], row["way"]) for row in data["rows"]]
     assert ways == [
@@ -299,19 +296,17 @@ def test_compare_has_a_row_for_each_way_at_equal_full_steps(
         if number is not None:
             assert (row["ssim"] == 1) == (number == 6)
 
-    result = run(*arguments[:-2], "--full", 4)
-    title, _, header, _, *rows = result.stdout.splitlines()
-    assert title == "tiny: 3 clips, dpm++, 6 + 6 steps, cut layer"
+    title, _, header, _, *rows = cmdgen(*arguments[:-2], "--full", 4).out.splitlines()
+    assert title == "tiny: 3 clips, dpm++, 6 + 6 steps"
     assert header.split("|")[3].strip() == "subject" and len(rows) == 5
     assert re.search(r"4 \+ 4 +\| rehash minimax +\|.* dB +\|", rows[-1])
 
 
 def test_mini_ships_its_calibration() -> None:
-    model = TextToVideo.load("mini")
+    model = load_pipeline("mini")
     path = find_model("mini") / "rehash.json"
     assert path.stat().st_size < 50_000
     for number in (13, 9):
-        for policy in ("similarity", "uniform", "minimax"):
-            plan = model.plan_rehash(SampleConfig(rehash=number, rehash_policy=policy))
-            assert plan is not None
-            assert (len(plan.content), len(plan.motion)) == (number, number)
+        for policy in POLICIES:
+            steps = model.plan(Request(rehash=number, rehash_policy=policy)).key_steps
+            assert (len(steps.content), len(steps.motion)) == (number, number)
