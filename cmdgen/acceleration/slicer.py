@@ -146,6 +146,8 @@ def fetch(parts: Iterable[Tensor]) -> Iterator[Tensor]:
 
 # strips of one feature map, from its top: (B, C, R, W) each, channels_last
 Strips = list[Tensor]
+# scale and offset (B, C, 1, 1) of a norm
+Affine = tuple[Tensor, Tensor]
 # in the place of one that nobody needs any more
 GONE = torch.empty(0)
 
@@ -173,7 +175,7 @@ class Moments:
         self.count = total
         return x
 
-    def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    def affine(self, norm: nn.GroupNorm) -> Affine:
         """() -> scale and offset (B, C, 1, 1), in float32 at least: all that is left of `norm`."""
         assert isinstance(self.mean, Tensor) and isinstance(self.squares, Tensor)
         means = self.mean.unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, 1, 1)
@@ -244,7 +246,7 @@ def _run_upsampler(conv: nn.Conv2d, x: Strips) -> Moments:
 
 
 def _windows(
-    strips: Strips, affine: tuple[Tensor, Tensor] | None = None, *, consume: bool = False
+    strips: Strips, affine: Affine | None = None, *, consume: bool = False
 ) -> Iterator[Tensor]:
     """Yield each strip with a row of its neighbours, normalised and activated.
 
@@ -259,35 +261,21 @@ def _windows(
 
 
 def _window(
-    strips: Strips,
-    i: int,
-    above: Tensor | None,
-    affine: tuple[Tensor, Tensor] | None,
-    consume: bool,
+    strips: Strips, i: int, above: Tensor | None, affine: Affine | None, consume: bool
 ) -> Tensor:
-    """Strip i between the rows above and below it; beyond the map there are zeros."""
-    strip = strips[i]
-    batch, channels, rows, width = strip.shape
-    window = torch.empty(
-        (batch, channels, rows + 2, width),
-        dtype=strip.dtype,
-        device=strip.device,
-        memory_format=torch.channels_last,
-    )
-    below = strips[i + 1][:, :, :1] if i + 1 < len(strips) else None
-    for piece, target in zip((above, strip, below), window.split((1, rows, 1), dim=2), strict=True):
-        if piece is None:
-            target.zero_()
-        elif affine is None:
-            target.copy_(piece)
-        elif affine[0].dtype == strip.dtype:
-            scale, offset = affine
-            F.silu(torch.addcmul(offset, piece, scale, out=target), inplace=True)
-        else:
-            scale, offset = affine
-            target.copy_(F.silu(torch.addcmul(offset, piece, scale), inplace=True))
+    """(B, C, R, W) -> (B, C, R + 2, W) of strip i; beyond the map there are zeros."""
+    window = F.pad(strips[i], (0, 0, 1, 1)).contiguous(memory_format=torch.channels_last)
     if consume:
         strips[i] = GONE
+    first, last = int(above is None), window.shape[2] - (i + 1 == len(strips))
+    if above is not None:
+        window[:, :, :1] = above
+    if i + 1 < len(strips):
+        window[:, :, -1:] = strips[i + 1][:, :, :1]
+    if affine is not None:
+        scale, offset = affine
+        inside = window[:, :, first:last]
+        F.silu(torch.addcmul(offset, inside, scale, out=inside), inplace=True)
     return window
 
 
