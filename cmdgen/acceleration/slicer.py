@@ -12,7 +12,7 @@ reads, with a row of the neighbours on either side. Strips that nobody needs any
 Where maps are smallest, in the middle, they are whole: attention needs all of them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -109,39 +109,6 @@ def decode_pictures(vae: KlVae, latents: Tensor, strips: int) -> Tensor:
     moments = _run_blocks(decoder.up_blocks, parts, moments)
     windows = _windows(parts, moments.affine(decoder.conv_norm_out), consume=True)
     return torch.cat([_convolve(decoder.conv_out, next(windows)) for _ in range(len(parts))], dim=2)
-
-
-def fetch(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Tensors -> the same on the CPU, in order; from a GPU while it computes those that follow.
-
-    There each lies in one of two buffers that take turns: what is kept must be copied at once. The
-    first may not be shorter than others.
-    """
-    stream: torch.cuda.Stream | None = None
-    buffers: list[Tensor] = []
-    before: tuple[Tensor, torch.cuda.Event] | None = None
-    for i, part in enumerate(parts):
-        if part.device.type != "cuda":
-            yield part
-            continue
-        if stream is None:
-            stream = torch.cuda.Stream(part.device)
-            buffers = [torch.empty_like(part, device="cpu", pin_memory=True) for _ in range(2)]
-        buffer = buffers[i % 2][: len(part)]
-        stream.wait_stream(torch.cuda.current_stream(part.device))
-        with torch.cuda.stream(stream):
-            buffer.copy_(part, non_blocking=True)
-            copied = stream.record_event()
-        # no other tensor may have its memory before it is copied
-        part.record_stream(stream)
-        # the GPU has its work for this part: time to wait for that of the one before
-        if before is not None:
-            before[1].synchronize()
-            yield before[0]
-        before = buffer, copied
-    if before is not None:
-        before[1].synchronize()
-        yield before[0]
 
 
 # strips of one feature map, from its top: (B, C, R, W) each, channels_last
