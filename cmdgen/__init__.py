@@ -1,3 +1,22 @@
-"""cmdgen: text to video by content-frame motion-latent decomposition (CMD)."""
+"""Text to video by content-frame motion-latent decomposition."""
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cmdgen.pipelines.still import StillPipeline
 
 __version__ = "0.1.0"
+
+
+def load(
+    model: str | os.PathLike[str] = "mini", *, device: str = "auto", dtype: str = "auto"
+) -> "StillPipeline":
+    """Return the pipeline of a model, ready for `pipeline.sample(prompt, **options)`.
+
+    `model` is a packaged name, a folder, or OWNER/NAME that `cmdgen models pull` brought. Raises
+    ValueError or FileNotFoundError, saying what is possible.
+    """
+    from cmdgen.pipelines.load import load_pipeline
+
+    return load_pipeline(model, device=device, dtype=dtype)

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -147,7 +146,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 def _hidden(path: Path) -> Path:
     """Return a free name beside `path`, with the same suffix: encoders choose by it."""
-    return path.with_name(f".cmdgen-{secrets.token_hex(8)}{path.suffix}")
+    return path.with_name(f".cmdgen-{os.urandom(8).hex()}{path.suffix}")
 
 
 def _finite(text: str) -> float:

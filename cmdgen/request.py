@@ -112,6 +112,11 @@ _how = partial(option, None, group=HOW, per_job=True, shown=MODELS_OWN)
 _faster = partial(option, group=FASTER, per_job=True)
 _file = partial(option, group=FILE, per_job=True)
 _machine = partial(option, group=MACHINE)
+_SIZE = {"read": parse_size, "write": write_size, "metavar": "WIDTHxHEIGHT"}
+_INTERVAL = {"read": parse_interval, "write": "{0[0]}-{0[1]}".format, "metavar": "LOW-HIGH"}
+_REHASH = {"read": parse_rehash, "write": write_rehash, "metavar": "N|STEPS|off"}
+_MEMORY = {"read": parse_memory, "write": "{}B".format, "metavar": "SIZE"}
+_NAME = {"flags": ("--output", "-o"), "metavar": "NAME", "complete": "file"}
 
 
 @dataclass(frozen=True)
@@ -123,51 +128,35 @@ class Request:
     """
 
     prompt: str | None = _what(
-        None,
-        "What the video shows. Without PROMPT, prompts are read from stdin.",
-        argument=True,
-        metavar="PROMPT",
+        None, "What the video shows; read from stdin if missing.", argument=True, metavar="PROMPT"
     )
     output: str | None = _what(
         None,
         "File to write. Its suffix chooses the format; .png is a still; - is stdout. {index}, "
         "{line}, {seed} and {slug} are replaced.",
-        flags=("--output", "-o"),
-        metavar="NAME",
-        complete="file",
+        **_NAME,
     )
     seed: int | None = _seed("The same seed gives the same frames.", shown="random")
     content_seed: int | None = _seed("Seed of the content frame.", shown="--seed")
     motion_seed: int | None = _seed("Seed of the motion.", shown="--seed")
     negative: str = _what("", "Negative prompt: guidance leads away from it.", shown="none")
     frames: int | None = _what(
-        None,
-        "Length of the video. 1 makes a still, the content frame alone.",
-        low=1,
-        shown=MODELS_OWN,
+        None, "Length of the video. 1 is a still, the content frame.", low=1, shown=MODELS_OWN
     )
-    size: Size | None = _what(
-        None,
-        "Size of the video.",
-        metavar="WIDTHxHEIGHT",
-        shown=MODELS_OWN,
-        read=parse_size,
-        write=write_size,
-    )
+    size: Size | None = _what(None, "Size of the video.", shown=MODELS_OWN, **_SIZE)
     fps: int | None = _what(None, "Frames per second.", low=1, shown=MODELS_OWN)
 
     content_from: Path | None = _input(
-        "Take the content frame from a video, or from latents that `cmdgen encode` wrote. Only the "
-        "motion is sampled."
+        "Take the content frame from a video, or latents of `cmdgen encode`; sample the motion."
     )
     motion_from: Path | None = _input(
-        "Take the motion from a video or from latents. Only the content frame is sampled."
+        "Take the motion from a video, or latents; sample the content frame."
     )
     image: Path | None = _input("Animate a picture of any size: it becomes the content frame.")
 
     steps: int | None = _how("Sampling steps of the content frame.", low=1)
     motion_steps: int | None = _how("Sampling steps of the motion.", low=1)
-    sampler: str | None = _how(f"One of {', '.join(SAMPLERS)}.", choices=SAMPLERS)
+    sampler: str | None = _how("How noise becomes a sample.", choices=SAMPLERS)
     guidance: float | None = _how(
         "How closely the content frame follows the prompt; 1 is off.", low=0, high=100
     )
@@ -176,26 +165,17 @@ class Request:
     )
 
     guidance_interval: tuple[float, float] | None = _faster(
-        None,
-        "Guide only between these shares of the noise schedule, such as 0.1-0.8.",
-        metavar="LOW-HIGH",
-        read=parse_interval,
-        write="{0[0]}-{0[1]}".format,
+        None, "Guide only between these shares of the noise schedule, such as 0.1-0.8.", **_INTERVAL
     )
     rehash: int | Steps | None = _faster(
         None,
         "Run N of the steps in full and reuse features in the others; the motion model runs as "
         "many in proportion. Or list the steps: 0,1,4+0,2 are those of content and motion.",
-        metavar="N|STEPS|off",
         shown="off",
-        read=parse_rehash,
-        write=write_rehash,
+        **_REHASH,
     )
     rehash_policy: str | None = _faster(
-        None,
-        f"How the full steps are chosen, one of {', '.join(POLICIES)}.",
-        choices=POLICIES,
-        shown="minimax",
+        None, "How the full steps are chosen.", choices=POLICIES, shown="minimax"
     )
     rehash_threshold: float | None = _faster(
         None,
@@ -205,17 +185,10 @@ class Request:
         high=1,
     )
     rehash_protect: float = _faster(
-        0.1,
-        "Share of the content model's steps, from the first, that always run in full.",
-        low=0,
-        high=1,
+        0.1, "Share of the content steps, from the first, that always run in full.", low=0, high=1
     )
     rehash_file: Path | None = _faster(
-        None,
-        "Calibration that `cmdgen rehash calibrate` wrote.",
-        metavar="FILE",
-        shown=MODELS_OWN,
-        complete="file",
+        None, "Calibration of `cmdgen rehash calibrate`.", shown=MODELS_OWN, complete="file"
     )
 
     format: str | None = _file(
@@ -223,29 +196,23 @@ class Request:
     )
     crf: int | None = _file(None, "Quality; 0 is best.", shown="the codec's own")
     codec: str | None = _file(None, "Video codec.", shown="the format's own", complete="codec")
-    loop: int | None = _file(
-        None, "How often a gif, webp or apng plays.", metavar="N", shown="0, for ever"
-    )
+    loop: int | None = _file(None, "How often a gif, webp or apng plays.", shown="0, for ever")
     sidecar: bool = _file(False, "Also write the metadata to NAME.json.")
     no_metadata: bool = _file(False, "Write no metadata into the file.")
 
     model: str = _machine(
-        "mini",
-        "Name of a packaged model, a folder, or OWNER/NAME that `cmdgen models pull` brought.",
-        complete="model",
+        "mini", "Packaged model, folder, or OWNER/NAME of `cmdgen models pull`.", complete="model"
     )
     max_memory: int | None = _machine(
         None,
         "Limit on what networks hold beside the weights, such as 4GB. The result stays the same.",
-        metavar="SIZE",
         shown="no limit, fastest",
-        read=parse_memory,
-        write="{}B".format,
+        **_MEMORY,
     )
     device: str = _machine("auto", "auto, cpu, cuda or cuda:N.", complete="device")
     dtype: str = _machine(
         "auto",
-        "auto, float32, float16 or bfloat16. auto is float32 on a CPU, bfloat16 on a GPU.",
+        "auto (float32 on a CPU, else bfloat16), float32, float16, bfloat16.",
         complete="dtype",
     )
     compile: bool = _machine(

@@ -128,7 +128,7 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
     if type(value) is not hint:
         kind = _KINDS.get(hint, "a list" if get_origin(hint) is tuple else "an object")
         raise ValueError(f"{key} {short(value)} is not {kind}")
-    _check_choice(value, key)
+    check_choice(value, key)
     if hint in (int, float):
         low, high = _RANGES.get(key, (1, 2**20) if hint is int else (-1e6, 1e6))
         # NaN lies in no range
@@ -142,10 +142,11 @@ def check_choices(config: object) -> None:
     for key in _CHOICES:
         value = getattr(config, key, ())
         for item in value if isinstance(value, tuple) else (value,):
-            _check_choice(item, key)
+            check_choice(item, key)
 
 
-def _check_choice(value: Any, key: str) -> None:
+def check_choice(value: Any, key: str) -> None:
+    """Raise ValueError where `value` is none of the values that the field `key` may have."""
     if value not in _CHOICES.get(key, (value,)):
         expected = ", ".join(_CHOICES[key])
         raise ValueError(f"{key} {short(value)} is not supported, expected one of {expected}")

@@ -3,11 +3,13 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.main import get_command
@@ -20,7 +22,7 @@ from cmdgen.cli.decompose import decode, encode, reconstruct
 from cmdgen.cli.doctor import doctor
 from cmdgen.cli.errors import Failure, describe, exit_code, printable, shorten
 from cmdgen.cli.evaluate import evaluate
-from cmdgen.cli.help import Command, Group
+from cmdgen.cli.help import Command, Group, summarise
 from cmdgen.cli.inspect import inspect
 from cmdgen.cli.models import app as models
 from cmdgen.cli.profile import JSON_KEYS, profile
@@ -30,22 +32,56 @@ from cmdgen.cli.settings import config_path, read_settings
 from cmdgen.cli.train import app as train
 
 VIDEOS, MODELS, MACHINE = "Videos", "Models", "This machine"
+VERBS: dict[str, tuple[str, Any]] = {
+    "sample": (VIDEOS, sample),
+    "encode": (VIDEOS, encode),
+    "decode": (VIDEOS, decode),
+    "reconstruct": (VIDEOS, reconstruct),
+    "inspect": (VIDEOS, inspect),
+    "eval": (MODELS, evaluate),
+    "models": (MODELS, models),
+    "train": (MODELS, train),
+    "data": (MODELS, data),
+    "rehash": (MODELS, rehash),
+    "doctor": (MACHINE, doctor),
+    "profile": (MACHINE, profile),
+    "completion": (MACHINE, completion),
+}
+_PLAIN: Any = {"add_completion": False, "rich_markup_mode": None}
 
-app = typer.Typer(
-    cls=Group,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-for verb in (sample, encode, decode, reconstruct, inspect):
-    app.command(cls=Command, rich_help_panel=VIDEOS)(expand(verb))
-for name, group in {"models": models, "train": train, "data": data, "rehash": rehash}.items():
-    app.add_typer(group, name=name, rich_help_panel=MODELS)
-app.command("eval", cls=Command, rich_help_panel=MODELS)(expand(evaluate))
-app.command(cls=Command, rich_help_panel=MACHINE)(expand(doctor))
-app.command(cls=Command, epilog=JSON_KEYS, rich_help_panel=MACHINE)(expand(profile))
-app.command(cls=Command, rich_help_panel=MACHINE)(completion)
+
+@cache
+def _build(name: str) -> Any:
+    """Return a verb as a command with its options."""
+    verb = VERBS[name][1]
+    parent = typer.Typer(callback=lambda: None, **_PLAIN)
+    if isinstance(verb, typer.Typer):
+        parent.add_typer(verb, name=name)
+    else:
+        epilog = JSON_KEYS if verb is profile else None
+        parent.command(name, cls=Command, epilog=epilog)(expand(verb))
+    group: Any = get_command(parent)
+    return group.commands[name]
+
+
+class _Verbs(Group):
+    """All verbs. Typer takes 10 ms for their options: each verb gets them when it is needed."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        names: dict[str, Any] = dict.fromkeys(VERBS)
+        self.commands = names | dict(self.commands)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _build(cmd_name) if cmd_name in VERBS else self.commands.get(cmd_name)
+
+    def summaries(self) -> Iterator[tuple[str, str, str]]:
+        for name, (title, verb) in VERBS.items():
+            text = verb.info.help if isinstance(verb, typer.Typer) else verb.__doc__
+            yield title, name, summarise(text)
+
+
+app = typer.Typer(cls=_Verbs, no_args_is_help=True, **_PLAIN)
 
 
 def _show_version(context: typer.Context, wanted: bool) -> None:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 from cmdgen.cli.errors import MEMORY, PARTIAL, Failure, on_the_way
 from cmdgen.cli.inputs import InputFiles
 from cmdgen.cli.jobs import LATENTS, STILL, Job, Refused
-from cmdgen.cli.progress import Say, Show
+from cmdgen.cli.progress import Bars, Say, Show
 from cmdgen.options import option, read_fields
-from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, write_size
 from cmdgen.video.formats import STDOUT, Encoding
 
@@ -278,7 +277,7 @@ class Batch:
         self._note(jobs)
         if not self.pipeline.loaded:
             # before a file is opened, whose metadata has the weights' hash
-            self.pipeline.load(_Loading(show))
+            self.pipeline.load(Bars(show))
         inputs = self.files.read(self.pipeline, jobs[0].request, self.say)
         with ExitStack() as opened:
             for file in files:
@@ -306,45 +305,44 @@ class Batch:
         self.writer = stack.enter_context(open_job(job, about))
 
     def _note(self, jobs: list[Job]) -> None:
-        own, plan = self.pipeline.config, jobs[0].plan
-        model, slices = plan.model, plan.slices
-        pipeline = self.pipeline
+        plan, pipeline = jobs[0].plan, self.pipeline
+        own, model, slices, steps = pipeline.config, plan.model, plan.slices, plan.key_steps
+        name = own.name
         self._note_once(
-            f"{own.name} of {pipeline.folder} on {pipeline.device}, {pipeline.dtype}", detail=True
-        )
-        self._note_once(
+            f"{name} of {pipeline.folder} on {pipeline.device}, {pipeline.dtype}",
             f"{len(jobs)} at a time, decoded in slices of {slices.frames} frames, "
             f"{slices.positions} positions, {slices.pictures} pictures in {slices.strips} strips",
-            detail=True,
+            tell=self.say.detail,
         )
         if self.alone:
             self.say.note(f"seed {plan.seed}")
+        lines = []
         if (model.width, model.height) != (own.width, own.height):
-            size = write_size((own.height, own.width))
-            self._note_once(f"note: {own.name} was trained at {size}")
+            lines.append(f"note: {name} was trained at {write_size((own.height, own.width))}")
         if model.frames not in (own.frames, 1):
-            self._note_once(f"note: {own.name} was trained on {own.frames} frames")
-        if (steps := plan.key_steps) is not None:
-            full = f"content in full at {_list_steps(steps.content, model.steps)}"
-            self._note_once(f"rehash: {steps.policy}, {full}")
+            lines.append(f"note: {name} was trained on {own.frames} frames")
+        if steps is not None:
+            full = _list_steps(steps.content, model.steps)
+            lines.append(f"rehash: {steps.policy}, content in full at {full}")
             if steps.motion:
                 full = _list_steps(steps.motion, model.motion_steps)
-                self._note_once(f"rehash: motion in full at {full}")
+                lines.append(f"rehash: motion in full at {full}")
         for job in jobs:
-            of = "" if self.alone else f"line {job.line}: "
-            prompt = job.plan.prompt
+            of, prompt = "" if self.alone else f"line {job.line}: ", job.plan.prompt
             if unknown := dict.fromkeys(pipeline.tokenizer.unknown_words(prompt)):
-                self._note_once(f"note: {of}unknown words for {own.name}: {', '.join(unknown)}")
+                lines.append(f"note: {of}unknown words for {name}: {', '.join(unknown)}")
             if not pipeline.fits(prompt):
-                self._note_once(f"note: {of}{own.name} reads only the start of this long prompt")
+                lines.append(f"note: {of}{name} reads only the start of this long prompt")
+        self._note_once(*lines, tell=self.say.note)
 
-    def _note_once(self, line: str, *, detail: bool = False) -> None:
+    def _note_once(self, *lines: str, tell: Callable[[str], None]) -> None:
         # a pipe may never end: the latest notes are enough
         if len(self.notes) >= _MAX_NOTES:
             self.notes.clear()
-        if line not in self.notes:
-            self.notes.add(line)
-            (self.say.detail if detail else self.say.note)(line)
+        for line in dict.fromkeys(lines):
+            if line not in self.notes:
+                tell(line)
+        self.notes.update(lines)
 
 
 class SameName(ValueError):
@@ -355,21 +353,12 @@ class _AllFailed(Exception):
     """No clip of a forward can be written."""
 
 
-class _Loading(Observer):
-    """Shows that weights are read."""
-
-    def __init__(self, show: Show) -> None:
-        self.show = show
-
-    def step(self, stage: str, done: int, total: int) -> None:
-        self.show(stage, done, total)
-
-
-class _Writing(Observer):
+class _Writing(Bars):
     """Hands frames on, keeps the preview up to date and shows progress."""
 
     def __init__(self, batch: Batch, files: list["_File"], show: Show) -> None:
-        self.batch, self.files, self.show = batch, files, show
+        super().__init__(show)
+        self.batch, self.files = batch, files
         self.preview = batch.options.preview
         self.estimates = self.preview is not None
         self.started = time.monotonic()
@@ -478,21 +467,13 @@ class _File:
                 self.writer(frames)
 
     def finish(self, clip: "Clip") -> None:
-        from cmdgen.latents import save_latents
-        from cmdgen.video.write import write_still
-
         if self.error is not None:
             return
-        target, overwrite = self.job.target, self.batch.options.overwrite
+        job = self.job
         with self._part():
-            if self.job.encoding.format == LATENTS:
-                assert clip.latents is not None
-                latents = replace(clip.latents, metadata=self.metadata or {})
-                save_latents(target, latents, overwrite=overwrite)
-            elif self.job.encoding.format == STILL:
-                write_still(
-                    *(target, clip.content, self.metadata, self.job.encoding), overwrite=overwrite
-                )
+            if self.writer is None:
+                clip = replace(clip, metadata=self.metadata or {})
+                clip.save(job.target, job.encoding, overwrite=self.batch.options.overwrite)
             self.stack.close()
 
 

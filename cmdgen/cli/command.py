@@ -1,11 +1,11 @@
 """Typer's options, made from the fields of dataclasses; see `cmdgen.options`."""
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import Field, is_dataclass
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, cast, get_args, get_origin
 
 import typer
 
@@ -16,43 +16,31 @@ from cmdgen.options import Option, is_required, option_of, options_of, read_valu
 _TYPERS = (bool, tuple, list)
 # how --help names a value
 _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
-_EMPTY = inspect.Parameter.empty
 
 
 class Only(tuple[str, ...]):
     """The fields of a dataclass that a command takes: `Annotated[Request, Only(("size",))]`."""
 
 
-def parameter(
-    item: Field[Any], kind: type, *, default: Any = _EMPTY, shown: str | None = None
-) -> inspect.Parameter:
-    """Return one field as a parameter of a command, whose value is text or None for most types.
-
-    `default` and `shown`, the default that help shows, stand for the field's own.
-    """
-    described = option_of(item)
-    shown = shown or described.shown
-    if default is _EMPTY and not is_required(item):
-        default = item.default
-    value_type: Any = str
+def parameter(item: Field[Any], kind: type) -> Parameter:
+    """Return one field as a parameter of a command, whose value is text or None for most types."""
+    described, value_type = option_of(item), cast(Any, str)
+    default = Parameter.empty if is_required(item) else item.default
     if kind in _TYPERS and described.read is None:
         # with the types of its members
         candidates = (item.type, *get_args(item.type))
         value_type = next(each for each in candidates if (get_origin(each) or each) is kind)
-    elif default not in (None, _EMPTY):
+    elif default not in (None, Parameter.empty):
         default = described.write(default)
     words = described.choices or WORDS.get(described.complete, ())
     complete = complete_model if described.complete == "model" else one_of(words) if words else None
-    text = described.help
-    if described.complete in ("format", "codec"):
-        text += f" One of {', '.join(words)}."
     settings: dict[str, Any] = {
-        "help": text + _bracket(described, shown),
+        "help": _describe(described, words),
         "metavar": described.metavar or ("NAME" if complete else _METAVARS.get(kind)),
         "rich_help_panel": described.group,
         "autocompletion": complete,
         # Typer adds the default, or the one in the user's file; `cmdgen.cli.help` shows one of them
-        "show_default": not shown or default is None,
+        "show_default": not described.shown or default is None,
     }
     if described.argument:
         settings["metavar"] = described.metavar or item.name.upper()
@@ -60,28 +48,24 @@ def parameter(
     else:
         flags = described.flags or (f"--{item.name.replace('_', '-')}",)
         info = typer.Option(*flags, **settings)
-    if default is None:
-        value_type = value_type | None
-    return inspect.Parameter(
-        item.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[value_type, info],
-    )
+    hint: Any = Annotated[value_type | None if default is None else value_type, info]
+    return Parameter(item.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
-def _bracket(described: Option, shown: str | None) -> str:
-    """Return the possible numbers and the default as the end of an option's help."""
-    low, high = described.low, described.high
+def _describe(described: Option, words: Sequence[str]) -> str:
+    """Return an option's help with what is possible and, in a bracket, range and default."""
+    text, low, high = described.help, described.low, described.high
+    if described.complete in ("format", "codec"):
+        text += f" One of {', '.join(words)}."
     notes = []
     if high is None and low is not None:
         notes.append(f">= {low}")
     # the range of a seed says nothing
     elif high is not None and high < 2**53:
         notes.append(f"{low} to {high}")
-    if shown:
-        notes.append(f"default: {shown}")
-    return f"  [{'; '.join(notes)}]" if notes else ""
+    if described.shown:
+        notes.append(f"default: {described.shown}")
+    return f"{text}  [{'; '.join(notes)}]" if notes else text
 
 
 def read_text(cls: type, name: str, value: Any) -> Any:
@@ -104,13 +88,13 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
     of these options.
     """
     makers: dict[str, tuple[type, list[str]]] = {}
-    parameters: list[inspect.Parameter] = []
-    for own in inspect.signature(function, eval_str=True).parameters.values():
+    parameters: list[Parameter] = []
+    for own in signature(function, eval_str=True).parameters.values():
         hint, only = own.annotation, None
         if get_origin(hint) is Annotated and is_dataclass(get_args(hint)[0]):
             hint, only = get_args(hint)
         if not (isinstance(hint, type) and is_dataclass(hint)):
-            parameters.append(own.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters.append(own.replace(kind=Parameter.KEYWORD_ONLY))
             continue
         table = options_of(hint)
         names = list(table) if only is None else list(only)
@@ -130,7 +114,7 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__annotations__ = {each.name: each.annotation for each in parameters}
     vars(command).update(
-        __signature__=inspect.Signature(parameters),
+        __signature__=Signature(parameters),
         fields={name: cls for cls, names in makers.values() for name in names},
     )
     return command

@@ -2,23 +2,19 @@
 
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cmdgen.cli.command import Only, expand
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.options import Device, Precision, Quiet, Threads
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
 from cmdgen.files import replace_with
 from cmdgen.options import option, read_fields
-from cmdgen.request import Size, parse_memory, parse_size, write_size
+from cmdgen.request import MACHINE, Request, Size, parse_size, write_size
 from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
-
-if TYPE_CHECKING:
-    from cmdgen.data.clips import ClipSource
 
 app = typer.Typer(
     cls=Group,
@@ -73,11 +69,10 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)]) -> Non
     from cmdgen.training.data import open_source
     from cmdgen.world.world import World
 
+    source, _ = open_source(sheet.data)
     if sheet.data in WORLDS:
         chosen = {name: value for name in _NARROWED if (value := getattr(world, name))}
-        source: ClipSource = World(replace(WORLDS[sheet.data], **chosen))
-    else:
-        source, _ = open_source(sheet.data)
+        source = World(replace(WORLDS[sheet.data], **chosen))
     clips = source.render(source.indices(sheet.split, sheet.count), sheet.size)
     picture = draw_sheet(clips, sheet.columns)
     with replace_with(sheet.output) as temporary:
@@ -85,64 +80,51 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)]) -> Non
     typer.echo(sheet.output)
 
 
+@dataclass(frozen=True)
+class Latents:
+    """Options of latents that many runs share."""
+
+    output: Path = option(
+        MISSING, "Folder of the latents; it may hold several sets.", flags=("--output", "-o")
+    )
+    vae: Path = option(MISSING, "Model folder with the vae/ that training gets.")
+    clips: int | None = option(
+        None, "Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world"
+    )
+    held_out: int | None = option(
+        None, "Clips to evaluate on.", low=1, shown="as many as for `cmdgen train`"
+    )
+    threads: int | None = option(None, "CPU threads.", low=1, group=MACHINE)
+
+    def __post_init__(self) -> None:
+        read_fields(self)
+        if not (self.vae / "vae").is_dir():
+            raise FileNotFoundError(f"vae {self.vae} is no model folder: it has no vae/")
+
+
 @app.command(cls=Command)
 @expand
 def precompute(
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Folder of the latents; it may hold several sets.",
-            show_default=False,
-        ),
-    ],
-    vae: Annotated[
-        Path,
-        typer.Option(help="Model folder with the vae/ that training gets.", show_default=False),
-    ],
+    *,
+    latents: Latents,
     shared: Annotated[Shared, Only(("preset", "data", "size", "frames"))],
-    clips: Annotated[
-        int | None,
-        typer.Option(
-            help=f"Clips to learn from.  [default: all of a folder, {CLIPS} of a world]", min=1
-        ),
-    ] = None,
-    held_out: Annotated[
-        int | None, typer.Option(help="Clips to evaluate on.  [default: as `cmdgen train`]")
-    ] = None,
-    device: Device = "auto",
-    precision: Precision = TrainConfig.precision,
-    threads: Threads = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="What encoding may hold beside the weights, such as 1GB: the result stays the "
-            "same.  [default: what is fastest]",
-        ),
-    ] = None,
-    quiet: Quiet = False,
+    train: Annotated[TrainConfig, Only(("precision",))],
+    machine: Annotated[Request, Only(("device", "max_memory"))],
+    say: Annotated[Say, Only(("quiet",))],
 ) -> None:
     """Encode clips with a VAE, once for many runs, and print the folder.
 
     `cmdgen train ... --latents FOLDER` finds what was encoded for the same data, size, frames and
-    VAE, and at least as many clips; it refuses anything else and never writes there. Interrupted,
-    the same command goes on where it was. A clip of 16 frames at 512x1024 takes 1 MiB.
+    VAE, and at least as many clips; it refuses anything else and never writes there. After a
+    stop, the same command continues. A clip of 16 frames at 512x1024 takes 1 MiB.
 
     Examples:
         cmdgen data precompute -o latents --vae RUN --data clips/
         cmdgen train content -o RUN --latents latents
     """
     model = build_model(shared)
-    config = replace(recipe(model.name, "content").train, precision=precision)
-    if held_out is not None:
-        config = replace(config, held_out=held_out)
-    limit = None if max_memory is None else parse_memory(max_memory)
     if model.vae is None:
         raise ValueError(f"preset {model.name} works on pixels: there is nothing to encode")
-    if not (vae / "vae").is_dir():
-        raise FileNotFoundError(f"vae {vae} is no model folder: it has no vae/")
 
     import torch
 
@@ -150,18 +132,20 @@ def precompute(
     from cmdgen.training.data import open_data
     from cmdgen.training.latents import Codec, Encodings
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    place, say = choose_device(device), Say(quiet=quiet)
-    codec = Codec(vae / "vae", model, place, config.uses_bf16(place.type), limit)
+    if latents.threads is not None:
+        torch.set_num_threads(latents.threads)
+    device = choose_device(machine.device)
+    bf16 = train.uses_bf16(device.type)
+    codec = Codec(latents.vae / "vae", model, device, bf16, machine.max_memory)
     with Stop("these clips") as stop, say.progress() as show:
 
         def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
             show(phase, done, total)
-            if stop.signal is not None and done < total:
+            if stop() and done < total:
                 say.note(f"stopped with {done} of {total} clips: the same command goes on")
                 raise typer.Exit(stop.code)
 
-        source = open_data(shared.data or DATA, clips, model, place)
-        Encodings(source, codec, output, report).precompute(config.held_out)
-    typer.echo(output)
+        source = open_data(shared.data or DATA, latents.clips, model, device)
+        held_out = latents.held_out or recipe(model.name, "content").train.held_out
+        Encodings(source, codec, latents.output, report).precompute(held_out)
+    typer.echo(latents.output)

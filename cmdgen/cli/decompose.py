@@ -12,9 +12,8 @@ import typer
 from cmdgen.cli.command import Only
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.inputs import SMALLER, note_weights, read_input
-from cmdgen.cli.progress import Say
+from cmdgen.cli.progress import Bars, Say
 from cmdgen.options import option, read_fields
-from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Request
 from cmdgen.video.formats import FORMATS, STDOUT, Encoding, choose_encoding
 
@@ -182,20 +181,6 @@ def reconstruct(
             write(shown)
     say.note(f"PSNR {likeness.psnr:.2f} dB, SSIM {likeness.ssim:.4f}")
     _report(output.output, metadata, say)
-
-
-class Bars(Observer):
-    """Shows progress, and hands frames on."""
-
-    def __init__(self, show: Any, write: Any = None) -> None:
-        self.show, self.write = show, write
-
-    def step(self, stage: str, done: int, total: int) -> None:
-        self.show(stage, done, total)
-
-    def frames(self, clip: int, frames: Any) -> None:
-        if self.write is not None:
-            self.write(frames)
 
 
 def _choose_video(output: Output, say: Say) -> Encoding:

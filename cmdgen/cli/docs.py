@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
 
 def write_page(page: str) -> str:
-    """Return the page with the help of each command that is not hidden in place of the old one."""
+    """Return the page with the help of each command in place of the old one."""
     head, start, _ = page.partition("\n## cmdgen\n")
     assert start, "the page has lost its head, such as by > docs/cli.md: check it out again"
     parts = [head]
@@ -32,9 +32,9 @@ def write_page(page: str) -> str:
 
 def _walk(context: Any) -> Iterator[typer.Context]:
     yield context
-    for name, inner in getattr(context.command, "commands", {}).items():
-        if not inner.hidden:
-            yield from _walk(typer.Context(inner, info_name=name, parent=context))
+    for name in getattr(context.command, "commands", ()):
+        command = context.command.get_command(context, name)
+        yield from _walk(typer.Context(command, info_name=name, parent=context))
 
 
 if __name__ == "__main__":

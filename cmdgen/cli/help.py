@@ -4,6 +4,7 @@ import inspect
 import re
 import shutil
 import textwrap
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,7 @@ class _Plain:
         return describe(self, ctx, min(_WIDTH, shutil.get_terminal_size().columns))
 
     def get_short_help_str(self, limit: int = 0) -> str:
-        return " ".join(split_help(self.help)[0].partition("\n\n")[0].split())
+        return summarise(self.help)
 
 
 class Command(_Plain, TyperCommand):
@@ -44,6 +45,10 @@ class Command(_Plain, TyperCommand):
 
 class Group(_Plain, TyperGroup):
     """Commands under one name."""
+
+    def summaries(self) -> Iterable[tuple[str, str, str]]:
+        """Return the title of its group, name and summary of each command."""
+        return [(COMMANDS, name, summarise(each.help)) for name, each in self.commands.items()]
 
 
 def describe(command: Any, context: typer.Context, width: int) -> str:
@@ -71,16 +76,19 @@ def split_help(text: str | None) -> tuple[str, list[str]]:
     return text.strip(), textwrap.dedent(examples).splitlines()
 
 
+def summarise(text: str | None) -> str:
+    """Return the first paragraph of a docstring as one line."""
+    return " ".join(split_help(text)[0].partition("\n\n")[0].split())
+
+
 def sections(command: Any, context: typer.Context) -> dict[str, Rows]:
     """Return the names and meanings of commands, arguments and options by the group's title.
 
     Groups come in the order of their first member; one that holds `--help` alone comes last.
     """
     groups: dict[str, Rows] = {}
-    for name, inner in getattr(command, "commands", {}).items():
-        if not inner.hidden:
-            title = getattr(inner, "rich_help_panel", None) or COMMANDS
-            groups.setdefault(title, []).append((name, inner.get_short_help_str()))
+    for title, name, summary in getattr(command, "summaries", tuple)():
+        groups.setdefault(title, []).append((name, summary))
     for parameter in command.get_params(context):
         if record := parameter.get_help_record(context):
             is_option = parameter.param_type_name == "option"

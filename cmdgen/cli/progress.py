@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ import typer
 
 from cmdgen.cli.errors import printable
 from cmdgen.options import option, read_fields
+from cmdgen.pipelines.observer import Observer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +32,20 @@ class Show(Protocol):
     """Shows how much of a stage is done, and a few figures beside it."""
 
     def __call__(self, stage: str, done: int, total: int, figures: str = "") -> None: ...
+
+
+class Bars(Observer):
+    """Shows how far a pipeline is, and hands its frames on."""
+
+    def __init__(self, show: Show, write: Callable[[Any], None] | None = None) -> None:
+        self.show, self.write = show, write
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        self.show(stage, done, total)
+
+    def frames(self, clip: int, frames: Any) -> None:
+        if self.write is not None:
+            self.write(frames)
 
 
 @dataclass

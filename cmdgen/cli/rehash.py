@@ -100,6 +100,8 @@ def _read_prompts(path: Path | None) -> list[str]:
 
         world = World(MINI_WORLD)
         return world.captions(world.indices("train", CAPTIONS))
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: No such file or directory")
     prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"{path}: no prompt in it")

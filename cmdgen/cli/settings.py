@@ -10,7 +10,6 @@ batch = 16
 
 import difflib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,9 @@ def read_settings(path: Path, commands: Any) -> dict[str, Any]:
 
     Raises ValueError, with the file and the key, for unknown keys and values that are not valid.
     """
+    # most commands find no file
+    import tomllib
+
     with path.open("rb") as file:
         text = file.read(_LARGEST + 1)
     if len(text) > _LARGEST:
@@ -68,7 +70,8 @@ def _read_table(table: Mapping[str, Any], context: Any, above: list[str]) -> dic
             if name not in commands:
                 inside = f"{title} has" if above else "there is"
                 raise ValueError(f"{inside} no command {key!r}{_suggest(name, commands)}")
-            inner = typer.Context(commands[name], info_name=name, parent=context)
+            command = context.command.get_command(context, name)
+            inner = typer.Context(command, info_name=name, parent=context)
             values[name] = _read_table(value, inner, [*above, name])
         elif not above:
             raise ValueError(f"{key} is in no table: expected it in one such as [sample]")

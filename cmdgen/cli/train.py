@@ -12,11 +12,11 @@ from cmdgen.cli.command import Only, expand
 from cmdgen.cli.completion import one_of
 from cmdgen.cli.errors import Failure, describe, within_memory
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.options import Device, Threads
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
 from cmdgen.config import PRESETS
 from cmdgen.options import option_of, options_of
+from cmdgen.request import Request
 from cmdgen.training.config import DATA, PRESET, Shared, Start, build_model, recipe
 
 app = typer.Typer(
@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train a model in one folder: vae, autoencoder, content, motion, then export.",
 )
-STAGES = {
+_SUMMARIES = {
     "vae": "Frames to latents and back, learned on single frames.",
     "autoencoder": "Clips of latents to content frame and motion latents, and back. Needs vae.",
     "content": "Text to content frame, with the text encoder. Needs autoencoder.",
@@ -42,22 +42,23 @@ _HELP = """{}
 
 def _settings(stage: str) -> type:
     """Return a dataclass of a stage's settings, where None means the value of the recipe."""
+    recipes = {preset: recipe(preset, stage) for preset in PRESETS}
     members = []
-    for part in recipe(PRESET, stage):
+    for i, part in enumerate(recipes[PRESET]):
         cls: Any = type(part)
         for name, (item, _, _) in options_of(cls).items():
-            described = replace(option_of(item), shown=_show_defaults(stage, name))
+            defaults = {preset: _show(getattr(parts[i], name)) for preset, parts in recipes.items()}
+            described = replace(option_of(item), shown=_show_defaults(defaults))
             setting = field(default=None, metadata={"option": described})
             members.append((name, item.type, setting))
-    return make_dataclass("Settings", members)
+    return make_dataclass("Settings", members, repr=False, eq=False)
 
 
-def _show_defaults(stage: str, name: str) -> str:
-    """Return the defaults of a setting as `VALUE; VALUE for PRESET, PRESET`."""
+def _show_defaults(defaults: dict[str, str]) -> str:
+    """Return the defaults of a setting by preset as `VALUE; VALUE for PRESET, PRESET`."""
     presets = dict[str, list[str]]()
-    for preset in PRESETS:
-        train, loss = recipe(preset, stage)
-        presets.setdefault(_show((vars(train) | vars(loss))[name]), []).append(preset)
+    for preset, value in defaults.items():
+        presets.setdefault(value, []).append(preset)
     first, *others = presets
     return "; ".join([first, *(f"{value} for {', '.join(presets[value])}" for value in others)])
 
@@ -79,16 +80,15 @@ def _command(stage: str) -> Callable[..., None]:
         start: Start,
         shared: Shared,
         settings: settings_type,
-        device: Device = "auto",
-        threads: Threads = None,
+        request: Annotated[Request, Only(("device",))],
         say: Annotated[Say, Only(("quiet",))],
     ) -> None:
-        _train(stage, start, shared, vars(settings), device, threads, say)
+        _train(stage, start, shared, vars(settings), request.device, say)
 
     return expand(command)
 
 
-for _stage, _help in STAGES.items():
+for _stage, _help in _SUMMARIES.items():
     app.command(_stage, cls=Command, help=_HELP.format(_help, stage=_stage))(_command(_stage))
 
 
@@ -98,7 +98,6 @@ def _train(
     shared: Shared,
     settings: dict[str, Any],
     device_name: str,
-    threads: int | None,
     say: Say,
 ) -> None:
     started = time.monotonic()
@@ -112,8 +111,8 @@ def _train(
     from cmdgen.training.loop import learning_rate
     from cmdgen.training.run import run_stage, settle
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if start.threads is not None:
+        torch.set_num_threads(start.threads)
     shared = settle(start.folder, shared)
     model = build_model(shared)
     config, loss = recipe(model.name, stage).replaced(settings)
@@ -154,7 +153,7 @@ def _train(
 
 
 def _check_gate(stage: str, start: Start, shared: Shared) -> None:
-    """Raise ValueError for settings of attention where `init` has the part: it has its own."""
+    """Raise ValueError for settings of attention that the part of `init` already has."""
     part = {"content": "unet"}.get(stage, stage)
     for name in shared.gate:
         if start.init is not None and (start.init / part).is_dir():

@@ -25,10 +25,10 @@ class ClipSource(Protocol):
     """Clips and captions by index: the same index is always the same clip."""
 
     def indices(self, split: str, count: int) -> Tensor:
-        """At most `count` indices, (N,) int64, of "train" or "test", which share none."""
+        """Return at most `count` indices, (N,) int64, of "train" or "test", which share none."""
 
     def captions(self, indices: Indices, variant: int = 0) -> list[str]:
-        """One caption each, cheap; another variant may phrase it differently."""
+        """Return one caption each, fast; another variant may phrase it differently."""
 
     def render(
         self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0

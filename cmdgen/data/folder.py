@@ -64,7 +64,7 @@ class Folder:
         return torch.tensor(self._splits[split][:count])
 
     def captions(self, indices: Indices, variant: int = 0) -> list[str]:
-        """One caption each; `variant` goes round those that a file has."""
+        """Return one caption each; `variant` goes round those that a file has."""
         texts = [self._captions[i] for i in torch.as_tensor(indices).tolist()]
         return [choices[variant % len(choices)] for choices in texts]
 

@@ -10,21 +10,17 @@ import torch
 from torch import Tensor
 
 from cmdgen.config import NoiseConfig
+from cmdgen.schema import check_choice
 
 
 def alphas_cumprod(noise: NoiseConfig) -> Tensor:
     """() -> (num_train_timesteps,) float64: the signal's power at each timestep, falling."""
-    steps = noise.num_train_timesteps
-    match noise.beta_schedule:
-        case "linear":
-            betas = torch.linspace(noise.beta_start, noise.beta_end, steps, dtype=torch.float64)
-        case "scaled_linear":
-            betas = torch.linspace(
-                noise.beta_start**0.5, noise.beta_end**0.5, steps, dtype=torch.float64
-            ).square()
-        case other:
-            raise ValueError(f"beta schedule {other!r} is not one of linear, scaled_linear")
-    return (1 - betas).cumprod(dim=0)
+    check_choice(noise.beta_schedule, "beta_schedule")
+    # evenly spaced are the betas, or their roots
+    power = 1.0 if noise.beta_schedule == "linear" else 0.5
+    ends = noise.beta_start**power, noise.beta_end**power
+    roots = torch.linspace(*ends, noise.num_train_timesteps, dtype=torch.float64)
+    return (1 - roots ** (1 / power)).cumprod(dim=0)
 
 
 def timesteps(noise: NoiseConfig, steps: int) -> Tensor:
@@ -37,20 +33,15 @@ def timesteps(noise: NoiseConfig, steps: int) -> Tensor:
     total = noise.num_train_timesteps
     if not 1 <= steps <= total:
         raise ValueError(f"steps {steps} is not between 1 and {total}")
+    check_choice(noise.timestep_spacing, "timestep_spacing")
     index = torch.arange(steps)
-    match noise.timestep_spacing:
-        case "leading":
-            visited = index.flip(0) * (total // steps)
-            # as many steps as timesteps leave no room for an offset
-            return visited + min(noise.steps_offset, total - 1 - int(visited[0]))
-        case "trailing":
-            return (total - index.double() * total / steps).round().long() - 1
-        case "linspace":
-            return torch.linspace(total - 1, 0, steps, dtype=torch.float64).round().long()
-        case other:
-            raise ValueError(
-                f"timestep spacing {other!r} is not one of leading, trailing, linspace"
-            )
+    if noise.timestep_spacing == "leading":
+        visited = index.flip(0) * (total // steps)
+        # as many steps as timesteps leave no room for an offset
+        return visited + min(noise.steps_offset, total - 1 - int(visited[0]))
+    if noise.timestep_spacing == "trailing":
+        return (total - index.double() * total / steps).round().long() - 1
+    return torch.linspace(total - 1, 0, steps, dtype=torch.float64).round().long()
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha: Tensor | float) -> Tensor:
@@ -71,14 +62,11 @@ def to_x0_eps(
     """(B, C, ...), (B, C, ...) -> clean sample, noise: what a prediction says of both."""
     signal, deviation = _amplitudes(alpha, sample)
     prediction = prediction.to(sample.dtype)
-    match prediction_type:
-        case "epsilon":
-            return (sample - deviation * prediction) / signal, prediction
-        case "v_prediction":
-            x0 = signal * sample - deviation * prediction
-            return x0, signal * prediction + deviation * sample
-        case other:
-            raise ValueError(f"prediction type {other!r} is not one of epsilon, v_prediction")
+    check_choice(prediction_type, "prediction_type")
+    if prediction_type == "epsilon":
+        return (sample - deviation * prediction) / signal, prediction
+    x0 = signal * sample - deviation * prediction
+    return x0, signal * prediction + deviation * sample
 
 
 def ddim_weights(

@@ -48,10 +48,16 @@ class _Decoder:
     def __init__(self, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         assert model.autoencoder is not None and model.vae is not None
         self.device = device
-        with device:
-            self.autoencoder = CmdAutoencoder(model.autoencoder).to(dtype)
-            self.vae = KlVae(model.vae).to(dtype)
-            content, motion = (torch.randn(1, *shape).to(dtype) for shape in latent_shapes(model))
+        before = torch.get_default_dtype()
+        # fake tensors change neither their dtype nor their device
+        torch.set_default_dtype(dtype)
+        try:
+            with device:
+                self.autoencoder = CmdAutoencoder(model.autoencoder)
+                self.vae = KlVae(model.vae)
+                content, motion = (torch.randn(1, *shape) for shape in latent_shapes(model))
+        finally:
+            torch.set_default_dtype(before)
         self.halves = content, motion
 
     def decode(self, slices: Slices | None) -> dict[str, float]:
@@ -95,15 +101,17 @@ def compare_decoding(
     Seconds are the least of `runs`, in turns. On a CPU, bytes are those of the same run on shapes
     alone, on a GPU what PyTorch allocated. Raises ValueError where the target cannot be met.
     """
-    with FakeTensorMode() if device.type == "cpu" else nullcontext():
-        decoder, work = _Decoder(model, device, dtype), Work(model, dtype)
+    fake = FakeTensorMode() if device.type == "cpu" else nullcontext()
+    with fake:
+        decoder = _Decoder(model, device, dtype)
         whole = decoder.measure_memory(None)
-        budget = int(TARGET * next(iter(whole.values())))
-        ways = {
-            "whole": None,
-            "default": choose_slices(work, device),
-            "least": choose_slices(work, device, budget),
-        }
+    work, budget = Work(model, dtype), int(TARGET * next(iter(whole.values())))
+    ways = {
+        "whole": None,
+        "default": choose_slices(work, device),
+        "least": choose_slices(work, device, budget),
+    }
+    with fake:
         memory = {name: decoder.measure_memory(slices) for name, slices in ways.items()}
     if device.type == "cpu":
         decoder = _Decoder(model, device, dtype)

@@ -94,32 +94,20 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class Encoder(nn.Module):
-    """All layers, one after the other."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
 class TextTransformer(nn.Module):
     """Embeddings, layers and a last normalisation."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        layers = nn.Sequential(*(Layer(config) for _ in range(config.num_hidden_layers)))
+        # files name the layers inside an encoder
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, D)."""
-        return self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+        return self.final_layer_norm(self.encoder["layers"](self.embeddings(input_ids)))
 
 
 class ClipTextModel(Pretrained[TextConfig]):

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -105,13 +104,13 @@ def cached_folder(name: str) -> Path | None:
         repo, revision = parse_name(name)
     except ValueError:
         return None
-    for snapshot in find_cached():
-        if snapshot.repo == repo and revision in (snapshot.commit, *snapshot.refs):
-            return snapshot.folder
-    return None
+    index = huggingface_hub.try_to_load_from_cache(
+        repo, "model_index.json", cache_dir=constants.HF_HUB_CACHE, revision=revision
+    )
+    return Path(index).parent if isinstance(index, str) else None
 
 
-def pull(name: str, *, api: Any = None) -> Path:
+def pull(name: str) -> Path:
     """Bring REPO or REPO@REVISION into the local cache, unless it is there, and give its folder.
 
     Where the hub does not answer, that is what the cache has, which may be a part of a model.
@@ -119,7 +118,7 @@ def pull(name: str, *, api: Any = None) -> Path:
     ConnectionError where network or hub fail, another OSError where token or disk do.
     """
     repo, revision = parse_name(name)
-    api = api or huggingface_hub.HfApi(library_name="cmdgen")
+    api = huggingface_hub.HfApi(library_name="cmdgen")
     try:
         info = api.model_info(repo, revision=revision)
     except (HTTPError, OSError) as error:
@@ -134,8 +133,8 @@ def pull(name: str, *, api: Any = None) -> Path:
     # configurations first: a model that we cannot build is refused before its gigabytes come
     small = [name for name in files if not name.endswith(".safetensors")]
     try:
-        folder = api.snapshot_download(repo, revision=revision, allow_patterns=small)
-        check_folder(Path(folder))
+        described = api.snapshot_download(repo, revision=revision, allow_patterns=small)
+        check_folder(Path(described))
         return Path(api.snapshot_download(repo, revision=revision, allow_patterns=files))
     except (HTTPError, OSError) as error:
         raise _explain(error, repo, revision) from error
@@ -151,19 +150,17 @@ def copy_snapshot(snapshot: Path, folder: Path) -> None:
 def _explain(error: Exception, repo: str, revision: str) -> OSError:
     """Return an error that says what went wrong between us and the hub, and what to do."""
     hub = constants.ENDPOINT
-    if isinstance(error, GatedRepoError):
-        return PermissionError(
-            f"{repo} is gated: accept its terms at {hub}/{repo}, then set HF_TOKEN to a token of "
-            "that account"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return FileNotFoundError(f"{repo} has no revision {revision!r}")
-    if isinstance(error, RepositoryNotFoundError):
-        return FileNotFoundError(
-            f"{repo} is not at {hub}, or is private and HF_TOKEN does not open it"
-        )
-    if isinstance(error, OfflineModeIsEnabled):
-        return ConnectionError("HF_HUB_OFFLINE is set")
+    gated = f"accept its terms at {hub}/{repo}, then set HF_TOKEN to a token of that account"
+    private = f"{repo} is not at {hub}, or is private and HF_TOKEN does not open it"
+    reasons: dict[type[Exception], OSError] = {
+        GatedRepoError: PermissionError(f"{repo} is gated: {gated}"),
+        RevisionNotFoundError: FileNotFoundError(f"{repo} has no revision {revision!r}"),
+        RepositoryNotFoundError: FileNotFoundError(private),
+        OfflineModeIsEnabled: ConnectionError("HF_HUB_OFFLINE is set"),
+    }
+    for kind, reason in reasons.items():
+        if isinstance(error, kind):
+            return reason
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):

@@ -1,15 +1,14 @@
 """Training a denoiser: one objective, evaluation and sheet for all families.
 
-A family loads its data and networks, and says what the denoiser is given and how a sample looks.
+A family loads its data and networks, and says what its denoiser reads and what a sample shows.
 """
 
 import math
 import shutil
-from abc import abstractmethod
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cmdgen.config import NoiseConfig, UNetConfig
 from cmdgen.diffusion.guidance import guide
@@ -29,24 +28,29 @@ SHEET_STEPS = 20
 
 
 class DenoisingStage(Stage):
-    """Learns to denoise `x0`, one tensor of a batch, given what `condition` makes of the others."""
+    """Learns to denoise `x0` under the conditions that `condition` makes of the rest of a batch.
+
+    Here the text is the only condition and samples are content frames; families override that.
+    """
 
     # of the samples on a sheet
     sheet_clips, guidance = 16, 1.0
 
-    def __init__(
-        self,
-        run: Run,
-        modules: dict[str, nn.Module],
-        text: Text,
-        noise: NoiseConfig,
-        held_out: Batch,
-    ) -> None:
+    def __init__(self, run: Run, part: str, rows: Rows, text: Text | None, held_out: Batch) -> None:
+        """Build the denoiser; without a frozen `text`, also a text encoder that learns with it.
+
+        `rows` are clean samples; `held_out` holds x0 and what `condition` reads beside the text.
+        """
         assert isinstance(run.loss, DenoisingLoss)
-        self.run, self.options, self.modules = run, run.loss, modules
-        self.text, self.noise, self.codec = text, noise, run.codec()
-        self.order = Order(len(run.data.training), run.config.seed)
-        self.alphas = alphas_cumprod(noise).to(run.device)
+        self.run, self.options, self.rows, self.codec = run, run.loss, rows, run.codec()
+        self.denoiser = run.build(part)
+        self.modules = {part: self.denoiser}
+        if text is None:
+            text = Text.build(run)
+            self.modules["text_encoder"] = text.encoder
+        self.text, self.order = text, Order(len(rows), run.config.seed)
+        self.noise: NoiseConfig = getattr(self.denoiser.config, "noise", run.model.noise)
+        self.alphas = alphas_cumprod(self.noise).to(run.device)
         shape, prompts = held_out["x0"].shape, run.data.held_out(len(held_out["x0"]))
         self.held_out = held_out | {
             "noise": torch.randn(shape, generator=seeded("held out")).to(run.device),
@@ -54,21 +58,21 @@ class DenoisingStage(Stage):
             "ids": text.ids(run.data.captions(prompts, 0)),
         }
 
-    @abstractmethod
     def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """Return x0 of some clips, and what `condition` reads beside the text."""
+        return {"x0": self.rows[rows].float()}
 
-    @abstractmethod
     def condition(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return what the denoiser is given beside the noisy sample and its timestep."""
+        """Return what the denoiser reads beside the noisy sample and its timestep."""
+        return (self.text(batch["ids"]),)
 
-    @abstractmethod
     def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
         """(B, C, ...), (B,), the conditions -> the raw output, (B, C or 2C, ...)."""
+        return self.denoiser(x, timestep, *conditions)
 
-    @abstractmethod
     def latents(self, x0: Tensor, batch: Batch) -> Tensor:
         """(B, C, ...) -> (B, C, T, h, w): clips of scaled latents, to look at."""
+        return x0[:, :, None]
 
     def batch(self, step: int) -> Batch:
         """Return clean samples, their conditions, noise, timesteps and token ids."""
@@ -135,7 +139,7 @@ class Pairs:
 
 
 class ContentStage(DenoisingStage):
-    """The UNet: content frames, given the text. The text encoder learns too, unless frozen."""
+    """The UNet makes content frames from text. The text encoder learns too, unless frozen."""
 
     guidance = 3.0
 
@@ -146,31 +150,7 @@ class ContentStage(DenoisingStage):
             raise ValueError(f"preset {name} has no text encoder: only text can be trained on")
         text = _read_frozen_text(run) if run.loss.freeze_text else None
         pairs = Pairs(run)
-        self.rows, held_out = pairs.rows["content"], pairs.content
-        # the autoencoder leaves its memory to the UNet
-        del pairs
-        self.unet = run.build("unet")
-        modules = {"unet": self.unet}
-        if text is None:
-            text = Text.build(run)
-            modules["text_encoder"] = text.encoder
-        super().__init__(run, modules, text, run.model.noise, {"x0": held_out})
-
-    def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
-        """Return content frames."""
-        return {"x0": self.rows[rows].float()}
-
-    def condition(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the text."""
-        return (self.text(batch["ids"]),)
-
-    def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
-        """(B, C, h, w), (B,), (B, L, D) -> (B, C, h, w)."""
-        return self.unet(x, timestep, *conditions)
-
-    def latents(self, x0: Tensor, batch: Batch) -> Tensor:
-        """(B, C, h, w) -> (B, C, 1, h, w)."""
-        return x0[:, :, None]
+        super().__init__(run, "unet", pairs.rows["content"], text, {"x0": pairs.content})
 
 
 def _read_frozen_text(run: Run) -> Text:
@@ -187,33 +167,31 @@ def _read_frozen_text(run: Run) -> Text:
 
 
 class MotionStage(DenoisingStage):
-    """The DiT: motion latents, given the text and a content frame that may be noisy."""
+    """The DiT makes motion latents from text and a content frame, which may be noisy."""
 
     sheet_clips = 6
 
     def __init__(self, run: Run) -> None:
         pairs = Pairs(run)
         text = Text.read(run)
-        self.rows, self.autoencoder = pairs.rows, pairs.autoencoder
+        self.content, self.autoencoder = pairs.rows["content"], pairs.autoencoder
         config = self.autoencoder.config
         if config.motion_activation == "linear":
             mean, std = _moments(pairs.rows["motion"])
             self.autoencoder.config = replace(config, motion_mean=mean, motion_std=std)
             write_config(self.autoencoder.config, run.folder / "autoencoder")
-        self.motion = run.build("motion")
         self.split = pairs.content.shape[-1] // config.patch
         self.variance = pairs.held_out[:8].var(dim=2).mean()
         held_out = {"x0": self.autoencoder.standardise(pairs.motion), "content": pairs.content}
-        noise = self.motion.config.noise
-        super().__init__(run, {"motion": self.motion}, text, noise, held_out)
+        super().__init__(run, "motion", pairs.rows["motion"], text, held_out)
 
     def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """Return standardised motion, and content frames: at sampling they are not real either."""
         assert isinstance(self.options, MotionLoss)
-        content = self.rows["content"][rows].float()
+        content = self.content[rows].float()
         blur = torch.rand((len(rows), 1, 1, 1), generator=generator) * self.options.content_noise
         return {
-            "x0": self.autoencoder.standardise(self.rows["motion"][rows].float()),
+            "x0": self.autoencoder.standardise(self.rows[rows].float()),
             "content": content + blur * torch.randn(content.shape, generator=generator),
         }
 
@@ -224,7 +202,7 @@ class MotionStage(DenoisingStage):
     def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
         """(B, D, T, S), (B,), (B, L, D), (B, C, h, w) -> (B, D or 2D, T, S)."""
         text, content = conditions
-        return self.motion(x, timestep, text=text, context=content, split=self.split)
+        return self.denoiser(x, timestep, text=text, context=content, split=self.split)
 
     def latents(self, x0: Tensor, batch: Batch) -> Tensor:
         """(B, D, T, S) -> (B, C, T, h, w), decoded with the batch's content frames."""
@@ -247,8 +225,5 @@ def _moments(motion: Rows) -> tuple[tuple[float, ...], tuple[float, ...]]:
     count = math.prod(motion.shape) / motion.shape[1]
     mean = total / count
     std = ((squares - count * mean.square()) / (count - 1)).sqrt()
-    return _rounded(mean), _rounded(std)
-
-
-def _rounded(values: Tensor) -> tuple[float, ...]:
-    return tuple(round(value, 6) for value in values.tolist())
+    means, deviations = (tuple(round(x, 6) for x in values.tolist()) for values in (mean, std))
+    return means, deviations

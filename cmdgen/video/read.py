@@ -127,7 +127,7 @@ def fit(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     part = frame[top : top + height, left : left + width]
     if part.shape[:2] == size:
         return part
-    # as wide as the shrinking asks for: nothing flickers
+    # the filter is wider where it shrinks more: nothing flickers
     resized = Image.fromarray(part).resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return np.asarray(resized)
 
@@ -136,7 +136,7 @@ def fit(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _open(
     path: File, fps: float | None, limit: int | None
 ) -> Iterator[tuple[Iterator[np.ndarray], Source]]:
-    """Give the frames of a file, at `fps` unless None, and what is known of it at the end."""
+    """Give the frames of a file, at `fps` unless None, and what is known of it in the end."""
     files, source = _find_files(path), Source()
     try:
         if files != [Path(path)]:
@@ -164,7 +164,7 @@ def _picture(file: Path, source: Source) -> _Shown:
             return
         for number, page in enumerate(ImageSequence.Iterator(image), 1):
             page.load()
-            # as players do where nothing is said
+            # players take 0.1 s where the file says nothing
             shown = float(page.info.get("duration", 0)) / 1000 or 0.1
             seconds += shown
             source.fps = number / seconds
@@ -218,8 +218,8 @@ def _video(
     rate = []
     if fps is not None:
         assert limit is not None
-        # where time leaps, ffmpeg makes all frames between at once: no more than are needed, for
-        # which the unit of time may not be long
+        # where time leaps, ffmpeg makes all frames between at once: let it make no more than are
+        # needed. The unit of time must be short for that
         rate = ["settb=intb/ceil(intb*1000)"]
         rate += [f"setpts=min(PTS-STARTPTS\\,ceil({(limit + 2) / fps!r}/TB))"]
         # rounded to the nearest: the last one that began by the middle of the time
@@ -258,15 +258,12 @@ def _read_ppm(output: IO[bytes]) -> Iterator[np.ndarray]:
 
 @contextmanager
 def _decode(file: Path, *arguments: str) -> Iterator[tuple[IO[bytes], bytearray]]:
-    """Give what ffmpeg makes of a file, and the start of what it says, complete at the end."""
+    """Give what ffmpeg makes of a file, and the start of its stderr, complete at the end."""
     started = monotonic()
-    with run_ffmpeg(
-        *("-nostdin", "-v", "info", "-protocol_whitelist", "file"),
-        *("-format_whitelist", _CONTAINERS),
-        # of each thread, pictures wait in memory
-        *("-max_pixels", str(MOST_PIXELS), "-threads", "2"),
-        *("-i", f"file:{file}", *arguments, "pipe:1"),
-    ) as (process, said):
+    limits = f"-protocol_whitelist file -format_whitelist {_CONTAINERS} -max_pixels {MOST_PIXELS}"
+    # few threads: in each of them pictures wait in memory
+    options = f"-nostdin -v info {limits} -threads 2".split()
+    with run_ffmpeg(*options, "-i", f"file:{file}", *arguments, "pipe:1") as (process, said):
         assert process.stdout is not None
         _limit_memory(process.pid)
         timer = Timer(MOST_SECONDS, process.kill)
@@ -291,7 +288,7 @@ def _limit_memory(process: int) -> None:
 
 
 def read_metadata(path: File) -> dict[str, Any]:
-    """Return the metadata of a file of ours, of its sidecar where the file has none.
+    """Return the metadata of a file that cmdgen wrote, of its sidecar where the file has none.
 
     Raises ValueError, in one line, for any other file, FileNotFoundError where there is none.
     """
@@ -311,7 +308,7 @@ def _read_comment(file: Path) -> str | bytes:
         at_end = format == "webp"
         with _open_picture(file if at_end else BytesIO(head), format) as image:
             info = image.info
-        # by the mark before it: to parse the tags of a stranger may take gigabytes
+        # found by the mark before it: parsing untrusted tags may take gigabytes
         return info["exif"].partition(ASCII)[2].rstrip(b"\0") if at_end else info["comment"]
     if file.suffix.lower() == ".json":
         return head
@@ -320,8 +317,8 @@ def _read_comment(file: Path) -> str | bytes:
         return parse_json(head[8 : 8 + length])["__metadata__"]["comment"]
     with _decode(file, "-f", "ffmetadata") as (output, _):
         text = output.read(MOST_HEAD)
-    # upper case in a Matroska. The value ends at a newline without a backslash; `*+` tries nothing
-    # again, as remembering each letter would take a hundred times its room
+    # in upper case in a Matroska. The value ends at a newline without a backslash; `*+` keeps no
+    # positions to go back to, which would take a hundred times the memory of the text
     tag = re.compile(rb"^comment=((?:\\.|[^\\\n])*+)$", re.MULTILINE | re.DOTALL | re.IGNORECASE)
     return re.sub(rb"\\(.)", rb"\1", tag.findall(text)[0], flags=re.DOTALL)
 

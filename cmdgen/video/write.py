@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from io import BufferedWriter
 from itertools import pairwise
 from pathlib import Path
@@ -39,7 +39,7 @@ from cmdgen.video.formats import (
 Target = str | os.PathLike[str]
 Metadata = Mapping[str, object] | None
 
-# frames that ffmpeg reads ahead of its encoder, before who makes them has to wait
+# frames that wait in ffmpeg for its encoder, before the caller has to wait
 AHEAD = 64
 # bytes of metadata: a prompt of 100 kB, twice, with every letter escaped
 MOST_METADATA = 2**21
@@ -199,7 +199,7 @@ class Writer:
     """
 
     shape: tuple[int, ...]
-    put: Callable[[np.ndarray], object]
+    put: Callable[[Any], object]
     stdout: IO[bytes] | None
     encoder: "subprocess.Popen[bytes] | None" = None
     count: int = 0
@@ -212,7 +212,11 @@ class Writer:
             )
         if len(frames):
             self.check()
-            self.put(frames)
+            try:
+                self.put(np.ascontiguousarray(frames))
+            except BrokenPipeError:
+                # the exit code of the encoder says why
+                raise _EncoderEnded from None
             self.count += len(frames)
 
     def check(self) -> None:
@@ -301,7 +305,7 @@ def _encode_video(output: Output, clip: Path, stdout: IO[bytes] | None) -> Itera
         assert encoder.stdin is not None
         try:
             with suppress(_EncoderEnded):
-                yield Writer(output.shape, partial(_feed, encoder.stdin), stdout, encoder)
+                yield Writer(output.shape, encoder.stdin.write, stdout, encoder)
         except BaseException:
             encoder.kill()
             raise
@@ -319,14 +323,6 @@ def _encode_video(output: Output, clip: Path, stdout: IO[bytes] | None) -> Itera
     if output.storage == "comment":
         with _storing(output.target):
             clip.write_bytes(_add_comment(clip.read_bytes(), output.ascii_comment))
-
-
-def _feed(pipe: IO[bytes], frames: np.ndarray) -> None:
-    try:
-        pipe.write(np.ascontiguousarray(frames).data.cast("B"))
-    except BrokenPipeError:
-        # the exit code says why
-        raise _EncoderEnded from None
 
 
 def _open_stdout() -> IO[bytes]:

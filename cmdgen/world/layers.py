@@ -40,7 +40,7 @@ def paint_scene(scene: Scene, size: Size, device: str) -> tuple[Tensor, tuple[St
 
 
 def _canvas(scene: Scene, number: int, size: Size, rows: slice, width: int) -> Canvas:
-    """Canvas of layer `number` over some rows of pixels, as fine as the phases."""
+    """Make the canvas of layer `number` over some rows of pixels, as fine as the phases."""
     (height, frame_width), count = size, (rows.stop - rows.start) * _PHASES
     top, bottom = rows.start / height, rows.stop / height
     step = (bottom - top) / count

@@ -45,11 +45,6 @@ class Specs:
         """() -> (B,): the first subject."""
         return self.actors[:, 0]
 
-    @property
-    def labels(self) -> dict[str, Tensor]:
-        """Numbers of the subject, the motion and the scene, (B,) each."""
-        return {"subject": self.subject, "motion": self.motion, "scene": self.scene}
-
 
 @dataclass(frozen=True)
 class Pose:
@@ -117,7 +112,6 @@ class Shot:
         clips, frames, (height, width) = len(self.look), self.time.shape[1], self.size
         base, strips = paint_scene(self._scene, self.size, self.device)
         picture = base.expand(clips * frames, 3, height, width).clone()
-        cover = torch.zeros(clips * frames, height, width, device=self.device)
         travel = torch.tensor([motion.travel for motion in self.motions])[self.specs.motion]
         travel = travel.double() * self._heading
 
@@ -137,9 +131,11 @@ class Shot:
         if len(paired):
             chosen = (paired[:, None] * frames + torch.arange(frames)).flatten().to(self.device)
             shown = picture[chosen]
-            cover[chosen] = self[paired]._place(shown, 1)
+            behind = self[paired]._place(shown, 1)
             picture[chosen] = shown
-        cover = torch.maximum(cover, self._place(picture, 0))
+        cover = self._place(picture, 0)
+        if len(paired):
+            cover[chosen] = torch.maximum(cover[chosen], behind)
         stack(front=True)
         return picture, cover
 
@@ -157,10 +153,10 @@ class Shot:
         x, y = _axes(height, width, device)
         right, down = x - _column(pose.centre_x, device), y - _column(pose.centre_y, device)
         grid = torch.empty(len(subject), height, width, 2, device=device)
-        grid[..., 0] = right * _column(cosine / pose.wide, device)
-        grid[..., 0] += down * _column(sine / pose.wide, device)
-        grid[..., 1] = down * _column(cosine / pose.tall, device)
-        grid[..., 1] -= right * _column(sine / pose.tall, device)
+        wide = [_column(part / pose.wide, device) for part in (cosine, sine)]
+        tall = [_column(part / pose.tall, device) for part in (cosine, sine)]
+        grid[..., 0] = right * wide[0] + down * wide[1]
+        grid[..., 1] = down * tall[0] - right * tall[1]
         cover = torch.empty(len(subject), height, width, device=device)
         for number in level.unique().tolist():
             rows = (level == number).nonzero()[:, 0]

@@ -44,7 +44,7 @@ class Subject:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Every word for it, its name first."""
+        """Return every word for it, its name first."""
         return (self.name, *self.synonyms)
 
 
@@ -59,7 +59,7 @@ class Layer:
     speed: float = 0.0
     depth: float = 0.0
     rises: bool = False
-    # drawn before the subject
+    # drawn in front of the subject
     front: bool = False
 
 
@@ -97,11 +97,11 @@ class Motion:
 
     @property
     def camera(self) -> bool:
-        """Whether it is the camera that moves."""
+        """Return whether it is the camera that moves."""
         return "zoom" in self.path
 
     def fits(self, scene: Scene) -> bool:
-        """Whether it is plausible there."""
+        """Return whether it is plausible in a scene."""
         return not self.places or not set(self.places).isdisjoint(scene.tags)
 
 

@@ -100,7 +100,7 @@ class World:
         return Specs(actors, motion, scene, adjectives[:, :2], adjectives[:, 2:])
 
     def indices(self, split: str, count: int) -> Tensor:
-        """The first `count` indices of "train", or of "test": held-out (subject, motion, scene).
+        """Find the first `count` of "train", or of "test": held-out (subject, motion, scene).
 
         A training clip shows no held-out combination, not even by its second subject.
         """
@@ -122,7 +122,7 @@ class World:
         return torch.cat(blocks)[:count]
 
     def captions(self, indices: Indices, variant: int = 0) -> list[str]:
-        """One caption each; `variant` rewords it."""
+        """Write one caption each; `variant` rewords it."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         specs, keys = self.specs(indices), indices * 1009 + variant
         texts = []
@@ -139,7 +139,7 @@ class World:
         return texts
 
     def _describe(self, subject: int, tint: int, grade: int, name: float, word: float) -> str:
-        """A subject's name with its size and colour, chosen by two random numbers."""
+        """Name a subject with its size and colour; two random numbers choose the words."""
         # half of the captions use the plain name
         text = pick(self._subjects[subject].words, max(0.0, 2 * name - 1))
         if tint >= 0:
@@ -173,5 +173,5 @@ class World:
                 picture = (picture * 255).round_().clamp_(0, 255).to(torch.uint8)
                 video[rows.to(device)] = picture.view(-1, *video.shape[1:])
                 mask[rows.to(device)] = (cover > 0.5).view(-1, *mask.shape[1:])
-        labels = {name: label.to(device) for name, label in specs.labels.items()}
+        labels = {name: getattr(specs, name).to(device) for name in ("subject", "motion", "scene")}
         return Clips(video, mask, self.captions(indices, variant), labels)

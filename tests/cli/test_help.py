@@ -13,11 +13,11 @@ from cmdgen.cli.help import describe, sections, split_help
 
 
 def commands(command: Any, context: typer.Context) -> list[tuple[Any, typer.Context]]:
-    """All that are not hidden, each with its context."""
+    """All commands, each with its context."""
     found = [(command, context)]
-    for name, inner in getattr(command, "commands", {}).items():
-        if not inner.hidden:
-            found += commands(inner, typer.Context(inner, info_name=name, parent=context))
+    for name in getattr(command, "commands", ()):
+        inner = command.get_command(context, name)
+        found += commands(inner, typer.Context(inner, info_name=name, parent=context))
     return found
 
 
@@ -98,7 +98,7 @@ def test_examples_are_commands_that_are_understood(path: str) -> None:
             context = typer.Context(root, info_name="cmdgen")
             rest = words[1:]
             while hasattr(command, "commands"):
-                command = command.commands[rest[0]]
+                command = command.get_command(context, rest[0])
                 context = typer.Context(command, info_name=rest.pop(0), parent=context)
             command.make_context(context.info_name, rest, parent=context.parent)
 

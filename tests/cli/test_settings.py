@@ -102,8 +102,8 @@ def test_help_shows_the_defaults_that_apply(cmdgen, tmp_path) -> None:
     config = tmp_path / "c.toml"
     config.write_text("[profile]\nruns = 7\nsteps = 9\n")
     shown = " ".join(cmdgen("--config", config, "profile", "--help").out.split())
-    assert "after one to warm up. [default: 7]" in shown
-    assert "Steps of both models. [default: 9] --batch" in shown
+    assert "after one to warm up. [1 to 1000; default: 7]" in shown
+    assert "Steps of both models. [>= 1; default: 9] --batch" in shown
 
 
 @pytest.mark.parametrize(

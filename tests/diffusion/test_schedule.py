@@ -108,11 +108,11 @@ def test_impossible_step_counts_are_rejected(steps: int) -> None:
 
 
 def test_unknown_names_are_rejected() -> None:
-    with pytest.raises(ValueError, match="beta schedule 'cosine'"):
+    with pytest.raises(ValueError, match="beta_schedule 'cosine' is not supported, expected"):
         alphas_cumprod(replace(STABLE_DIFFUSION, beta_schedule="cosine"))
-    with pytest.raises(ValueError, match="timestep spacing 'random'"):
+    with pytest.raises(ValueError, match="timestep_spacing 'random' is not supported, expected"):
         timesteps(replace(STABLE_DIFFUSION, timestep_spacing="random"), 10)
-    with pytest.raises(ValueError, match="prediction type 'score'"):
+    with pytest.raises(ValueError, match="prediction_type 'score' is not supported, expected"):
         to_x0_eps(torch.ones(1, 1), torch.ones(1, 1), 0.5, "score")
 
 

@@ -4,7 +4,6 @@ Weights are random, kept in half precision as they are on disk, computed with in
 left of a difference is rounding, and what the folders lose.
 """
 
-import gc
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -67,7 +66,6 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     """Emptied at the end: pytest would keep gigabytes for three runs."""
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
-    gc.collect()
 
 
 def random_module(build: Callable[[], nn.Module]) -> nn.Module:

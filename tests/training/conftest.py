@@ -1,18 +1,32 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cmdgen.training import denoising
-from cmdgen.video.write import write_video
+from cmdgen.training import denoising, text
+from cmdgen.world.config import WORLDS, WorldConfig
+from tests.videos import write_video
+
+SHAPES = WorldConfig(
+    subjects=("dog", "cat", "car"),
+    motions=("jumping", "spinning"),
+    scenes=("grass", "sky"),
+    pairs=0.0,
+    held_out=0.3,
+    sprites="shapes",
+)
 
 
 @pytest.fixture(scope="package", autouse=True)
-def short_sheets() -> Iterator[None]:
-    """Sheets are sampled in few steps: no test looks at their quality."""
+def little_work() -> Iterator[None]:
+    """A world of drawn shapes, short sheets, few captions to learn, and no wait for the disk."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(WORLDS, "shapes", SHAPES)
         patch.setattr(denoising, "SHEET_STEPS", 2)
+        patch.setattr(text, "CAPTIONS", 20)
+        patch.setattr(os, "fsync", lambda _: None)
         yield
 
 

@@ -11,27 +11,26 @@ import pytest
 from cmdgen.config import PRESETS
 from cmdgen.training.vae import VaeStage
 from tests.conftest import tiny_config
-from tests.videos import write_video
 
-FEW = ("--batch", 2, "--accumulate", 1, "--steps", 2, "--clips", 4)
+FEW = ("--batch", 2, "--accumulate", 1, "--steps", 2, "--clips", 4, "--held-out", 2)
 
 
 @pytest.fixture
-def train(cmdgen, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The command, where two presets are small enough to train on a few files."""
+def train(cmdgen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The command, where two presets are small enough to train on a few clips."""
     for name in ("mini", "cmd-sd15"):
         monkeypatch.setitem(PRESETS, name, replace(tiny_config(), name=name))
 
     def run(stage: str, *arguments: object):
         # of an option given twice the last one counts
-        data = () if (tmp_path / "run").exists() else ("--data", videos)
+        data = () if (tmp_path / "run").exists() else ("--data", "shapes")
         return cmdgen("train", stage, "-o", tmp_path / "run", *FEW, *data, *arguments)
 
     return run
 
 
-def test_stages_continue_with_what_the_run_began_with(train, tmp_path: Path) -> None:
-    done = train("vae", "--preset", "cmd-sd15")
+def test_stages_continue_with_what_the_run_began_with(train, videos: Path, tmp_path: Path) -> None:
+    done = train("vae", "--preset", "cmd-sd15", "--data", videos)
     assert (done.code, done.out) == (0, f"{tmp_path / 'run'}\n"), done.err
     assert "vae: 2 of 2 steps" in done.err
     # preset and data are the run's own now
@@ -44,9 +43,9 @@ def test_stages_continue_with_what_the_run_began_with(train, tmp_path: Path) -> 
 
 def test_a_gated_run_is_gated_in_all_its_parts(train, tmp_path: Path) -> None:
     gate = ("--attention", "gated", "--attention-threshold", 1.5, "--attention-features", 8)
-    assert train("vae", *gate).code == 0
+    assert train("vae", *gate, "--steps", 1).code == 0
     for stage, part in {"autoencoder": "autoencoder", "content": "unet"}.items():
-        assert train(stage).code == 0
+        assert train(stage, "--steps", 1).code == 0
         config = json.loads((tmp_path / "run" / part / "config.json").read_text())
         assert [config[f"attention{key}"] for key in ("", "_threshold", "_features")] == [
             *("gated", 1.5, 8)
@@ -95,6 +94,10 @@ def test_time_is_up_during_encoding_too(train, tmp_path: Path) -> None:
         (("vae", "--accumulate", "3"), "not a multiple of accumulate 3"),
         (("vae", "--attention", "fast"), "attention 'fast' is not one of softmax, gated"),
         (("vae", "--attention-threshold", -1), "attention threshold -1.0 is not at least 0"),
+        (("vae", "--attention-threshold", 0), "attention threshold 0.0 is not above 0"),
+        (("vae", "--lr", 0), "lr 0.0 is not between 0 and 1"),
+        (("vae", "--ema", 1), "ema 1.0 is not at least 0 and below 1"),
+        (("vae", "--minutes", 0), "minutes 0.0 is not above 0"),
         (("vae", "--precision", "fp8"), "precision 'fp8' is not one of"),
         (("content", "--mask", 2), "No such option: --mask"),
         (("vae", "--text-dropout", 0), "No such option: --text-dropout"),
@@ -143,8 +146,8 @@ def test_a_run_cut_short_by_the_clock_says_where_the_learning_rate_is(train) -> 
     assert (quiet.code, quiet.err) == (0, "")
 
 
-def test_a_run_of_an_earlier_version_goes_on(train, videos: Path, tmp_path: Path) -> None:
-    shared = {"preset": "cmd-sd15", "data": str(videos), "size": "48x32", "frames": 4}
+def test_a_run_of_an_earlier_version_goes_on(train, tmp_path: Path) -> None:
+    shared = {"preset": "cmd-sd15", "data": "shapes", "size": "48x32", "frames": 4}
     path = tmp_path / "run/training/run.json"
     path.parent.mkdir(parents=True)
     # before settings were dataclasses

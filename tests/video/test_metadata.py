@@ -1,5 +1,6 @@
 import json
 import struct
+from base64 import b85decode
 from contextlib import suppress
 from io import BytesIO
 
@@ -12,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from cmdgen.files import parse_json
 from cmdgen.video.formats import FORMATS, choose_encoding
-from cmdgen.video.read import MOST_HEAD, read_metadata
+from cmdgen.video.read import MOST_HEAD, read_metadata, read_video
 from cmdgen.video.write import MOST_METADATA, write_still
 from tests.videos import write_video
 
@@ -33,7 +34,8 @@ def make(path, about, **how):
 @pytest.mark.parametrize("name", HOLDING)
 def test_metadata_comes_back_whatever_the_prompt_holds(tmp_path, name):
     prompt = 'a=b; #c \\ "é"\nnew\\\nline\r\n[STREAM]\ncomment=x 犬 🐕 \u202e\0\x7f'
-    metadata = {"prompt": prompt, "seed": 2**63 - 1, "guidance": 7.5, "negative": "🐕=" * 100_000}
+    # more than an argument of a command may have
+    metadata = {"prompt": prompt, "seed": 2**63 - 1, "guidance": 7.5, "negative": "🐕=" * 40_000}
     metadata["file"] = None
     make(tmp_path / name, metadata)
     assert read_metadata(tmp_path / name) == metadata
@@ -61,6 +63,31 @@ def test_a_sidecar_is_read_where_the_file_has_no_metadata(tmp_path, name):
     make(tmp_path / name, {"seed": 3}, sidecar=True)
     assert read_metadata(tmp_path / name) == {"seed": 3}
     assert read_metadata(tmp_path / f"{name}.json") == {"seed": 3}
+
+
+# of two frames, black and white, as version 0.1.0 wrote them
+OLD = {
+    "a.webp": (
+        "Qb|Te`~Uy|S4BclR!}%t3IG5A3IG5A0RR92002QwNlgX-00960|Nj60K~7CZG5`Po000000003100961eE<LgR!}"
+        "$~8UO$QFaZFa0V)Cj0ssKO5+$Sn18@NT{_d&(002QwO-3>R00000000000RR92004ae0034{I3OAT001-r0G$CU0"
+        "ssO4000stqyPhO0RH~ncmMzZMOaBjTmS$7O-%qQ0000800D<-00aO40096102%-Q00001l7;{Q0000m0000i0000"
+        "0K~qCXNdN!<dm>|PWM^e=B03^4E-@}JA}k_sa&K*LbRs$;VIX8&buchyHfJJz"
+    ),
+    "a.apng": (
+        "iBL{Q4GJ0x0000DNk~Le00002000022m$~A0R7aOa{vGUFlkg+bYpLAZDnqB000000DB^1ZDeO<ZX!A&FfK7JFd{"
+        "4>aB^>LaC9O%B4Hq8!?tH4eRgrn$^ZZW32;bRa{vGU000000RV(~7jpmr00?1YR7?N>00IC2008rilW+h402*dvR"
+        "7?N>0000000IC200IC2000000000100;m8>(B^p0000ENkl<Zc${No00R~X1pojz00u;81!e#M02*dvR7?N>0096"
+        "100IC200IC2000000000100;m8aHHb70000NW@JHB00002c${PW|NlP&0|N^K7ytky6axbcnrFNK0000<MNUMnLS"
+        "TX"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_files_of_older_versions_have_their_metadata(tmp_path, name):
+    (tmp_path / name).write_bytes(b85decode(OLD[name]))
+    assert read_metadata(tmp_path / name) == {"cmdgen": "0.1.0", "prompt": "a dög"}
+    assert (read_video(tmp_path / name)[0] == np.array([0, 255]).reshape(2, 1, 1, 1)).all()
 
 
 def test_every_format_keeps_its_metadata_somewhere():

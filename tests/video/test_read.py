@@ -79,6 +79,12 @@ def test_frames_are_those_shown_in_the_middle_of_their_time(
     assert clip_of(tmp_path / name, 6, fps) == expected
 
 
+def test_equal_frames_of_an_apng_are_one_that_lasts_longer(tmp_path):
+    shown = [0, 0, 1, 1, 1, 2]
+    write_video(tmp_path / "a.apng", levels(3)[shown], 8, None)
+    assert clip_of(tmp_path / "a.apng", 6, 8) == shown
+
+
 def test_a_short_video_is_held_and_a_still_repeated(tmp_path, colours, lossless):
     (tmp_path / "a.mkv").write_bytes(lossless(3))
     clip, source = read_clip(tmp_path / "a.mkv", frames=5, size=(16, 16), fps=8)
@@ -118,20 +124,21 @@ def test_sound_is_ignored_and_lengthens_nothing(tmp_path, ffmpeg, lossless):
         read_clip(tmp_path / "c.mkv", frames=2, size=(16, 16), fps=8)
 
 
-@pytest.mark.parametrize("turned", [90, 180, 270])
-def test_a_turned_video_is_upright(tmp_path, ffmpeg, turned):
+def test_a_turned_video_is_upright(tmp_path, ffmpeg):
     frames = levels(2, 32, 48)
     # a bright corner, upper left
     frames[:, :8, :8] = 255
     write_video(tmp_path / "a.mp4", frames, 8, None)
-    how = ["-display_rotation", turned, "-i", "a.mp4", "-c", "copy", "b.mp4"]
-    assert not ffmpeg(*how, folder=tmp_path).returncode
-    _, source = read_clip(tmp_path / "b.mp4", frames=1, size=(12, 12), fps=8)
-    assert (source.width, source.height) == ((48, 32) if turned == 180 else (32, 48))
-    whole = read_video(tmp_path / "b.mp4")[0][0]
-    # counter-clockwise, as ffmpeg's option says
-    corner = {90: whole[-8:, :8], 180: whole[-8:, -8:], 270: whole[:8, -8:]}[turned]
-    assert corner.mean() > 200 and whole.mean() < 40
+    for turned in (90, 180, 270):
+        how = ["-display_rotation", turned, "-i", "a.mp4", "-c", "copy", f"{turned}.mp4"]
+        assert not ffmpeg(*how, folder=tmp_path).returncode
+        whole = read_video(tmp_path / f"{turned}.mp4")[0][0]
+        assert whole.shape == ((32, 48, 3) if turned == 180 else (48, 32, 3))
+        # counter-clockwise, as ffmpeg's option says
+        corner = {90: whole[-8:, :8], 180: whole[-8:, -8:], 270: whole[:8, -8:]}[turned]
+        assert corner.mean() > 200 and whole.mean() < 40
+    _, source = read_clip(tmp_path / "90.mp4", frames=1, size=(12, 12), fps=8)
+    assert (source.width, source.height) == (32, 48)
 
 
 def test_a_turned_photograph_is_upright(tmp_path, colours):
