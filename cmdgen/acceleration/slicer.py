@@ -231,7 +231,8 @@ def _window(
     strips: Strips, i: int, above: Tensor | None, affine: Affine | None, consume: bool
 ) -> Tensor:
     """(B, C, R, W) -> (B, C, R + 2, W) of strip i; beyond the map there are zeros."""
-    window = F.pad(strips[i], (0, 0, 1, 1)).contiguous(memory_format=torch.channels_last)
+    # padded in channels_last
+    window = F.pad(strips[i].permute(0, 2, 3, 1), (0, 0, 0, 0, 1, 1)).permute(0, 3, 1, 2)
     if consume:
         strips[i] = GONE
     first, last = int(above is None), window.shape[2] - (i + 1 == len(strips))
