@@ -17,7 +17,7 @@ from cmdgen.acceleration.graphs import Out
 # what torch builds its programs with; CXX names another C++ compiler than g++
 _TOOLS = {"cpu": "a C++ compiler (g++, or that of CXX)", "cuda": "Triton, gcc"}
 # sets of shapes in one process that a function is compiled for: torch would stop at 8
-_MOST = 1000
+_MAX_SHAPES = 1000
 
 
 class Compiled(Generic[Out]):
@@ -27,41 +27,33 @@ class Compiled(Generic[Out]):
     """
 
     def __init__(self, function: Callable[..., Out]) -> None:
-        self.function: Callable[..., Out] = function
-        self.compiled: Callable[..., Out] | None = None
+        self.compiled: Callable[..., Out] = torch.compile(function, fullgraph=True, dynamic=False)
         self.shapes: set[tuple[object, ...]] = set()
 
-    def __call__(self, *given: Tensor) -> Out:
-        """What the function would return, but for rounding."""
+    def __call__(self, *tensors: Tensor) -> Out:
+        """Return what the function would, except for rounding."""
         # the order in memory is a part of a program: one program for all of them
-        given = tuple(tensor.contiguous() for tensor in given)
-        key = tuple((tensor.shape, tensor.dtype) for tensor in given)
-        if self.compiled is not None and key in self.shapes:
-            return self.compiled(*given)
-        with _one_line(given[0].device.type):
-            if self.compiled is None:
-                self.compiled = torch.compile(self.function, fullgraph=True, dynamic=False)
-            # all models of a process count together
-            limits = {"recompile_limit": _MOST, "accumulated_recompile_limit": _MOST}
-            with torch._dynamo.config.patch(limits):
-                output = self.compiled(*given)
+        tensors = tuple(tensor.contiguous() for tensor in tensors)
+        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        if key in self.shapes:
+            return self.compiled(*tensors)
+        # all models of a process count together
+        limits = {"recompile_limit": _MAX_SHAPES, "accumulated_recompile_limit": _MAX_SHAPES}
+        with _one_line(tensors[0].device.type), torch._dynamo.config.patch(limits):
+            output = self.compiled(*tensors)
         self.shapes.add(key)
         return output
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises ValueError, in one line, where torch's compiler cannot build programs for a device."""
+    """Raise ValueError, in one line, where torch's compiler cannot build programs for a device."""
     with _one_line(device.type, RuntimeError, OSError, SubprocessError):
-        torch.compile(_double)(torch.ones(16, device=device))
-
-
-def _double(x: Tensor) -> Tensor:
-    return x + x
+        torch.compile(lambda x: x + x)(torch.ones(16, device=device))
 
 
 @contextmanager
 def _one_line(device: str, *others: type[Exception]) -> Iterator[None]:
-    """What the compiler raises, and `others`, as a ValueError of one line."""
+    """Turn what the compiler raises, and `others`, into a ValueError of one line."""
     from torch._dynamo.exc import TorchDynamoException
 
     errors: tuple[type[Exception], ...] = (TorchDynamoException, *others)
@@ -75,11 +67,11 @@ def _one_line(device: str, *others: type[Exception]) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The line that tells: the first error of a compiler that it called, else torch's own."""
+    """Return the first error of a compiler that torch called, or else torch's own."""
     while isinstance(error.__cause__, RuntimeError):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines()]
     # the first line may say no more than that what follows was raised
     lines = [line for line in lines if line and not line.startswith("backend=")]
-    told = [line for line in lines if "error:" in line]
-    return (told or lines or [type(error).__name__])[0].rstrip(".")
+    reasons = [line for line in lines if "error:" in line] or lines or [type(error).__name__]
+    return reasons[0].rstrip(".")

@@ -35,14 +35,14 @@ class Graphed(Generic[Out]):
         self.pool = pool
         self.captures: dict[tuple[object, ...], tuple[list[Tensor], Callable[[], Out]]] = {}
 
-    def __call__(self, *given: Tensor) -> Out:
-        """What the function would return."""
-        key = tuple((tensor.shape, tensor.dtype) for tensor in given)
+    def __call__(self, *tensors: Tensor) -> Out:
+        """Return what the function would."""
+        key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
         if key not in self.captures:
-            inputs = [tensor.clone() for tensor in given]
+            inputs = [tensor.clone() for tensor in tensors]
             self.captures[key] = inputs, capture(self.function, inputs, self.pool)
         inputs, replay = self.captures[key]
-        torch._foreach_copy_(inputs, list(given))
+        torch._foreach_copy_(inputs, list(tensors))
         output = replay()
         if isinstance(output, Tensor):
             return output.clone()
@@ -59,7 +59,7 @@ class GraphedNetwork(NamedTuple):
 
 @contextmanager
 def fastest_libraries(device: torch.device) -> Iterator[None]:
-    """Within the block kernels are launched on this device, attention by the best of its libraries.
+    """Launch kernels on this device within the block, attention by the best of its libraries.
 
     cuDNN's comes first on Hopper and what followed it, flash attention on what was before.
     """
@@ -76,9 +76,9 @@ def fastest_libraries(device: torch.device) -> Iterator[None]:
 
 
 def capture(function: Callable[..., Out], inputs: list[Tensor], pool: Pool) -> Callable[[], Out]:
-    """Record what a function does with these tensors; what is given does it again.
+    """Record what a function does with these tensors, and return what does it again.
 
-    Its output is overwritten by any other graph of the pool.
+    Any other graph of the pool overwrites the output.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

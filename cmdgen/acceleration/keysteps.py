@@ -5,14 +5,14 @@ number of steps that run.
 """
 
 import math
-from bisect import insort
+from bisect import bisect_right, insort
 from collections.abc import Sequence
 
 Map = Sequence[Sequence[float]]
 
 
 def count_protected(part: str, steps: int, share: float) -> int:
-    """How many steps at the start are never skipped: `share` of them, rounded up, at least 1.
+    """Return how many first steps are never skipped: `share` of them, rounded up, at least 1.
 
     Of the motion model 1: its first steps have the features that are most alike, and the more of
     them run, the further is the result from that of all steps.
@@ -48,16 +48,15 @@ def by_similarity(similarity: Map, budget: int, *, protected: int = 1) -> tuple[
     _check_budget(steps, budget, protected)
     if budget == steps:
         return tuple(range(steps))
-    low, high = -math.inf, math.inf
-    values = sorted({similarity[i][j] for i in range(steps) for j in range(i)})
-    while values:
-        middle = values[len(values) // 2]
-        if len(by_threshold(similarity, middle, protected=protected)) <= budget:
-            low, values = middle, values[len(values) // 2 + 1 :]
-        else:
-            high, values = middle, values[: len(values) // 2]
-    keys = list(by_threshold(similarity, low, protected=protected))
-    assert len(keys) <= budget and low < high
+    # below all that occur, a threshold leaves the fewest steps
+    values = sorted({-math.inf, *(similarity[i][j] for i in range(steps) for j in range(i))})
+
+    def choose(threshold: float) -> list[int]:
+        return list(by_threshold(similarity, threshold, protected=protected))
+
+    above = bisect_right(values, budget, 1, key=lambda threshold: len(choose(threshold)))
+    keys = choose(values[above - 1])
+    assert len(keys) <= budget
     while len(keys) < budget:
         skipped = [
             (similarity[step][key], step)

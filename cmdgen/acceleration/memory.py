@@ -34,8 +34,6 @@ SLICE_BYTES = {"cpu": 2**19}
 # and values of the VAE's largest map that are made at a time: more of them are not faster
 MAP_VALUES = 2**20
 
-aten = torch.ops.aten
-
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of the tensors that operators made while it was entered: those alive, and the most.
@@ -46,9 +44,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 0
-        self.peak = 0
-        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.now = self.peak = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -60,25 +56,19 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = _evaluate(function, args, kwargs)
-        for tensor in _tensors((result,)):
-            storage = tensor.untyped_storage()
-            if id(storage) not in self.storages and not any(
-                given.untyped_storage() is storage for given in _tensors((*args, *kwargs.values()))
-            ):
-                self._take(storage)
+        # torch keeps the Python object of a storage for as long as the storage lives
+        given, held = (
+            {id(storage): storage for storage in map(Tensor.untyped_storage, _tensors(values))}
+            for values in ((*args, *kwargs.values()), (result,))
+        )
+        for key in held.keys() - given.keys():
+            self._add(size := held[key].nbytes())
+            weakref.finalize(held[key], self._add, -size)
         return result
 
-    def _take(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
+    def _add(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)
-
-        def give_back(_: object) -> None:
-            self.now -= size
-            del self.storages[key]
-
-        # torch keeps the Python object of a storage for as long as the storage lives
-        self.storages[key] = weakref.ref(storage, give_back)
 
 
 class FusedAttention(TorchFunctionMode):
@@ -125,7 +115,7 @@ class Work:
     @cached_property
     def autoencoder(self) -> CmdAutoencoder | None:
         """Build the autoencoder; one block is enough, as it holds nothing when it has ended."""
-        if self.model.autoencoder is None or self.model.frames == 1:
+        if self.model.autoencoder is None:
             return None
         return build_empty(CmdAutoencoder, replace(self.model.autoencoder, depth=1)).to(self.dtype)
 
@@ -144,9 +134,9 @@ class Work:
 
     def latents(self) -> Tensor:
         """() -> (B, T, C, h, w)."""
-        vae, autoencoder, sides = self.model.vae, self.model.autoencoder, self.latent_size
+        vae, autoencoder = self.model.vae, self.model.autoencoder
         channels = vae.latent_channels if vae else autoencoder.channels if autoencoder else 3
-        return self.empty(self.batch, self.model.frames, channels, *sides)
+        return self.empty(self.batch, self.model.frames, channels, *self.latent_size)
 
 
 # a network's operators in these slices
@@ -157,28 +147,26 @@ def run_vae(work: Work, slices: Slices) -> None:
     """Run a first slice, beside all frames and two copies of all latents."""
     shape = work.batch * work.model.frames, 3, work.model.height, work.model.width
     frames = work.empty(*shape, dtype=torch.uint8)
-    latents, *others = (work.latents().flatten(0, 1) for _ in range(2))
+    latents = [work.latents().flatten(0, 1) for _ in range(2)]
     if work.verb == "encode":
         pictures = to_unit(frames[: slices.pictures])
         if work.vae is not None:
             encode_pictures(work.vae, pictures.to(work.dtype), slices.strips)
     elif work.vae is not None:
-        to_rgb24(decode_pictures(work.vae, latents[: slices.pictures], slices.strips))
-    del others
+        to_rgb24(decode_pictures(work.vae, latents[0][: slices.pictures], slices.strips))
 
 
 def run_autoencoder(work: Work, slices: Slices) -> None:
     """Run all clips: latents to content and motion, or the other way."""
-    autoencoder = work.autoencoder
-    assert autoencoder is not None
+    assert work.autoencoder is not None
     if work.verb == "encode":
-        encode_clip(autoencoder, work.latents().transpose(1, 2), slices)
+        encode_clip(work.autoencoder, work.latents().transpose(1, 2), slices)
         return
-    config, (height, width) = autoencoder.config, work.latent_size
-    positions = width // config.patch + height // config.patch
-    content = work.empty(work.batch, config.channels, height, width)
+    config = work.autoencoder.config
+    content = work.empty(work.batch, config.channels, *work.latent_size)
+    positions = sum(side // config.patch for side in work.latent_size)
     motion = work.empty(work.batch, config.motion_channels, work.model.frames, positions)
-    decode_clip(autoencoder, content, motion, slices)
+    decode_clip(work.autoencoder, content, motion, slices)
 
 
 @cache
@@ -195,30 +183,20 @@ def choose_slices(work: Work, device: torch.device, max_memory: int | None = Non
     Without a limit, return the fastest slices, and count nothing. Raises ValueError where the
     smallest slices hold more.
     """
-    slices = _fastest_slices(work, device)
+    slices, (rows, _) = _fastest_slices(work, device), work.latent_size
     if max_memory is None:
         return slices
-    rows, _ = work.latent_size
-    pairs = zip_longest(_halvings(slices.frames), _halvings(slices.positions), fillvalue=1)
-    ladders: tuple[list[dict[str, int]], ...] = (
-        # strips are slower: single pictures come first
-        [{"pictures": count} for count in _halvings(slices.pictures)]
-        + [{"pictures": 1, "strips": ceil(rows / high)} for high in _halvings(rows)],
-        [{"frames": frames, "positions": positions} for frames, positions in pairs],
-    )
-    for run, ladder in zip(work.runs, ladders, strict=False):
-        for step in ladder:
-            slices = replace(slices, **step)
-            if count_peak(run, work, slices) <= max_memory:
-                break
-        else:
-            finest = Slices(frames=1, positions=1, pictures=1, strips=rows)
-            least = work.peak(finest)
-            model, count = work.model, work.batch * work.model.frames
-            raise ValueError(
-                f"max memory {max_memory / 1e6:g} MB: to {work.verb} {count} frames of "
-                f"{model.width}x{model.height} takes at least {ceil(least / 1e6)} MB"
-            )
+    for run in work.runs:
+        while count_peak(run, work, slices) > max_memory:
+            smaller = _cut(run, slices, rows)
+            if smaller == slices:
+                least = work.peak(Slices(frames=1, positions=1, pictures=1, strips=rows))
+                model, count = work.model, work.batch * work.model.frames
+                raise ValueError(
+                    f"max memory {max_memory / 1e6:g} MB: to {work.verb} {count} frames of "
+                    f"{model.width}x{model.height} takes at least {ceil(least / 1e6)} MB"
+                )
+            slices = smaller
     return slices
 
 
@@ -241,12 +219,15 @@ def _fastest_slices(work: Work, device: torch.device) -> Slices:
     return Slices(frames, positions, pictures)
 
 
-def _halvings(count: int) -> Iterator[int]:
-    """Yield a number, half of it, and so on to 1; halves are rounded up."""
-    while count > 1:
-        yield count
-        count = ceil(count / 2)
-    yield 1
+def _cut(run: Run, slices: Slices, rows: int) -> Slices:
+    """Return slices half as large, where a run can have them; at most so many `rows` of strips."""
+    if run is run_autoencoder:
+        frames, positions = ceil(slices.frames / 2), ceil(slices.positions / 2)
+        return replace(slices, frames=frames, positions=positions)
+    # strips are slower: single pictures come first
+    if slices.pictures > 1:
+        return replace(slices, pictures=ceil(slices.pictures / 2))
+    return replace(slices, strips=min(2 * slices.strips, rows))
 
 
 # The shape functions of these operators are Python, and the first of them imports torch's compiler,
@@ -255,6 +236,7 @@ _POINTWISE = {
     *("add", "sub", "rsub", "mul", "div", "pow", "exp", "sqrt", "cos", "tanh", "gelu", "silu"),
     *("addcmul", "round", "clamp"),
 }
+aten = torch.ops.aten
 _STAND_INS: dict[object, Callable[..., object]] = {
     aten.arange.default: lambda end, **options: torch.empty(end, **{"dtype": torch.long} | options),
     aten.addmm.default: lambda bias, x, weight: aten.mm(x, weight),
@@ -263,15 +245,8 @@ _STAND_INS: dict[object, Callable[..., object]] = {
     aten.upsample_bilinear2d.default: lambda x, size, *_: aten.upsample_nearest2d(x, size),
     aten.native_layer_norm.default: lambda x, *_: (x.new_empty(x.shape), x[:0], x[:0]),
     aten.native_group_norm.default: lambda x, *_: (torch.empty_like(x), x[:0], x[:0]),
-    aten.stack.default: lambda parts, dim=0: _STAND_INS[aten.cat.default](
-        [part.unsqueeze(dim) for part in parts], dim
-    ),
-    # padding, unlike `new_empty`, keeps the order of memory
-    aten.cat.default: lambda parts, dim=0: F.pad(
-        parts[0],
-        (0, 0) * (parts[0].ndim - 1 - dim % parts[0].ndim)
-        + (0, sum(part.shape[dim] for part in parts[1:])),
-    ),
+    aten.cat.default: lambda parts, dim=0: _join(parts, dim),
+    aten.stack.default: lambda parts, dim=0: _join([part.unsqueeze(dim) for part in parts], dim),
 }
 
 
@@ -283,16 +258,21 @@ def _evaluate(function: Any, args: Any, kwargs: Any) -> Any:
         return function(*args, **kwargs)
     if function._schema.is_mutable:
         return kwargs.get("out", args[0])
-    if function in _STAND_INS:
-        return _STAND_INS[function](*args, **kwargs)
     name = function._schema.name.removeprefix("aten::")
     if name not in _POINTWISE or not all(x.is_floating_point() or x.is_complex() for x in tensors):
-        return function(*args, **kwargs)
+        return _STAND_INS.get(function, function)(*args, **kwargs)
     sizes = zip_longest(*(reversed(tensor.shape) for tensor in tensors), fillvalue=1)
     shape = tuple(max(size) for size in sizes)[::-1]
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     # in the largest one's order of memory
     return torch.empty_like(max(tensors, key=Tensor.numel).expand(shape), dtype=dtype)
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    """Return a tensor of all parts' size along one axis; padding keeps the order of memory."""
+    first, *others = parts
+    padding = [0, 0] * (first.ndim - 1 - dim % first.ndim) + [0, sum(x.shape[dim] for x in others)]
+    return F.pad(first, padding)
 
 
 def _tensors(values: Iterable[object]) -> Iterator[Tensor]:

@@ -1,42 +1,39 @@
 """Work of one GPU beside other work of it; a CPU has its cores busy with the one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 
 class Pending:
-    """A tensor on its way to the CPU; `on_ready` is given it once, when it is seen to be there."""
+    """A tensor on its way to the CPU; `on_ready` gets it once, when it has arrived."""
 
     def __init__(
-        self, made: Tensor, copied: torch.cuda.Event | None, on_ready: Callable[[Tensor], None]
+        self, result: Tensor, copied: torch.cuda.Event | None, on_ready: Callable[[Tensor], None]
     ) -> None:
-        self.made, self.copied, self.on_ready = made, copied, on_ready
+        self.result, self.copied, self.on_ready = result, copied, on_ready
         if copied is None:
-            on_ready(made)
+            on_ready(result)
 
     def poll(self) -> None:
-        """Look whether it is there; nothing waits."""
+        """Look whether the tensor has arrived; nothing waits."""
         if self.copied is not None and self.copied.query():
-            self._hand_on()
+            self.finish()
 
     def finish(self) -> Tensor:
-        """Wait until it is there."""
+        """Wait for the tensor."""
         if self.copied is not None:
             self.copied.synchronize()
-            self._hand_on()
-        return self.made
-
-    def _hand_on(self) -> None:
-        # page-locked memory is not for keeping
-        self.made, self.copied = self.made.clone(), None
-        self.on_ready(self.made)
+            # page-locked memory is not for keeping
+            self.result, self.copied = self.result.clone(), None
+            self.on_ready(self.result)
+        return self.result
 
 
 def start(
     make: Callable[[Tensor], Tensor],
-    given: Tensor,
+    source: Tensor,
     on_ready: Callable[[Tensor], None],
     *,
     stream: torch.cuda.Stream | None,
@@ -44,16 +41,35 @@ def start(
     """Make a tensor of another one in a stream beside the current one, or, without one, at once.
 
     All launches come from this thread, before what follows is launched: a graph that is captured
-    then waits for them, and sees none. `on_ready` is called by this thread too, within `poll` or
+    then waits for them, and sees none. This thread also calls `on_ready`, within `poll` or
     `finish`, between two launches.
     """
     if stream is None:
-        return Pending(make(given).cpu(), None, on_ready)
-    stream.wait_stream(torch.cuda.current_stream(given.device))
+        return Pending(make(source).cpu(), None, on_ready)
+    stream.wait_stream(torch.cuda.current_stream(source.device))
     # no other tensor may have its memory before this stream has read it
-    given.record_stream(stream)
+    source.record_stream(stream)
     with torch.cuda.stream(stream):
-        made = make(given)
-        copy = torch.empty_like(made, device="cpu", pin_memory=True)
-        copy.copy_(made, non_blocking=True)
+        result = make(source)
+        copy = torch.empty_like(result, device="cpu", pin_memory=True)
+        copy.copy_(result, non_blocking=True)
         return Pending(copy, stream.record_event(), on_ready)
+
+
+def fetch(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Tensors -> the same on the CPU, in order; from a GPU while it computes those that follow."""
+    stream: torch.cuda.Stream | None = None
+    previous: Pending | None = None
+    for part in parts:
+        if stream is None and part.device.type == "cuda":
+            stream = torch.cuda.Stream(part.device)
+        current = start(lambda part: part, part, lambda _: None, stream=stream)
+        if stream is None:
+            yield current.result
+            continue
+        # the GPU has its work for this part: time to wait for the part before it
+        if previous is not None:
+            yield previous.finish()
+        previous = current
+    if previous is not None:
+        yield previous.finish()

@@ -39,9 +39,9 @@ class CutUNet:
 
     def run(self, x: Tensor, time: Tensor, *text: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, h, w), (B, P), the projected text -> (B, C, h, w), the feature (B, C', h, w)."""
-        given, first = self.unet.hand_out(time, text), self.unet.embed(x)
-        feature = self.unet.trunk(first, given)
-        return self.unet.tail(feature, first, given), feature
+        shares, first = self.unet.hand_out(time, text), self.unet.embed(x)
+        feature = self.unet.trunk(first, shares)
+        return self.unet.tail(feature, first, shares), feature
 
     def resume(self, feature: Tensor, x: Tensor, time: Tensor, *text: Tensor) -> Tensor:
         """(B, C', h, w), (B, C, h, w), (B, P), the projected text -> (B, C, h, w)."""
@@ -57,19 +57,19 @@ class CutDiT:
 
     dit: DiT
 
-    def run(self, x: Tensor, time: Tensor, *conditions: Tensor) -> tuple[Tensor, Tensor]:
+    def run(self, x: Tensor, time: Tensor, *ground: Tensor) -> tuple[Tensor, Tensor]:
         """(B, K, T, W' + H'), (B, P), what `place` made -> the output, what is added (B, L, D)."""
-        tokens = self.dit.embed(x, *conditions)
+        tokens = self.dit.embed(x, *ground)
         after = self.dit.trunk(tokens, time)
         return self.dit.finish(after, time, *x.shape[-2:]), after - tokens
 
-    def resume(self, feature: Tensor, x: Tensor, time: Tensor, *conditions: Tensor) -> Tensor:
+    def resume(self, feature: Tensor, x: Tensor, time: Tensor, *ground: Tensor) -> Tensor:
         """(B, L, D), (B, K, T, W' + H'), (B, P), what `place` made -> the output."""
-        return self.dit.finish(self.dit.embed(x, *conditions) + feature, time, *x.shape[-2:])
+        return self.dit.finish(self.dit.embed(x, *ground) + feature, time, *x.shape[-2:])
 
 
 class Rehash:
-    """One network for one run of a sampler, which calls it once a step: full steps and skipped."""
+    """A network that a sampler calls once a step: in full, or skipped, of one clip or batch."""
 
     def __init__(self, network: Network, full: Collection[int]) -> None:
         assert 0 in full, "the first step has nothing to reuse"
@@ -82,14 +82,14 @@ class Rehash:
         """(B, C, ...), (B, P), conditions -> (B, C or 2 C, ...)."""
         full = self.step in self.full
         self.step += 1
-        if not full and self.feature is not None and len(self.feature) != len(x):
-            assert len(self.feature) == 2 * len(x), "guidance came on, with nothing to reuse"
-            # it went off: what is left is its positive branch
-            self.feature = self.feature[len(x) :]
         if full:
             # two of them never exist at once
             self.feature = None
             output, self.feature = self.network.run(x, time, *conditions)
             return output
         assert self.feature is not None
+        if len(self.feature) != len(x):
+            assert len(self.feature) == 2 * len(x), "guidance came on, with nothing to reuse"
+            # it went off: what is left is its positive branch
+            self.feature = self.feature[len(x) :]
         return self.network.resume(self.feature, x, time, *conditions)

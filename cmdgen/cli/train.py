@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train a model in one folder: vae, autoencoder, content, motion, then export.",
 )
-STAGES = {
+_SUMMARIES = {
     "vae": "Frames to latents and back, learned on single frames.",
     "autoencoder": "Clips of latents to content frame and motion latents, and back. Needs vae.",
     "content": "Text to content frame, with the text encoder. Needs autoencoder.",
@@ -42,22 +42,23 @@ _HELP = """{}
 
 def _settings(stage: str) -> type:
     """Return a dataclass of a stage's settings, where None means the value of the recipe."""
+    recipes = {preset: recipe(preset, stage) for preset in PRESETS}
     members = []
-    for part in recipe(PRESET, stage):
+    for i, part in enumerate(recipes[PRESET]):
         cls: Any = type(part)
         for name, (item, _, _) in options_of(cls).items():
-            described = replace(option_of(item), shown=_show_defaults(stage, name))
+            defaults = {preset: _show(getattr(parts[i], name)) for preset, parts in recipes.items()}
+            described = replace(option_of(item), shown=_show_defaults(defaults))
             setting = field(default=None, metadata={"option": described})
             members.append((name, item.type, setting))
-    return make_dataclass("Settings", members)
+    return make_dataclass("Settings", members, repr=False, eq=False)
 
 
-def _show_defaults(stage: str, name: str) -> str:
-    """Return the defaults of a setting as `VALUE; VALUE for PRESET, PRESET`."""
+def _show_defaults(defaults: dict[str, str]) -> str:
+    """Return the defaults of a setting by preset as `VALUE; VALUE for PRESET, PRESET`."""
     presets = dict[str, list[str]]()
-    for preset in PRESETS:
-        train, loss = recipe(preset, stage)
-        presets.setdefault(_show((vars(train) | vars(loss))[name]), []).append(preset)
+    for preset, value in defaults.items():
+        presets.setdefault(value, []).append(preset)
     first, *others = presets
     return "; ".join([first, *(f"{value} for {', '.join(presets[value])}" for value in others)])
 
@@ -87,7 +88,7 @@ def _command(stage: str) -> Callable[..., None]:
     return expand(command)
 
 
-for _stage, _help in STAGES.items():
+for _stage, _help in _SUMMARIES.items():
     app.command(_stage, cls=Command, help=_HELP.format(_help, stage=_stage))(_command(_stage))
 
 
@@ -152,7 +153,7 @@ def _train(
 
 
 def _check_gate(stage: str, start: Start, shared: Shared) -> None:
-    """Raise ValueError for settings of attention where `init` has the part: it has its own."""
+    """Raise ValueError for settings of attention that the part of `init` already has."""
     part = {"content": "unet"}.get(stage, stage)
     for name in shared.gate:
         if start.init is not None and (start.init / part).is_dir():

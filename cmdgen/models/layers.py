@@ -71,8 +71,9 @@ def normalise(
     norm: nn.GroupNorm, x: Tensor, *, shift: Tensor | None = None, activation: str = "silu"
 ) -> Tensor:
     """(B, C, H, W), (B, C) -> (B, C, H, W): the activation of norm(x + shift)."""
+    groups, eps = norm.num_groups, norm.eps
     return group_norm_silu(
-        x, norm.weight, norm.bias, norm.num_groups, norm.eps, shift=shift, activation=activation
+        x, norm.weight, norm.bias, shift, groups=groups, eps=eps, activation=activation
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from cmdgen import __version__
 from cmdgen.acceleration.calibration import Predict, choose_key_steps
 from cmdgen.acceleration.compiled import Compiled
-from cmdgen.acceleration.graphs import Graphed, GraphedNetwork, Out
+from cmdgen.acceleration.graphs import Graphed, GraphedNetwork, Out, fastest_libraries
 from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.rehash import CutDiT, CutUNet, Rehash
 from cmdgen.config import ModelConfig, NoiseConfig
@@ -27,6 +27,7 @@ from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request, describe_plan, resolve
 from cmdgen.store.parts import hash_weights, load_part, network_configs
 from cmdgen.video.formats import Encoding, Pixels, choose_encoding
+from cmdgen.video.pixels import CONVERT
 from cmdgen.video.write import open_video, write_still
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -89,6 +90,16 @@ class Inputs:
     origin: Mapping[str, object] = field(default_factory=dict)
 
 
+class Made(NamedTuple):
+    """A batch as a pipeline makes it."""
+
+    frames: np.ndarray  # uint8 (B, T, ...) in the pixels of the run
+    pictures: np.ndarray  # uint8 (B, H, W, 3): the content frames
+    content: Tensor  # (B, C, h, w) on the CPU
+    # None of stills
+    motion: Tensor | None  # (B, K, T, W' + H') on the CPU
+
+
 @dataclass(frozen=True)
 class Denoising:
     """One part of a batch of clips that a sampler makes from noise."""
@@ -136,6 +147,7 @@ class Pipeline:
         """
         return self.run([self.plan(Request(prompt=prompt, **options))])[0]
 
+    @torch.inference_mode()
     def run(
         self,
         plans: Sequence[Plan],
@@ -150,6 +162,23 @@ class Pipeline:
         frames; the content frame's picture is always RGB. `inputs` are not sampled: ValueError
         where they do not fit the plans.
         """
+        observer, inputs = observer or Observer(), inputs or Inputs()
+        self._check(plans, pixels, inputs)
+        self.load(observer)
+        with fastest_libraries(self.device):
+            made = self.make(plans, observer, pixels, inputs)
+        clips = []
+        for i, plan in enumerate(plans):
+            about, fps, latents = self.describe(plan, inputs), plan.model.fps, None
+            if made.motion is not None:
+                latents = Latents(made.content[i], made.motion[i], fps, about)
+            clips.append(Clip(made.frames[i], pixels, made.pictures[i], fps, about, latents))
+        return clips
+
+    def make(
+        self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs
+    ) -> Made:
+        """Sample and decode a batch; all weights are loaded."""
         raise NotImplementedError
 
     def plan(self, request: Request, *, batch: int = 1) -> Plan:
@@ -205,17 +234,17 @@ class Pipeline:
     def check_parts(self) -> None:
         """Raise ValueError where parts that were read do not go together."""
 
-    def check_batch(self, plans: Sequence[Plan], inputs: Inputs) -> None:
-        """Raise ValueError where `inputs` do not fit plans that differ in prompt and seeds only."""
+    def _check(self, plans: Sequence[Plan], pixels: Pixels, inputs: Inputs) -> None:
+        if pixels not in CONVERT:
+            raise ValueError(f"pixels {pixels!r} is not one of {', '.join(CONVERT)}")
         first, *others = (
             replace(plan, prompt="", seed=0, content_seed=0, motion_seed=0) for plan in plans
         )
         assert all(other == first for other in others)
         halves = inputs.content, inputs.motion
         if any(half is not None for half in halves):
-            check_fit(
-                first.model, *(None if half is None else tuple(half.shape) for half in halves)
-            )
+            shapes = (None if half is None else tuple(half.shape) for half in halves)
+            check_fit(first.model, *shapes)
 
     def describe(self, plan: Plan, inputs: Inputs | None = None) -> dict[str, Any]:
         """Return the metadata of the clip that `run` would make; reads no weights."""

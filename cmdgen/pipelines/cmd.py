@@ -22,8 +22,9 @@ from cmdgen.acceleration.slicer import decode_clip, encode_clip
 from cmdgen.latents import Latents, check_fit, fit_model, latent_shapes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
-from cmdgen.pipelines.base import Clip, Denoising, Inputs, Observer
+from cmdgen.pipelines.base import Clip, Denoising, Inputs, Made
 from cmdgen.pipelines.decode import Decoder, encode_frames
+from cmdgen.pipelines.observer import Observer
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request, Slices
 from cmdgen.video.formats import Pixels
@@ -42,43 +43,26 @@ class CmdPipeline(StillPipeline):
         """Return the motion model, as `autoencoder`."""
         return self.part("motion")
 
-    @torch.inference_mode()
-    def run(
-        self,
-        plans: Sequence[Plan],
-        observer: Observer | None = None,
-        *,
-        pixels: Pixels = "rgb24",
-        inputs: Inputs | None = None,
-    ) -> list[Clip]:
-        """Make clips; a clip of one frame is its content frame. See `Pipeline.run`."""
+    def make(
+        self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs
+    ) -> Made:
+        """Make clips; a clip of one frame is its content frame. See `Pipeline.make`."""
         if not plans[0].moves:
-            return super().run(plans, observer, pixels=pixels, inputs=inputs)
-        observer, inputs = observer or Observer(), inputs or Inputs()
-        self.check_batch(plans, inputs)
-        self.load(observer)
+            return super().make(plans, observer, pixels, inputs)
         decoder = self.decoder(plans[0], observer)
         # with little memory, one thing is done after another
         stream = self.side_stream if plans[0].max_memory is None else None
-        with fastest_libraries(self.device):
-            with observer.stage("text"):
-                text = self.encode_text(plans)
-            with observer.stage("content"):
-                content = self.sample_content(plans, text, observer, inputs)
-            with observer.stage("VAE decode"):
-                picture = decoder.start_pictures(content.to(self.dtype), stream)
-            with observer.stage("motion"):
-                motion = self.sample_motion(plans, text, content, observer, inputs, picture)
-            frames = self.decode_frames(decoder, picture, content, motion, pixels)
-        pictures = picture.finish()
+        with observer.stage("text"):
+            text = self.encode_text(plans)
+        with observer.stage("content"):
+            content = self.sample_content(plans, text, observer, inputs)
+        with observer.stage("VAE decode"):
+            picture = decoder.start_pictures(content.to(self.dtype), stream)
+        with observer.stage("motion"):
+            motion = self.sample_motion(plans, text, content, observer, inputs, picture)
+        frames = self.decode_frames(decoder, picture, content, motion, pixels)
         # a GPU is waited for once, when it has made everything
-        contents, motions = content.cpu(), motion.cpu()
-        clips = []
-        for i, plan in enumerate(plans):
-            about, fps = self.describe(plan, inputs), plan.model.fps
-            latents = Latents(contents[i], motions[i], fps, about)
-            clips.append(Clip(frames[i], pixels, pictures[i].numpy(), fps, about, latents))
-        return clips
+        return Made(frames, picture.finish().numpy(), content.cpu(), motion.cpu())
 
     def sample_motion(
         self,

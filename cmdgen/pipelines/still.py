@@ -15,8 +15,9 @@ from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
-from cmdgen.pipelines.base import Clip, Denoising, Inputs, Observer, Pipeline
+from cmdgen.pipelines.base import Denoising, Inputs, Made, Pipeline
 from cmdgen.pipelines.decode import Decoder, encode_frames
+from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request
 from cmdgen.video.formats import Pixels
 
@@ -44,35 +45,19 @@ class StillPipeline(Pipeline):
         """Return the VAE, as `text_encoder`."""
         return self.part("vae")
 
-    @torch.inference_mode()
-    def run(
-        self,
-        plans: Sequence[Plan],
-        observer: Observer | None = None,
-        *,
-        pixels: Pixels = "rgb24",
-        inputs: Inputs | None = None,
-    ) -> list[Clip]:
-        """Make stills; see `Pipeline.run`."""
-        observer, inputs = observer or Observer(), inputs or Inputs()
-        self.check_batch(plans, inputs)
-        self.load(observer)
+    def make(
+        self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs
+    ) -> Made:
+        """Make stills; see `Pipeline.make`."""
         decoder = self.decoder(plans[0], observer)
-        with fastest_libraries(self.device):
-            with observer.stage("text"):
-                text = self.encode_text(plans)
-            with observer.stage("content"):
-                content = self.sample_content(plans, text, observer, inputs)
-            with observer.stage("VAE decode"):
-                pictures = decoder.start_pictures(content.to(self.dtype)).finish()
-                frames = decoder.still_frames(pictures, pixels)
-        return [
-            Clip(
-                *(frames[i], pixels, pictures[i].numpy(), plan.model.fps),
-                *(self.describe(plan, inputs), None),
-            )
-            for i, plan in enumerate(plans)
-        ]
+        with observer.stage("text"):
+            text = self.encode_text(plans)
+        with observer.stage("content"):
+            content = self.sample_content(plans, text, observer, inputs)
+        with observer.stage("VAE decode"):
+            pictures = decoder.start_pictures(content.to(self.dtype)).finish()
+            frames = decoder.still_frames(pictures, pixels)
+        return Made(frames, pictures.numpy(), content.cpu(), None)
 
     def encode_text(self, plans: Sequence[Plan]) -> Tensor:
         """() -> (B + 1, L, D): the states of all prompts, then of the negative prompt."""

@@ -69,9 +69,9 @@ def fill(
     for start in range(0, count, shard):
         path, stop = _path(place, start), min(start + shard, count)
         parts = [_load(path)] if path.exists() else []
-        known = _rows(path)
+        filled = _rows(path)
         try:
-            for first in range(start + known, stop, step):
+            for first in range(start + filled, stop, step):
                 report(phase, first, count, {})
                 encoded = encode(range(first, min(first + step, stop)))
                 parts.append({name: t.half().cpu().contiguous() for name, t in encoded.items()})
@@ -86,9 +86,9 @@ def fill(
 def read(place: Path, names: tuple[str, ...], count: int, *, shard: int = SHARD) -> dict[str, Rows]:
     """Return rows 0 .. count - 1 of each tensor; raise ValueError where the folder lacks some."""
     for start in range(0, count, shard):
-        known = _rows(_path(place, start))
-        if known < min(shard, count - start):
-            raise ValueError(f"{place} holds {start + known} of {count} clips")
+        filled = _rows(_path(place, start))
+        if filled < min(shard, count - start):
+            raise ValueError(f"{place} holds {start + filled} of {count} clips")
     return {name: Rows(place, name, count, shard) for name in names}
 
 

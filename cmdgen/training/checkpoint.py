@@ -1,4 +1,4 @@
-"""Files of a training run that survive a kill: the new one whole, or still the old one."""
+"""Files of a training run that survive a kill: the new one is whole, or the old one stays."""
 
 import json
 import pickle

@@ -36,9 +36,7 @@ Report = Callable[[str, int, int, dict[str, float]], None]
 class Start:
     """Where a stage is trained, and what it starts from."""
 
-    folder: Path = option(
-        MISSING, "Folder of the run; all stages share it.", flags=("--output", "-o")
-    )
+    folder: Path = option(MISSING, "Folder of the run, for all stages.", flags=("--output", "-o"))
     clips: int | None = _none(
         "Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world"
     )
@@ -79,12 +77,12 @@ class Shared:
         shown="softmax",
     )
     attention_threshold: float | None = _none("Threshold of gated attention.", low=0, shown="2.0")
-    attention_features: int | None = _none(
-        "Random features of gated attention.", low=1, shown="256"
-    )
+    attention_features: int | None = _none("Features of gated attention.", low=1, shown="256")
 
     def __post_init__(self) -> None:
         read_fields(self)
+        if self.attention_threshold == 0:
+            raise ValueError("attention threshold 0.0 is not above 0")
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that are not None, as run.json holds them."""
@@ -130,9 +128,7 @@ class TrainConfig:
     accumulate: int = _learning(1, "Parts that a batch is computed in.", low=1)
     lr: float = _learning(4e-4, "Learning rate.", low=0, high=1)
     warmup: int = _learning(200, "Steps of linear warm-up.", low=0)
-    final_lr: float = _learning(
-        1.0, "Fraction of lr that a cosine ends at; 1: constant.", low=0, high=1
-    )
+    final_lr: float = _learning(1.0, "Share of lr at a cosine's end; 1: constant.", low=0, high=1)
     weight_decay: float = _learning(0.01, "Weight decay of matrices; 0: Adam.", low=0)
     betas: tuple[float, float] = _learning((0.9, 0.99), "Decays of Adam's two moments.")
     ema: float = _learning(0.999, "Decay of the averaged weights.", low=0, high=1)
@@ -142,9 +138,7 @@ class TrainConfig:
         "Compute activations again in the backward pass: slower, much less memory.",
         flags=("--gradient-checkpointing/--no-gradient-checkpointing",),
     )
-    precision: str = _learning(
-        "auto", "auto, bf16 or fp32; auto is bf16 on a GPU.", choices=PRECISIONS
-    )
+    precision: str = _learning("auto", "auto (bf16 on a GPU), bf16 or fp32.", choices=PRECISIONS)
     seed: int = _learning(0, "Seed of weights, order and noise.", low=0, high=MAX_SEED)
     save_seconds: float = _keeping(
         300.0, "Seconds between checkpoints.", low=0, flags=("--save-every",)
@@ -161,9 +155,14 @@ class TrainConfig:
             raise ValueError(
                 f"batch {self.batch} is not a multiple of accumulate {self.accumulate}"
             )
-        for decay in self.betas:
-            if not 0 <= decay < 1:
-                raise ValueError(f"betas {decay} is not at least 0 and below 1")
+        for name, decays in {"betas": self.betas, "ema": (self.ema,)}.items():
+            for decay in decays:
+                if not 0 <= decay < 1:
+                    raise ValueError(f"{name} {decay} is not at least 0 and below 1")
+        if not 0 < self.lr < 1:
+            raise ValueError(f"lr {self.lr} is not between 0 and 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes {self.minutes} is not above 0")
 
     def uses_bf16(self, device_type: str) -> bool:
         """Return whether forward passes run in bfloat16 autocast; by default on GPUs alone."""
@@ -295,5 +294,5 @@ _PAPER_RECIPES = {
 @cache
 def recipe(preset: str, stage: str) -> Recipe:
     """Return the settings of a stage: CMD's for the paper's presets, else ours."""
-    ours = Recipe(TrainConfig(), LOSSES[stage]())
-    return _PAPER_RECIPES.get(stage, ours) if preset in PAPER else ours
+    papers = _PAPER_RECIPES.get(stage) if preset in PAPER else None
+    return papers or Recipe(TrainConfig(), LOSSES[stage]())

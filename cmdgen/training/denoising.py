@@ -1,6 +1,6 @@
 """Training a denoiser: one objective, evaluation and sheet for all families.
 
-A family loads its data and networks, and says what the denoiser is given and how a sample looks.
+A family loads its data and networks, and says what its denoiser reads and what a sample shows.
 """
 
 import math
@@ -28,18 +28,18 @@ SHEET_STEPS = 20
 
 
 class DenoisingStage(Stage):
-    """Learns to denoise `x0`, one tensor of a batch, given what `condition` makes of the others.
+    """Learns to denoise `x0` under the conditions that `condition` makes of the rest of a batch.
 
-    Here those are the text alone, and samples are pictures; families override what differs.
+    Here the text is the only condition and samples are content frames; families override that.
     """
 
     # of the samples on a sheet
     sheet_clips, guidance = 16, 1.0
 
     def __init__(self, run: Run, part: str, rows: Rows, text: Text | None, held_out: Batch) -> None:
-        """Build the denoiser, and a text encoder that learns with it unless a frozen one is given.
+        """Build the denoiser; without a frozen `text`, also a text encoder that learns with it.
 
-        `held_out` holds x0, and what `condition` reads beside the text.
+        `rows` are clean samples; `held_out` holds x0 and what `condition` reads beside the text.
         """
         assert isinstance(run.loss, DenoisingLoss)
         self.run, self.options, self.rows, self.codec = run, run.loss, rows, run.codec()
@@ -63,7 +63,7 @@ class DenoisingStage(Stage):
         return {"x0": self.rows[rows].float()}
 
     def condition(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return what the denoiser is given beside the noisy sample and its timestep."""
+        """Return what the denoiser reads beside the noisy sample and its timestep."""
         return (self.text(batch["ids"]),)
 
     def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Pairs:
 
 
 class ContentStage(DenoisingStage):
-    """The UNet: content frames, given the text. The text encoder learns too, unless frozen."""
+    """The UNet makes content frames from text. The text encoder learns too, unless frozen."""
 
     guidance = 3.0
 
@@ -167,7 +167,7 @@ def _read_frozen_text(run: Run) -> Text:
 
 
 class MotionStage(DenoisingStage):
-    """The DiT: motion latents, given the text and a content frame that may be noisy."""
+    """The DiT makes motion latents from text and a content frame, which may be noisy."""
 
     sheet_clips = 6
 

@@ -7,9 +7,8 @@ alone), a loss, an evaluation, a sheet of samples and how to export itself.
 import json
 import math
 import time
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +22,20 @@ from cmdgen.training.sheets import write_png
 Batch = dict[str, Tensor]
 
 
-class Stage(ABC):
+class Stage(Protocol):
     """What the loop trains; `modules` are trainable, by the folders that they are written to."""
 
     modules: dict[str, nn.Module]
 
-    @abstractmethod
     def batch(self, step: int) -> Batch:
         """Return the tensors of one update, the same for the same step."""
 
-    @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a mean over the batch, and named parts of it for the log."""
 
-    @abstractmethod
     def evaluate(self) -> dict[str, float]:
         """Return figures on held-out data."""
 
-    @abstractmethod
     def sheet(self) -> Tensor:
         """() -> (H, W, 3) uint8, a picture of what the weights do."""
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: memory for activations is traded for a second forward pass."""
+"""Gradient checkpointing: less memory for activations, one more forward pass."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cmdgen.models import autoencoder, dit, layers, text, unet, vae
 
-# what most activations live in; none of them contains another
+# they hold most activations, and none contains another
 BLOCKS = (
     layers.ResnetBlock,
     unet.SpatialTransformer,
@@ -19,7 +19,7 @@ BLOCKS = (
 
 
 def recompute_blocks(module: nn.Module) -> None:
-    """Makes each block of a model keep its inputs alone, and run again in the backward pass.
+    """Make the blocks of a model keep only their inputs, and run again in the backward pass.
 
     Loss and gradients stay the same (Chen et al. 2016, arXiv:1604.06174): blocks draw no numbers.
     """

@@ -7,7 +7,7 @@ from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.training.context import Run
 
-# that a tokenizer is learned from, each in two phrasings
+# captions that a tokenizer learns from, in two phrasings
 CAPTIONS = 10_000
 
 
@@ -21,15 +21,16 @@ class Text:
 
     @classmethod
     def read(cls, run: Run) -> "Text":
-        """Read what a former stage trained, frozen."""
+        """Read the frozen text encoder of a former stage."""
         encoder = run.read("text_encoder")
         return cls(run, Tokenizer.from_pretrained(run.finished("tokenizer")), encoder)
 
     @classmethod
     def build(cls, run: Run) -> "Text":
-        """Build what this stage trains; the tokenizer stays the one that the stage began with.
+        """Build the text encoder that this stage trains.
 
-        That is the one of `init`, or one that is learned from the captions.
+        The tokenizer is the one that the stage began with, else that of `init`, else it is learned
+        from the captions.
         """
         assert run.model.text is not None
         place, initial = run.folder / "tokenizer", run.initial("tokenizer")

@@ -1,10 +1,10 @@
 """Time every op on this machine's GPU: plain PyTorch, torch.compile of it, our kernel.
 
-    python kernels/bench/run.py [--op NAME] [--batch N] [--crossovers] [--json]
+    python kernels/bench/run.py [--op NAME] [--batch N] [--json]
 
-All in one run on one device, in bfloat16, with the L2 cache overwritten before each call. Rates are
-set beside a copy and a matrix product measured in the same run. What does not match its definition
-gets no speed-up. Clocks are not touched.
+One run, one device, bfloat16; the L2 cache is overwritten before each call. Each rate stands beside
+that of a copy or a matrix product in the same run. An op that differs from its definition gets no
+speed-up. The clocks are left as they are.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +24,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cmdgen_kernels.gated_attention import WIDEST
 from cmdgen_kernels.language import triton
 from cmdgen_kernels.samples import OPS, Op, Sizes, errors
 
 BATCH = 8
 PRESETS = ("mini", "cmd-sd15", "cmd-sd21")
-# sizes as `samples.py` has them, but for the batch, which comes first
+# sizes as `samples.py` has them, without the batch, which comes first there
 CASES = (
     # C, T, H, W
     ("content_frame", "latents", (8, 16, 16, 16), (4, 16, 64, 64), (4, 16, 64, 128)),
@@ -46,13 +44,12 @@ CASES = (
     ("group_norm_silu", "VAE, last level", (32, 64, 64), (128, 512, 512), (128, 512, 1024)),
     ("guided_ddim_step", "latents", (8, 16, 16), (4, 64, 64), (4, 64, 128)),
 )
-# compiling is what takes the minutes: gradients where the sizes are those that count
+# compiling takes the minutes: gradients are timed at this preset's sizes only
 TRAINED = "cmd-sd21"
 NAMED = {op.name: op for op in OPS}
-# attention against attention: batch, heads, head width, features
+# FAVOR+ against softmax attention: batch, heads, head width, features
 ATTENTION = (2, 10, 64, 256)
 LENGTHS = tuple(2**i for i in range(10, 16))
-WIDTHS = tuple(width for width in (40, 64, 80, 128, 160, 256) if width <= WIDEST)
 
 
 class Time(NamedTuple):
@@ -68,7 +65,7 @@ Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 class GpuClock:
-    """Times calls by CUDA events, 0.2 seconds of them."""
+    """Time calls by CUDA events, for 0.2 seconds."""
 
     def __init__(self) -> None:
         # far more than any L2 cache
@@ -76,7 +73,7 @@ class GpuClock:
         self.lines = self.cache.view(torch.int64)
 
     def __call__(self, run: Callable[[], object]) -> Time:
-        """The first calls, which compile, do not count."""
+        """Time `run`. The first calls, which compile it, do not count."""
         for _ in range(3):
             run()
         rough = max(statistics.median(self._times(run, 5)), 1.0)
@@ -90,9 +87,9 @@ class GpuClock:
         for _ in range(count):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self.cache.zero_()
-            # read too: lines that wait to be written back would be, in the time of the call
+            # read it too: else the call would wait for lines that are written back
             self.lines.amax()
-            # a millisecond in which the host queues all of the call
+            # a millisecond in which the host can queue the whole call
             torch.cuda._sleep(2_000_000)
             start.record()
             run()
@@ -103,16 +100,16 @@ class GpuClock:
 
 
 class Limits(NamedTuple):
-    """What the device does, measured: GB/s of a large copy, TFLOP/s of a large matrix product."""
+    """Measured limits of the device: GB/s of a large copy, TFLOP/s of a large matrix product."""
 
     copy: float
     product: float
-    # bytes: what is read twice comes from memory once if it fits
+    # its bytes: a tensor that fits is read from memory once
     cache: int
 
 
 class Bench(NamedTuple):
-    """What is measured with, and on."""
+    """Hold the tools of a measurement, its limits, its dtype and its device."""
 
     clock: Clock
     compile: Compile
@@ -122,7 +119,7 @@ class Bench(NamedTuple):
 
 
 def measure_limits(clock: Clock, *, size: int, side: int, cache: int, device: str) -> Limits:
-    """Of `size` bytes copied, and of the square of a matrix of `side` rows."""
+    """Copy `size` bytes and square a matrix of `side` rows."""
     source = torch.empty(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     copy = 2 * size / clock(lambda: target.copy_(source)).median / 1e3
@@ -131,35 +128,35 @@ def measure_limits(clock: Clock, *, size: int, side: int, cache: int, device: st
 
 
 def bytes_moved(op: Op, inputs: tuple[Tensor, ...], *, backward: bool, cache: int) -> int:
-    """What the op cannot do without: inputs read and outputs written once, and see below."""
+    """Count the bytes that the op must move: each input read once, each output written once."""
+
+    def size(tensors: Iterable[Tensor]) -> int:
+        return sum(x.numel() * x.element_size() for x in tensors)
+
     shapes = [x.to("meta") for x in inputs]
-    read, written = _size(shapes), _size([op.reference(*shapes)])
+    read, written = size(shapes), size([op.reference(*shapes)])
     total = read + written
-    # a mean comes before what is done with it
-    if op.name == "group_norm_silu" and _size(inputs[:1]) > cache:
-        total += _size(inputs[:1])
+    # the mean needs a read of its own where no cache keeps x
+    if op.name == "group_norm_silu" and size(inputs[:1]) > cache:
+        total += size(inputs[:1])
     if backward:
-        # the upstream gradient read, the inputs' written
-        total += written + _size(inputs[: op.leaves])
-        # others are linear in what is large, and do not see it again
+        # the upstream gradient is read, the inputs' gradients are written
+        total += written + size(inputs[: op.leaves])
+        # the other ops are linear in their large input and do not read it again
         if op.name == "content_frame":
             total += read
     return total
 
 
-def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
 def flops(sizes: Sizes, *, backward: bool) -> int:
-    """(B, N, L, D, M) -> of FAVOR+: four products of L M D forward, eight backward."""
+    """(B, N, L, D, M) -> operations of FAVOR+: four products of L M D forward, eight backward."""
     return (12 if backward else 4) * 2 * math.prod(sizes)
 
 
 def caller(
     op: Op, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], *, backward: bool
 ) -> Callable[[], object]:
-    """One call as it is timed: forward, or forward and backward."""
+    """Return the call that is timed: forward, or forward and backward."""
     if not backward:
         return lambda: run(*inputs)
     leaves, rest = [x.detach().requires_grad_() for x in inputs[: op.leaves]], inputs[op.leaves :]
@@ -170,7 +167,7 @@ def caller(
 def _check(
     bench: Bench, op: Op, sizes: Sizes, *, backward: bool
 ) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
-    """() -> a row so far, which counts if the op is a kernel here and a right one; the inputs."""
+    """() -> a row without times, and the inputs. It counts if the op's kernel runs and is right."""
     inputs = op.inputs(sizes, bench.dtype, bench.device)
     found = errors(op, inputs, backward=backward)
     worst = max(found, key=lambda error: (not error.agrees, error.size))
@@ -182,7 +179,7 @@ def _check(
 def measure(
     bench: Bench, name: str, preset: str, place: str, sizes: Sizes, *, backward: bool
 ) -> dict[str, Any]:
-    """A row of the table of ops."""
+    """Measure a row of the table of ops."""
     op = NAMED[name]
     row, inputs = _check(bench, op, sizes, backward=backward)
     row = {"op": name, "preset": preset, "place": place, **row}
@@ -204,7 +201,7 @@ def measure(
 
 
 def measure_attention(bench: Bench, sizes: Sizes, *, backward: bool) -> dict[str, Any]:
-    """A row of the table of attentions: FAVOR+ beside cuDNN's and flash softmax attention."""
+    """Measure a row of the second table: FAVOR+ beside cuDNN's and flash softmax attention."""
     op = NAMED["gated_attention"]
     row, inputs = _check(bench, op, sizes, backward=backward)
     row["ours"] = bench.clock(caller(op, op.run, inputs, backward=backward))._asdict()
@@ -218,7 +215,7 @@ def measure_attention(bench: Bench, sizes: Sizes, *, backward: bool) -> dict[str
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                # a backend that does not take these says so in many ways
+                # each backend has its own message for inputs that it does not take
                 row["refused"][name] = str(error).splitlines()[0]
             else:
                 row["softmax"][name] = time._asdict()
@@ -231,25 +228,8 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, projection: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def crossovers(rows: list[dict[str, Any]]) -> dict[int, float | None]:
-    """Rows of `measure_attention` -> for each D the least L / M from which FAVOR+ keeps winning.
-
-    None where it never does. Not falling with D: widths between two rows go by the wider one.
-    """
-    table: dict[int, float] = {}
-    for width in sorted({row["sizes"][3] for row in rows}):
-        least = math.inf
-        for row in sorted(rows, key=lambda row: -row["sizes"][2]):
-            if row["sizes"][3] == width:
-                if not row["over_softmax"] or row["over_softmax"] <= 1:
-                    break
-                least = row["sizes"][2] / row["sizes"][4]
-        table[width] = max([least, *table.values()])
-    return {width: least if math.isfinite(least) else None for width, least in table.items()}
-
-
 def summarise(rows: list[dict[str, Any]], batch: int) -> dict[str, Any]:
-    """The figures that a reader looks for first."""
+    """Compute the figures that a reader looks for first."""
     gains = [row["over_compiled"] for row in rows if row["over_compiled"]]
     bound = [row for row in rows if row["unit"] == "GB/s" and row["preset"] == TRAINED]
     return {
@@ -267,7 +247,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table of ops."""
+    """Format a row of the table of ops."""
     text = "".join(_show(row[name]) for name in ("reference", "compiled", "ours"))
     text += "".join(_gain(row[key]) for key in ("over_reference", "over_compiled"))
     text += f"{row['rate']:9.0f} {row['unit']:8}{row['percent']:4.0f} %"
@@ -275,7 +255,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def attention_line(row: dict[str, Any]) -> str:
-    """A row of the table of attentions."""
+    """Format a row of the table of attentions."""
     batch, heads, length, width, features = row["sizes"]
     text = f"B={batch} N={heads} L={length:<6}D={width:<4}M={features:<5}{row['pass']:9}"
     text += f"FAVOR+ {_show(row['ours'])}{row['rate']:6.0f} TFLOP/s"
@@ -299,17 +279,15 @@ def _trouble(row: dict[str, Any]) -> str:
 
 
 def compile_anew(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile for these sizes alone."""
+    """Compile a function for one set of sizes."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def run(
-    bench: Bench, *, op: str | None, batch: int, cross: bool, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """All rows that are asked for, and what they come to."""
+def run(bench: Bench, *, op: str | None, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every row, or those of one op, and summarise them."""
     result: dict[str, Any] = {"rows": [], "attention": []}
-    for name, place, *columns in () if cross else CASES:
+    for name, place, *columns in CASES:
         for preset, sizes in zip(PRESETS, columns, strict=True):
             trained = preset == TRAINED and NAMED[name].leaves > 0
             for backward in (False, True)[: 1 + trained] if op in (None, name) else ():
@@ -317,33 +295,29 @@ def run(
                 row = measure(bench, name, preset, place, sized, backward=backward)
                 result["rows"].append(row)
                 say(line(row))
-    for width, length in product(WIDTHS if cross else ATTENTION[2:3], LENGTHS):
-        for backward in (False, True)[: 2 - cross] if op in (None, "gated_attention") else ():
-            sized = *ATTENTION[:2], length, width, ATTENTION[3]
+    batches, heads, width, features = ATTENTION
+    for length in LENGTHS if op in (None, "gated_attention") else ():
+        for backward in (False, True):
+            sized = batches, heads, length, width, features
             result["attention"].append(measure_attention(bench, sized, backward=backward))
             say(attention_line(result["attention"][-1]))
-    if cross:
-        result["crossovers"] = crossovers(result["attention"])
-        say(f"L / M by D, for CROSSOVERS: {result['crossovers']}")
-    else:
-        result["summary"] = summarise(result["rows"], batch)
-        say("\n".join(f"{name}: {value}" for name, value in result["summary"].items()))
+    result["summary"] = summarise(result["rows"], batch)
+    say("\n".join(f"{name}: {value}" for name, value in result["summary"].items()))
     return result
 
 
 def main() -> None:
-    """Time what is asked for; where there is no GPU, say so."""
+    """Parse the command line and time the ops, if there is a GPU."""
     parser = argparse.ArgumentParser(description="Time the kernels on this machine's GPU.")
     parser.add_argument("--op", choices=list(NAMED))
     parser.add_argument("--batch", type=int, default=BATCH, help=f"clips at a time [{BATCH}]")
-    parser.add_argument("--crossovers", action="store_true", help="the table of mode auto instead")
     parser.add_argument("--json", action="store_true", help="one object on stdout")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no GPU here: nothing to time", file=sys.stderr)
         return
 
-    say = partial(print, file=sys.stderr if asked.json else sys.stdout, flush=True)
+    say = partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
     torch.manual_seed(0)
     gpu, clock = torch.cuda.get_device_properties(0), GpuClock()
     limits = measure_limits(clock, size=2**30, side=8192, cache=gpu.L2_cache_size, device="cuda")
@@ -351,14 +325,15 @@ def main() -> None:
     about |= {"torch": torch.__version__, "triton": triton.__version__}
     about["cuda"] = str(torch.version.cuda)
     say(", ".join(f"{name} {value}" for name, value in about.items()))
-    say(f"copy {limits.copy:.0f} GB/s, product {limits.product:.0f} TFLOP/s, batch {asked.batch}")
+    batch = arguments.batch
+    say(f"copy {limits.copy:.0f} GB/s, product {limits.product:.0f} TFLOP/s, batch {batch}")
     say("microseconds, ± half of what lies between the fastest and the slowest tenth\n")
     columns = "".join(f"{name:>17}" for name in ("reference", "torch.compile", "ours"))
     say(f"{'':54}{columns}   times as fast as both   rate, of the limit")
     bench = Bench(clock, compile_anew, limits)
-    result = run(bench, op=asked.op, batch=asked.batch, cross=asked.crossovers, say=say)
-    if asked.json:
-        print(json.dumps({**about, "batch": asked.batch, "limits": limits._asdict(), **result}))
+    result = run(bench, op=arguments.op, batch=batch, say=say)
+    if arguments.json:
+        print(json.dumps({**about, "batch": batch, "limits": limits._asdict(), **result}))
 
 
 if __name__ == "__main__":

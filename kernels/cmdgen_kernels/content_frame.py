@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmdgen_kernels.dispatch import obstacle
-from cmdgen_kernels.language import power_of_two, tl, triton
+from cmdgen_kernels.language import power_of_two, program, tl, triton
 
 
 def content_frame_reference(frames: Tensor, logits: Tensor) -> Tensor:
@@ -48,9 +48,7 @@ def _content_frame_fwd_kernel(
     SAVE: tl.constexpr,
 ):
     # one program: BLOCK_P pixels of one plane (b, c), all frames
-    n_blocks = tl.cdiv(P, BLOCK_P)
-    i_plane = (tl.program_id(0) // n_blocks).to(tl.int64)
-    o_p = (tl.program_id(0) % n_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_plane, o_p = program(P, BLOCK_P)
     m_p = o_p < P
     frames_ptr += i_plane // C * frames_b + i_plane % C * frames_c
     logits_ptr += i_plane // C * logits_b + i_plane % C * logits_c
@@ -105,9 +103,7 @@ def _content_frame_bwd_kernel(
     BLOCK_P: tl.constexpr,
 ):
     # one program: BLOCK_T frames of BLOCK_P pixels of one plane (b, c)
-    n_blocks = tl.cdiv(P, BLOCK_P)
-    i_plane = (tl.program_id(0) // n_blocks).to(tl.int64)
-    o_p = (tl.program_id(0) % n_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_plane, o_p = program(P, BLOCK_P)
     o_t = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     m_p = o_p < P
     mask = (o_t < T) & m_p[None, :]
@@ -136,42 +132,24 @@ def _planes(x: Tensor) -> Tensor:
     return x.contiguous().flatten(3)
 
 
-def _launch_options(planes: int, pixels: int, frames: int, itemsize: int) -> dict[str, int]:
-    """Blocks in which each thread holds 16 bytes of every frame, so that T stays in registers."""
-    warp = 32 * 16 // itemsize
-    # four blocks for each of some 130 multiprocessors, or else the smallest blocks there are
-    warps = 4 if planes * triton.cdiv(pixels, 4 * warp) >= 512 else 1
-    block = min(warp * warps, max(16, power_of_two(pixels)))
-    return {
-        "BLOCK_T": min(power_of_two(frames), 8),
-        "BLOCK_P": block,
-        "num_warps": warps,
-    }
+def _arguments(
+    frames: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, list[int], int, dict[str, int]]:
+    """(B, C, T, H, W) x 2 -> their planes, sizes and strides, number of blocks, launch options.
 
-
-def _forward(frames: Tensor, logits: Tensor, *, save: bool) -> tuple[Tensor, ...]:
-    """(B, C, T, H, W) x 2 -> content and, in float32 if saved, itself, the maximum, the sum."""
+    Each thread holds 16 bytes of every frame in a block, so that T stays in registers.
+    """
     batch, channels, count, height, width = frames.shape
     frames, logits = _planes(frames), _planes(logits)
-    content = frames.new_empty(batch, channels, height, width)
-    saved = content.new_empty((3, *content.shape) if save else (3, 0), dtype=torch.float32)
     planes, pixels = batch * channels, height * width
-    options = _launch_options(planes, pixels, count, frames.element_size())
-    if content.numel():
-        _content_frame_fwd_kernel[(planes * triton.cdiv(pixels, options["BLOCK_P"]),)](
-            frames,
-            logits,
-            content,
-            *saved,
-            channels,
-            pixels,
-            *frames.stride()[:3],
-            *logits.stride()[:3],
-            T=count,
-            SAVE=save,
-            **options,
-        )
-    return content, *saved
+    warp = 32 * 16 // frames.element_size()
+    # four blocks for each of some 130 multiprocessors; smaller blocks where there are too few
+    warps = 4 if planes * triton.cdiv(pixels, 4 * warp) >= 512 else 1
+    block = min(warp * warps, max(16, power_of_two(pixels)))
+    sizes = [channels, pixels, *frames.stride()[:3], *logits.stride()[:3]]
+    options = {"T": count, "BLOCK_T": min(power_of_two(count), 8)}
+    options |= {"BLOCK_P": block, "num_warps": warps}
+    return frames, logits, sizes, planes * triton.cdiv(pixels, block), options
 
 
 class ContentFrame(torch.autograd.Function):
@@ -180,48 +158,37 @@ class ContentFrame(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, frames: Tensor, logits: Tensor, grad_enabled: bool) -> Tensor:
         """(B, C, T, H, W) x 2 -> (B, C, H, W)."""
-        # an input may want a gradient where none is recorded
+        # an input may require a gradient where autograd records none
         save = grad_enabled and any(ctx.needs_input_grad)
-        content, *saved = _forward(frames, logits, save=save)
+        content = frames.new_empty(*frames.shape[:2], *frames.shape[3:])
+        # the content, and the maximum and the sum of the softmax
+        saved = content.new_empty((3, *content.shape) if save else (3, 0), dtype=torch.float32)
         if save:
-            ctx.save_for_backward(frames, logits, *saved)
+            ctx.save_for_backward(frames, logits, saved)
+        if content.numel():
+            frames, logits, sizes, blocks, options = _arguments(frames, logits)
+            _content_frame_fwd_kernel[(blocks,)](
+                frames, logits, content, *saved, *sizes, SAVE=save, **options
+            )
         return content
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """(B, C, H, W) -> (B, C, T, H, W) x 2."""
-        frames, logits, *saved = ctx.saved_tensors
-        batch, channels, count, height, width = frames.shape
-        grad_frames = frames.new_empty(frames.shape)
-        grad_logits = logits.new_empty(logits.shape)
-        frames, logits, grad = _planes(frames), _planes(logits), grad.contiguous()
-        planes, pixels = batch * channels, height * width
-        options = _launch_options(planes, pixels, count, frames.element_size())
-        blocks = (
-            planes * triton.cdiv(pixels, options["BLOCK_P"]),
-            triton.cdiv(count, options["BLOCK_T"]),
-        )
+        frames, logits, saved = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_frames, grad_logits = frames.new_empty(frames.shape), logits.new_empty(logits.shape)
         if grad.numel():
-            _content_frame_bwd_kernel[blocks](
-                frames,
-                logits,
-                grad,
-                *saved,
-                grad_frames,
-                grad_logits,
-                channels,
-                pixels,
-                *frames.stride()[:3],
-                *logits.stride()[:3],
-                T=count,
-                **options,
+            frames, logits, sizes, blocks, options = _arguments(frames, logits)
+            _content_frame_bwd_kernel[(blocks, triton.cdiv(options["T"], options["BLOCK_T"]))](
+                frames, logits, grad, *saved, grad_frames, grad_logits, *sizes, **options
             )
         return grad_frames, grad_logits, None
 
 
 def content_frame_obstacle(frames: Tensor, logits: Tensor) -> str | None:
-    """Why `content_frame` takes the reference for these; None where it takes the kernel."""
+    """Say why `content_frame` runs the reference for these tensors; None where it does not."""
     return obstacle(frames, logits)
 
 

@@ -1,4 +1,4 @@
-"""Which tensors go through a Triton kernel, and, of those that do not, why not."""
+"""Decide which tensors go through a Triton kernel, and say why the others do not."""
 
 import os
 import shutil
@@ -15,13 +15,13 @@ from cmdgen_kernels.language import INSTALLED, LOADED
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (8, 0)
 
-# Triton's interpreter is thousands of times slower than PyTorch: nothing but a test asks for it
+# Triton's interpreter is thousands of times slower than PyTorch: only tests turn it on
 _interpreting = False
 
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Within, tensors on a CPU go through the kernels: TRITON_INTERPRET=1 was set at import."""
+    """Send CPU tensors through the kernels. TRITON_INTERPRET=1 must have been set at import."""
     global _interpreting
     assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 is not set"
     before, _interpreting = _interpreting, True
@@ -32,7 +32,7 @@ def interpreted() -> Iterator[None]:
 
 
 def obstacle(*tensors: Tensor) -> str | None:
-    """Why a kernel cannot take these tensors, in a few words; None where it can."""
+    """Say in a few words why no kernel can take these tensors; None where one can."""
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"no kernel computes in {str(tensor.dtype).removeprefix('torch.')}"
@@ -47,14 +47,14 @@ def obstacle(*tensors: Tensor) -> str | None:
 
 
 def inference_obstacle(*tensors: Tensor) -> str | None:
-    """`obstacle`, for an op that has no kernel for its gradient."""
+    """Do the same for an op that has no kernel for its gradient."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "a gradient is wanted, for which there is no kernel"
     return obstacle(*tensors)
 
 
 def machine_obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot launch on this GPU; None where it can."""
+    """Say why Triton cannot launch on this GPU; None where it can."""
     if not INSTALLED:
         return "Triton is not installed"
     if not LOADED or torch.version.hip is not None:
@@ -72,20 +72,13 @@ def machine_obstacle(device: torch.device) -> str | None:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes that one block of threads may have on this GPU."""
+    """Return the bytes of shared memory that one block of threads may have on this GPU."""
     gpu = torch.cuda.get_device_properties(device)
     return int(gpu.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
-def device_name(device: torch.device) -> str:
-    """The type, "cpu" for example; of an Nvidia GPU its architecture, such as "sm_90"."""
-    if device.type != "cuda":
-        return device.type
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-for _function in (machine_obstacle, shared_memory, device_name):
-    # what torch.compiler.assume_constant_result does, but for importing Triton and all of dynamo
+for _function in (machine_obstacle, shared_memory):
+    # like torch.compiler.assume_constant_result, which would import Triton and all of dynamo
     _function.__dict__["_dynamo_marked_constant"] = True
 
 _capabilities: dict[int, tuple[int, int]] = {}
@@ -93,14 +86,14 @@ _compilers: list[bool] = []
 
 
 def _capability(index: int) -> tuple[int, int]:
-    """A GPU's compute capability, asked for once: the question costs microseconds each time."""
+    """Return a GPU's compute capability; each query costs microseconds, so the answer is kept."""
     if index not in _capabilities:
         _capabilities[index] = torch.cuda.get_device_capability(index)
     return _capabilities[index]
 
 
 def _compiler() -> bool:
-    """Whether Triton will find a C compiler and Python's header, looked for once."""
+    """Return whether Triton will find a C compiler and Python's header; looks once."""
     if not _compilers:
         names = (os.environ.get("CC"), "gcc", "clang")
         header = Path(sysconfig.get_paths(scheme="posix_prefix")["include"], "Python.h")

@@ -26,19 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cmdgen_kernels.dispatch import device_name, obstacle, shared_memory
-from cmdgen_kernels.language import power_of_two, tl, triton
+from cmdgen_kernels.dispatch import obstacle, shared_memory
+from cmdgen_kernels.language import power_of_two, program, tl, triton
 
 # wider heads do not fit the registers
 WIDEST = 256
 # bytes of shared memory for heads wider than 128: compute capabilities 8.0 and 9.0 have them
 WIDE_ROOM = 160 * 1024
-
-MODES = ("paper", "linear", "softmax", "auto")
-
-# L / M from which FAVOR+ was measured to be faster than softmax attention, by device and D. A CPU's
-# is of the references, M = 256, float32, one thread of an AMD EPYC; no GPU has been at hand
-CROSSOVERS: dict[str, dict[int, float]] = {"cpu": {32: 16.0, 64: 8.0, 128: 8.0}}
 
 
 def orthogonal_features(
@@ -94,6 +88,30 @@ def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, projection: Tens
 
 
 @triton.jit
+def _tokens(i_h, o_l, o_d, N, L, D):
+    # the offsets of one head's tokens: (B, L, N, D) in memory, as a linear layer leaves it
+    o_l = (i_h // N * L + o_l).to(tl.int64)
+    return (o_l * N + i_h % N)[:, None] * D + o_d[None, :]
+
+
+@triton.jit
+def _log_z(z_max_ptr, z_sum_ptr, o_m, m_m):
+    b_max = tl.load(z_max_ptr + o_m, mask=m_m, other=float("-inf"))
+    return b_max + tl.log(tl.load(z_sum_ptr + o_m, mask=m_m, other=1.0))
+
+
+@triton.jit
+def _attend(b_s, b_v, b_max, b_sum, b_acc):
+    # one block of scores and values: its softmax continues those of the blocks before it
+    b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+    b_p = tl.exp(b_s - b_new[:, None])
+    b_scale = tl.exp(b_max - b_new)
+    b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
+    b_acc *= b_scale[:, None]
+    return b_new, b_sum, tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+
+
+@triton.jit
 def _summary_fwd_kernel(
     k_ptr,
     v_ptr,
@@ -103,12 +121,6 @@ def _summary_fwd_kernel(
     sum_ptr,
     N,
     L,
-    k_b,
-    k_n,
-    k_l,
-    v_b,
-    v_n,
-    v_l,
     SPLIT,
     scale,
     M: tl.constexpr,
@@ -118,15 +130,10 @@ def _summary_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # one program: BLOCK_M features of one head attend over SPLIT tokens
-    n_blocks = tl.cdiv(M, BLOCK_M)
-    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
+    i_h, o_m = program(M, BLOCK_M)
     i_s = tl.program_id(1)
-    o_m = (tl.program_id(0) % n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
-    m_m = o_m < M
-    m_d = o_d < D
-    k_ptr += i_h // N * k_b + i_h % N * k_n
-    v_ptr += i_h // N * v_b + i_h % N * v_n
+    m_m, m_d = o_m < M, o_d < D
     m_w = m_m[:, None] & m_d[None, :]
     b_w = tl.load(projection_ptr + o_m[:, None] * D + o_d[None, :], mask=m_w, other=0.0)
 
@@ -137,20 +144,14 @@ def _summary_fwd_kernel(
         o_l = start + tl.arange(0, BLOCK_L)
         m_l = o_l < L
         m_x = m_l[:, None] & m_d[None, :]
-        o_x = o_l.to(tl.int64)[:, None]
-        b_k = tl.load(k_ptr + o_x * k_l + o_d[None, :], mask=m_x, other=0.0)
-        b_v = tl.load(v_ptr + o_x * v_l + o_d[None, :], mask=m_x, other=0.0)
+        o_x = _tokens(i_h, o_l, o_d, N, L, D)
+        b_k = tl.load(k_ptr + o_x, mask=m_x, other=0.0)
+        b_v = tl.load(v_ptr + o_x, mask=m_x, other=0.0)
         b_wide = b_k.to(tl.float32) * scale
         b_length = tl.sum(b_wide * b_wide, axis=1) / 2
         b_s = tl.dot(b_w, tl.trans(b_k), input_precision="ieee") * scale - b_length[None, :]
         b_s = tl.where(m_l[None, :], b_s, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-        b_p = tl.exp(b_s - b_new[:, None])
-        b_scale = tl.exp(b_max - b_new)
-        b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
-        b_acc *= b_scale[:, None]
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
-        b_max = b_new
+        b_max, b_sum, b_acc = _attend(b_s, b_v, b_max, b_sum, b_acc)
 
     o_out = (i_h * tl.num_programs(1) + i_s) * M + o_m
     tl.store(partial_ptr + o_out[:, None] * D + o_d[None, :], b_acc, mask=m_w)
@@ -174,9 +175,7 @@ def _summary_combine_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # one program: BLOCK_M features of one head, their splits in order
-    n_blocks = tl.cdiv(M, BLOCK_M)
-    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
-    o_m = (tl.program_id(0) % n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_h, o_m = program(M, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_m = o_m < M
     m_w = m_m[:, None] & (o_d < D)[None, :]
@@ -214,9 +213,6 @@ def _readout_fwd_kernel(
     sum_ptr,
     N,
     L,
-    q_b,
-    q_n,
-    q_l,
     scale,
     M: tl.constexpr,
     D: tl.constexpr,
@@ -226,16 +222,12 @@ def _readout_fwd_kernel(
     SAVE: tl.constexpr,
 ):
     # one program: BLOCK_L tokens of one head attend over the features
-    n_blocks = tl.cdiv(L, BLOCK_L)
-    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
-    o_l = (tl.program_id(0) % n_blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
+    i_h, o_l = program(L, BLOCK_L)
     o_d = tl.arange(0, BLOCK_D)
-    m_l = o_l < L
-    m_d = o_d < D
+    m_l, m_d = o_l < L, o_d < D
     m_x = m_l[:, None] & m_d[None, :]
-    q_ptr += i_h // N * q_b + i_h % N * q_n
-    o_q = o_l.to(tl.int64)[:, None] * q_l + o_d[None, :]
-    b_q = tl.load(q_ptr + o_q, mask=m_x, other=0.0)
+    o_x = _tokens(i_h, o_l, o_d, N, L, D)
+    b_q = tl.load(q_ptr + o_x, mask=m_x, other=0.0)
 
     b_max = tl.full([BLOCK_L], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_L], tl.float32)
@@ -247,18 +239,12 @@ def _readout_fwd_kernel(
         o_w = o_m[:, None] * D + o_d[None, :]
         b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
         b_u = tl.load(u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
-        b_log_z = tl.load(z_max_ptr + i_h * M + o_m, mask=m_m, other=float("-inf"))
-        b_log_z += tl.log(tl.load(z_sum_ptr + i_h * M + o_m, mask=m_m, other=1.0))
+        b_log_z = _log_z(z_max_ptr, z_sum_ptr, i_h * M + o_m, m_m)
         b_s = tl.dot(b_q, tl.trans(b_w), input_precision="ieee") * scale + b_log_z[None, :]
-        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-        b_p = tl.exp(b_s - b_new[:, None])
-        b_scale = tl.exp(b_max - b_new)
-        b_sum = b_sum * b_scale + tl.sum(b_p, axis=1)
-        b_acc *= b_scale[:, None]
-        b_acc = tl.dot(b_p.to(b_u.dtype), b_u, b_acc, input_precision="ieee")
-        b_max = b_new
+        b_max, b_sum, b_acc = _attend(b_s, b_u, b_max, b_sum, b_acc)
     b_acc /= b_sum[:, None]
 
+    # (B, N, L, D) in memory: offsets like those of q would stay in registers through the loop
     o_out = (i_h * L + o_l)[:, None] * D + o_d[None, :]
     tl.store(out_ptr + o_out, b_acc.to(out_ptr.dtype.element_ty), mask=m_x)
     if SAVE:
@@ -281,9 +267,6 @@ def _readout_bwd_kernel(
     delta_ptr,
     N,
     L,
-    q_b,
-    q_n,
-    q_l,
     scale,
     M: tl.constexpr,
     D: tl.constexpr,
@@ -292,19 +275,15 @@ def _readout_bwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # one program: d q of BLOCK_L tokens of one head, and their delta = out . d out
-    n_blocks = tl.cdiv(L, BLOCK_L)
-    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
-    o_l = (tl.program_id(0) % n_blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
+    i_h, o_l = program(L, BLOCK_L)
     o_d = tl.arange(0, BLOCK_D)
-    m_l = o_l < L
-    m_d = o_d < D
+    m_l, m_d = o_l < L, o_d < D
     m_x = m_l[:, None] & m_d[None, :]
-    q_ptr += i_h // N * q_b + i_h % N * q_n
-    o_q = o_l.to(tl.int64)[:, None] * q_l + o_d[None, :]
-    o_x = (i_h * L + o_l)[:, None] * D + o_d[None, :]
-    b_q = tl.load(q_ptr + o_q, mask=m_x, other=0.0)
+    o_x = _tokens(i_h, o_l, o_d, N, L, D)
+    b_q = tl.load(q_ptr + o_x, mask=m_x, other=0.0)
     b_grad = tl.load(grad_ptr + o_x, mask=m_x, other=0.0)
-    b_out = tl.load(out_ptr + o_x, mask=m_x, other=0.0)
+    o_out = (i_h * L + o_l)[:, None] * D + o_d[None, :]
+    b_out = tl.load(out_ptr + o_out, mask=m_x, other=0.0)
     b_max = tl.load(max_ptr + i_h * L + o_l, mask=m_l, other=0.0)
     b_sum = tl.load(sum_ptr + i_h * L + o_l, mask=m_l, other=1.0)
     b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), axis=1)
@@ -318,8 +297,7 @@ def _readout_bwd_kernel(
         o_w = o_m[:, None] * D + o_d[None, :]
         b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
         b_u = tl.load(u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
-        b_log_z = tl.load(z_max_ptr + i_h * M + o_m, mask=m_m, other=float("-inf"))
-        b_log_z += tl.log(tl.load(z_sum_ptr + i_h * M + o_m, mask=m_m, other=1.0))
+        b_log_z = _log_z(z_max_ptr, z_sum_ptr, i_h * M + o_m, m_m)
         b_s = tl.dot(b_q, tl.trans(b_w), input_precision="ieee") * scale + b_log_z[None, :]
         b_p = tl.exp(b_s - b_max[:, None]) / b_sum[:, None]
         b_ds = tl.dot(b_grad, tl.trans(b_u), input_precision="ieee") - b_delta[:, None]
@@ -343,9 +321,6 @@ def _summary_bwd_kernel(
     grad_log_z_ptr,
     N,
     L,
-    q_b,
-    q_n,
-    q_l,
     SPLIT,
     scale,
     M: tl.constexpr,
@@ -355,20 +330,15 @@ def _summary_bwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # one program: d u and d log z of BLOCK_M features of one head, by SPLIT tokens
-    n_blocks = tl.cdiv(M, BLOCK_M)
-    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
+    i_h, o_m = program(M, BLOCK_M)
     i_s = tl.program_id(1)
-    o_m = (tl.program_id(0) % n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
-    m_m = o_m < M
-    m_d = o_d < D
+    m_m, m_d = o_m < M, o_d < D
     m_w = m_m[:, None] & m_d[None, :]
-    q_ptr += i_h // N * q_b + i_h % N * q_n
     o_w = o_m[:, None] * D + o_d[None, :]
     b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
     b_u = tl.load(u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
-    b_log_z = tl.load(z_max_ptr + i_h * M + o_m, mask=m_m, other=float("-inf"))
-    b_log_z += tl.log(tl.load(z_sum_ptr + i_h * M + o_m, mask=m_m, other=1.0))
+    b_log_z = _log_z(z_max_ptr, z_sum_ptr, i_h * M + o_m, m_m)
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_grad_log_z = tl.zeros([BLOCK_M], tl.float32)
@@ -376,9 +346,8 @@ def _summary_bwd_kernel(
         o_l = start + tl.arange(0, BLOCK_L)
         m_l = o_l < L
         m_x = m_l[:, None] & m_d[None, :]
-        o_q = o_l.to(tl.int64)[:, None] * q_l + o_d[None, :]
-        o_x = (i_h * L + o_l)[:, None] * D + o_d[None, :]
-        b_q = tl.load(q_ptr + o_q, mask=m_x, other=0.0)
+        o_x = _tokens(i_h, o_l, o_d, N, L, D)
+        b_q = tl.load(q_ptr + o_x, mask=m_x, other=0.0)
         b_grad = tl.load(grad_ptr + o_x, mask=m_x, other=0.0)
         # past the end every weight is zero
         b_max = tl.load(max_ptr + i_h * L + o_l, mask=m_l, other=float("inf"))
@@ -408,12 +377,6 @@ def _tokens_bwd_kernel(
     grad_v_ptr,
     N,
     L,
-    k_b,
-    k_n,
-    k_l,
-    v_b,
-    v_n,
-    v_l,
     RAISE,
     scale,
     M: tl.constexpr,
@@ -422,19 +385,15 @@ def _tokens_bwd_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # one program: d k and d v of BLOCK_L tokens of one head, by all features; weights are RAISE
-    # times too large and what they multiply as much too small: float16's subnormals are coarse
-    n_blocks = tl.cdiv(L, BLOCK_L)
-    i_h = (tl.program_id(0) // n_blocks).to(tl.int64)
-    o_l = (tl.program_id(0) % n_blocks) * BLOCK_L + tl.arange(0, BLOCK_L)
+    # one program: d k and d v of BLOCK_L tokens of one head, by all features. Weights are RAISE
+    # times too large, and what they multiply as much too small: float16's subnormals are coarse
+    i_h, o_l = program(L, BLOCK_L)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     m_x = (o_l < L)[:, None] & m_d[None, :]
-    k_ptr += i_h // N * k_b + i_h % N * k_n
-    v_ptr += i_h // N * v_b + i_h % N * v_n
-    o_x = o_l.to(tl.int64)[:, None]
-    b_k = tl.load(k_ptr + o_x * k_l + o_d[None, :], mask=m_x, other=0.0)
-    b_v = tl.load(v_ptr + o_x * v_l + o_d[None, :], mask=m_x, other=0.0)
+    o_x = _tokens(i_h, o_l, o_d, N, L, D)
+    b_k = tl.load(k_ptr + o_x, mask=m_x, other=0.0)
+    b_v = tl.load(v_ptr + o_x, mask=m_x, other=0.0)
     b_wide = b_k.to(tl.float32) * scale
     b_length = tl.sum(b_wide * b_wide, axis=1) / 2
 
@@ -460,16 +419,10 @@ def _tokens_bwd_kernel(
         b_sum += tl.sum(b_ds, axis=1)
         b_grad_k = tl.dot(b_ds.to(b_w.dtype), b_w, b_grad_k, input_precision="ieee")
 
-    # the score is w . k' - |k'|^2 / 2: its gradient w - k'
+    # the score is w . k' - |k'|^2 / 2: its gradient is w - k'
     b_grad_k = (b_grad_k - b_wide * b_sum[:, None]) * scale
-    o_out = (i_h * L + o_l)[:, None] * D + o_d[None, :]
-    tl.store(grad_k_ptr + o_out, b_grad_k.to(grad_k_ptr.dtype.element_ty), mask=m_x)
-    tl.store(grad_v_ptr + o_out, b_grad_v.to(grad_v_ptr.dtype.element_ty), mask=m_x)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(B, N, L, D) -> the same, with the D of a token one after another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    tl.store(grad_k_ptr + o_x, b_grad_k.to(grad_k_ptr.dtype.element_ty), mask=m_x)
+    tl.store(grad_v_ptr + o_x, b_grad_v.to(grad_v_ptr.dtype.element_ty), mask=m_x)
 
 
 # by BLOCK_D: features and tokens of a block, warps, stages. Chosen by compiling ahead of time: more
@@ -510,7 +463,10 @@ def _split(length: int, programs: int, block: int) -> tuple[int, int]:
 
 
 class LinearAttention(torch.autograd.Function):
-    """FAVOR+: in the summary the features attend over the tokens, in the readout the reverse."""
+    """FAVOR+: in the summary the features attend over the tokens, in the readout the reverse.
+
+    Inputs and gradients are (B, L, N, D) in memory, as linear layers read and write them.
+    """
 
     @staticmethod
     def forward(
@@ -518,11 +474,10 @@ class LinearAttention(torch.autograd.Function):
     ) -> Tensor:
         """(B, N, L, D) x 3, (M, D) -> (B, N, L, D)."""
         batch, heads, length, width = q.shape
-        q, k, v = _rows(q), _rows(k), _rows(v)
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
         projection = projection.to(q.dtype).contiguous()
-        features, rows = projection.shape[0], batch * heads
-        scale = width**-0.25
-        # an input may want a gradient where none is recorded
+        features, rows, scale = projection.shape[0], batch * heads, width**-0.25
+        # an input may require a gradient where autograd records none
         save = grad_enabled and any(ctx.needs_input_grad)
 
         options = _options(_SUMMARY_FWD, projection)
@@ -531,18 +486,7 @@ class LinearAttention(torch.autograd.Function):
         partial = q.new_empty(rows, splits, features, width, dtype=torch.float32)
         partial_z = q.new_empty(2, rows, splits, features, dtype=torch.float32)
         _summary_fwd_kernel[(programs, splits)](
-            k,
-            v,
-            projection,
-            partial,
-            *partial_z,
-            heads,
-            length,
-            *k.stride()[:3],
-            *v.stride()[:3],
-            split,
-            scale,
-            **options,
+            k, v, projection, partial, *partial_z, heads, length, split, scale, **options
         )
         u = q.new_empty(rows, features, width)
         z = q.new_empty(2, rows, features, dtype=torch.float32)
@@ -550,22 +494,11 @@ class LinearAttention(torch.autograd.Function):
         _summary_combine_kernel[(rows * triton.cdiv(features, options["BLOCK_M"]),)](
             partial, *partial_z, u, *z, splits, **options
         )
-        out = q.new_empty(q.shape)
+        out = q.new_empty(batch, heads, length, width)
         saved = q.new_empty((2, rows, length) if save else (2, 0), dtype=torch.float32)
         options = _options(_READOUT_FWD, projection)
         _readout_fwd_kernel[(rows * triton.cdiv(length, options["BLOCK_L"]),)](
-            q,
-            projection,
-            u,
-            *z,
-            out,
-            *saved,
-            heads,
-            length,
-            *q.stride()[:3],
-            scale,
-            SAVE=save,
-            **options,
+            q, projection, u, *z, out, *saved, heads, length, scale, SAVE=save, **options
         )
         if save:
             ctx.save_for_backward(q, k, v, projection, u, z, out, saved)
@@ -576,125 +509,51 @@ class LinearAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """(B, N, L, D) -> (B, N, L, D) x 3, nothing for the others."""
         q, k, v, projection, u, z, out, saved = ctx.saved_tensors
-        batch, heads, length, width = q.shape
-        grad = grad.contiguous()
-        features, rows = projection.shape[0], batch * heads
-        scale = width**-0.25
+        batch, length, heads, width = q.shape
+        grad = grad.transpose(1, 2).contiguous()
+        features, rows, scale = projection.shape[0], batch * heads, width**-0.25
 
-        grad_q, grad_k, grad_v = (torch.empty_like(out) for _ in range(3))
+        grad_q, grad_k, grad_v = (torch.empty_like(q) for _ in range(3))
         delta = torch.empty_like(saved[0])
         options = _options(_READOUT_BWD, projection)
         _readout_bwd_kernel[(rows * triton.cdiv(length, options["BLOCK_L"]),)](
-            q,
-            projection,
-            u,
-            *z,
-            *saved,
-            out,
-            grad,
-            grad_q,
-            delta,
-            heads,
-            length,
-            *q.stride()[:3],
-            scale,
-            **options,
+            q, projection, u, *z, *saved, out, grad, grad_q, delta, heads, length, scale, **options
         )
         options = _options(_SUMMARY_BWD, projection)
         programs = rows * triton.cdiv(features, options["BLOCK_M"])
         split, splits = _split(length, programs, options["BLOCK_L"])
         grad_u = q.new_empty(rows, splits, features, width, dtype=torch.float32)
         grad_log_z = q.new_empty(rows, splits, features, dtype=torch.float32)
+        sizes = heads, length, split, scale
         _summary_bwd_kernel[(programs, splits)](
-            q,
-            projection,
-            u,
-            *z,
-            *saved,
-            delta,
-            grad,
-            grad_u,
-            grad_log_z,
-            heads,
-            length,
-            *q.stride()[:3],
-            split,
-            scale,
-            **options,
+            q, projection, u, *z, *saved, delta, grad, grad_u, grad_log_z, *sizes, **options
         )
         # u and log z are the value and the normaliser of one softmax: both gradients meet in it
         raised = min(length, 2**14)
         grad_u = grad_u.sum(dim=1) / raised
         shift = grad_log_z.sum(dim=1) / raised - (grad_u * u).sum(dim=-1)
+        grad_u, sizes = grad_u.to(q.dtype), (heads, length, raised, scale)
         options = _options(_TOKENS_BWD, projection)
         _tokens_bwd_kernel[(rows * triton.cdiv(length, options["BLOCK_L"]),)](
-            k,
-            v,
-            projection,
-            *z,
-            grad_u.to(q.dtype),
-            shift,
-            grad_k,
-            grad_v,
-            heads,
-            length,
-            *k.stride()[:3],
-            *v.stride()[:3],
-            raised,
-            scale,
-            **options,
+            k, v, projection, *z, grad_u, shift, grad_k, grad_v, *sizes, **options
         )
-        return grad_q, grad_k, grad_v, None, None
-
-
-def is_linear(
-    q: Tensor, projection: Tensor, *, threshold: float = 2.0, mode: str = "paper"
-) -> bool:
-    """(B, N, L, D), (M, D) -> whether attention of these shapes goes through the features.
-
-    "paper" where L > threshold * D; "linear" and "softmax" always and never; "auto" where it was
-    measured to be faster on this device, and never on one that was not measured.
-    """
-    length, width = q.shape[-2:]
-    match mode:
-        case "paper":
-            return length > threshold * width
-        case "auto":
-            rows = CROSSOVERS.get(device_name(q.device), {})
-            least = [ratio for row, ratio in sorted(rows.items()) if row >= width]
-            return bool(least) and length >= least[0] * projection.shape[0]
-        case "linear" | "softmax":
-            return mode == "linear"
-        case _:
-            raise ValueError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+        return *(x.transpose(1, 2) for x in (grad_q, grad_k, grad_v)), None, None
 
 
 def gated_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projection: Tensor,
-    *,
-    threshold: float = 2.0,
-    mode: str = "paper",
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, threshold: float = 2.0
 ) -> Tensor:
     """(B, N, L, D) x 3, (M, D) -> (B, N, L, D): the definition of `gated_attention`."""
-    if is_linear(q, projection, threshold=threshold, mode=mode):
+    if q.shape[2] > threshold * q.shape[3]:
         return linear_attention_reference(q, k, v, projection)
     return softmax_attention(q, k, v)
 
 
 def gated_attention_obstacle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projection: Tensor,
-    *,
-    threshold: float = 2.0,
-    mode: str = "paper",
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, threshold: float = 2.0
 ) -> str | None:
-    """Why `gated_attention` takes no kernel of ours for these; None where it does."""
-    if not is_linear(q, projection, threshold=threshold, mode=mode):
+    """Say why `gated_attention` runs no kernel of ours for these tensors; None where it does."""
+    if q.shape[2] <= threshold * q.shape[3]:
         return "softmax attention is PyTorch's"
     if not q.dtype == k.dtype == v.dtype:
         return "q, k and v differ in dtype"
@@ -709,25 +568,18 @@ def gated_attention_obstacle(
 
 
 def gated_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    projection: Tensor,
-    *,
-    threshold: float = 2.0,
-    mode: str = "paper",
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, threshold: float = 2.0
 ) -> Tensor:
     """(B, N, L, D) x 3, (M, D) -> (B, N, L, D): FAVOR+ where L > threshold * D, else softmax.
 
-    Self-attention, not causal; differentiable in q, k and v; `projection` is `orthogonal_features`,
-    kept with the weights. `mode`: see `is_linear`. Raises ValueError where shapes do not agree.
+    Self-attention, not causal; differentiable in q, k and v. `projection` is `orthogonal_features`,
+    kept with the weights. Raises ValueError where shapes do not agree.
     """
     if q.dim() != 4 or not q.shape == k.shape == v.shape or projection.shape[1:] != q.shape[3:]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and projection "
             f"{tuple(projection.shape)} are not (B, N, L, D) x 3 and (M, D)"
         )
-    obstructed = gated_attention_obstacle(q, k, v, projection, threshold=threshold, mode=mode)
-    if obstructed is None:
+    if gated_attention_obstacle(q, k, v, projection, threshold=threshold) is None:
         return LinearAttention.apply(q, k, v, projection, torch.is_grad_enabled())
-    return gated_attention_reference(q, k, v, projection, threshold=threshold, mode=mode)
+    return gated_attention_reference(q, k, v, projection, threshold=threshold)

@@ -1,4 +1,4 @@
-"""Group normalisation of a channels_last map, what is added before it and the activation after it.
+"""Group normalisation of a channels_last map, with an addition before it and an activation after.
 
     y[b, c, p] = x[b, c, p] + shift[b, c]
     out[b, c, p] = act(weight[c] (y[b, c, p] - mean[b, g]) / deviation[b, g] + bias[c])
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmdgen_kernels.dispatch import inference_obstacle
-from cmdgen_kernels.language import power_of_two, tl, triton
+from cmdgen_kernels.language import power_of_two, program, tl, triton
 
 ACTIVATIONS = ("silu", "none")
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -35,10 +35,10 @@ def group_norm_silu_reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    shift: Tensor | None = None,
+    *,
     groups: int,
     eps: float,
-    *,
-    shift: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """(B, C, H, W), (C), (C), (B, C) -> (B, C, H, W): the definition; moments in float32 at least.
@@ -110,12 +110,10 @@ def _group_norm_silu_partial_kernel(
     BLOCK_C: tl.constexpr,
 ):
     # one program: BLOCK_C channels of one sample, at the positions of one part
-    n_blocks = tl.cdiv(C, BLOCK_C)
-    i_row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    i_row, o_c = program(C, BLOCK_C)
     i_b = i_row // parts
     first = (i_row % parts) * part
     last = tl.minimum(first + part, P)
-    o_c = (tl.program_id(0) % n_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     o_p = tl.arange(0, BLOCK_P)
     m_c = o_c < C
     x_ptr += i_b * P * C
@@ -212,12 +210,9 @@ def _group_norm_silu_apply_kernel(
     BLOCK_C: tl.constexpr,
 ):
     # one program: BLOCK_P positions of BLOCK_C channels of one sample
-    n_blocks = tl.cdiv(C, BLOCK_C)
+    i_row, o_c = program(C, BLOCK_C)
     n_tiles = tl.cdiv(P, BLOCK_P)
-    i_b = (tl.program_id(0) // (n_blocks * n_tiles)).to(tl.int64)
-    i_tile = (tl.program_id(0) // n_blocks % n_tiles).to(tl.int64)
-    o_c = (tl.program_id(0) % n_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    o_p = i_tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_b, o_p = i_row // n_tiles, i_row % n_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     m_c = o_c < C
     mask = (o_p < P)[:, None] & m_c[None, :]
     o_x = i_b * P * C + o_p[:, None] * C + o_c[None, :]
@@ -230,28 +225,14 @@ def _group_norm_silu_apply_kernel(
     tl.store(out_ptr + o_x, b_x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _tile(channels: int, itemsize: int) -> dict[str, int]:
-    """Tiles in which each of 128 threads holds four times 16 bytes, at most 64 channels wide."""
-    block = min(64, power_of_two(channels))
-    return {"BLOCK_P": 128 * 4 * 16 // itemsize // block, "BLOCK_C": block, "num_warps": 4}
-
-
-def _parts(batch: int, channels: int, positions: int, tile: dict[str, int]) -> tuple[int, int]:
-    """() -> the positions of one part, a multiple of the tile's, and the number of parts."""
-    wanted = triton.cdiv(PROGRAMS, batch * triton.cdiv(channels, tile["BLOCK_C"]))
-    tiles = triton.cdiv(triton.cdiv(positions, wanted), tile["BLOCK_P"])
-    part = tiles * tile["BLOCK_P"]
-    return part, triton.cdiv(positions, part)
-
-
 def _launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     shift: Tensor | None,
+    *,
     groups: int,
     eps: float,
-    *,
     silu: bool,
 ) -> Tensor:
     """(B, C, H, W), (C), (C), (B, C) -> (B, C, H, W), both channels_last."""
@@ -264,44 +245,45 @@ def _launch(
     shift = None if shift is None else shift.contiguous()
 
     block_p, block_g = power_of_two(positions), power_of_two(group)
-    # a group narrower than 8 channels costs more accesses, and wastes what it reads beside it
+    # a group narrower than 8 channels takes more accesses, and wastes what they read beside it
     if block_p * max(block_g, 8) <= LARGEST_WHOLE:
+        warps = min(max(block_p * block_g // 512, 1), 16)
+        options = {"GROUP": group, "SILU": silu, "BLOCK_P": block_p, "BLOCK_G": block_g}
         _group_norm_silu_whole_kernel[(batch, groups)](
-            *(x, weight, bias, shift, out, channels, positions, eps),
-            GROUP=group,
-            SILU=silu,
-            BLOCK_P=block_p,
-            BLOCK_G=block_g,
-            num_warps=min(max(block_p * block_g // 512, 1), 16),
+            x, weight, bias, shift, out, channels, positions, eps, num_warps=warps, **options
         )
         return out
 
-    tile = _tile(channels, x.element_size())
-    part, parts = _parts(batch, channels, positions, tile)
-    blocks = triton.cdiv(channels, tile["BLOCK_C"])
+    # tiles in which each of 128 threads holds four times 16 bytes, at most 64 channels wide
+    block_c = min(64, power_of_two(channels))
+    block_p = 128 * 4 * 16 // x.element_size() // block_c
+    tile = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
+    blocks, tiles = triton.cdiv(channels, block_c), triton.cdiv(positions, block_p)
+    # the positions of one part, a multiple of the tile's, and the number of parts
+    part = triton.cdiv(triton.cdiv(positions, triton.cdiv(PROGRAMS, batch * blocks)), block_p)
+    part *= block_p
+    parts = triton.cdiv(positions, part)
     mean, square = x.new_empty((2, batch, parts, channels), dtype=torch.float32)
     scale, offset = x.new_empty((2, batch, channels), dtype=torch.float32)
     _group_norm_silu_partial_kernel[(batch * parts * blocks,)](
-        *(x, mean, square, channels, positions, part, parts), **tile
+        x, mean, square, channels, positions, part, parts, **tile
     )
+    block_s = min(max(2048 // block_g, 1), power_of_two(parts))
+    sizes = channels, positions, part, parts, eps
+    options = {"GROUP": group, "BLOCK_S": block_s, "BLOCK_G": block_g, "num_warps": 4}
     _group_norm_silu_combine_kernel[(batch, groups)](
-        *(mean, square, weight, bias, shift, scale, offset),
-        *(channels, positions, part, parts, eps),
-        GROUP=group,
-        BLOCK_S=min(max(2048 // block_g, 1), power_of_two(parts)),
-        BLOCK_G=block_g,
-        num_warps=4,
+        mean, square, weight, bias, shift, scale, offset, *sizes, **options
     )
-    _group_norm_silu_apply_kernel[(batch * triton.cdiv(positions, tile["BLOCK_P"]) * blocks,)](
-        *(x, scale, offset, out, channels, positions), SILU=silu, **tile
+    _group_norm_silu_apply_kernel[(batch * tiles * blocks,)](
+        x, scale, offset, out, channels, positions, SILU=silu, **tile
     )
     return out
 
 
 def group_norm_silu_obstacle(
-    x: Tensor, weight: Tensor, bias: Tensor, *, shift: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None
 ) -> str | None:
-    """Why `group_norm_silu` takes the reference for these; None where it takes the kernels."""
+    """Say why `group_norm_silu` runs the reference for these tensors; None where it does not."""
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is not channels_last"
     return inference_obstacle(x, weight, bias, *(() if shift is None else (shift,)))
@@ -311,16 +293,17 @@ def group_norm_silu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
+    shift: Tensor | None = None,
+    *,
     groups: int,
     eps: float,
-    *,
-    shift: Tensor | None = None,
     activation: str = "silu",
 ) -> Tensor:
     """(B, C, H, W), (C), (C), (B, C) -> (B, C, H, W): the activation of GroupNorm(x + shift).
 
-    `activation` is "silu" or "none". Kernels take channels_last inputs and are for inference: where
-    a gradient is wanted the reference runs. Raises ValueError where shapes do not agree.
+    `activation` is "silu" or "none". The kernels take channels_last inputs and are for inference:
+    where an input requires a gradient the reference runs. Raises ValueError where shapes do not
+    agree.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -333,8 +316,9 @@ def group_norm_silu(
         raise ValueError(f"shift {tuple(shift.shape)} is not (B, C) of x {tuple(x.shape)}")
     if x.shape[1] % groups:
         raise ValueError(f"channels {x.shape[1]} are not a multiple of groups {groups}")
-    if group_norm_silu_obstacle(x, weight, bias, shift=shift) is not None:
-        return group_norm_silu_reference(
-            x, weight, bias, groups, eps, shift=shift, activation=activation
-        )
-    return _launch(x, weight, bias, shift, groups, eps, silu=activation == "silu")
+    if group_norm_silu_obstacle(x, weight, bias, shift) is None:
+        silu = activation == "silu"
+        return _launch(x, weight, bias, shift, groups=groups, eps=eps, silu=silu)
+    return group_norm_silu_reference(
+        x, weight, bias, shift, groups=groups, eps=eps, activation=activation
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cmdgen_kernels.dispatch import inference_obstacle
-from cmdgen_kernels.language import power_of_two, tl, triton
+from cmdgen_kernels.language import power_of_two, program, tl, triton
 
 
 def guided_ddim_step_reference(
@@ -37,9 +37,7 @@ def _guided_ddim_step_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     # one program: BLOCK of the N elements of one sample
-    n_blocks = tl.cdiv(N, BLOCK)
-    i_b = (tl.program_id(0) // n_blocks).to(tl.int64)
-    o_n = (tl.program_id(0) % n_blocks) * BLOCK + tl.arange(0, BLOCK)
+    i_b, o_n = program(N, BLOCK)
     m_n = o_n < N
     b_sample = tl.load(sample_ptr + i_b * N + o_n, mask=m_n, other=0.0).to(tl.float32)
     b_negative = tl.load(output_ptr + i_b * output_b + o_n, mask=m_n, other=0.0).to(tl.float32)
@@ -74,7 +72,7 @@ def _launch(sample: Tensor, output: Tensor, *, guidance: float, keep: float, mov
 
 
 def guided_ddim_step_obstacle(sample: Tensor, output: Tensor) -> str | None:
-    """Why `guided_ddim_step` takes the reference for these; None where it takes the kernel."""
+    """Say why `guided_ddim_step` runs the reference for these tensors; None where it does not."""
     if torch.compiler.is_compiling():
         return "torch.compile would compile it anew for the numbers of each step"
     return inference_obstacle(sample, output)
@@ -85,9 +83,9 @@ def guided_ddim_step(
 ) -> Tensor:
     """(B, C, ...), (2 B, C or 2 C, ...) -> (B, C, ...): the next sample, in this one's dtype.
 
-    `output` is the network's own, the negative branch first; of 2 C channels the first C are the
-    prediction. The kernel is for inference: where a gradient is wanted the reference runs. Raises
-    ValueError where shapes do not agree.
+    `output` comes from the network, the negative branch first; of 2 C channels the first C are the
+    prediction. The kernel is for inference: where an input requires a gradient the reference runs.
+    Raises ValueError where shapes do not agree.
     """
     batch, channels = sample.shape[:2]
     if (

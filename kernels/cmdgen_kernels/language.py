@@ -1,7 +1,7 @@
-"""Triton for the kernels' files, or, where nothing could launch a kernel, stand-ins that define.
+"""Triton, or stand-ins for it where no kernel can be launched; and what all kernels share.
 
-A PyTorch built without CUDA launches nothing, and there is no Triton for macOS and Windows: there,
-importing an op costs nothing and the reference runs. `TRITON_INTERPRET` in the environment asks for
+A PyTorch without CUDA launches no kernel, and Triton does not exist for macOS and Windows. There an
+op imports no Triton and its reference runs. The environment variable `TRITON_INTERPRET` loads
 Triton all the same: 1 for its interpreter, 0 to compile ahead of time.
 """
 
@@ -22,11 +22,22 @@ else:
     triton = SimpleNamespace(jit=lambda kernel: kernel)
     tl = SimpleNamespace(constexpr=lambda value: value)
 
-__all__ = ["INSTALLED", "LOADED", "power_of_two", "tl", "triton"]
+__all__ = ["INSTALLED", "LOADED", "power_of_two", "program", "tl", "triton"]
+
+
+@triton.jit
+def program(size, BLOCK: tl.constexpr):
+    """() -> this program's row, in int64, and the offsets of its BLOCK of `size` elements."""
+    n_blocks = tl.cdiv(size, BLOCK)
+    i_row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    return i_row, (tl.program_id(0) % n_blocks) * BLOCK + tl.arange(0, BLOCK)
 
 
 def power_of_two(least: int) -> int:
-    """The smallest that is not less, by comparisons: dynamo traces them for unknown sizes."""
+    """Return the smallest power of two that is not less than `least`.
+
+    It compares and doubles, because dynamo can trace that for sizes that it does not know.
+    """
     power = 1
     while power < least:
         power *= 2

@@ -1,4 +1,4 @@
-"""Motion latents: what of a video's tokens depends on time, in rows and columns; and the way back.
+"""Motion latents of a video's tokens, by columns and by rows, and the tokens of motion latents.
 
     motion_latents   y[b, k, t, w]     = f(weight_w mean_h u[b, t, h, w, :] + bias_w)
                      y[b, k, t, W + h] = f(weight_h mean_w u[b, t, h, w, :] + bias_h)
@@ -33,11 +33,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # enough to occupy a GPU to the end: some thirty for each of some 130 multiprocessors
 WARPS = 4096
-# fewer rows than this would not be worth what a program computes once for its columns
+# with fewer rows, what a program computes once for its columns would dominate
 LEAST_ROWS = 4
 # consecutive bytes of one token's channels: a line of the cache
 LINE = 128
-# beyond, the weights that a thread of `_motion_tokens_kernel` holds would leave the registers
+# more weights would not fit the registers of a thread of `_motion_tokens_kernel`
 MOST_CHANNELS = 16
 
 
@@ -109,10 +109,6 @@ def _motion_sums_kernel(
     u_t,
     u_h,
     u_w,
-    weight_w_k,
-    weight_w_d,
-    weight_h_k,
-    weight_h_d,
     ROWS,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -140,11 +136,8 @@ def _motion_sums_kernel(
     part = n_frames * K * (W + H)
     column_ptr = partial_ptr + (i_d * n_splits + i_split).to(tl.int64) * part + o_partial
     row_ptr = partial_ptr + (i_d * n_w + i_w).to(tl.int64) * part + o_partial + W
-    b_weight_h = tl.load(
-        weight_h_ptr + o_k[:, None] * weight_h_k + o_d[None, :] * weight_h_d,
-        mask=m_k[:, None] & m_d[None, :],
-        other=0.0,
-    ).to(tl.float32)
+    o_weight, m_weight = o_k[:, None] * D + o_d[None, :], m_k[:, None] & m_d[None, :]
+    b_weight_h = tl.load(weight_h_ptr + o_weight, mask=m_weight, other=0.0).to(tl.float32)
 
     b_columns = tl.zeros([BLOCK_W, BLOCK_D], tl.float32)
     for h in range(i_split * ROWS, tl.minimum((i_split + 1) * ROWS, H)):
@@ -159,17 +152,12 @@ def _motion_sums_kernel(
         u_ptr += u_h
 
     for k in range(K):
-        b_weight = tl.load(
-            weight_w_ptr + k * weight_w_k + o_d * weight_w_d, mask=m_d, other=0.0
-        ).to(tl.float32)
+        b_weight = tl.load(weight_w_ptr + k * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_across = tl.sum(b_columns * b_weight[None, :], axis=1)
         tl.store(column_ptr + k * (T * (W + H)) + o_w, b_across, mask=m_w)
     if SAVE:
-        tl.store(
-            columns_ptr + ((i_split * n_frames + i_frame) * W + o_w[:, None]) * D + o_d[None, :],
-            b_columns,
-            mask=m_u,
-        )
+        o_columns = ((i_split * n_frames + i_frame) * W + o_w[:, None]) * D + o_d[None, :]
+        tl.store(columns_ptr + o_columns, b_columns, mask=m_u)
 
 
 @triton.jit
@@ -292,7 +280,7 @@ def _motion_tokens_kernel(
 
 
 def _rows_per_program(height: int, warps: int) -> int:
-    """A power of two; `warps` is how many would run if each program had all rows."""
+    """Choose a power of two; `warps` is how many would run if each program had all rows."""
     share, rows = max(LEAST_ROWS, height * warps // WARPS), 1
     while 2 * rows <= share:
         rows *= 2
@@ -304,24 +292,19 @@ def _block_of_channels(width: int, itemsize: int) -> int:
 
 
 def _sums_options(frames: int, size: tuple[int, int, int], itemsize: int) -> dict[str, int]:
-    """Rows in which each thread has up to four loads of 16 bytes in flight."""
+    """Choose rows in which each thread has up to four loads of 16 bytes in flight."""
     height, width, channels = size
     block_d = _block_of_channels(channels, itemsize)
     block_w = min(power_of_two(width), 64)
     warps = max(1, block_w * block_d * itemsize // (4 * 32 * 16))
     programs = frames * triton.cdiv(width, block_w) * triton.cdiv(channels, block_d)
-    return {
-        "ROWS": _rows_per_program(height, programs * warps),
-        "BLOCK_W": block_w,
-        "BLOCK_D": block_d,
-        "num_warps": warps,
-    }
+    rows = _rows_per_program(height, programs * warps)
+    return {"ROWS": rows, "BLOCK_W": block_w, "BLOCK_D": block_d, "num_warps": warps}
 
 
 def _latents(
     u: Tensor,
-    weight_w: Tensor,
-    weight_h: Tensor,
+    weights: tuple[Tensor, Tensor],
     biases: tuple[Tensor | None, Tensor | None],
     *,
     counts: tuple[int, int] = (1, 1),
@@ -331,65 +314,41 @@ def _latents(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, H, W, D), (K, D) x 2 -> (B, K, T, W + H), column sums, row sums.
 
-    f(weight sum(u) / count + bias). If saved, the sums are (parts, B, T, W or H, D) in float32,
-    still to be added over the parts.
+    f(weight sum(u) / count + bias). Saved sums are (parts, B, T, W or H, D) in float32, to be added
+    over the parts.
     """
     batch, frames, height, width, channels = u.shape
-    latents, length = weight_w.shape[0], width + height
+    latents, length = weights[0].shape[0], width + height
     u = u if u.stride(-1) == 1 else u.contiguous()
     options = _sums_options(batch * frames, (height, width, channels), u.element_size())
-    n_d = triton.cdiv(channels, options["BLOCK_D"])
-    n_w = triton.cdiv(width, options["BLOCK_W"])
-    splits = triton.cdiv(height, options["ROWS"])
+    n_d, n_w, splits = (
+        triton.cdiv(size, options[block])
+        for size, block in ((channels, "BLOCK_D"), (width, "BLOCK_W"), (height, "ROWS"))
+    )
     motion = u.new_empty((batch, latents, frames, length), dtype=dtype)
     partial = motion.new_empty((n_d * max(splits, n_w), *motion.shape), dtype=torch.float32)
     columns, rows = (
         partial.new_empty((parts, batch, frames, side, channels) if save else 0)
         for parts, side in ((splits, width), (n_w, height))
     )
-    if motion.numel():
+    if count := motion.numel():
+        weight_w, weight_h = (weight.contiguous() for weight in weights)
+        sizes = frames, height, width, channels, *u.stride()[:4]
+        options |= {"K": latents, "BLOCK_K": power_of_two(latents), "SAVE": save}
         _motion_sums_kernel[(batch * frames * n_w * n_d, splits)](
-            u,
-            weight_w,
-            weight_h,
-            partial,
-            columns,
-            rows,
-            frames,
-            height,
-            width,
-            channels,
-            *u.stride()[:4],
-            *weight_w.stride(),
-            *weight_h.stride(),
-            K=latents,
-            BLOCK_K=power_of_two(latents),
-            SAVE=save,
-            **options,
+            u, weight_w, weight_h, partial, columns, rows, *sizes, **options
         )
-        count = motion.numel()
+        sizes = count, frames, width, length, *counts, n_d * splits, n_d * n_w
+        block_p = min(16, power_of_two(n_d * max(splits, n_w)))
+        options = {"K": latents, "TANH": tanh, "BLOCK_P": block_p, "BLOCK_N": 64, "num_warps": 2}
         _motion_combine_kernel[(triton.cdiv(count, 64),)](
-            partial,
-            *biases,
-            motion,
-            count,
-            frames,
-            width,
-            length,
-            *counts,
-            n_d * splits,
-            n_d * n_w,
-            K=latents,
-            TANH=tanh,
-            BLOCK_P=min(16, power_of_two(n_d * max(splits, n_w))),
-            BLOCK_N=64,
-            num_warps=2,
+            partial, *biases, motion, *sizes, **options
         )
     return motion, columns, rows
 
 
 def _tokens_options(batch: int, size: tuple[int, int, int, int], itemsize: int) -> dict[str, int]:
-    """Tiles in which each thread writes 16 bytes of one frame, for four columns in turn."""
+    """Choose tiles in which each thread writes 16 bytes of one frame, for four columns in turn."""
     frames, height, width, channels = size
     block_d = _block_of_channels(channels, itemsize)
     block_t = min(power_of_two(frames), 16)
@@ -425,32 +384,24 @@ def _tokens(
     blocks = batch * triton.cdiv(frames, options["BLOCK_T"])
     blocks *= triton.cdiv(width, options["COLUMNS"]) * triton.cdiv(channels, options["BLOCK_D"])
     if tokens.numel():
+        # one small copy, so that 16 bytes hold the weights of neighbouring channels
+        stacked = torch.stack(weights)
+        sizes = batch, frames, height, width, channels, *content.stride()[:3]
         _motion_tokens_kernel[(blocks, triton.cdiv(height, options["ROWS"]))](
-            content,
-            motion,
-            # one small copy, so that 16 bytes hold the weights of neighbouring channels
-            torch.stack(weights),
-            *biases,
-            tokens,
-            batch,
-            frames,
-            height,
-            width,
-            channels,
-            *content.stride()[:3],
-            K=latents,
-            **options,
+            content, motion, stacked, *biases, tokens, *sizes, K=latents, **options
         )
     return tokens.transpose(0, 1)
 
 
-def _weight_gradients(motion: Tensor, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, K, T, W + H), sums as `_latents` saves them -> (K, D) x 2, in float32."""
+def _weight_gradients(
+    motion: Tensor, columns: Tensor, rows: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(B, K, T, W + H), sums as `_latents` saves them -> (K, D) x 2."""
     columns, rows = columns.sum(dim=0), rows.sum(dim=0)
     across, down = motion.float().split((columns.shape[2], rows.shape[2]), dim=3)
     return (
-        torch.einsum("bkts,btsd->kd", across, columns),
-        torch.einsum("bkts,btsd->kd", down, rows),
+        torch.einsum("bkts,btsd->kd", across, columns).to(dtype),
+        torch.einsum("bkts,btsd->kd", down, rows).to(dtype),
     )
 
 
@@ -470,12 +421,11 @@ class MotionLatents(torch.autograd.Function):
     ) -> Tensor:
         """(B, T, H, W, D), (K, D), (K,), (K, D), (K,) -> (B, K, T, W + H)."""
         height, width = u.shape[2:4]
-        # an input may want a gradient where none is recorded
+        # an input may require a gradient where autograd records none
         trained = grad_enabled and any(ctx.needs_input_grad)
         motion, columns, rows = _latents(
             u,
-            weight_w,
-            weight_h,
+            (weight_w, weight_h),
             (bias_w.contiguous(), bias_h.contiguous()),
             counts=(height, width),
             # backward takes the derivative where tanh was taken: 1 - tanh^2 would cancel
@@ -508,25 +458,16 @@ class MotionLatents(torch.autograd.Function):
         counts = grad.new_full((width + height,), width)
         counts[:width] = height
         grad = (grad / counts).float()
-        grad_u = None
+        grad_u = grad_weight_w = grad_weight_h = None
         if ctx.needs_input_grad[0]:
             # one row of zeros, which is cached, instead of a second kernel that adds no content
             zeros = grad.new_zeros(weight_w.shape[1], dtype=u_dtype)
             still = zeros.expand(grad.shape[0], height, width, -1)
             grad_u = _tokens(still, grad, (weight_w, weight_h), (zeros, zeros))
-        grad_weight_w = grad_weight_h = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            grad_weight_w, grad_weight_h = _weight_gradients(grad, columns, rows)
-            grad_weight_w = grad_weight_w.to(weight_w.dtype)
-            grad_weight_h = grad_weight_h.to(weight_h.dtype)
-        return (
-            grad_u,
-            grad_weight_w,
-            grad_bias_w.to(bias_w_dtype),
-            grad_weight_h,
-            grad_bias_h.to(bias_h_dtype),
-            *(None, None),
-        )
+            grad_weight_w, grad_weight_h = _weight_gradients(grad, columns, rows, weight_w.dtype)
+        grad_bias_w, grad_bias_h = grad_bias_w.to(bias_w_dtype), grad_bias_h.to(bias_h_dtype)
+        return grad_u, grad_weight_w, grad_bias_w, grad_weight_h, grad_bias_h, None, None
 
 
 class MotionTokens(torch.autograd.Function):
@@ -545,49 +486,35 @@ class MotionTokens(torch.autograd.Function):
         """(B, H, W, D), (B, K, T, W + H), (D, K), (D,), (D, K), (D,) -> (B, T, H, W, D)."""
         ctx.save_for_backward(motion, weight_w, weight_h)
         ctx.dtypes = content.dtype, bias_w.dtype, bias_h.dtype
-        return _tokens(
-            content,
-            motion,
-            (weight_w.T, weight_h.T),
-            (bias_w.contiguous(), bias_h.contiguous()),
-        )
+        biases = bias_w.contiguous(), bias_h.contiguous()
+        return _tokens(content, motion, (weight_w.T, weight_h.T), biases)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """(B, T, H, W, D) -> a gradient for each input."""
         motion, weight_w, weight_h = ctx.saved_tensors
-        content_dtype, bias_w_dtype, bias_h_dtype = ctx.dtypes
         grad_content = None
+        content_dtype, bias_w_dtype, bias_h_dtype = ctx.dtypes
         if ctx.needs_input_grad[0]:
             grad_content = grad.sum(dim=1, dtype=torch.float32).to(content_dtype)
         if not any(ctx.needs_input_grad[1:]):
             return grad_content, None, None, None, None, None
         trained = any(ctx.needs_input_grad[2:])
+        weights = weight_w.T, weight_h.T
         grad_motion, columns, rows = _latents(
-            grad,
-            weight_w.T,
-            weight_h.T,
-            (None, None),
-            save=trained,
-            dtype=motion.dtype,
+            grad, weights, (None, None), save=trained, dtype=motion.dtype
         )
         if not trained:
             return grad_content, grad_motion, None, None, None, None
-        grad_weight_w, grad_weight_h = _weight_gradients(motion, columns, rows)
+        grad_w, grad_h = _weight_gradients(motion, columns, rows, weight_w.dtype)
         grad_bias = columns.sum(dim=(0, 1, 2, 3))
-        return (
-            grad_content,
-            grad_motion,
-            grad_weight_w.T.to(weight_w.dtype),
-            grad_bias.to(bias_w_dtype),
-            grad_weight_h.T.to(weight_h.dtype),
-            grad_bias.to(bias_h_dtype),
-        )
+        grad_bias_w, grad_bias_h = grad_bias.to(bias_w_dtype), grad_bias.to(bias_h_dtype)
+        return grad_content, grad_motion, grad_w.T, grad_bias_w, grad_h.T, grad_bias_h
 
 
 def motion_latents_obstacle(u: Tensor, weight_w: Tensor, *others: Tensor) -> str | None:
-    """Why `motion_latents` takes the reference for these; None where it takes the kernel."""
+    """Say why `motion_latents` runs the reference for these tensors; None where it does not."""
     if weight_w.shape[0] > MOST_CHANNELS:
         return f"{weight_w.shape[0]} latent channels are more than {MOST_CHANNELS}"
     return obstacle(u, weight_w, *others)
@@ -622,7 +549,7 @@ def motion_latents(
 
 
 def motion_tokens_obstacle(content: Tensor, motion: Tensor, *others: Tensor) -> str | None:
-    """Why `motion_tokens` takes the reference for these; None where it takes the kernel."""
+    """Say why `motion_tokens` runs the reference for these tensors; None where it does not."""
     if motion.shape[1] > MOST_CHANNELS:
         return f"{motion.shape[1]} latent channels are more than {MOST_CHANNELS}"
     return obstacle(content, motion, *others)

@@ -1,5 +1,7 @@
-"""Sample inputs of every op: what the benchmark times, the tests compile and `doctor` tries."""
+"""Sample inputs of every op, for the benchmark, the tests and `cmdgen doctor`."""
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,52 +10,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmdgen_kernels.content_frame import (
+from cmdgen_kernels import (
     content_frame,
-    content_frame_obstacle,
-    content_frame_reference,
-)
-from cmdgen_kernels.gated_attention import (
     gated_attention,
-    gated_attention_obstacle,
-    gated_attention_reference,
-    orthogonal_features,
-)
-from cmdgen_kernels.group_norm_silu import (
     group_norm_silu,
-    group_norm_silu_obstacle,
-    group_norm_silu_reference,
-)
-from cmdgen_kernels.guided_ddim_step import (
     guided_ddim_step,
-    guided_ddim_step_obstacle,
-    guided_ddim_step_reference,
-)
-from cmdgen_kernels.motion import (
     motion_latents,
-    motion_latents_obstacle,
-    motion_latents_reference,
     motion_tokens,
-    motion_tokens_obstacle,
-    motion_tokens_reference,
 )
+from cmdgen_kernels.gated_attention import orthogonal_features
 
 Sizes = tuple[int, ...]
-# the step of a text-to-image model halfway through
-GUIDANCE, KEEP, MOVE = 7.5, 1.02, -0.05
+Draw = Callable[[Sizes, Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op with its definition, its predicate, and a way to draw inputs for all three."""
+    """An op, its definition, its predicate, and a way to draw inputs for all three."""
 
     name: str
     run: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     obstacle: Callable[..., str | None]
-    # sizes, and a tensor for its dtype and device
-    draw: Callable[[Sizes, Tensor], tuple[Tensor, ...]]
-    # of `draw`, for a moment's work that no block divides
+    # takes sizes, and a tensor that has the dtype and the device
+    draw: Draw
+    # sizes for `draw` that no block divides and that take a moment
     small: Sizes
     # how many of the inputs, from the first, a kernel has a gradient for
     leaves: int = 0
@@ -66,9 +47,9 @@ class Op:
 
 
 class Error(NamedTuple):
-    """How far a result is from the reference in float64, at most, and how far it may be.
+    """The largest distance of a result from the reference in float64, and the allowed one.
 
-    That is twice as far as the reference in the same dtype, or one unit in the last place.
+    Allowed is twice the reference's own error in that dtype, or one unit in the last place.
     """
 
     size: float
@@ -76,8 +57,21 @@ class Error(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the result is a right one."""
-        return self.size <= self.allowed
+        """Whether the result is finite and near enough."""
+        return math.isfinite(self.size) and self.size <= self.allowed
+
+
+def _op(
+    function: Callable[..., Tensor], draw: Draw, small: Sizes, *, leaves: int = 0, **settings: float
+) -> Op:
+    """Find `x_reference` and `x_obstacle` beside an op `x`; bind its `settings`."""
+    name, beside = function.__name__, vars(sys.modules[function.__module__])
+    run, reference = (partial(f, **settings) for f in (function, beside[f"{name}_reference"]))
+    obstacle = beside[f"{name}_obstacle"]
+    if "threshold" in settings:
+        # the one setting that an obstacle depends on
+        obstacle = partial(obstacle, threshold=settings["threshold"])
+    return Op(name, run, reference, obstacle, draw, small, leaves)
 
 
 def _noise(like: Tensor, *shape: int) -> Tensor:
@@ -132,107 +126,59 @@ def _guided_ddim_step(sizes: Sizes, like: Tensor) -> tuple[Tensor, ...]:
     return torch.randn_like(output[: sizes[0]], dtype=wide), output
 
 
-def _normalised(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`group_norm_silu` or its reference, of 32 groups, as a function of tensors alone."""
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor) -> Tensor:
-        return op(x, weight, bias, 32, 1e-5, shift=shift)
-
-    return run
-
-
-def _normalised_obstacle(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor) -> str | None:
-    return group_norm_silu_obstacle(x, weight, bias, shift=shift)
-
-
 OPS = (
-    Op(
-        "content_frame",
-        content_frame,
-        content_frame_reference,
-        content_frame_obstacle,
-        _content_frame,
-        small=(2, 3, 5, 9, 7),
-        leaves=2,
-    ),
-    Op(
-        "motion_latents",
-        motion_latents,
-        motion_latents_reference,
-        motion_latents_obstacle,
-        _motion_latents,
-        small=(2, 3, 5, 9, 40, 4),
-        leaves=5,
-    ),
-    Op(
-        "motion_tokens",
-        motion_tokens,
-        motion_tokens_reference,
-        motion_tokens_obstacle,
-        _motion_tokens,
-        small=(2, 3, 5, 9, 40, 4),
-        leaves=6,
-    ),
-    Op(
-        "gated_attention",
-        partial(gated_attention, mode="linear"),
-        partial(gated_attention_reference, mode="linear"),
-        partial(gated_attention_obstacle, mode="linear"),
-        _gated_attention,
-        small=(2, 3, 77, 24, 48),
-        leaves=3,
-    ),
-    Op(
-        "group_norm_silu",
-        _normalised(group_norm_silu),
-        _normalised(group_norm_silu_reference),
-        _normalised_obstacle,
-        _group_norm_silu,
-        small=(1, 96, 111, 99),
-    ),
-    Op(
-        "guided_ddim_step",
-        partial(guided_ddim_step, guidance=GUIDANCE, keep=KEEP, move=MOVE),
-        partial(guided_ddim_step_reference, guidance=GUIDANCE, keep=KEEP, move=MOVE),
-        guided_ddim_step_obstacle,
-        _guided_ddim_step,
-        small=(3, 4, 9, 7),
-    ),
+    _op(content_frame, _content_frame, (2, 3, 5, 9, 7), leaves=2),
+    _op(motion_latents, _motion_latents, (2, 3, 5, 9, 40, 4), leaves=5),
+    _op(motion_tokens, _motion_tokens, (2, 3, 5, 9, 40, 4), leaves=6),
+    # always through the random features
+    _op(gated_attention, _gated_attention, (2, 3, 77, 24, 48), leaves=3, threshold=0),
+    _op(group_norm_silu, _group_norm_silu, (1, 96, 111, 99), groups=32, eps=1e-5),
+    # the step of a text-to-image model halfway through
+    _op(guided_ddim_step, _guided_ddim_step, (3, 4, 9, 7), guidance=7.5, keep=1.02, move=-0.05),
 )
 
 
 def errors(op: Op, inputs: tuple[Tensor, ...], *, backward: bool = False) -> list[Error]:
-    """One for the output and, with `backward`, one for the gradient of each input that has one."""
-    wide = tuple(x.double() for x in inputs)
-    ours, plain, exact = (
-        results(op, run, tensors, backward=backward, dtype=inputs[0].dtype)
-        for run, tensors in ((op.run, inputs), (op.reference, inputs), (op.reference, wide))
-    )
+    """Compare the output and, with `backward`, the gradients of an op with its reference."""
+    return compare(op.run, op.reference, inputs, leaves=op.leaves if backward else 0)
+
+
+def compare(
+    run: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    *,
+    leaves: int,
+) -> list[Error]:
+    """Compute the errors of the output and of the gradients of the first `leaves` inputs."""
+    plain = results(reference, inputs, leaves)
+    ours = results(run, inputs, leaves, dtype=plain[0].dtype)
+    exact = results(reference, tuple(x.double() for x in inputs), leaves, dtype=plain[0].dtype)
     found = []
     for x, y, z in zip(ours, plain, exact, strict=True):
-        # a NaN or an infinity anywhere makes an error that nothing allows
-        size, reference = (float((part - z).abs().max()) for part in (x, y))
+        assert x.shape == y.shape and x.dtype == y.dtype
+        size, reference_error = (float((part - z).abs().max()) for part in (x, y))
         ulp = torch.finfo(x.dtype).eps * float(z.abs().max())
-        found.append(Error(size, max(2 * reference, ulp)))
+        found.append(Error(size, max(2 * reference_error, ulp)))
     return found
 
 
 def results(
-    op: Op,
     run: Callable[..., Tensor],
     inputs: tuple[Tensor, ...],
+    leaves: int,
     *,
-    backward: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """The output of `run` and, with `backward`, the gradients of its product with noise.
+    """Return the output, then the gradients of its product with noise in the first `leaves` inputs.
 
-    The noise is the same for all dtypes of the inputs: rounded to `dtype`, the one that is tested.
+    The noise is the same for all dtypes of the inputs: rounded to `dtype`, the one that is tested,
+    or else the output's.
     """
-    if not backward:
-        with torch.no_grad():
-            return [run(*inputs)]
-    leaves = [x.detach().requires_grad_() for x in inputs[: op.leaves]]
-    output = run(*leaves, *inputs[op.leaves :])
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output))]
+    inputs = tuple(x.detach().requires_grad_(i < leaves) for i, x in enumerate(inputs))
+    output = run(*inputs)
+    if not leaves:
+        return [output]
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+    upstream = upstream.to(dtype or output.dtype).to(output)
+    return [output.detach(), *torch.autograd.grad(output, inputs[:leaves], upstream)]

@@ -1,53 +1,38 @@
-import inspect
 import json
 import re
 import shutil
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from cmdgen.cli import profile as profiling_command
+from cmdgen.cli import profile as command
 from cmdgen.cli.app import main
-from cmdgen.config import SampleConfig
-from cmdgen.evaluation import decoding, suite
+from cmdgen.evaluation import decoding
 from cmdgen.evaluation import profile as profiling
-from cmdgen.evaluation.flops import count_reads, count_sampling
-from cmdgen.evaluation.profile import (
-    Limits,
-    Profile,
-    StageProfile,
-    Stopwatch,
-    Work,
-    measure_limits,
-)
-from cmdgen.evaluation.suite import Row, Suite
-from cmdgen.pipeline import TextToVideo
+from cmdgen.evaluation.flops import Work, count_work
+from cmdgen.evaluation.profile import Limits, describe_stage
+from cmdgen.pipelines.load import load_pipeline
+from cmdgen.request import Request
 from cmdgen.store.parts import read_index
 
 STAGES = ["load", "text", "content", "motion", "frame decode", "VAE decode", "video encode"]
 # what reads `--json` relies on
-RUN_KEYS = {
+SETTINGS_KEYS = {
     *("model", "frames", "height", "width", "sampler", "steps", "guidance", "batch", "runs"),
-    *("device", "dtype", "torch", "motion_steps", "motion_guidance"),
-    *("matmul_flops_per_second", "copy_bytes_per_second", "stages", "total"),
+    *("device", "dtype", "torch", "compile", "motion_steps", "motion_guidance"),
+    *("matmul_flops_per_second", "copy_bytes_per_second"),
 }
+RUN_KEYS, SUITE_KEYS = SETTINGS_KEYS | {"stages", "total"}, SETTINGS_KEYS | {"rows", "unet_step"}
 STAGE_KEYS = {
     *("parameters", "weight_bytes", "forwards", "flops", "bytes_read", "seconds"),
     *("flops_per_second", "share_of_matmul", "bytes_per_second", "share_of_copy", "memory_bytes"),
 }
-SECONDS_KEYS = {"median", "fastest", "slowest"}
-SUITE_KEYS = {
-    *("model", "frames", "height", "width", "sampler", "steps", "motion_steps", "guidance"),
-    *("motion_guidance", "runs", "device", "dtype", "torch", "matmul_flops_per_second"),
-    *("compile", "rows", "unet_step"),
-}
-ROW_KEYS = {
-    *("full_steps", "full_motion_steps", "guidance", "motion_guidance", "seconds"),
-    *("content_step_seconds", "flops", "flops_per_second", "share_of_matmul", "memory_bytes"),
+ROW_KEYS = STAGE_KEYS | {
+    *("full_steps", "full_motion_steps", "guidance", "motion_guidance", "content_step_seconds"),
     "stages",
 }
+SECONDS_KEYS = {"median", "fastest", "slowest"}
 ROWS = ["paper", "clip", "rehash_half", "rehash_quarter"]
 
 
@@ -110,19 +95,15 @@ def test_every_stage_and_the_total_are_measured(profile, tiny_model, tmp_path):
         s["seconds"]["fastest"] for s in report["stages"].values()
     )
 
-    model = TextToVideo.load(tiny_model)
-    asked = SampleConfig(steps=3, motion_steps=3, height=16, width=32).apply(model.config)
-    stages, reads = report["stages"], count_reads(asked, batch=2)
-    for name, products in count_sampling(asked, batch=2).items():
-        assert stages[name]["flops"] == products.flops
-        assert stages[name]["parameters"] == reads[name].weights.parameters
-        assert stages[name]["weight_bytes"] == 4 * reads[name].weights.numbers
-        assert stages[name]["forwards"] == reads[name].forwards
-        assert stages[name]["bytes_read"] == 4 * reads[name].read
+    pipeline = load_pipeline(tiny_model)
+    plan = pipeline.plan(Request(steps=3, motion_steps=3, size=(16, 32)), batch=2)
+    stages = report["stages"]
+    for name, work in count_work(plan, torch.float32, batch=2).items():
+        assert {key: stages[name][key] for key in vars(work)} == vars(work)
     everything = sum(
         parameter.numel()
-        for name in ("text", "content", "motion", "autoencoder", "vae")
-        for parameter in getattr(model.parts, name).parameters()
+        for name in ("text_encoder", "unet", "motion", "autoencoder", "vae")
+        for parameter in pipeline.part(name).parameters()
     )
     for entry in (stages["load"], total):
         assert (entry["parameters"], entry["weight_bytes"]) == (everything, 4 * everything)
@@ -185,29 +166,32 @@ def cells(lines):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
 
 
+LIMITS = Limits(700e12, 4e12)
+LARGE = {
+    **{"model": "cmd-sd21", "frames": 16, "height": 512, "width": 1024, "runs": 3, "batch": 1},
+    **{"device": "NVIDIA H200", "dtype": "bfloat16", "torch": "2.13.0"},
+    **{"guidance": 7.5, "motion_guidance": 1.0},
+    **{"matmul_flops_per_second": 700e12, "copy_bytes_per_second": 4e12},
+}
+
+
 def test_the_tables_of_a_large_model_fit_a_screen(profile, tiny_model, monkeypatch):
     def stage(parameters, forwards, flops, seconds):
-        return StageProfile(
+        return describe_stage(
             Work(parameters, 2 * parameters, forwards, flops, 2 * parameters * forwards),
             (0.9 * seconds, seconds, 1.1 * seconds),
             {"allocated": int(41.5e9), "reserved": int(60e9)},
+            LIMITS,
         )
 
     content = stage(865_910_724, 1000, 184_951_200_000_000, 100.0)
     decode = stage(49_490_199, 17, 86_661_886_000_000, 25.0)
-    settings = {
-        **{"model": "cmd-sd21", "frames": 16, "height": 512, "width": 1024},
-        **{"sampler": "dpm++", "steps": 1000, "guidance": 7.5, "batch": 1, "runs": 3},
-        **{"motion_steps": 1000, "motion_guidance": 1.0, "torch": "2.13.0"},
-        **{"device": "NVIDIA H200", "dtype": "bfloat16"},
+    total = stage(1_634_000_000, 2117, 271_613_086_000_000, 130.0)
+    record = LARGE | {
+        **{"sampler": "dpm++", "steps": 1000, "motion_steps": 1000, "compile": False},
+        "rows": {"clip": total | {"stages": {"content": content, "VAE decode": decode}}},
     }
-    measured = Profile(
-        settings,
-        Limits(700e12, 4e12),
-        {"content": content, "VAE decode": decode},
-        stage(1_634_000_000, 2117, 271_613_086_000_000, 130.0),
-    )
-    monkeypatch.setattr(profiling, "profile_sampling", lambda *_, **__: measured)
+    monkeypatch.setattr(profiling, "profile", lambda *_, **__: record)
     code, out, _ = profile("--model", tiny_model)
     lines = out.splitlines()
     assert code == 0
@@ -242,47 +226,6 @@ def test_the_longest_stage_has_the_longest_bar(profile, tiny_model):
     bars = {row[0]: len(row[-1]) for row in rows}
     assert list(seconds) == STAGES
     assert bars[max(seconds, key=seconds.__getitem__)] == 25 == max(bars.values())
-
-
-def test_the_limits_are_of_two_operations_and_of_bytes_read_and_written(monkeypatch):
-    ticks = iter(range(1000))
-    # a second for whatever is timed
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
-    monkeypatch.setitem(profiling.MATMUL_SIZE, "cpu", 10)
-    monkeypatch.setitem(profiling.COPY_BYTES, "cpu", 1000)
-    assert measure_limits(torch.device("cpu"), torch.float32) == (2 * 10**3, 2 * 1000)
-
-
-def test_profiling_costs_less_than_a_hundredth_when_it_is_off(tiny_model):
-    model = TextToVideo.load(tiny_model, device="cpu")
-    parameters = inspect.signature(TextToVideo.sample_batch).parameters
-    off = parameters["on_stage"].default
-
-    def seconds(work):
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
-
-    def enter_all():
-        for stage in STAGES:
-            with off(stage):
-                pass
-
-    model.sample("a dog", SampleConfig())
-    sampling = min(seconds(lambda: model.sample("a dog", SampleConfig())) for _ in range(3))
-    assert min(seconds(enter_all) for _ in range(3)) < sampling / 100
-
-
-def test_a_stage_that_is_entered_again_adds_its_time_and_keeps_its_peak():
-    watch = Stopwatch(torch.device("cpu"))
-    with watch("text"):
-        block = torch.ones(2**24)
-    first, peak = watch.seconds["text"], watch.memory["text"]
-    del block
-    with watch("text"):
-        pass
-    assert watch.seconds["text"] > first
-    assert watch.memory["text"] == peak
 
 
 def test_a_damaged_model_fails_in_one_line_that_names_the_file(profile, tiny_model, tmp_path):
@@ -331,13 +274,13 @@ def test_what_is_impossible_is_one_line_before_anything_runs(
 
 
 def test_ways_to_decode_stand_side_by_side(profile, monkeypatch):
-    paper = profiling_command.CMD_SD21
+    paper = command.CMD_SD21
     small = replace(
         paper,
-        vae=replace(paper.vae, block_out_channels=(8, 8, 8, 8), norm_num_groups=4),
+        vae=replace(paper.vae, block_out_channels=(16, 8, 8, 8), norm_num_groups=4),
         autoencoder=replace(paper.autoencoder, width=48, heads=2, depth=1),
     )
-    monkeypatch.setattr(profiling_command, "CMD_SD21", small)
+    monkeypatch.setattr(command, "CMD_SD21", small)
     # of so small a model, what it decodes is a large part
     monkeypatch.setattr(decoding, "TARGET", 0.6)
     code, out, err = profile("--decoding", "--size", "256x256", "--runs", 2, "--json")
@@ -402,28 +345,24 @@ def test_ways_to_make_a_clip_stand_side_by_side(profile, tiny_model):
 
 
 def test_the_table_of_ways_fits_a_screen(profile, tiny_model, monkeypatch):
-    def row(guidance, full, step, seconds):
-        return Row(
-            *(50, full, full, guidance, 1.0),
-            flops={"content": int(92e12), "VAE decode": int(43e12)},
-            stages={"content": (50 * step,) * 3, "VAE decode": (0.3,) * 3},
-            seconds=(0.9 * seconds, seconds, 1.1 * seconds),
-            memory={"allocated": int(12.5e9), "reserved": int(15e9)},
-        )
+    memory = {"allocated": int(12.5e9), "reserved": int(15e9)}
 
-    settings = {
-        **{"model": "cmd-sd21", "frames": 16, "height": 512, "width": 1024, "sampler": "ddim"},
-        **{"steps": 50, "motion_steps": 50, "guidance": 7.5, "motion_guidance": 1.0, "runs": 3},
-        **{"device": "NVIDIA H200", "dtype": "bfloat16", "torch": "2.13.0", "compile": True},
-    }
-    rows = {"paper": row(1.0, 50, 0.005, 0.6), "clip": row(7.5, 50, 0.008, 1.2)}
-    rows |= {"rehash_half": row(7.5, 25, 0.005, 0.8), "rehash_quarter": row(7.5, 13, 0.003, 0.5)}
-    measured = Suite(settings, 700e12, rows)
+    def row(full, step, seconds):
+        spread = (0.9 * seconds, seconds, 1.1 * seconds)
+        content = describe_stage(Work(flops=int(92e12)), (50 * step,) * 3, memory, LIMITS)
+        decode = describe_stage(Work(flops=int(43e12)), (0.3,) * 3, memory, LIMITS)
+        return describe_stage(Work(flops=int(135e12)), spread, memory, LIMITS) | {
+            **{"full_steps": full, "full_motion_steps": full, "content_step_seconds": step},
+            "stages": {"content": content, "VAE decode": decode},
+        }
+
+    rows = {"paper": row(50, 0.005, 0.6), "clip": row(50, 0.008, 1.2)}
+    rows |= {"rehash_half": row(25, 0.005, 0.8), "rehash_quarter": row(13, 0.003, 0.5)}
+    settings = {"sampler": "ddim", "steps": 50, "motion_steps": 50, "compile": True}
+    record = LARGE | settings | {"rows": rows}
     given = []
-    monkeypatch.setattr(
-        suite, "measure_suite", lambda model, *_, **__: given.append(model) or measured
-    )
-    monkeypatch.setattr("cmdgen.pipeline.check_compiler", lambda device: None)
+    monkeypatch.setattr(profiling, "profile", lambda load, *_, **__: given.append(load()) or record)
+    monkeypatch.setattr("cmdgen.pipelines.load.check_compiler", lambda device: None)
     code, out, _ = profile("--suite", "--compile", "--model", tiny_model)
     lines = out.splitlines()
     assert code == 0

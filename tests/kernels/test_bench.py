@@ -158,21 +158,6 @@ def test_attention_is_set_beside_softmax_attention():
     assert bench.attention_line(row).startswith("B=1 N=2 L=20")
 
 
-def test_crossovers_are_where_it_keeps_winning_and_do_not_fall():
-    def rows(width, *gains):
-        for i, gain in enumerate(gains):
-            yield {"sizes": (2, 10, 1024 * 2**i, width, 256), "over_softmax": gain}
-
-    table = bench.crossovers(
-        [
-            *rows(64, 1.1, 0.9, 1.2, 2.0),
-            *rows(40, 0.5, 0.8, 0.9, 1.5),
-            *rows(128, 0.5, 0.6, 0.7, None),
-        ]
-    )
-    assert table == {40: 32.0, 64: 32.0, 128: None}
-
-
 def test_a_run_measures_what_is_asked_for_and_says_it(monkeypatch):
     monkeypatch.setattr(bench, "PRESETS", ("mini", "cmd-sd21"))
     monkeypatch.setattr(
@@ -181,7 +166,7 @@ def test_a_run_measures_what_is_asked_for_and_says_it(monkeypatch):
     monkeypatch.setattr(bench, "LENGTHS", (20, 30))
     monkeypatch.setattr(bench, "ATTENTION", (1, 2, 16, 16))
     said = []
-    result = bench.run(make(), op=None, batch=1, cross=False, say=said.append)
+    result = bench.run(make(), op=None, batch=1, say=said.append)
     trained = [op.name for op in samples.OPS if op.leaves]
     assert len(result["rows"]) == 2 * len(TINY) + len(trained)
     assert [row["op"] for row in result["rows"] if row["pass"] == "training"] == trained
@@ -190,12 +175,8 @@ def test_a_run_measures_what_is_asked_for_and_says_it(monkeypatch):
     assert said[-1].startswith("geometric_mean_over_compiled: 1.0")
     json.dumps(result)
 
-    result = bench.run(make(), op="guided_ddim_step", batch=1, cross=False, say=said.append)
+    result = bench.run(make(), op="guided_ddim_step", batch=1, say=said.append)
     assert (len(result["rows"]), len(result["attention"])) == (2, 0)
-    monkeypatch.setattr(bench, "WIDTHS", (16, 24))
-    result = bench.run(make(), op=None, batch=1, cross=True, say=said.append)
-    assert (len(result["rows"]), len(result["attention"])) == (0, 4)
-    assert set(result["crossovers"]) == {16, 24}
 
 
 def test_without_a_gpu_there_is_nothing_to_time():

@@ -6,10 +6,8 @@ import torch.nn.functional as F
 
 from cmdgen_kernels import gated_attention
 from cmdgen_kernels.gated_attention import (
-    CROSSOVERS,
     gated_attention_obstacle,
     gated_attention_reference,
-    is_linear,
     linear_attention_reference,
     orthogonal_features,
     softmax_attention,
@@ -26,7 +24,7 @@ def inputs(batch, heads, length, width, features, dtype, device, *, scale=0.7, s
 def linear(projection):
     """The op and its reference, both through the features, as functions of q, k and v."""
     return tuple(
-        lambda q, k, v, op=op: op(q, k, v, projection.to(q.dtype), mode="linear")
+        lambda q, k, v, op=op: op(q, k, v, projection.to(q.dtype), threshold=0)
         for op in (gated_attention, gated_attention_reference)
     )
 
@@ -55,7 +53,7 @@ def test_strided_inputs(dtype, device, assert_parity):
 @pytest.mark.parametrize("scale", [20.0, 200.0])
 def test_large_queries_and_keys_stay_finite(scale, dtype, device, assert_parity):
     q, k, v, projection = inputs(1, 1, 80, 16, 32, dtype, device, scale=scale)
-    out = gated_attention(q, k, v, projection, mode="linear")
+    out = gated_attention(q, k, v, projection, threshold=0)
     assert out.isfinite().all()
     # a weighted mean of the values, whatever the weights
     assert out.abs().max() <= v.abs().max() * 1.01
@@ -64,7 +62,7 @@ def test_large_queries_and_keys_stay_finite(scale, dtype, device, assert_parity)
 def test_a_single_token_attends_to_itself(dtype, device):
     q, k, v, projection = inputs(2, 2, 1, 16, 32, dtype, device)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    out = gated_attention(*leaves, projection, mode="linear")
+    out = gated_attention(*leaves, projection, threshold=0)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out, v, rtol=4 * eps, atol=0)
     grad_q, grad_k, grad_v = torch.autograd.grad(out, leaves, torch.ones_like(out))
@@ -76,7 +74,7 @@ def test_a_single_token_attends_to_itself(dtype, device):
 def test_equal_tokens_return_their_value(dtype, device):
     q, k, v, projection = inputs(1, 2, 1, 16, 32, dtype, device)
     same = [x.expand(-1, -1, 90, -1) for x in (q, k, v)]
-    out = gated_attention(*same, projection, mode="linear")
+    out = gated_attention(*same, projection, threshold=0)
     torch.testing.assert_close(out, same[2], rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
@@ -139,36 +137,22 @@ def test_features_are_orthogonal_in_blocks_and_as_long_as_gaussian_ones():
 
 def test_the_gate_is_strict_and_asks_for_shapes_alone(device):
     q, k, v, projection = inputs(1, 1, 33, 16, 32, torch.float32, device)
-    assert is_linear(q, projection, threshold=2.0)
-    assert not is_linear(q[:, :, :32], projection, threshold=2.0)
-    assert is_linear(q[:, :, :1], projection, mode="linear")
-    assert not is_linear(q, projection, threshold=0, mode="softmax")
-    torch.testing.assert_close(
-        gated_attention(q, k, v, projection),
-        linear_attention_reference(q, k, v, projection),
-    )
-    few = [x[:, :, :32] for x in (q, k, v)]
-    assert torch.equal(gated_attention(*few, projection), softmax_attention(*few))
-    reason = gated_attention_obstacle(*few, projection)
-    assert reason == "softmax attention is PyTorch's"
-
-
-def test_auto_follows_the_measured_crossovers(device, monkeypatch):
-    q, _, _, projection = inputs(1, 1, 64, 16, 32, torch.float32, device)
-    name = "cpu" if device == "cpu" else "sm_{}{}".format(*torch.cuda.get_device_capability())
-    monkeypatch.setitem(CROSSOVERS, name, {8: 1.0, 32: 2.0})
-    assert is_linear(q, projection, mode="auto")
-    assert not is_linear(q[:, :, :63], projection, mode="auto")
-    monkeypatch.setitem(CROSSOVERS, name, {8: 1.0})
-    assert not is_linear(q, projection, mode="auto")
-    monkeypatch.delitem(CROSSOVERS, name)
-    assert not is_linear(q, projection, mode="auto")
+    many, few, one = ([x[:, :, :length] for x in (q, k, v)] for length in (33, 32, 1))
+    for tokens, threshold in ((many, 2.0), (one, 0.0)):
+        assert gated_attention_obstacle(*tokens, projection, threshold=threshold) is None
+        torch.testing.assert_close(
+            gated_attention(*tokens, projection, threshold=threshold),
+            linear_attention_reference(*tokens, projection),
+        )
+    for tokens, threshold in ((few, 2.0), (many, math.inf)):
+        reason = gated_attention_obstacle(*tokens, projection, threshold=threshold)
+        assert reason == "softmax attention is PyTorch's"
+        ours = gated_attention(*tokens, projection, threshold=threshold)
+        assert torch.equal(ours, softmax_attention(*tokens))
 
 
 def test_what_cannot_be_is_refused(device):
     q, k, v, projection = inputs(1, 1, 8, 16, 32, torch.float32, device)
-    with pytest.raises(ValueError, match="mode 'fast' is not one of paper, linear, softmax, auto"):
-        gated_attention(q, k, v, projection, mode="fast")
     with pytest.raises(ValueError, match=r"projection \(32, 8\) are not"):
         gated_attention(q, k, v, projection[:, :8])
     with pytest.raises(ValueError, match=r"k \(1, 1, 7, 16\)"):

@@ -10,6 +10,7 @@ from cmdgen_kernels.group_norm_silu import group_norm_silu_obstacle, group_norm_
 
 # the package gives the function that name
 MODULE = sys.modules[group_norm_silu.__module__]
+SETTINGS = {"groups": 2, "eps": 1e-5}
 
 
 def inputs(shape, dtype, device, *, mean=1.0, seed=0):
@@ -23,21 +24,23 @@ def inputs(shape, dtype, device, *, mean=1.0, seed=0):
     return x, weight.to(device, dtype), bias.to(device, dtype), shift.to(device, dtype)
 
 
-@torch.no_grad()
-def op(x, weight, bias, shift=None, *, groups, activation="silu"):
+def op(x, weight, bias, shift=None, **settings):
     """The op, which has to take a kernel."""
-    if x.dtype != torch.float64:
-        assert group_norm_silu_obstacle(x, weight, bias, shift=shift) is None
-    out = group_norm_silu(x, weight, bias, groups, 1e-5, shift=shift, activation=activation)
+    assert group_norm_silu_obstacle(x, weight, bias, shift) is None
+    out = group_norm_silu(x, weight, bias, shift, eps=1e-5, **settings)
     assert out.is_contiguous(memory_format=torch.channels_last)
     return out
 
 
-@torch.no_grad()
-def reference(x, weight, bias, shift=None, *, groups, activation="silu"):
-    return group_norm_silu_reference(
-        x, weight, bias, groups, 1e-5, shift=shift, activation=activation
-    )
+@pytest.fixture
+def check(assert_parity):
+    """The op gives what the reference gives, for these settings and tensors."""
+
+    def check(*tensors, **settings):
+        reference = partial(group_norm_silu_reference, eps=1e-5, **settings)
+        assert_parity(partial(op, **settings), reference, *tensors, gradients=False)
+
+    return check
 
 
 @pytest.fixture(params=["whole", "parts"])
@@ -54,43 +57,40 @@ SHAPES += [((1, 24, 33, 19), 2), ((1, 72, 17, 11), 3), ((1, 3, 101, 61), 1)]
 
 
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
-def test_group_norm_silu_matches_the_reference(way, shape, groups, dtype, device, assert_parity):
+def test_group_norm_silu_matches_the_reference(way, shape, groups, dtype, device, check):
     x, weight, bias, shift = inputs(shape, dtype, device)
-    check = partial(assert_parity, partial(op, groups=groups), partial(reference, groups=groups))
-    check(x, weight, bias)
-    check(x, weight, bias, shift)
+    check(x, weight, bias, groups=groups)
+    check(x, weight, bias, shift, groups=groups)
 
 
 # the second has more parts than `combine` takes at once
 @pytest.mark.parametrize(("shape", "groups"), [((1, 24, 61, 46), 2), ((1, 72, 25, 25), 1)])
-def test_large_groups_are_taken_in_parts(shape, groups, dtype, device, assert_parity):
+def test_large_groups_are_taken_in_parts(shape, groups, dtype, device, check):
     assert shape[1] // groups * shape[2] * shape[3] > MODULE.LARGEST_WHOLE
-    check = partial(assert_parity, partial(op, groups=groups), partial(reference, groups=groups))
-    check(*inputs(shape, dtype, device))
+    check(*inputs(shape, dtype, device), groups=groups)
 
 
-def test_without_activation_it_is_group_norm(way, dtype, device, assert_parity):
-    settings = {"groups": 2, "activation": "none"}
+def test_without_activation_it_is_group_norm(way, dtype, device, check):
     x, weight, bias, shift = inputs((2, 32, 9, 11), dtype, device)
-    assert_parity(partial(op, **settings), partial(reference, **settings), x, weight, bias, shift)
-    wide = (x.double(), weight.double(), bias.double())
+    check(x, weight, bias, shift, groups=2, activation="none")
+    x, weight, bias = x.double(), weight.double(), bias.double()
     torch.testing.assert_close(
-        reference(*wide, **settings), F.group_norm(wide[0], 2, *wide[1:], eps=1e-5)
+        group_norm_silu_reference(x, weight, bias, **SETTINGS, activation="none"),
+        F.group_norm(x, 2, weight, bias, eps=1e-5),
     )
 
 
-def test_a_large_mean_does_not_cancel_the_deviations(way, device, assert_parity):
+def test_a_large_mean_does_not_cancel_the_deviations(way, device, check):
     x, weight, bias, _ = inputs((1, 8, 64, 32), torch.float32, device, mean=3000.0)
-    check = partial(assert_parity, partial(op, groups=2), partial(reference, groups=2))
-    check(x, weight, bias)
+    check(x, weight, bias, groups=2)
     # nor where the first positions say little of the others
     x[:, :, 5:] -= 6000.0
-    check(x, weight, bias)
+    check(x, weight, bias, groups=2)
 
 
 # where a tile ends, positions that are not there overflow in the interpreter
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
-def test_a_constant_map_is_the_activation_of_the_bias(way, dtype, device, assert_parity):
+def test_a_constant_map_is_the_activation_of_the_bias(way, dtype, device, check):
     _, weight, bias, _ = inputs((2, 8, 6, 10), dtype, device)
     x = torch.ones((2, 8, 6, 10), device=device, dtype=dtype)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -98,14 +98,13 @@ def test_a_constant_map_is_the_activation_of_the_bias(way, dtype, device, assert
     expected = F.silu(bias)[:, None, None].expand(out.shape)
     torch.testing.assert_close(out, expected.contiguous(memory_format=torch.channels_last))
     # 1 / sqrt(eps) magnifies the rounding of the mean, here as in torch
-    check = partial(assert_parity, partial(op, groups=2), partial(reference, groups=2))
-    check(500.3 * x, weight, bias)
+    check(500.3 * x, weight, bias, groups=2)
 
 
-def test_extreme_values_stay_finite(way, dtype, device, assert_parity):
+def test_extreme_values_stay_finite(way, dtype, device, check):
     x, weight, bias, _ = inputs((1, 4, 25, 26), dtype, device, mean=0.0)
     x = x.sign() * torch.finfo(torch.float16).max
-    assert_parity(partial(op, groups=2), partial(reference, groups=2), x, 60 * weight, bias)
+    check(x, 60 * weight, bias, groups=2)
 
 
 def test_a_batch_of_two_is_two_batches_of_one(way, device):
@@ -121,12 +120,12 @@ def test_the_reference_runs_where_there_is_no_kernel(device):
     contiguous = x.contiguous()
     assert group_norm_silu_obstacle(contiguous, weight, bias) == "the input is not channels_last"
     shift.requires_grad_()
-    assert "gradient" in (group_norm_silu_obstacle(x, weight, bias, shift=shift) or "")
+    assert "gradient" in (group_norm_silu_obstacle(x, weight, bias, shift) or "")
     with torch.inference_mode():
-        assert group_norm_silu_obstacle(x, weight, bias, shift=shift) is None
+        assert group_norm_silu_obstacle(x, weight, bias, shift) is None
     for one in (x, contiguous):
-        out = group_norm_silu(one, weight, bias, 2, 1e-5, shift=shift)
-        assert torch.equal(out, group_norm_silu_reference(one, weight, bias, 2, 1e-5, shift=shift))
+        out = group_norm_silu(one, weight, bias, shift, **SETTINGS)
+        assert torch.equal(out, group_norm_silu_reference(one, weight, bias, shift, **SETTINGS))
         (grad,) = torch.autograd.grad(out.square().sum(), shift)
         assert grad.isfinite().all() and grad.any()
 
@@ -134,10 +133,10 @@ def test_the_reference_runs_where_there_is_no_kernel(device):
 def test_arguments_that_do_not_agree_are_refused(device):
     x, weight, bias, shift = inputs((2, 8, 4, 4), torch.float32, device)
     with pytest.raises(ValueError, match=r"x \(2, 8, 4, 4\), weight \(7,\) and bias \(8,\)"):
-        group_norm_silu(x, weight[:7], bias, 2, 1e-5)
+        group_norm_silu(x, weight[:7], bias, **SETTINGS)
     with pytest.raises(ValueError, match=r"shift \(1, 8\) is not \(B, C\) of x \(2, 8, 4, 4\)"):
-        group_norm_silu(x, weight, bias, 2, 1e-5, shift=shift[:1])
+        group_norm_silu(x, weight, bias, shift[:1], **SETTINGS)
     with pytest.raises(ValueError, match="channels 8 are not a multiple of groups 3"):
-        group_norm_silu(x, weight, bias, 3, 1e-5)
+        group_norm_silu(x, weight, bias, groups=3, eps=1e-5)
     with pytest.raises(ValueError, match="activation 'gelu' is not one of silu, none"):
-        group_norm_silu(x, weight, bias, 2, 1e-5, activation="gelu")
+        group_norm_silu(x, weight, bias, **SETTINGS, activation="gelu")

@@ -328,7 +328,7 @@ def test_what_the_model_cannot_do_is_refused_before_weights_load(tiny_model, opt
 
 
 def test_load_says_what_is_possible(tiny_model, tmp_path):
-    with pytest.raises(ValueError, match=r"unknown model 'nano'"):
+    with pytest.raises(FileNotFoundError, match=r"unknown model 'nano'"):
         load_pipeline("nano")
     with pytest.raises(ValueError, match="device 'tpu' is not one of auto, cpu"):
         load_pipeline(tiny_model, device="tpu")

@@ -11,7 +11,6 @@ import pytest
 from cmdgen.config import PRESETS
 from cmdgen.training.vae import VaeStage
 from tests.conftest import tiny_config
-from tests.videos import write_video
 
 FEW = ("--batch", 2, "--accumulate", 1, "--steps", 2, "--clips", 4, "--held-out", 2)
 
@@ -95,6 +94,10 @@ def test_time_is_up_during_encoding_too(train, tmp_path: Path) -> None:
         (("vae", "--accumulate", "3"), "not a multiple of accumulate 3"),
         (("vae", "--attention", "fast"), "attention 'fast' is not one of softmax, gated"),
         (("vae", "--attention-threshold", -1), "attention threshold -1.0 is not at least 0"),
+        (("vae", "--attention-threshold", 0), "attention threshold 0.0 is not above 0"),
+        (("vae", "--lr", 0), "lr 0.0 is not between 0 and 1"),
+        (("vae", "--ema", 1), "ema 1.0 is not at least 0 and below 1"),
+        (("vae", "--minutes", 0), "minutes 0.0 is not above 0"),
         (("vae", "--precision", "fp8"), "precision 'fp8' is not one of"),
         (("content", "--mask", 2), "No such option: --mask"),
         (("vae", "--text-dropout", 0), "No such option: --text-dropout"),
@@ -133,7 +136,7 @@ def test_diverged_training_fails_and_says_how_to_go_on(train, monkeypatch) -> No
 
 
 def test_a_run_cut_short_by_the_clock_says_where_the_learning_rate_is(train) -> None:
-    cut = ("--final-lr", 0.1, "--minutes", 0)
+    cut = ("--final-lr", 0.1, "--minutes", 1e-9)
     result = train("vae", "--steps", 900, *cut)
     assert result.code == 0
     assert re.search(

@@ -19,7 +19,6 @@ from cmdgen.pipelines.load import load_pipeline
 from cmdgen.schema import read_config, write_config
 from cmdgen.training import recompute
 from tests.conftest import tiny_config
-from tests.videos import write_video
 
 Run = Callable[..., Any]
 
