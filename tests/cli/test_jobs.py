@@ -31,7 +31,7 @@ from cmdgen.video.formats import Encoding
 
 def request(*flags: str) -> Request:
     """The request of `cmdgen sample` with these flags."""
-    context = get_command(app).commands["sample"].make_context("sample", [*flags])
+    context = get_command(app).get_command(None, "sample").make_context("sample", [*flags])
     return Request(**{name: read_text(Request, name, context.params[name]) for name in FIELDS})
 
 
@@ -228,7 +228,7 @@ def test_every_option_of_a_job_is_one_of_the_command():
     assert {"prompt", "output", "seed", "rehash", "crf", "no_metadata"} <= JOB_FIELDS
     process = {"model", "device", "dtype", "batch", "num", "file", "like", "overwrite", "as_json"}
     assert not process & JOB_FIELDS
-    parameters = {each.name for each in get_command(app).commands["sample"].params}
+    parameters = {each.name for each in get_command(app).get_command(None, "sample").params}
     assert process | JOB_FIELDS <= parameters
 
 
