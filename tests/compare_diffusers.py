@@ -35,7 +35,7 @@ from cmdgen.evaluation.profile import (
     device_name,
     measure_limits,
 )
-from cmdgen.evaluation.report import spread, table
+from cmdgen.evaluation.report import table
 from cmdgen.evaluation.settings import Profiling
 from cmdgen.pipelines.base import dtype_name
 from cmdgen.pipelines.load import load_pipeline
@@ -164,7 +164,7 @@ def compare(request: Request, options: argparse.Namespace) -> list[str]:
             (
                 name,
                 f"{median(each):.3f}",
-                spread(each, 3),
+                f"{min(each):.3f}-{max(each):.3f}",
                 f"{1000 * median(each) / model.steps:.2f}",
                 f"{rate / 1e12:.3f}",
                 f"{rate / limit:.1%}",

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cmdgen.acceleration.memory import Work, choose_slices, peak_bytes
 from cmdgen.acceleration.slicer import decode_clip, decode_pictures
 from cmdgen.config import ModelConfig
-from cmdgen.evaluation.profile import Show, Stopwatch
+from cmdgen.evaluation.profile import Show, Stopwatch, highest
 from cmdgen.latents import latent_shapes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
@@ -60,8 +60,8 @@ class _Decoder:
             torch.set_default_dtype(before)
         self.halves = content, motion
 
-    def decode(self, slices: Slices | None) -> dict[str, float]:
-        """() -> seconds of the autoencoder and of the VAE, the latter from its first slice."""
+    def decode(self, slices: Slices | None) -> Stopwatch:
+        """() -> seconds of "clip", the autoencoder, and "vae"; those of its first slice scaled."""
         watch = Stopwatch(self.device)
         with watch.stage("clip"):
             if slices is None:
@@ -76,20 +76,16 @@ class _Decoder:
             pictures = decode_pictures(self.vae, latents[:together], strips)
             frames[:together] = to_rgb24(pictures)
         watch.seconds["vae"] *= len(latents) / together
-        return watch.seconds
+        return watch
 
     def measure_memory(self, slices: Slices | None) -> dict[str, int]:
         """Return the highest bytes beside the weights: on a CPU, with fake tensors, counted."""
         if self.device.type == "cpu":
             return {"live": peak_bytes(lambda: self.decode(slices))}
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self.decode(slices)
-        return {
-            "allocated": torch.cuda.max_memory_allocated(self.device) - before,
-            "reserved": torch.cuda.max_memory_reserved(self.device),
-        }
+        peaks = highest(self.decode(slices).memory.values())
+        return {"allocated": peaks["allocated"] - before, "reserved": peaks["reserved"]}
 
 
 @torch.no_grad()
@@ -115,19 +111,16 @@ def compare_decoding(
         memory = {name: decoder.measure_memory(slices) for name, slices in ways.items()}
     if device.type == "cpu":
         decoder = _Decoder(model, device, dtype)
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for i in range(runs):
-        for j, (name, slices) in enumerate(ways.items()):
-            show("decode", i * len(ways) + j, runs * len(ways))
-            seconds[name].append(decoder.decode(slices))
-    show("decode", runs * len(ways), runs * len(ways))
+    watches: dict[str, list[Stopwatch]] = {name: [] for name in ways}
+    turns = list(ways) * runs
+    for i, name in enumerate(turns):
+        show("decode", i, len(turns))
+        watches[name].append(decoder.decode(ways[name]))
+    show("decode", len(turns), len(turns))
     return {
         name: Decoding(
-            slices=slices,
-            memory=memory[name],
-            predicted=None if slices is None else work.peak(slices),
-            clip_seconds=min(each["clip"] for each in seconds[name]),
-            vae_seconds=min(each["vae"] for each in seconds[name]),
+            *(slices, memory[name], None if slices is None else work.peak(slices)),
+            *(min(watch.seconds[stage] for watch in watches[name]) for stage in ("clip", "vae")),
         )
         for name, slices in ways.items()
     }

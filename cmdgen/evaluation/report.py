@@ -98,22 +98,12 @@ def table(rows: Iterable[Sequence[str]]) -> list[str]:
     return [lines[0], lines[1].replace(" ", "-"), *lines[2:]]
 
 
-def spread(seconds: Sequence[float], digits: int) -> str:
-    """Return the fastest and the slowest."""
-    return f"{min(seconds):.{digits}f}-{max(seconds):.{digits}f}"
-
-
 def column(name: str, unit: str, values: Sequence[float]) -> list[str]:
     """Return a header and its cells, all in the unit of the largest value; zeros are left out."""
     factor, prefix = scale(max(values))
     digits = 1 if max(values) >= 100 * factor else 2
     cells = [f"{value / factor:.{digits}f}" if value else "" for value in values]
     return [f"{name} {prefix}{unit}".strip(), *cells]
-
-
-def shares(name: str, rates: Sequence[float], limit: float) -> list[str]:
-    """Return a header and each rate in per cent of the limit."""
-    return [name, *(f"{rate / limit:.1%}" if rate else "" for rate in rates)]
 
 
 def scale(value: float) -> tuple[float, str]:
