@@ -1,7 +1,8 @@
 """Memory and time of decoding a clip: in slices, beside whole clips and the VAE frame by frame."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -20,26 +21,6 @@ from cmdgen.video.pixels import to_rgb24
 
 # decoding in slices is to stay below this share of the peak of whole clips
 TARGET = 0.4
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """One way to decode a clip, and what it took."""
-
-    # None: the whole clip through the autoencoder, single frames through the VAE
-    slices: Slices | None
-    # highest bytes of tensors beside the weights; "reserved" of a GPU is with the weights
-    memory: dict[str, int]
-    # the same as planned, of slices
-    predicted: int | None
-    # of the autoencoder; of the VAE, all frames
-    clip_seconds: float
-    vae_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        """Return those of all of it."""
-        return self.clip_seconds + self.vae_seconds
 
 
 class _Decoder:
@@ -91,11 +72,12 @@ class _Decoder:
 @torch.no_grad()
 def compare_decoding(
     model: ModelConfig, device: torch.device, dtype: torch.dtype, *, runs: int, show: Show
-) -> dict[str, Decoding]:
+) -> dict[str, dict[str, Any]]:
     """Decode a clip whole, in the fastest slices, and in `TARGET` of the whole's memory.
 
-    Seconds are the least of `runs`, in turns. On a CPU, bytes are those of the same run on shapes
-    alone, on a GPU what PyTorch allocated. Raises ValueError where the target cannot be met.
+    Seconds are the least of `runs`, in turns. Memory is the highest of tensors beside the weights:
+    on a CPU counted with fake tensors, on a GPU what PyTorch allocated; "reserved" is with the
+    weights. Raises ValueError where the target cannot be met.
     """
     fake = FakeTensorMode() if device.type == "cpu" else nullcontext()
     with fake:
@@ -117,10 +99,13 @@ def compare_decoding(
         show("decode", i, len(turns))
         watches[name].append(decoder.decode(ways[name]))
     show("decode", len(turns), len(turns))
-    return {
-        name: Decoding(
-            *(slices, memory[name], None if slices is None else work.peak(slices)),
-            *(min(watch.seconds[stage] for watch in watches[name]) for stage in ("clip", "vae")),
-        )
-        for name, slices in ways.items()
-    }
+    records = {}
+    for name, slices in ways.items():
+        clip, vae = (min(w.seconds[stage] for w in watches[name]) for stage in ("clip", "vae"))
+        records[name] = {
+            "slices": None if slices is None else asdict(slices),
+            "memory": memory[name],
+            "predicted": None if slices is None else work.peak(slices),
+            **{"clip_seconds": clip, "vae_seconds": vae, "seconds": clip + vae},
+        }
+    return records

@@ -86,12 +86,12 @@ class Report:
 def table(rows: Iterable[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table, the first row its header, aligned to read as it is.
 
-    Numbers are on the right.
+    Columns of numbers, but for the first, are aligned on the right.
     """
     columns = []
-    for header, *cells in zip(*rows, strict=True):
+    for i, (header, *cells) in enumerate(zip(*rows, strict=True)):
         width = max(map(len, (header, *cells)))
-        numbers = any(cells) and all(cell[:1] in "+-0123456789" for cell in cells)
+        numbers = i > 0 and any(cells) and all(cell[:1] in "+-0123456789" for cell in cells)
         align = str.rjust if numbers else str.ljust
         columns.append([align(cell, width) for cell in (header, "-" * width, *cells)])
     lines = ["| " + " | ".join(row) + " |" for row in zip(*columns, strict=True)]
