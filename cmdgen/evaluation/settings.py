@@ -34,6 +34,8 @@ def check_writable(path: Path | None) -> None:
 class _Options:
     def __post_init__(self) -> None:
         read_fields(self)
+        for name in ("output", "plot", "trace"):
+            check_writable(getattr(self, name, None))
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,6 @@ class Profiling(_Options):
         "Make clips as the paper counts them, as a user waits for them, and with step rehash; all "
         "in one process with the weights loaded."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_writable(self.trace)
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,6 @@ class Calibrating(_Options):
     plot: Path | None = _file("Also draw the similarities as a PNG.")
     protect: float = _like("rehash_protect", flags=("--protect",))
     batch: int = _count(8, "Prompts at a time.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_writable(self.output)
-        check_writable(self.plot)
 
 
 @dataclass(frozen=True)
