@@ -1,15 +1,13 @@
 """Memory and time of decoding a clip: in slices, beside whole clips and the VAE frame by frame."""
 
-from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cmdgen.acceleration.memory import Work, choose_slices, peak_bytes
+from cmdgen.acceleration.memory import FusedAttention, Work, choose_slices, peak_bytes
 from cmdgen.acceleration.slicer import decode_clip, decode_pictures
 from cmdgen.config import ModelConfig
 from cmdgen.evaluation.profile import Show, Stopwatch, highest
@@ -29,16 +27,10 @@ class _Decoder:
     def __init__(self, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         assert model.autoencoder is not None and model.vae is not None
         self.device = device
-        before = torch.get_default_dtype()
-        # fake tensors change neither their dtype nor their device
-        torch.set_default_dtype(dtype)
-        try:
-            with device:
-                self.autoencoder = CmdAutoencoder(model.autoencoder)
-                self.vae = KlVae(model.vae)
-                content, motion = (torch.randn(1, *shape) for shape in latent_shapes(model))
-        finally:
-            torch.set_default_dtype(before)
+        with device:
+            self.autoencoder = CmdAutoencoder(model.autoencoder).to(dtype)
+            self.vae = KlVae(model.vae).to(dtype)
+            content, motion = (torch.randn(1, *shape).to(dtype) for shape in latent_shapes(model))
         self.halves = content, motion
 
     def decode(self, slices: Slices | None) -> Stopwatch:
@@ -53,16 +45,19 @@ class _Decoder:
         together, strips = (1, 1) if slices is None else (slices.pictures, slices.strips)
         height, width = (side * self.vae.config.stride for side in latents.shape[2:])
         with watch.stage("vae"):
-            frames = torch.empty(len(latents), height, width, 3, dtype=torch.uint8)
+            # the frames of a GPU go to the CPU
+            place = "meta" if latents.is_meta else "cpu"
+            frames = torch.empty(len(latents), height, width, 3, dtype=torch.uint8, device=place)
             pictures = decode_pictures(self.vae, latents[:together], strips)
             frames[:together] = to_rgb24(pictures)
         watch.seconds["vae"] *= len(latents) / together
         return watch
 
     def measure_memory(self, slices: Slices | None) -> dict[str, int]:
-        """Return the highest bytes beside the weights: on a CPU, with fake tensors, counted."""
-        if self.device.type == "cpu":
-            return {"live": peak_bytes(lambda: self.decode(slices))}
+        """Return the highest bytes beside the weights; on the meta device, counted."""
+        if self.device.type == "meta":
+            with FusedAttention():
+                return {"live": peak_bytes(lambda: self.decode(slices))}
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self.device)
         peaks = highest(self.decode(slices).memory.values())
@@ -76,23 +71,19 @@ def compare_decoding(
     """Decode a clip whole, in the fastest slices, and in `TARGET` of the whole's memory.
 
     Seconds are the least of `runs`, in turns. Memory is the highest of tensors beside the weights:
-    on a CPU counted with fake tensors, on a GPU what PyTorch allocated; "reserved" is with the
+    on a CPU counted on shapes, on a GPU what PyTorch allocated; "reserved" is with the
     weights. Raises ValueError where the target cannot be met.
     """
-    fake = FakeTensorMode() if device.type == "cpu" else nullcontext()
-    with fake:
-        decoder = _Decoder(model, device, dtype)
-        whole = decoder.measure_memory(None)
-    work, budget = Work(model, dtype), int(TARGET * next(iter(whole.values())))
+    decoder, work = _Decoder(model, device, dtype), Work(model, dtype)
+    # of a CPU's memory, other things are a part
+    counter = _Decoder(model, torch.device("meta"), dtype) if device.type == "cpu" else decoder
+    whole = counter.measure_memory(None)
     ways = {
         "whole": None,
         "default": choose_slices(work, device),
-        "least": choose_slices(work, device, budget),
+        "least": choose_slices(work, device, int(TARGET * next(iter(whole.values())))),
     }
-    with fake:
-        memory = {name: decoder.measure_memory(slices) for name, slices in ways.items()}
-    if device.type == "cpu":
-        decoder = _Decoder(model, device, dtype)
+    memory = {name: counter.measure_memory(slices) for name, slices in ways.items()}
     watches: dict[str, list[Stopwatch]] = {name: [] for name in ways}
     turns = list(ways) * runs
     for i, name in enumerate(turns):

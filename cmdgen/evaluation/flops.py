@@ -73,13 +73,11 @@ class _AttentionCounter(TorchFunctionMode):
 
     multiply_adds = 0
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function is F.scaled_dot_product_attention:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
             q, k, v = args
             self.multiply_adds += prod(q.shape[:-1]) * k.shape[-2] * (k.shape[-1] + v.shape[-1])
-        return function(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 class _WeightCounter(TorchDispatchMode):
@@ -91,11 +89,9 @@ class _WeightCounter(TorchDispatchMode):
         self.names = {id(tensor): name for name, tensor in state.items()}
         self.reads: dict[str, int] = {}
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        looked_up = function is torch.ops.aten.embedding.default
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        looked_up = func is torch.ops.aten.embedding.default
         for operand in tree_leaves((args, kwargs)):
             if (name := self.names.get(id(operand))) is not None:
                 self.reads[name] = (result if looked_up else operand).numel()
