@@ -1,6 +1,6 @@
 """`cmdgen sample --like FILE`: the request that a file's metadata records. Files are untrusted."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -9,24 +9,21 @@ from typing import TYPE_CHECKING, Any
 from cmdgen import __version__
 from cmdgen.cli.jobs import STILL
 from cmdgen.request import FIELDS, INPUT_FIELDS, Request, read_json
+from cmdgen.video.formats import choose_encoding
 
 if TYPE_CHECKING:
     from cmdgen.pipelines.still import StillPipeline
 
 # options that --like does not reset to their defaults: where and how the new file is written
-_KEPT = {"output", "format", "sidecar", "no_metadata"}
+_KEPT = {"output", "format", "sidecar", "no_metadata", *INPUT_FIELDS}
 # options of the encoding, which hold for the same format only
 _ENCODING = {"format", "crf", "codec", "loop"}
-# fields that are taken from metadata: never names of files. It lists the full steps themselves
-_RECORDED = {*FIELDS} - {
-    *(*INPUT_FIELDS, "output", "sidecar", "no_metadata"),
-    *("rehash_file", "rehash_protect", "rehash_policy", "rehash_threshold"),
-}
+# how the full steps were chosen: the metadata lists the steps themselves
+_CHOICE = {"rehash_policy", "rehash_threshold"}
+# fields that are taken from metadata: never names of files
+_RECORDED = {*FIELDS} - _CHOICE - (_KEPT - _ENCODING) - {"rehash_file", "rehash_protect"}
 # keys of metadata beside the fields of a request
-_OTHER = {
-    *("cmdgen", "weights", "width", "height", "encoding", *INPUT_FIELDS),
-    *("rehash_policy", "rehash_threshold"),
-}
+_OTHER = {"cmdgen", "weights", "width", "height", "encoding", *INPUT_FIELDS, *_CHOICE}
 
 
 @dataclass(frozen=True)
@@ -37,68 +34,62 @@ class Recalled:
     request: Request
     metadata: Mapping[str, Any]
 
-    @property
-    def files(self) -> dict[str, Any]:
-        """Return what identifies the input files that the clip was made with."""
-        return {name: self.metadata[name] for name in INPUT_FIELDS if name in self.metadata}
-
-    def compare(self, pipeline: "StillPipeline") -> Iterable[str]:
+    def compare(self, pipeline: "StillPipeline") -> Iterator[str]:
         """Yield a note for each difference from when the file was made."""
-        name, metadata, path = pipeline.config.name, self.metadata, self.path
+        name, metadata = pipeline.config.name, self.metadata
+        made = f"note: {self.path} was made"
         if metadata["cmdgen"] != __version__:
-            yield f"note: {path} was made by cmdgen {short(metadata['cmdgen'])}"
+            yield f"{made} by cmdgen {short(metadata['cmdgen'])}"
         if metadata.get("weights") != pipeline.weights_hash:
-            yield f"note: {path} was made with other weights than those of {name}"
+            yield f"{made} with other weights than those of {name}"
         if metadata.get("device") != pipeline.device.type:
-            device = short(metadata.get("device"))
-            yield f"note: {path} was made on {device}, which rounds differently"
+            yield f"{made} on {short(metadata.get('device'))}, which rounds differently"
         if unknown := [key for key in metadata if key not in _RECORDED | _OTHER]:
-            yield f"note: unknown metadata of {path}: {', '.join(map(short, unknown[:8]))}"
+            yield f"note: unknown metadata of {self.path}: {', '.join(map(short, unknown[:8]))}"
 
 
-def recall(path: Path, request: Request, flags: set[str], target: str | None) -> Recalled:
+def recall(path: Path, request: Request, flags: set[str]) -> Recalled:
     """Return the request that a file records, with the flags' values of `request` in place.
 
-    `flags` names the options on the command line, `target` is the format to write. Options that
-    the file does not record have their defaults, whatever the user's settings say. Raises
-    ValueError for a file that is not ours, and for models other than packaged ones: paths in
-    metadata are never followed.
+    `flags` names the options on the command line. Options that the file does not record have their
+    defaults, whatever the user's settings say. Raises ValueError for a file that is not ours, and
+    for models other than packaged ones: paths in metadata are never followed.
     """
     from cmdgen.config import packaged_models
     from cmdgen.pipelines.base import choose_device
     from cmdgen.video.read import read_metadata
 
+    target = None
+    if request.output is not None:
+        target = choose_encoding(request.output, format=request.format).format
     metadata = read_metadata(path)
     if not isinstance(metadata.get("cmdgen"), str) or "prompt" not in metadata:
         raise ValueError(f"{path} does not say how cmdgen made it")
     try:
         values = _read(metadata)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    dropped = set(flags)
-    if values.get("format") != target:
-        dropped |= _ENCODING
-    # a picture shows one frame of its clip
-    if target == STILL or (path.suffix.lower() == f".{STILL}" and values.get("frames") == 1):
-        dropped.add("frames")
-    # the options of step rehash are one choice
-    if any(name.startswith("rehash") for name in flags):
-        dropped |= {name for name in values if name.startswith("rehash")}
-    values = {name: value for name, value in values.items() if name not in dropped}
-    if "model" in values and values["model"] not in packaged_models():
-        raise ValueError(
-            f"{path} was made by {short(values['model'])}, which is not one of "
-            f"{', '.join(packaged_models())}: give its folder with --model"
-        )
-    if "device" in values:
-        try:
-            choose_device(values["device"])
-        except ValueError:
-            # another device makes nearly the same clip
-            values["device"] = "auto"
-    own = {name: getattr(request, name) for name in {*flags, *_KEPT, *INPUT_FIELDS}}
-    try:
-        return Recalled(path, Request(**(own | values)), metadata)
+        dropped = set(flags)
+        if values.get("format") != target:
+            dropped |= _ENCODING
+        # a picture shows one frame of its clip
+        if target == STILL or (path.suffix.lower() == f".{STILL}" and values.get("frames") == 1):
+            dropped.add("frames")
+        # the options of step rehash are one choice
+        if any(name.startswith("rehash") for name in flags):
+            dropped.add("rehash")
+        values = {name: value for name, value in values.items() if name not in dropped}
+        if "model" in values and values["model"] not in packaged_models():
+            raise ValueError(
+                f"it was made by {short(values['model'])}, which is not one of "
+                f"{', '.join(packaged_models())}: give its folder with --model"
+            )
+        if "device" in values:
+            try:
+                choose_device(values["device"])
+            except ValueError:
+                # another device makes nearly the same clip
+                values["device"] = "auto"
+        kept = {name: getattr(request, name) for name in flags | _KEPT}
+        return Recalled(path, Request(**(kept | values)), metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
