@@ -4,19 +4,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmdgen.cli.advice import advise
-from cmdgen.cli.errors import MEMORY, PARTIAL, Failure, on_the_way
+from cmdgen.cli.errors import MEMORY, PARTIAL, USAGE, Failure, exit_code, on_the_way
 from cmdgen.cli.inputs import InputFiles
-from cmdgen.cli.jobs import LATENTS, Job, Refused
+from cmdgen.cli.jobs import LATENTS, STILL, Job, Refused
 from cmdgen.cli.progress import Bars, Say, Show
-from cmdgen.options import option, read_fields
-from cmdgen.request import Plan, shared_settings, write_size
+from cmdgen.options import option
+from cmdgen.request import Plan, Size, shared_settings, write_size
 from cmdgen.video.formats import STDOUT, Encoding
 
 if TYPE_CHECKING:
@@ -46,21 +46,18 @@ class Batching:
         "Read a prompt, or a JSON object of options, from each line; - is stdin.",
         flags=("--file", "-f"),
     )
-    num: int = _count("Clips of each prompt; seeds count up from --seed.", high=100_000)
+    num: int = _count("Clips of each prompt. Seeds count up from --seed.", high=100_000)
     batch: int = _count(
-        "Clips per forward pass; they are the same, except for rounding.", high=1024
+        "Clips per forward pass. They stay the same, except for rounding.", high=1024
     )
     overwrite: bool = _jobs(False, "Replace existing files.")
     skip_existing: bool = _jobs(False, "Make only clips whose files do not exist yet.")
     fail_fast: bool = _jobs(False, "Stop at the first error.")
-    like: Path | None = _path("Make the clip of this file again, with the options you change.")
+    like: Path | None = _path("Make this file's clip again, except for the options you change.")
     preview: Path | None = _path("Rewrite this .png with the content frame while it is sampled.")
-    dry_run: bool = _jobs(
-        False, "Check everything; print what would be made, with memory and time."
-    )
+    dry_run: bool = _jobs(False, "Check everything; estimate memory and time; make nothing.")
 
     def __post_init__(self) -> None:
-        read_fields(self)
         if self.overwrite and self.skip_existing:
             raise ValueError("--overwrite and --skip-existing contradict each other: give one")
 
@@ -88,10 +85,6 @@ def _share(job: Job) -> tuple[object, ...]:
     return job.exists, job.target == STDOUT, job.encoding.pixels, shared_settings(job.plan)
 
 
-class SameName(ValueError):
-    """Two jobs would write one file."""
-
-
 @dataclass
 class Batch:
     """One model and the jobs that it makes."""
@@ -109,7 +102,7 @@ class Batch:
     # names of files to the index and the line of their job
     targets: dict[str, tuple[int, int]] = field(default_factory=dict)
     # size, rate and encoding of the stream on stdout, if it has several clips
-    shape: tuple[object, ...] | None = None
+    shape: tuple[Size, int, Encoding] | None = None
     writer: "Writer | None" = None
     # while jobs are made
     stack: ExitStack = field(default_factory=ExitStack)
@@ -144,13 +137,13 @@ class Batch:
                 self._check_name(job)
             job, overwrite = replace(job, request=request, resolved=plan), self.options.overwrite
             check_output(job.target, job.encoding, overwrite=overwrite, makes_folder=not self.alone)
+            return job
         except (ValueError, OSError) as error:
-            if self.options.skip_existing and isinstance(error, FileExistsError):
-                # a sidecar alone is no clip
-                if list_taken(Path(job.target), job.encoding):
-                    return replace(job, exists=True)
+            skips = self.options.skip_existing and isinstance(error, FileExistsError)
+            # a sidecar alone is no clip
+            if skips and list_taken(Path(job.target), job.encoding):
+                return replace(job, exists=True)
             return Refused(job.index, job.line, error)
-        return job
 
     def _check_stream(self, encoding: Encoding, plan: Plan) -> None:
         if self.total == 1:
@@ -160,11 +153,13 @@ class Batch:
                 f"several clips are no {encoding.format} on stdout: {', '.join(STREAMS)} can be"
             )
         shape = plan.model.size, plan.model.fps, encoding
-        if self.shape is None:
-            self.shape = shape
-            self.first = f"{write_size(plan.model.size)} at {plan.model.fps} frames a second"
+        self.shape = self.shape or shape
         if self.shape != shape:
-            raise ValueError(f"not as the first clip on stdout, {self.first} and encoded alike")
+            size, fps, _ = self.shape
+            raise ValueError(
+                f"not as the first clip on stdout, {write_size(size)} at {fps} frames a second and "
+                "encoded alike"
+            )
 
     def _check_name(self, job: Job) -> None:
         path, preview = os.path.abspath(job.target), self.options.preview
@@ -172,18 +167,21 @@ class Batch:
             raise ValueError(f"{job.target} is the preview's name: give another one")
         index, line = self.targets.setdefault(path, (job.index, job.line))
         if index != job.index:
-            raise SameName(
+            text = (
                 f"{job.target} is the name of a clip of line {line} already: let names differ, by "
                 "{index}, {slug} or {seed} in --output"
             )
+            if self.total is None:
+                raise ValueError(text)
+            # nothing is made yet: all of the command is wrong
+            raise Failure(f"line {job.line}: {text}", USAGE)
 
     def _report(self, refused: Refused) -> Refused:
         """Report an error once; raise it where it ends the command."""
         if self.alone:
             raise refused.error
-        same_name = self.total is not None and isinstance(refused.error, SameName)
-        if self.options.fail_fast or same_name:
-            raise refused.located
+        if self.options.fail_fast:
+            raise Failure(str(refused), exit_code(refused.error))
         if not refused.reported:
             self.say.error(str(refused))
         return replace(refused, reported=True)
@@ -215,22 +213,19 @@ class Batch:
 
     def _make(self, jobs: list[Job]) -> None:
         started = time.monotonic()
-        files = [_File(job, self) for job in jobs if job.target != STDOUT]
-        errors: dict[int, Exception] = {}
         try:
             with on_the_way(lambda: advise(self.pipeline, jobs[0].request, len(jobs))):
-                self._sample(jobs, files)
-            errors = {file.job.index: file.error for file in files if file.error is not None}
+                errors = self._sample(jobs)
         except Failure as failure:
             # weights that cannot be read are an error of all jobs
             if not self.pipeline.loaded or self.alone:
                 raise
-            if failure.code == MEMORY and len(jobs) > 1 and files:
+            if failure.code == MEMORY and len(jobs) > 1 and jobs[0].target != STDOUT:
                 self.say.note(f"note: not enough memory for {len(jobs)} clips at a time")
                 self._make(jobs[: len(jobs) // 2])
                 self._make(jobs[len(jobs) // 2 :])
                 return
-            errors = dict.fromkeys((job.index for job in jobs), failure)
+            errors = {job.index: failure for job in jobs}
         seconds = (time.monotonic() - started) / len(jobs)
         for job in jobs:
             if job.index in errors:
@@ -249,21 +244,23 @@ class Batch:
             size = {name: getattr(model, name) for name in ("frames", "width", "height", "fps")}
             self.say.result(job.target, {**job.describe(), **size, "seconds": round(seconds, 3)})
 
-    def _sample(self, jobs: list[Job], files: list["_File"]) -> None:
-        """Write frames as they are decoded; of several clips on stdout, those of the first one."""
+    def _sample(self, jobs: list[Job]) -> dict[int, Exception]:
+        """Write frames as they are decoded; of several clips on stdout, those of the first one.
+
+        Returns the errors of files by the jobs' indices.
+        """
         self._note(jobs)
-        first = jobs[0]
+        first, files = jobs[0], [_File(job, self) for job in jobs if job.target != STDOUT]
         if not self.pipeline.loaded:
             # before a file is opened, whose metadata has the weights' hash
             self.pipeline.load(Bars(self.show))
         inputs = self.files.read(self.pipeline, first.plan, self.say)
-        with ExitStack() as opened, suppress(_AllFailed):
+        with ExitStack() as opened:
             for file in files:
                 opened.push(file.close)
                 file.open(inputs)
             if not files and self.writer is None:
-                about = self.describe(first, inputs) if self.total == 1 else None
-                self.writer = self.stack.enter_context(first.open(about))
+                self.writer = self.stack.enter_context(self.open(first, inputs))
             plans, pixels = [job.plan for job in jobs], first.encoding.pixels
             observer = _Writing(self, files)
             clips = self.pipeline.run(plans, observer, pixels=pixels, inputs=inputs)
@@ -272,16 +269,26 @@ class Batch:
             if not files and self.writer is not None:
                 for clip in clips[1:]:
                     self.writer(clip.frames)
+        return {file.job.index: file.error for file in files if file.error is not None}
 
-    def describe(self, job: Job, inputs: "Inputs | None") -> dict[str, Any] | None:
-        """Return a file's metadata: how its clip is made, and how encoded if not plainly."""
-        encoding = job.encoding
-        if not encoding.metadata:
-            return None
-        settings = {"crf": encoding.crf, "codec": encoding.codec, "loop": encoding.loop or None}
-        chosen = {name: value for name, value in settings.items() if value is not None}
-        about = self.pipeline.describe(job.plan, inputs)
-        return {**about, "format": encoding.format, **chosen} if chosen else about
+    def open(self, job: Job, inputs: "Inputs | None") -> "AbstractContextManager[Writer]":
+        """Return a context whose value takes the frames of a job, on stdout of all jobs.
+
+        The metadata say how the clip is made, and how it is encoded if not plainly.
+        """
+        from cmdgen.video.write import open_video
+
+        about, encoding, model = None, job.encoding, job.plan.model
+        if encoding.metadata and (job.target != STDOUT or self.total == 1):
+            chosen = {"crf": encoding.crf, "codec": encoding.codec, "loop": encoding.loop or None}
+            chosen = {name: value for name, value in chosen.items() if value is not None}
+            plain = self.pipeline.describe(job.plan, inputs)
+            about = {**plain, "format": encoding.format, **chosen} if chosen else plain
+        return open_video(
+            *(job.target, model.size, model.fps, about, encoding),
+            overwrite=self.options.overwrite,
+            pixels=encoding.pixels,
+        )
 
     def _note(self, jobs: list[Job]) -> None:
         """Note, once, how clips are made and what may surprise."""
@@ -293,43 +300,28 @@ class Batch:
             f"{len(jobs)} at a time, decoded in slices of {slices.frames} frames, "
             f"{slices.positions} positions, {slices.pictures} pictures in {slices.strips} strips"
         )
-        lines: list[tuple[object, str]] = [
-            (self.alone, f"seed {plan.seed}"),
-            (
-                model.size != trained.size,
-                f"note: {name} was trained at {write_size(trained.size)}",
-            ),
-            (
-                model.frames not in (trained.frames, 1),
-                f"note: {name} was trained on {trained.frames} frames",
-            ),
-        ]
+        if self.alone:
+            self.note(f"seed {plan.seed}")
+        if model.size != trained.size:
+            self.note(f"note: {name} was trained at {write_size(trained.size)}")
+        if model.frames not in (trained.frames, 1):
+            self.note(f"note: {name} was trained on {trained.frames} frames")
         if steps is not None:
-            content = _list_steps(steps.content, model.steps)
-            motion = _list_steps(steps.motion, model.motion_steps)
-            lines += [
-                (True, f"rehash: {steps.policy}, content in full at {content}"),
-                (steps.motion, f"rehash: motion in full at {motion}"),
-            ]
+            full = _list_steps(steps.content, model.steps)
+            self.note(f"rehash: {steps.policy}, content in full at {full}")
+            if steps.motion:
+                full = _list_steps(steps.motion, model.motion_steps)
+                self.note(f"rehash: motion in full at {full}")
         for job in jobs:
             of, prompt = "" if self.alone else f"line {job.line}: ", job.plan.prompt
-            unknown = dict.fromkeys(pipeline.tokenizer.unknown_words(prompt))
-            too_long = f"note: {of}{name} reads only the start of this long prompt"
-            lines += [
-                (unknown, f"note: {of}unknown words for {name}: {', '.join(unknown)}"),
-                (not pipeline.fits(prompt), too_long),
-            ]
-        for holds, line in lines:
-            if holds:
-                self.note(line)
+            if unknown := dict.fromkeys(pipeline.tokenizer.unknown_words(prompt)):
+                self.note(f"note: {of}unknown words for {name}: {', '.join(unknown)}")
+            if not pipeline.fits(prompt):
+                self.note(f"note: {of}{name} reads only the start of this long prompt")
 
 
 def _list_steps(steps: tuple[int, ...], total: int) -> str:
     return f"{len(steps)} of {total} steps: {' '.join(map(str, steps))}"
-
-
-class _AllFailed(Exception):
-    """No clip of a forward can be written."""
 
 
 @dataclass
@@ -340,7 +332,6 @@ class _File:
     batch: Batch
     error: OSError | None = None
     writer: "Writer | None" = None
-    metadata: dict[str, Any] | None = None
     stack: ExitStack = field(default_factory=ExitStack)
 
     @contextmanager
@@ -354,13 +345,12 @@ class _File:
             self.error = error
 
     def open(self, inputs: "Inputs | None") -> None:
-        self.metadata = self.batch.describe(self.job, inputs)
+        job, batch = self.job, self.batch
         with self._part():
-            if not self.batch.alone:
-                Path(self.job.target).parent.mkdir(parents=True, exist_ok=True)
-            if self.job.encoding.kind.video:
-                file = self.job.open(self.metadata, overwrite=self.batch.options.overwrite)
-                self.writer = self.stack.enter_context(file)
+            if not batch.alone:
+                Path(job.target).parent.mkdir(parents=True, exist_ok=True)
+            if job.encoding.kind.video:
+                self.writer = self.stack.enter_context(batch.open(job, inputs))
 
     def write(self, frames: "np.ndarray") -> None:
         if self.error is None and self.writer is not None:
@@ -372,8 +362,8 @@ class _File:
             return
         with self._part():
             if self.writer is None:
-                clip, overwrite = replace(clip, metadata=self.metadata or {}), self.batch.options
-                clip.save(self.job.target, self.job.encoding, overwrite=overwrite.overwrite)
+                overwrite = self.batch.options.overwrite
+                clip.save(self.job.target, self.job.encoding, overwrite=overwrite)
             self.stack.close()
 
     def close(self, *error: Any) -> None:
@@ -390,7 +380,7 @@ class _Writing(Bars):
         self.preview = batch.options.preview
         self.estimates = self.preview is not None
         self.started = time.monotonic()
-        self.spent = self.last = 0.0
+        self.spent = 0.0
 
     def step(self, stage: str, done: int, total: int) -> None:
         if self.batch.writer is not None:
@@ -401,23 +391,19 @@ class _Writing(Bars):
 
     def estimate(self, decode: Callable[[], "np.ndarray"]) -> None:
         now = time.monotonic()
-        if self.spent + self.last <= PREVIEW_SHARE * (now - self.started):
+        if self.spent <= PREVIEW_SHARE * (now - self.started):
             self.content(0, decode())
-            self.last = time.monotonic() - now
-            self.spent += self.last
+            self.spent += time.monotonic() - now
 
     def content(self, clip: int, picture: "np.ndarray") -> None:
         from cmdgen.video.write import write_still
 
         if self.preview is not None and clip == 0:
-            write_still(self.preview, picture, None, overwrite=True)
+            write_still(self.preview, picture, None, Encoding(STILL), overwrite=True)
 
     def frames(self, clip: int, frames: "np.ndarray") -> None:
         if self.files:
             self.files[clip].write(frames)
-            # the rest of clips that cannot be written need not be made
-            if all(file.error is not None for file in self.files):
-                raise _AllFailed
         elif clip == 0:
             assert self.batch.writer is not None
             self.batch.writer(frames)

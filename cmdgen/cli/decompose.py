@@ -13,11 +13,14 @@ from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.inputs import SMALLER, note_weights, read_input
 from cmdgen.cli.naming import check_stdout, check_suffix
 from cmdgen.cli.progress import Bars, Say
-from cmdgen.options import option, read_fields
+from cmdgen.options import option
 from cmdgen.request import Request
 from cmdgen.video.formats import FORMATS, STDOUT, Encoding, choose_encoding
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from cmdgen.latents import Latents
     from cmdgen.pipelines.cmd import CmdPipeline
     from cmdgen.request import Plan
 
@@ -25,6 +28,9 @@ LATENTS, PICTURE = Encoding("safetensors"), Encoding("png")
 
 Video = Annotated[
     Path, typer.Argument(metavar="VIDEO", help="Any video; a picture is a video that rests.")
+]
+LatentsFile = Annotated[
+    Path, typer.Argument(metavar="LATENTS", help="A .safetensors of `cmdgen encode`.")
 ]
 Content = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also write the content frame, to a .png.")
@@ -34,6 +40,7 @@ SideBySide = Annotated[
 ]
 Quiet = Annotated[Say, Only(("quiet", "as_json"))]
 _MACHINE = ("model", "max_memory", "device", "dtype")
+Machine = Annotated[Request, Only(_MACHINE)]
 # the clip to take of a video, and the model
 Taken = Annotated[Request, Only(("frames", "size", "fps", *_MACHINE))]
 _output = partial(option, flags=("--output", "-o"), metavar="FILE", complete="file")
@@ -46,16 +53,9 @@ class Output:
     output: str = _output(MISSING, "File to write.")
     overwrite: bool = option(False, "Replace existing files.")
 
-    def __post_init__(self) -> None:
-        read_fields(self)
-
 
 def encode(
-    video: Video,
-    output: Output,
-    request: Taken,
-    say: Quiet,
-    content: Content = None,
+    video: Video, output: Output, request: Taken, say: Quiet, content: Content = None
 ) -> None:
     """Take a video apart: into its content frame and its motion latents.
 
@@ -65,7 +65,7 @@ def encode(
     Examples:
         cmdgen encode clip.mp4 -o clip.cmd.safetensors --content content.png
     """
-    from cmdgen.latents import describe_origin, save_latents
+    from cmdgen.latents import save_latents
     from cmdgen.video.write import write_still
 
     target, overwrite = Path(output.output), output.overwrite
@@ -73,12 +73,8 @@ def encode(
     if content is not None:
         check_suffix(content, PICTURE, overwrite=overwrite)
     pipeline, plan = _load(request)
-    pipeline.encoding_slices(plan)
-    clip = read_input(video, plan.model, say)
+    _, latents = _take_apart(video, pipeline, plan, say)
     with on_the_way(SMALLER):
-        origin = {"source": describe_origin(video)}
-        with say.progress() as show:
-            latents = pipeline.encode(clip, plan, Bars(show), origin=origin)
         save_latents(target, latents, overwrite=overwrite)
         if content is not None:
             picture = pipeline.decode_still(latents.content)
@@ -88,14 +84,7 @@ def encode(
     say.result(target, {**record, "tensors": shapes, "metadata": latents.metadata})
 
 
-def decode(
-    latents: Annotated[
-        Path, typer.Argument(metavar="LATENTS", help="A .safetensors of `cmdgen encode`.")
-    ],
-    output: Output,
-    request: Annotated[Request, Only(_MACHINE)],
-    say: Quiet,
-) -> None:
+def decode(latents: LatentsFile, output: Output, request: Machine, say: Quiet) -> None:
     """Put a video together again from its content frame and its motion latents.
 
     The video's path goes to stdout.
@@ -129,11 +118,7 @@ def decode(
 
 
 def reconstruct(
-    video: Video,
-    output: Output,
-    request: Taken,
-    say: Quiet,
-    side_by_side: SideBySide = False,
+    video: Video, output: Output, request: Taken, say: Quiet, side_by_side: SideBySide = False
 ) -> None:
     """Take a video apart and put it together again: what content frame and motion can hold.
 
@@ -146,19 +131,15 @@ def reconstruct(
     """
     encoding = _choose_video(output, say)
     pipeline, plan = _load(request)
-    pipeline.encoding_slices(plan)
     model = plan.model
     encoding.check((model.height, model.width * (3 if side_by_side else 1)), model.fps)
-    clip = read_input(video, model, say)
+    clip, latents = _take_apart(video, pipeline, plan, say)
     import numpy as np
 
     from cmdgen.evaluation.metrics import compare_frames
-    from cmdgen.latents import describe_origin
 
     with on_the_way(SMALLER):
-        origin = {"source": describe_origin(video)}
         with say.progress() as show:
-            latents = pipeline.encode(clip, plan, Bars(show), origin=origin)
             result = pipeline.decode(latents, plan, Bars(show))
         likeness = compare_frames(result.frames, clip)
         psnr = round(likeness.psnr, 2) if math.isfinite(likeness.psnr) else None
@@ -203,3 +184,17 @@ def _load(request: Request) -> "tuple[CmdPipeline, Plan]":
     fit_model(plan.model, *latent_shapes(plan.model))
     assert isinstance(pipeline, CmdPipeline)
     return pipeline, plan
+
+
+def _take_apart(
+    video: Path, pipeline: "CmdPipeline", plan: "Plan", say: Say
+) -> "tuple[np.ndarray, Latents]":
+    """Return a video's frames as the model sees them, and their latents."""
+    from cmdgen.latents import describe_origin
+
+    # raises ValueError where memory is too small, before the video is read
+    pipeline.encoding_slices(plan)
+    clip = read_input(video, plan.model, say)
+    with on_the_way(SMALLER), say.progress() as show:
+        origin = {"source": describe_origin(video)}
+        return clip, pipeline.encode(clip, plan, Bars(show), origin=origin)

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.progress import Say
 from cmdgen.config import ModelConfig
-from cmdgen.request import INPUT_FIELDS, Plan, Request, resolve
+from cmdgen.request import INPUT_FIELDS, Plan, Request, resolve, write_size
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from cmdgen.latents import Header, Latents
+    from cmdgen.latents import Latents
     from cmdgen.pipelines.base import Inputs
     from cmdgen.pipelines.still import StillPipeline
 
 CONTENT, MOTION, IMAGE = INPUT_FIELDS
+# suffix of files of latents
+LATENTS = ".safetensors"
 SMALLER = "ask for a smaller --size, fewer --frames, or work within --max-memory"
 
 
@@ -80,22 +82,20 @@ class InputFiles:
 
         # raises ValueError for a model of stills
         latent_shapes(model)
-        headers: dict[str, Header] = {}
-        for name in (CONTENT, MOTION):
-            if name not in self.paths or not _holds_latents(self.paths[name]):
+        shapes: dict[str, tuple[int, ...] | None] = {CONTENT: None, MOTION: None}
+        for name in shapes:
+            if name not in self.paths or self.paths[name].suffix.lower() != LATENTS:
                 continue
             with on_the_way(SMALLER):
-                headers[name] = header = read_header(self.paths[name])
+                header = read_header(self.paths[name])
                 recorded = fit_model(model, header.content, header.motion)
+            shapes[name] = header.content if name == CONTENT else header.motion
             if request.size is None:
                 request = replace(request, size=recorded.size)
             if request.frames is None and name == MOTION:
                 request = replace(request, frames=recorded.frames)
         model = resolve(request, model).model
-        if CONTENT in headers:
-            check_fit(model, headers[CONTENT].content, None)
-        if MOTION in headers:
-            check_fit(model, None, headers[MOTION].motion)
+        check_fit(model, shapes[CONTENT], shapes[MOTION])
         if MOTION in self.paths and model.frames == 1:
             raise ValueError("--motion-from has nothing to move: a still has one frame")
         return request
@@ -131,17 +131,11 @@ class InputFiles:
         return Inputs(content, motion, self.origin)
 
 
-def _holds_latents(path: Path) -> bool:
-    from cmdgen.latents import SUFFIX
-
-    return path.suffix.lower() == SUFFIX
-
-
 def _read_latents(path: Path, pipeline: "StillPipeline", plan: Plan, say: Say) -> "Latents":
     from cmdgen.latents import read_latents
     from cmdgen.pipelines.cmd import CmdPipeline
 
-    if _holds_latents(path):
+    if path.suffix.lower() == LATENTS:
         with on_the_way(SMALLER):
             latents = read_latents(path, pipeline.config)
         note_weights(path, latents, pipeline, say)
@@ -164,19 +158,16 @@ def read_input(video: Path, model: ModelConfig, say: Say) -> "np.ndarray":
 
     with on_the_way("ask for a smaller --size or fewer --frames"):
         clip, source = read_clip(video, frames=model.frames, size=model.size, fps=model.fps)
-    start = f"its first {model.frames / model.fps:.3g} s"
-    if source.fps is None:
-        start = f"{model.frames} frames"
-    changes = (
-        (model.frames > 1, f"{start} at {model.fps} fps"),
-        (
-            (source.height, source.width) != model.size,
-            f"cropped and resized to {model.width}x{model.height}",
-        ),
-        (source.held > 0, f"the last frame held for {source.held} more"),
-    )
-    made = ", ".join(text for holds, text in changes if holds)
-    say.note(f"{video}, {source}: {made or 'unchanged'}")
+    changes = []
+    if model.frames > 1:
+        start = f"its first {model.frames / model.fps:.3g} s"
+        start = f"{model.frames} frames" if source.fps is None else start
+        changes.append(f"{start} at {model.fps} fps")
+    if (source.height, source.width) != model.size:
+        changes.append(f"cropped and resized to {write_size(model.size)}")
+    if source.held:
+        changes.append(f"the last frame held for {source.held} more")
+    say.note(f"{video}, {source}: {', '.join(changes) or 'unchanged'}")
     return clip
 
 

@@ -6,23 +6,20 @@ with # are skipped. An error in a line is an error of that job alone.
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, Queue
 from reprlib import repr as short
+from secrets import randbits
 from stat import S_ISREG
 from threading import Thread
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from cmdgen.cli.errors import Failure, describe
+from cmdgen.cli.errors import describe
 from cmdgen.cli.naming import check_inside, fill
 from cmdgen.files import parse_json
 from cmdgen.request import Plan, Request, read_job
 from cmdgen.video.formats import STDOUT, Encoding, choose_encoding
-
-if TYPE_CHECKING:
-    from cmdgen.video.write import Writer
 
 # bytes of a line; a longer one is skipped, unless it never seems to end
 MAX_LINE_BYTES, MAX_SKIPPED_BYTES = 2**20, 2**26
@@ -65,19 +62,6 @@ class Job:
         assert self.resolved is not None
         return self.resolved
 
-    def open(
-        self, metadata: dict[str, Any] | None, *, overwrite: bool = False
-    ) -> "AbstractContextManager[Writer]":
-        """Return a context whose value takes the frames of a video."""
-        from cmdgen.video.write import open_video
-
-        model, encoding = self.plan.model, self.encoding
-        return open_video(
-            *(self.target, model.size, model.fps, metadata, encoding),
-            overwrite=overwrite,
-            pixels=encoding.pixels,
-        )
-
     def describe(self) -> dict[str, Any]:
         """Return the job for JSON."""
         request, place = self.request, {"index": self.index, "line": self.line}
@@ -96,13 +80,6 @@ class Refused:
 
     def __str__(self) -> str:
         return f"line {self.line}: {describe(self.error)}"
-
-    @property
-    def located(self) -> Exception:
-        """Return the error with its line."""
-        if isinstance(self.error, Failure):
-            return Failure(str(self), self.error.code)
-        return type(self.error)(str(self))
 
     def describe(self) -> dict[str, Any]:
         """Return the error for JSON."""
@@ -213,7 +190,11 @@ def make_jobs(
             if isinstance(entry.values, ValueError):
                 raise entry.values
             values = read_job(entry.values)
-            values["output"] = _choose_template(values.get("output"), request.output)
+            if (output := values.pop("output", None)) is not None:
+                if request.output == STDOUT:
+                    raise ValueError(f"output {short(output)}: all of them go to stdout")
+                # in the folder of --output, if it has one
+                values["output"] = str(Path(request.output or "").parent / check_inside(output))
             merged = replace(request, **values)
             yield from [_make_job(entry.line, merged, index + i, i) for i in range(num)]
         except ValueError as error:
@@ -227,8 +208,7 @@ def _make_job(line: int, request: Request, index: int, offset: int) -> Job:
         raise ValueError('the prompt is empty: say what to show, such as "a corgi swimming"')
     if request.output is None:
         raise ValueError("no output: give a name with --output, or - for stdout")
-    drawn = int.from_bytes(os.urandom(4), "big")
-    seed = drawn if request.seed is None else request.seed + offset
+    seed = randbits(32) if request.seed is None else request.seed + offset
     target = fill(request.output, prompt, {"index": index, "line": line, "seed": seed})
     encoding = choose_encoding(
         target,
@@ -242,13 +222,3 @@ def _make_job(line: int, request: Request, index: int, offset: int) -> Job:
         frames = 1
     request = replace(request, prompt=prompt, seed=seed, frames=frames)
     return Job(index, line, request, target, encoding)
-
-
-def _choose_template(output: str | None, template: str | None) -> str | None:
-    """Return where a job's own output lies: in the folder of --output, if it has one."""
-    if output is None:
-        return template
-    if template == STDOUT:
-        raise ValueError(f"output {short(output)}: all of them go to stdout")
-    folder = Path() if template is None else Path(template).parent
-    return str(folder / check_inside(output))

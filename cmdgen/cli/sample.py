@@ -11,7 +11,7 @@ import typer
 from cmdgen.cli.batch import Batch, Batching
 from cmdgen.cli.inputs import InputFiles
 from cmdgen.cli.jobs import STILL, Entry, Job, Refused, make_jobs, open_entries
-from cmdgen.cli.like import recall
+from cmdgen.cli.like import compare, read_recorded, recall
 from cmdgen.cli.naming import check_stdout, check_suffix, fields
 from cmdgen.cli.progress import Say
 from cmdgen.options import options_of
@@ -52,11 +52,10 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     # a wrong template is one error, not one for each line
     names = fields(request.output or "")
     files = InputFiles(request)
-    recalled = None
     if jobs.like is not None:
-        recalled = recall(jobs.like, request, _flags(context))
-        files.check_like(recalled.metadata, jobs.like, say)
-        request = recalled.request
+        recorded = read_recorded(jobs.like)
+        request = recall(jobs.like, recorded, request, _flags(context))
+        files.check_like(recorded, jobs.like, say)
     elif jobs.file is not None and request.prompt is not None:
         raise ValueError("a prompt and -f: give one of them")
     if jobs.preview is not None:
@@ -91,8 +90,9 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
             Thread(target=_hash, args=(pipeline,), daemon=True).start()
     batch = Batch(pipeline, jobs, say, files, alone=alone, total=total)
     checked = batch.check(made)
-    for line in () if recalled is None else recalled.compare(pipeline):
-        say.note(line)
+    if jobs.like is not None:
+        for line in compare(jobs.like, recorded, pipeline):
+            say.note(line)
     if jobs.dry_run:
         from cmdgen.cli.forecast import print_forecast
 
@@ -103,12 +103,9 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
 
 def _flags(context: typer.Context) -> set[str]:
     """Return the options that come from the command line, not from defaults or settings."""
-    sources = {name: context.get_parameter_source(name) for name in options_of(Request)}
-    return {
-        name
-        for name, source in sources.items()
-        if source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
-    }
+    sources = ((name, context.get_parameter_source(name)) for name in options_of(Request))
+    kinds = ("COMMANDLINE", "ENVIRONMENT")
+    return {name for name, source in sources if source is not None and source.name in kinds}
 
 
 def _hash(pipeline: "StillPipeline") -> None:
