@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from cmdgen.config import CALIBRATION
 from cmdgen.options import option, read_fields
 from cmdgen.request import MAX_SEED, Request
 
@@ -83,7 +84,7 @@ class Calibrating(_Options):
 
     prompts: Path | None = _file("A prompt a line.", shown="captions of the rendered world")
     output: Path | None = _file(
-        "File to write.", flags=("--output", "-o"), shown="rehash.json of the model"
+        "File to write.", flags=("--output", "-o"), shown=f"{CALIBRATION} of the model"
     )
     plot: Path | None = _file("Also draw the similarities as a PNG.")
     protect: float = _share(PROTECTED)
