@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cmdgen.config import CALIBRATION
 from cmdgen.options import option, option_of, options_of, read_fields
 from cmdgen.request import MAX_SEED, Request
 
@@ -86,7 +87,7 @@ class Calibrating(_Options):
 
     prompts: Path | None = _file("A prompt a line.", shown="captions of the rendered world")
     output: Path | None = _file(
-        "File to write.", flags=("--output", "-o"), shown="rehash.json of the model"
+        "File to write.", flags=("--output", "-o"), shown=f"{CALIBRATION} of the model"
     )
     plot: Path | None = _file("Also draw the similarities as a PNG.")
     protect: float = _like("rehash_protect", flags=("--protect",))
