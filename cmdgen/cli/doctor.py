@@ -152,7 +152,7 @@ def _check_ffmpeg(record: dict[str, Any]) -> str:
 
 def _check_config(record: dict[str, Any], context: typer.Context) -> str:
     root = context.find_root()
-    path = root.params["config"] or config_path()
+    path = Path(root.params["config"] or config_path())
     record.update(path=str(path), exists=path.exists())
     if not record["exists"]:
         return f"{path} (there is none)"

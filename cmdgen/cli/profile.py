@@ -202,7 +202,7 @@ def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
 
 
 # the help ends with it
-JSON_KEYS = inspect.cleandoc(to_json.__doc__ or "")
+EPILOG = inspect.cleandoc(to_json.__doc__ or "")
 
 
 def _title(record: dict[str, Any]) -> list[str]:
