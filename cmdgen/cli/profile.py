@@ -90,26 +90,26 @@ def profile(
       cmdgen profile --steps 10 --trace trace.json --json > profile.json
       cmdgen profile --paper
     """
-    given = _list_given(context)
+    flags = _list_flags(context)
     for name, (what, used) in MODES.items():
         if getattr(options, name):
-            for other in given:
-                if other not in (name, "as_json", "quiet", *used):
-                    raise ValueError(f"{what}: --{other} has no use there")
+            for flag in flags:
+                if flag not in (name, "as_json", "quiet", *used):
+                    raise ValueError(f"{what}: --{flag} has no use there")
     if options.paper:
         from cmdgen.evaluation.flops import compare_with_paper
 
         tables = compare_with_paper()
         say.result("\n".join(_paper_lines(tables)), tables)
     elif options.decoding:
-        _decode(request, options.runs if "runs" in given else 1, say)
+        _decode(request, options.runs if "runs" in flags else 1, say)
     elif request.compile and not options.suite:
         raise ValueError("--compile has a use with --suite alone")
     else:
         _measure(request, options, say)
 
 
-def _list_given(context: typer.Context) -> list[str]:
+def _list_flags(context: typer.Context) -> list[str]:
     """Return the options that the command line has."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]

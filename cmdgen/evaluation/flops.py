@@ -263,7 +263,7 @@ def list_uses(plan: Plan, *, batch: int = 1) -> dict[str, list[Use]]:
         uses["frame decode"] = [Use(forwards["frame decode"], batch)]
         # after the content frames
         pictures.append(batch * model.frames)
-    runs = sum(ceil(each / together) for each in pictures)
+    runs = sum(ceil(number / together) for number in pictures)
     return uses | {"VAE decode": [Use(forwards["VAE decode"], sum(pictures), runs)]}
 
 
@@ -316,7 +316,7 @@ def compare_with_paper(model: ModelConfig = CMD_SD21) -> dict[str, Any]:
 
     def add_up(forwards: dict[str, Forward], label: str) -> dict[str, float]:
         counts = [forwards[name].count for name in _FORWARDS[label]]
-        ours, honest = sum(each.published for each in counts), sum(each.flops for each in counts)
+        ours, honest = sum(c.published for c in counts), sum(c.flops for c in counts)
         return {"ours": ours / TERA, "honest": honest / TERA}
 
     once, content, motion = (add_up(wide, label)["ours"] for label in TABLE_8)
@@ -324,7 +324,7 @@ def compare_with_paper(model: ModelConfig = CMD_SD21) -> dict[str, Any]:
     for steps in TABLE_9:
         request = Request(size=(512, 1024), steps=steps, motion_steps=steps)
         work = count_work(resolve(request, model), torch.float32)
-        stages[steps] = {stage: each.flops / TERA for stage, each in work.items() if each.flops}
+        stages[steps] = {name: stage.flops / TERA for name, stage in work.items() if stage.flops}
     return {
         "model": model.name,
         "table_8": [

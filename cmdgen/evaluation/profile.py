@@ -237,9 +237,9 @@ def _describe_row(
         memory = highest(watch.memory[stage] for watch in watches for stage in stages)
         return describe_stage(work, seconds, memory, limits)
 
-    stages = {stage: describe(each, [stage], [stage]) for stage, each in counted.items()}
+    stages = {stage: describe(counted[stage], [stage], [stage]) for stage in counted}
     sums = {
-        name: sum(getattr(each, name) for each in counted.values())
+        name: sum(getattr(stage, name) for stage in counted.values())
         for name in ("forwards", "flops", "bytes_read")
     }
     timed = counted if way.encode == "never" else ["total"]

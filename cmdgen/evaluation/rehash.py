@@ -75,7 +75,7 @@ def calibrate(
             if isinstance(pipeline, CmdPipeline) and plan.moves:
                 motion = partial(_sample_motion, pipeline, plans, text, content)
                 sums["motion"].add(CutDiT(pipeline.motion), motion, partial(count_run, "motion"))
-    return [each.finish(part, model.sampler, len(prompts)) for part, each in sums.items()]
+    return [sums[part].finish(part, model.sampler, len(prompts)) for part in sums]
 
 
 def _sample_motion(

@@ -105,7 +105,7 @@ def scale(value: float) -> tuple[float, str]:
     One step finer than usual: the smallest value is often a thousandth of it.
     """
     scales = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
-    return next((each for each in scales if value >= 10 * each[0]), scales[-1])
+    return next((unit for unit in scales if value >= 10 * unit[0]), scales[-1])
 
 
 def _number(value: float, unit: str) -> str:
