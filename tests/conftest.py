@@ -3,9 +3,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-# Triton's interpreter leaves products to numpy, and OpenBLAS rounds them more with some processors'
-# kernels than a GPU does: these kernels run on all of them. Read when numpy is imported
-os.environ["OPENBLAS_CORETYPE"] = "Prescott"
 # torch.compile compiles a few small functions here: starting its pool of processes takes longer
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
