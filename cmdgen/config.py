@@ -161,6 +161,11 @@ class ModelConfig:
     guidance_interval: tuple[float, float] | None = None
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Return (height, width)."""
+        return self.height, self.width
+
+    @property
     def size_multiple(self) -> int:
         """What height and width must be multiples of, for every patch and stride on the way."""
         if isinstance(self.content, DiTConfig):

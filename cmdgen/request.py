@@ -14,7 +14,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, TypeVar
 
 from cmdgen.config import POLICIES, SAMPLERS, ModelConfig
 from cmdgen.options import check_text, option, option_of, options_of, read_fields, read_value
@@ -318,6 +318,14 @@ class Plan:
         return self.model.frames > 1
 
 
+Values = TypeVar("Values", Request, Plan)
+
+
+def shared_settings(values: Values) -> Values:
+    """Return what clips of one batch have in common: everything except prompt and seeds."""
+    return replace(values, prompt="", seed=0, content_seed=0, motion_seed=0)
+
+
 # fields of `Request` that replace a model's default of the same name
 _DEFAULTS = (
     *("frames", "fps", "sampler", "steps", "motion_steps"),
@@ -352,9 +360,7 @@ def resolve(request: Request, model: ModelConfig) -> Plan:
 def _check_clip(model: ModelConfig) -> None:
     multiple = model.size_multiple
     if model.height % multiple or model.width % multiple:
-        nearest = [
-            max(1, round(side / multiple)) * multiple for side in (model.height, model.width)
-        ]
+        nearest = [max(1, round(side / multiple)) * multiple for side in model.size]
         raise ValueError(
             f"size {model.width}x{model.height}: both sides must be multiples of {multiple}, such "
             f"as {write_size((nearest[0], nearest[1]))}"
@@ -403,7 +409,7 @@ def describe_plan(plan: Plan, *, content: bool = True, motion: bool = True) -> d
     Leaves out the settings of a part that is not sampled, as the motion of a still.
     """
     model, steps = plan.model, plan.key_steps
-    values = vars(model) | vars(plan) | {"size": (model.height, model.width)}
+    values = vars(model) | vars(plan) | {"size": model.size}
     if steps is not None:
         values["rehash"] = (steps.content if content else (), steps.motion if motion else ())
         values |= {"rehash_policy": steps.policy, "rehash_threshold": steps.threshold}

@@ -4,18 +4,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmdgen.cli.errors import MEMORY, PARTIAL, Failure, on_the_way
+from cmdgen.cli.advice import advise
+from cmdgen.cli.errors import MEMORY, PARTIAL, USAGE, Failure, exit_code, on_the_way
 from cmdgen.cli.inputs import InputFiles
 from cmdgen.cli.jobs import LATENTS, STILL, Job, Refused
 from cmdgen.cli.progress import Bars, Say, Show
-from cmdgen.options import option, read_fields
-from cmdgen.request import Plan, write_size
+from cmdgen.options import option
+from cmdgen.request import Plan, Size, shared_settings, write_size
 from cmdgen.video.formats import STDOUT, Encoding
 
 if TYPE_CHECKING:
@@ -29,59 +30,34 @@ if TYPE_CHECKING:
 STREAMS = ("y4m", "raw", "mp4")
 # largest share of sampling's time that the preview may take
 PREVIEW_SHARE = 0.1
-# notes that are remembered, so that each is printed once
+# notes that are remembered, so that each is printed once: a pipe may never end
 _MAX_NOTES = 1000
 
 _jobs = partial(option, group="Several clips")
+_count = partial(_jobs, 1, metavar="N", low=1)
+_path = partial(_jobs, None, metavar="FILE", complete="file")
 
 
 @dataclass(frozen=True)
 class Batching:
     """Options of `cmdgen sample` that hold for all jobs."""
 
-    file: str | None = _jobs(
-        None,
-        "Read prompts, one a line, or JSON objects with options' names as keys, which win over "
-        "flags; - is stdin.",
+    file: str | None = _path(
+        "Read a prompt, or a JSON object of options, from each line; - is stdin.",
         flags=("--file", "-f"),
-        metavar="FILE",
-        complete="file",
     )
-    num: int = _jobs(
-        1,
-        "Clips of each prompt. Their seeds count up from --seed, or are random.",
-        metavar="N",
-        low=1,
-        high=100_000,
-    )
-    batch: int = _jobs(
-        1,
-        "Clips per forward pass. Each clip is what it would be alone, except for rounding.",
-        metavar="N",
-        low=1,
-        high=1024,
+    num: int = _count("Clips of each prompt. Seeds count up from --seed.", high=100_000)
+    batch: int = _count(
+        "Clips per forward pass. They stay the same, except for rounding.", high=1024
     )
     overwrite: bool = _jobs(False, "Replace existing files.")
     skip_existing: bool = _jobs(False, "Make only clips whose files do not exist yet.")
     fail_fast: bool = _jobs(False, "Stop at the first error.")
-    like: Path | None = _jobs(
-        None,
-        "Make the clip of a file that cmdgen wrote again, except for the options you change.",
-        metavar="FILE",
-        complete="file",
-    )
-    preview: Path | None = _jobs(
-        None,
-        "Rewrite this .png with the content frame while it is sampled.",
-        metavar="FILE",
-        complete="file",
-    )
-    dry_run: bool = _jobs(
-        False, "Check everything and print what would be made, with estimates of memory and time."
-    )
+    like: Path | None = _path("Make this file's clip again, except for the options you change.")
+    preview: Path | None = _path("Rewrite this .png with the content frame while it is sampled.")
+    dry_run: bool = _jobs(False, "Check everything; estimate memory and time; make nothing.")
 
     def __post_init__(self) -> None:
-        read_fields(self)
         if self.overwrite and self.skip_existing:
             raise ValueError("--overwrite and --skip-existing contradict each other: give one")
 
@@ -90,7 +66,7 @@ def group(jobs: Iterable[Job | Refused | None], most: int) -> Iterator[list[Job]
     """Yield jobs in order, those together that can be one forward; None ends a group early."""
     together: list[Job] = []
     for job in jobs:
-        if together and not (isinstance(job, Job) and _alike(together[0], job)):
+        if together and not (isinstance(job, Job) and _share(job) == _share(together[0])):
             yield together
             together = []
         if isinstance(job, Refused):
@@ -104,88 +80,84 @@ def group(jobs: Iterable[Job | Refused | None], most: int) -> Iterator[list[Job]
         yield together
 
 
-def _alike(one: Job, other: Job) -> bool:
-    if one.exists or other.exists or one.encoding.pixels != other.encoding.pixels:
-        return False
-    first, second = (
-        replace(job.plan, prompt="", seed=0, content_seed=0, motion_seed=0) for job in (one, other)
-    )
-    return first == second
+def _share(job: Job) -> tuple[object, ...]:
+    """Return what jobs of one forward have in common."""
+    return job.exists, job.target == STDOUT, job.encoding.pixels, shared_settings(job.plan)
 
 
+@dataclass
 class Batch:
-    """One model and the jobs that it makes.
+    """One model and the jobs that it makes."""
 
-    `alone` is one job that was named on the command line: its error is the command's. `total` is
-    the number of jobs, where it is known.
-    """
+    pipeline: "StillPipeline"
+    options: Batching
+    say: Say
+    files: InputFiles
+    # whether there is only one job, of the command line: its error is the command's
+    alone: bool
+    # number of jobs, None where more may come
+    total: int | None
+    made: int = 0
+    failed: int = 0
+    # names of files to the index and the line of their job
+    targets: dict[str, tuple[int, int]] = field(default_factory=dict)
+    # size, rate and encoding of the stream on stdout, if it has several clips
+    shape: tuple[Size, int, Encoding] | None = None
+    writer: "Writer | None" = None
+    # while jobs are made
+    stack: ExitStack = field(default_factory=ExitStack)
+    show: Show = field(init=False)
 
-    def __init__(
-        self,
-        pipeline: "StillPipeline",
-        options: Batching,
-        say: Say,
-        files: InputFiles,
-        *,
-        alone: bool,
-        total: int | None,
-    ) -> None:
-        self.pipeline, self.options, self.say, self.files = pipeline, options, say, files
-        self.alone, self.total = alone, total
-        self.made = self.failed = 0
-        # of the stream on stdout, if it has several clips
-        self.shape: tuple[object, ...] | None = None
-        self.writer: Writer | None = None
-        # names of files to the index and the line of their job
-        self.targets: dict[str, tuple[int, int]] = {}
-        self.notes: set[str] = set()
+    def __post_init__(self) -> None:
+        self.note, self.detail = map(lru_cache(_MAX_NOTES), (self.say.note, self.say.detail))
 
-    def check(self, job: Job) -> Job | Refused:
-        """Resolve a job and check where it goes; reads no weights."""
+    def check(self, jobs: Iterable[Job | Refused | None]) -> Iterable[Job | Refused | None]:
+        """Resolve jobs and check where they go; read no weights.
+
+        All of a known number of jobs are checked at once, and errors are reported.
+        """
+        checked = (self._check(job) if isinstance(job, Job) else job for job in jobs)
+        if self.total is None:
+            return checked
+        return [self._report(job) if isinstance(job, Refused) else job for job in checked]
+
+    def _check(self, job: Job) -> Job | Refused:
         from cmdgen.video.write import check_output, list_taken
 
         try:
             request = self.files.fit(job.request, self.pipeline.config)
             batch = min(self.options.batch, self.total or self.options.batch)
             plan = self.pipeline.plan(request, batch=batch)
-            job = replace(job, request=request, resolved=plan)
-            size = plan.model.height, plan.model.width
             if job.encoding.format == LATENTS and not plan.moves:
                 raise ValueError(f"{job.target} holds content and motion: a still has no motion")
-            job.encoding.check(size, plan.model.fps)
+            job.encoding.check(plan.model.size, plan.model.fps)
             if job.target == STDOUT:
-                self._check_stream(job, plan)
+                self._check_stream(job.encoding, plan)
             else:
                 self._check_name(job)
-            check_output(
-                *(job.target, job.encoding),
-                overwrite=self.options.overwrite,
-                makes_folder=not self.alone,
-            )
-        except FileExistsError as error:
+            job, overwrite = replace(job, request=request, resolved=plan), self.options.overwrite
+            check_output(job.target, job.encoding, overwrite=overwrite, makes_folder=not self.alone)
+            return job
+        except (ValueError, OSError) as error:
+            skips = self.options.skip_existing and isinstance(error, FileExistsError)
             # a sidecar alone is no clip
-            if self.options.skip_existing and list_taken(Path(job.target), job.encoding):
+            if skips and list_taken(Path(job.target), job.encoding):
                 return replace(job, exists=True)
             return Refused(job.index, job.line, error)
-        except (ValueError, OSError) as error:
-            return Refused(job.index, job.line, error)
-        return job
 
-    def _check_stream(self, job: Job, plan: Plan) -> None:
+    def _check_stream(self, encoding: Encoding, plan: Plan) -> None:
         if self.total == 1:
             return
-        if job.encoding.format not in STREAMS:
+        if encoding.format not in STREAMS:
             raise ValueError(
-                f"several clips are no {job.encoding.format} on stdout: {', '.join(STREAMS)} can be"
+                f"several clips are no {encoding.format} on stdout: {', '.join(STREAMS)} can be"
             )
-        model = plan.model
-        shape = (model.width, model.height, model.fps, job.encoding)
-        if self.shape is None:
-            self.shape = shape
-        elif self.shape != shape:
-            width, height, fps, _ = self.shape
+        shape = plan.model.size, plan.model.fps, encoding
+        self.shape = self.shape or shape
+        if self.shape != shape:
+            size, fps, _ = self.shape
             raise ValueError(
-                f"not as the first clip on stdout, {width}x{height} at {fps} frames a second and "
+                f"not as the first clip on stdout, {write_size(size)} at {fps} frames a second and "
                 "encoded alike"
             )
 
@@ -195,14 +167,28 @@ class Batch:
             raise ValueError(f"{job.target} is the preview's name: give another one")
         index, line = self.targets.setdefault(path, (job.index, job.line))
         if index != job.index:
-            raise SameName(
+            text = (
                 f"{job.target} is the name of a clip of line {line} already: let names differ, by "
                 "{index}, {slug} or {seed} in --output"
             )
+            if self.total is None:
+                raise ValueError(text)
+            # nothing is made yet: all of the command is wrong
+            raise Failure(f"line {job.line}: {text}", USAGE)
+
+    def _report(self, refused: Refused) -> Refused:
+        """Report an error once; raise it where it ends the command."""
+        if self.alone:
+            raise refused.error
+        if self.options.fail_fast:
+            raise Failure(str(refused), exit_code(refused.error))
+        if not refused.reported:
+            self.say.error(str(refused))
+        return replace(refused, reported=True)
 
     def run(self, jobs: Iterable[Job | Refused | None]) -> None:
         """Make the jobs in order; Failure where some could not be made."""
-        with ExitStack() as stack, self.say.progress() as show:
+        with self.stack, self.say.progress() as self.show:
             for jobs_together in group(jobs, self.options.batch):
                 if isinstance(jobs_together, Refused):
                     self._refuse(jobs_together)
@@ -212,56 +198,42 @@ class Batch:
                     self.say.note(f"{job.target} exists already")
                     self.say.result(job.target, {**job.describe(), "skipped": True})
                 else:
-                    self._make(jobs_together, show, stack)
+                    self._make(jobs_together)
                 if self.total is not None and not self.alone:
-                    show("clips", self.made + self.failed, self.total)
+                    self.show("clips", self.made + self.failed, self.total)
         if self.failed:
             count = self.made + self.failed
             raise Failure(f"{self.failed} of {count} clips were not made", PARTIAL)
 
     def _refuse(self, refused: Refused) -> None:
-        if self.alone:
-            raise refused.error
-        if self.options.fail_fast:
-            raise refused.located
+        self._report(refused)
         self.failed += 1
-        if not refused.reported:
-            self.say.error(str(refused))
         if self.say.as_json:
             self.say.result("", refused.describe())
 
-    def _make(self, jobs: list[Job], show: Show, stack: ExitStack) -> None:
+    def _make(self, jobs: list[Job]) -> None:
         started = time.monotonic()
-        files = [_File(job, self) for job in jobs if job.target != STDOUT]
         try:
-            with on_the_way(partial(self._advise, jobs)):
-                self._sample(jobs, files, show, stack)
+            with on_the_way(lambda: advise(self.pipeline, jobs[0].request, len(jobs))):
+                errors = self._sample(jobs)
         except Failure as failure:
             # weights that cannot be read are an error of all jobs
             if not self.pipeline.loaded or self.alone:
                 raise
-            if failure.code == MEMORY and len(jobs) > 1 and files:
+            if failure.code == MEMORY and len(jobs) > 1 and jobs[0].target != STDOUT:
                 self.say.note(f"note: not enough memory for {len(jobs)} clips at a time")
-                for half in jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]:
-                    self._make(half, show, stack)
+                self._make(jobs[: len(jobs) // 2])
+                self._make(jobs[len(jobs) // 2 :])
                 return
-            for job in jobs:
-                self._refuse(Refused(job.index, job.line, failure))
-            return
+            errors = {job.index: failure for job in jobs}
         seconds = (time.monotonic() - started) / len(jobs)
-        failed = {file.job.index: file.error for file in files if file.error is not None}
         for job in jobs:
-            if job.index in failed:
-                self._refuse(Refused(job.index, job.line, failed[job.index]))
+            if job.index in errors:
+                self._refuse(Refused(job.index, job.line, errors[job.index]))
             else:
-                self._report(job, seconds)
+                self._finish(job, seconds)
 
-    def _advise(self, jobs: list[Job]) -> str:
-        from cmdgen.cli.advice import advise
-
-        return advise(self.pipeline, jobs[0].request, len(jobs))
-
-    def _report(self, job: Job, seconds: float) -> None:
+    def _finish(self, job: Job, seconds: float) -> None:
         self.made += 1
         if not self.alone:
             of = "" if self.total is None else f" of {self.total}"
@@ -272,97 +244,143 @@ class Batch:
             size = {name: getattr(model, name) for name in ("frames", "width", "height", "fps")}
             self.say.result(job.target, {**job.describe(), **size, "seconds": round(seconds, 3)})
 
-    def _sample(self, jobs: list[Job], files: list["_File"], show: Show, stack: ExitStack) -> None:
-        """Write frames as they are decoded; of several clips on stdout, those of the first one."""
+    def _sample(self, jobs: list[Job]) -> dict[int, Exception]:
+        """Write frames as they are decoded; of several clips on stdout, those of the first one.
+
+        Returns the errors of files by the jobs' indices.
+        """
         self._note(jobs)
+        first, files = jobs[0], [_File(job, self) for job in jobs if job.target != STDOUT]
         if not self.pipeline.loaded:
             # before a file is opened, whose metadata has the weights' hash
-            self.pipeline.load(Bars(show))
-        inputs = self.files.read(self.pipeline, jobs[0].request, self.say)
+            self.pipeline.load(Bars(self.show))
+        inputs = self.files.read(self.pipeline, first.plan, self.say)
         with ExitStack() as opened:
             for file in files:
-                opened.enter_context(file)
+                opened.push(file.close)
                 file.open(inputs)
             if not files and self.writer is None:
-                self._open_stream(jobs[0], inputs, stack)
-            observer = _Writing(self, files, show)
-            with suppress(_AllFailed):
-                clips = self.pipeline.run(
-                    [job.plan for job in jobs],
-                    observer,
-                    pixels=jobs[0].encoding.pixels,
-                    inputs=inputs,
-                )
-                for file, clip in zip(files, clips, strict=False):
-                    file.finish(clip)
-                if self.writer is not None:
-                    for clip in clips[1:]:
-                        self.writer(clip.frames)
+                self.writer = self.stack.enter_context(self.open(first, inputs))
+            plans, pixels = [job.plan for job in jobs], first.encoding.pixels
+            observer = _Writing(self, files)
+            clips = self.pipeline.run(plans, observer, pixels=pixels, inputs=inputs)
+            for file, clip in zip(files, clips, strict=False):
+                file.finish(clip)
+            if not files and self.writer is not None:
+                for clip in clips[1:]:
+                    self.writer(clip.frames)
+        return {file.job.index: file.error for file in files if file.error is not None}
 
-    def _open_stream(self, job: Job, inputs: "Inputs | None", stack: ExitStack) -> None:
-        alone = self.total == 1 and job.encoding.metadata
-        about = describe_clip(self.pipeline, job, inputs) if alone else None
-        self.writer = stack.enter_context(open_job(job, about))
+    def open(self, job: Job, inputs: "Inputs | None") -> "AbstractContextManager[Writer]":
+        """Return a context whose value takes the frames of a job, on stdout of all jobs.
+
+        The metadata say how the clip is made, and how it is encoded if not plainly.
+        """
+        from cmdgen.video.write import open_video
+
+        about, encoding, model = None, job.encoding, job.plan.model
+        if encoding.metadata and (job.target != STDOUT or self.total == 1):
+            chosen = {"crf": encoding.crf, "codec": encoding.codec, "loop": encoding.loop or None}
+            chosen = {name: value for name, value in chosen.items() if value is not None}
+            plain = self.pipeline.describe(job.plan, inputs)
+            about = {**plain, "format": encoding.format, **chosen} if chosen else plain
+        return open_video(
+            *(job.target, model.size, model.fps, about, encoding),
+            overwrite=self.options.overwrite,
+            pixels=encoding.pixels,
+        )
 
     def _note(self, jobs: list[Job]) -> None:
+        """Note, once, how clips are made and what may surprise."""
         plan, pipeline = jobs[0].plan, self.pipeline
-        own, model, slices, steps = pipeline.config, plan.model, plan.slices, plan.key_steps
-        name = own.name
-        self._note_once(
-            f"{name} of {pipeline.folder} on {pipeline.device}, {pipeline.dtype}",
+        model, slices, steps, trained = plan.model, plan.slices, plan.key_steps, pipeline.config
+        name = trained.name
+        self.detail(f"{name} of {pipeline.folder} on {pipeline.device}, {pipeline.dtype}")
+        self.detail(
             f"{len(jobs)} at a time, decoded in slices of {slices.frames} frames, "
-            f"{slices.positions} positions, {slices.pictures} pictures in {slices.strips} strips",
-            tell=self.say.detail,
+            f"{slices.positions} positions, {slices.pictures} pictures in {slices.strips} strips"
         )
         if self.alone:
-            self.say.note(f"seed {plan.seed}")
-        lines = []
-        if (model.width, model.height) != (own.width, own.height):
-            lines.append(f"note: {name} was trained at {write_size((own.height, own.width))}")
-        if model.frames not in (own.frames, 1):
-            lines.append(f"note: {name} was trained on {own.frames} frames")
+            self.note(f"seed {plan.seed}")
+        if model.size != trained.size:
+            self.note(f"note: {name} was trained at {write_size(trained.size)}")
+        if model.frames not in (trained.frames, 1):
+            self.note(f"note: {name} was trained on {trained.frames} frames")
         if steps is not None:
             full = _list_steps(steps.content, model.steps)
-            lines.append(f"rehash: {steps.policy}, content in full at {full}")
+            self.note(f"rehash: {steps.policy}, content in full at {full}")
             if steps.motion:
                 full = _list_steps(steps.motion, model.motion_steps)
-                lines.append(f"rehash: motion in full at {full}")
+                self.note(f"rehash: motion in full at {full}")
         for job in jobs:
             of, prompt = "" if self.alone else f"line {job.line}: ", job.plan.prompt
             if unknown := dict.fromkeys(pipeline.tokenizer.unknown_words(prompt)):
-                lines.append(f"note: {of}unknown words for {name}: {', '.join(unknown)}")
+                self.note(f"note: {of}unknown words for {name}: {', '.join(unknown)}")
             if not pipeline.fits(prompt):
-                lines.append(f"note: {of}{name} reads only the start of this long prompt")
-        self._note_once(*lines, tell=self.say.note)
-
-    def _note_once(self, *lines: str, tell: Callable[[str], None]) -> None:
-        # a pipe may never end: the latest notes are enough
-        if len(self.notes) >= _MAX_NOTES:
-            self.notes.clear()
-        for line in dict.fromkeys(lines):
-            if line not in self.notes:
-                tell(line)
-        self.notes.update(lines)
+                self.note(f"note: {of}{name} reads only the start of this long prompt")
 
 
-class SameName(ValueError):
-    """Two jobs would write one file."""
+def _list_steps(steps: tuple[int, ...], total: int) -> str:
+    return f"{len(steps)} of {total} steps: {' '.join(map(str, steps))}"
 
 
-class _AllFailed(Exception):
-    """No clip of a forward can be written."""
+@dataclass
+class _File:
+    """The file of one job; its errors are this job's alone."""
+
+    job: Job
+    batch: Batch
+    error: OSError | None = None
+    writer: "Writer | None" = None
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    @contextmanager
+    def _part(self) -> Iterator[None]:
+        """Keep an error; remove at once what a failed part of the work leaves behind."""
+        try:
+            with self.stack as stack:
+                yield
+                self.stack = stack.pop_all()
+        except OSError as error:
+            self.error = error
+
+    def open(self, inputs: "Inputs | None") -> None:
+        job, batch = self.job, self.batch
+        with self._part():
+            if not batch.alone:
+                Path(job.target).parent.mkdir(parents=True, exist_ok=True)
+            if job.encoding.kind.video:
+                self.writer = self.stack.enter_context(batch.open(job, inputs))
+
+    def write(self, frames: "np.ndarray") -> None:
+        if self.error is None and self.writer is not None:
+            with self._part():
+                self.writer(frames)
+
+    def finish(self, clip: "Clip") -> None:
+        if self.error is not None:
+            return
+        with self._part():
+            if self.writer is None:
+                overwrite = self.batch.options.overwrite
+                clip.save(self.job.target, self.job.encoding, overwrite=overwrite)
+            self.stack.close()
+
+    def close(self, *error: Any) -> None:
+        with suppress(OSError):
+            self.stack.__exit__(*error)
 
 
 class _Writing(Bars):
     """Hands frames on, keeps the preview up to date and shows progress."""
 
-    def __init__(self, batch: Batch, files: list["_File"], show: Show) -> None:
-        super().__init__(show)
+    def __init__(self, batch: Batch, files: list[_File]) -> None:
+        super().__init__(batch.show)
         self.batch, self.files = batch, files
         self.preview = batch.options.preview
         self.estimates = self.preview is not None
         self.started = time.monotonic()
-        self.spent = self.last = 0.0
+        self.spent = 0.0
 
     def step(self, stage: str, done: int, total: int) -> None:
         if self.batch.writer is not None:
@@ -373,109 +391,19 @@ class _Writing(Bars):
 
     def estimate(self, decode: Callable[[], "np.ndarray"]) -> None:
         now = time.monotonic()
-        if self.spent + self.last <= PREVIEW_SHARE * (now - self.started):
+        if self.spent <= PREVIEW_SHARE * (now - self.started):
             self.content(0, decode())
-            self.last = time.monotonic() - now
-            self.spent += self.last
+            self.spent += time.monotonic() - now
 
     def content(self, clip: int, picture: "np.ndarray") -> None:
         from cmdgen.video.write import write_still
 
         if self.preview is not None and clip == 0:
-            write_still(self.preview, picture, None, overwrite=True)
+            write_still(self.preview, picture, None, Encoding(STILL), overwrite=True)
 
     def frames(self, clip: int, frames: "np.ndarray") -> None:
         if self.files:
             self.files[clip].write(frames)
-            # the rest of clips that cannot be written need not be made
-            if all(file.error is not None for file in self.files):
-                raise _AllFailed
         elif clip == 0:
             assert self.batch.writer is not None
             self.batch.writer(frames)
-
-
-def describe_clip(pipeline: "StillPipeline", job: Job, inputs: "Inputs | None") -> dict[str, Any]:
-    """Return the metadata of a job's file: how the clip is made, and how encoded if not plainly."""
-    plain, encoding = Encoding(job.encoding.format), job.encoding
-    names = ("crf", "codec", "loop")
-    differs = {
-        name: getattr(encoding, name)
-        for name in names
-        if getattr(encoding, name) != getattr(plain, name)
-    }
-    metadata = pipeline.describe(job.plan, inputs)
-    return metadata | ({"format": plain.format, **differs} if differs else {})
-
-
-def open_job(job: Job, metadata: dict[str, Any] | None, *, overwrite: bool = False) -> Any:
-    """Return a context whose value writes the job's frames."""
-    from cmdgen.video.write import open_video
-
-    model = job.plan.model
-    return open_video(
-        *(job.target, (model.height, model.width), model.fps, metadata, job.encoding),
-        overwrite=overwrite,
-        pixels=job.encoding.pixels,
-    )
-
-
-class _File:
-    """The file of one job; its errors are this job's alone."""
-
-    def __init__(self, job: Job, batch: Batch) -> None:
-        self.job, self.batch = job, batch
-        self.error: OSError | None = None
-        self.stack = ExitStack()
-        self.writer: Writer | None = None
-        self.metadata: dict[str, Any] | None = None
-
-    def __enter__(self) -> "_File":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        with suppress(OSError):
-            self.stack.__exit__(*error)
-
-    @contextmanager
-    def _part(self) -> Iterator[None]:
-        """Remove at once what a failed part of the work leaves behind."""
-        try:
-            try:
-                yield
-            except BaseException:
-                if not self.stack.__exit__(*sys.exc_info()):
-                    raise
-        except OSError as error:
-            self.error = error
-
-    def open(self, inputs: "Inputs | None") -> None:
-        if self.job.encoding.metadata:
-            self.metadata = describe_clip(self.batch.pipeline, self.job, inputs)
-        with self._part():
-            if not self.batch.alone:
-                Path(self.job.target).parent.mkdir(parents=True, exist_ok=True)
-            if self.job.encoding.format not in (STILL, LATENTS):
-                overwrite = self.batch.options.overwrite
-                self.writer = self.stack.enter_context(
-                    open_job(self.job, self.metadata, overwrite=overwrite)
-                )
-
-    def write(self, frames: "np.ndarray") -> None:
-        if self.error is None and self.writer is not None:
-            with self._part():
-                self.writer(frames)
-
-    def finish(self, clip: "Clip") -> None:
-        if self.error is not None:
-            return
-        job = self.job
-        with self._part():
-            if self.writer is None:
-                clip = replace(clip, metadata=self.metadata or {})
-                clip.save(job.target, job.encoding, overwrite=self.batch.options.overwrite)
-            self.stack.close()
-
-
-def _list_steps(steps: tuple[int, ...], total: int) -> str:
-    return f"{len(steps)} of {total} steps: {' '.join(map(str, steps))}"

@@ -1,7 +1,6 @@
 """`cmdgen encode|decode|reconstruct`: clips to content frame and motion latents, and back."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,22 +11,36 @@ import typer
 from cmdgen.cli.command import Only
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.inputs import SMALLER, note_weights, read_input
+from cmdgen.cli.naming import check_stdout, check_suffix
 from cmdgen.cli.progress import Bars, Say
-from cmdgen.options import option, read_fields
+from cmdgen.options import option
 from cmdgen.request import Request
 from cmdgen.video.formats import FORMATS, STDOUT, Encoding, choose_encoding
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from cmdgen.latents import Latents
     from cmdgen.pipelines.cmd import CmdPipeline
     from cmdgen.request import Plan
 
-NO_VIDEO = ("png", "safetensors")
+LATENTS, PICTURE = Encoding("safetensors"), Encoding("png")
 
 Video = Annotated[
     Path, typer.Argument(metavar="VIDEO", help="Any video; a picture is a video that rests.")
 ]
+LatentsFile = Annotated[
+    Path, typer.Argument(metavar="LATENTS", help="A .safetensors of `cmdgen encode`.")
+]
+Content = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also write the content frame, to a .png.")
+]
+SideBySide = Annotated[
+    bool, typer.Option("--side-by-side", help="Show the input and the content frame on the left.")
+]
 Quiet = Annotated[Say, Only(("quiet", "as_json"))]
 _MACHINE = ("model", "max_memory", "device", "dtype")
+Machine = Annotated[Request, Only(_MACHINE)]
 # the clip to take of a video, and the model
 Taken = Annotated[Request, Only(("frames", "size", "fps", *_MACHINE))]
 _output = partial(option, flags=("--output", "-o"), metavar="FILE", complete="file")
@@ -40,19 +53,9 @@ class Output:
     output: str = _output(MISSING, "File to write.")
     overwrite: bool = option(False, "Replace existing files.")
 
-    def __post_init__(self) -> None:
-        read_fields(self)
-
 
 def encode(
-    video: Video,
-    output: Output,
-    request: Taken,
-    say: Quiet,
-    content: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Also write the content frame, to a .png."),
-    ] = None,
+    video: Video, output: Output, request: Taken, say: Quiet, content: Content = None
 ) -> None:
     """Take a video apart: into its content frame and its motion latents.
 
@@ -63,41 +66,25 @@ def encode(
         cmdgen encode clip.mp4 -o clip.cmd.safetensors --content content.png
     """
     from cmdgen.latents import save_latents
-    from cmdgen.video.write import check_output, write_still
+    from cmdgen.video.write import write_still
 
     target, overwrite = Path(output.output), output.overwrite
-    picture_encoding = Encoding("png")
-    for path, encoding in ((target, Encoding("safetensors")), (content, picture_encoding)):
-        if path is None:
-            continue
-        if path.suffix.lower() != f".{encoding.format}":
-            raise ValueError(f"{path}: the name must end in .{encoding.format}")
-        check_output(path, encoding, overwrite=overwrite)
+    check_suffix(target, LATENTS, overwrite=overwrite)
+    if content is not None:
+        check_suffix(content, PICTURE, overwrite=overwrite)
     pipeline, plan = _load(request)
-    pipeline.encoding_slices(plan)
-    clip, origin = read_input(video, pipeline, request, say)
+    _, latents = _take_apart(video, pipeline, plan, say)
     with on_the_way(SMALLER):
-        with say.progress() as show:
-            latents = pipeline.encode(clip, plan, Bars(show), origin={"source": origin})
         save_latents(target, latents, overwrite=overwrite)
         if content is not None:
             picture = pipeline.decode_still(latents.content)
-            write_still(
-                *(content, picture, latents.metadata, picture_encoding), overwrite=overwrite
-            )
+            write_still(content, picture, latents.metadata, PICTURE, overwrite=overwrite)
     record = {"output": output.output} | ({} if content is None else {"content": str(content)})
     shapes = {name: list(getattr(latents, name).shape) for name in ("content", "motion")}
     say.result(target, {**record, "tensors": shapes, "metadata": latents.metadata})
 
 
-def decode(
-    latents: Annotated[
-        Path, typer.Argument(metavar="LATENTS", help="A .safetensors of `cmdgen encode`.")
-    ],
-    output: Output,
-    request: Annotated[Request, Only(_MACHINE)],
-    say: Quiet,
-) -> None:
+def decode(latents: LatentsFile, output: Output, request: Machine, say: Quiet) -> None:
     """Put a video together again from its content frame and its motion latents.
 
     The video's path goes to stdout.
@@ -115,31 +102,23 @@ def decode(
         halves = read_latents(latents, pipeline.config)
     note_weights(latents, halves, pipeline, say)
     fitted = fit_model(pipeline.config, halves.content.shape, halves.motion.shape)
-    size = fitted.height, fitted.width
-    encoding.check(size, halves.fps)
-    plan = pipeline.plan(replace(request, frames=fitted.frames, size=size))
+    encoding.check(fitted.size, halves.fps)
+    plan = pipeline.plan(replace(request, frames=fitted.frames, size=fitted.size))
     with (
         on_the_way("work within --max-memory"),
         say.progress() as show,
         open_video(
-            *(output.output, size, halves.fps, halves.metadata, encoding),
+            *(output.output, fitted.size, halves.fps, halves.metadata, encoding),
             overwrite=output.overwrite,
             pixels=encoding.pixels,
         ) as write,
     ):
         pipeline.decode(halves, plan, Bars(show, write), pixels=encoding.pixels)
-    _report(output.output, halves.metadata, say)
+    _report(output, halves.metadata, say)
 
 
 def reconstruct(
-    video: Video,
-    output: Output,
-    request: Taken,
-    say: Quiet,
-    side_by_side: Annotated[
-        bool,
-        typer.Option("--side-by-side", help="Show the input and the content frame on the left."),
-    ] = False,
+    video: Video, output: Output, request: Taken, say: Quiet, side_by_side: SideBySide = False
 ) -> None:
     """Take a video apart and put it together again: what content frame and motion can hold.
 
@@ -150,21 +129,17 @@ def reconstruct(
         cmdgen reconstruct clip.mp4 -o seen.mp4 --side-by-side
         cmdgen reconstruct clip.mp4 -o seen.mp4 --json | jq .metadata.psnr
     """
-    from cmdgen.video.write import open_video
-
     encoding = _choose_video(output, say)
     pipeline, plan = _load(request)
-    pipeline.encoding_slices(plan)
     model = plan.model
     encoding.check((model.height, model.width * (3 if side_by_side else 1)), model.fps)
-    clip, origin = read_input(video, pipeline, request, say)
+    clip, latents = _take_apart(video, pipeline, plan, say)
     import numpy as np
 
     from cmdgen.evaluation.metrics import compare_frames
 
     with on_the_way(SMALLER):
         with say.progress() as show:
-            latents = pipeline.encode(clip, plan, Bars(show), origin={"source": origin})
             result = pipeline.decode(latents, plan, Bars(show))
         likeness = compare_frames(result.frames, clip)
         psnr = round(likeness.psnr, 2) if math.isfinite(likeness.psnr) else None
@@ -174,32 +149,28 @@ def reconstruct(
             content = np.broadcast_to(result.content, clip.shape)
             shown = np.concatenate((clip, content, shown), axis=2)
             metadata["side_by_side"] = True
-        with open_video(
-            *(output.output, (shown.shape[1], shown.shape[2]), result.fps, metadata, encoding),
-            overwrite=output.overwrite,
-        ) as write:
-            write(shown)
+        result = replace(result, frames=shown, metadata=metadata)
+        result.save(output.output, encoding, overwrite=output.overwrite)
     say.note(f"PSNR {likeness.psnr:.2f} dB, SSIM {likeness.ssim:.4f}")
-    _report(output.output, metadata, say)
+    _report(output, metadata, say)
 
 
 def _choose_video(output: Output, say: Say) -> Encoding:
     from cmdgen.video.write import check_output
 
-    if output.output == STDOUT and say.as_json:
-        raise ValueError("--json and -o - both need stdout: leave one of them")
+    check_stdout(output.output, say)
     encoding = choose_encoding(output.output)
-    if encoding.format in NO_VIDEO:
-        videos = ", ".join(name for name in FORMATS if name not in NO_VIDEO)
+    if not encoding.kind.video:
+        videos = ", ".join(kind.name for kind in FORMATS.values() if kind.video)
         raise ValueError(f"{output.output}: {encoding.format} is no video, one of {videos} is")
     check_output(output.output, encoding, overwrite=output.overwrite)
     return encoding
 
 
-def _report(output: str, metadata: Mapping[str, Any], say: Say) -> None:
+def _report(output: Output, metadata: dict[str, Any], say: Say) -> None:
     # nothing else goes where the video itself goes
-    if output != STDOUT:
-        say.result(output, {"output": output, "metadata": metadata})
+    if output.output != STDOUT:
+        say.result(output.output, {"output": output.output, "metadata": metadata})
 
 
 def _load(request: Request) -> "tuple[CmdPipeline, Plan]":
@@ -213,3 +184,17 @@ def _load(request: Request) -> "tuple[CmdPipeline, Plan]":
     fit_model(plan.model, *latent_shapes(plan.model))
     assert isinstance(pipeline, CmdPipeline)
     return pipeline, plan
+
+
+def _take_apart(
+    video: Path, pipeline: "CmdPipeline", plan: "Plan", say: Say
+) -> "tuple[np.ndarray, Latents]":
+    """Return a video's frames as the model sees them, and their latents."""
+    from cmdgen.latents import describe_origin
+
+    # raises ValueError where memory is too small, before the video is read
+    pipeline.encoding_slices(plan)
+    clip = read_input(video, plan.model, say)
+    with on_the_way(SMALLER), say.progress() as show:
+        origin = {"source": describe_origin(video)}
+        return clip, pipeline.encode(clip, plan, Bars(show), origin=origin)

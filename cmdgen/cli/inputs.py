@@ -1,4 +1,4 @@
-"""Videos, latents and pictures that commands read: halves of clips that need not be sampled."""
+"""Videos, latents and pictures that commands read: parts of clips that need not be sampled."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,20 +6,21 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
-from cmdgen.cli.errors import Failure, describe, on_the_way
+from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.progress import Say
 from cmdgen.config import ModelConfig
-from cmdgen.request import INPUT_FIELDS, Request, resolve
+from cmdgen.request import INPUT_FIELDS, Plan, Request, resolve, write_size
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
     from cmdgen.latents import Latents
     from cmdgen.pipelines.base import Inputs
     from cmdgen.pipelines.still import StillPipeline
 
 CONTENT, MOTION, IMAGE = INPUT_FIELDS
+# suffix of files of latents
+LATENTS = ".safetensors"
 SMALLER = "ask for a smaller --size, fewer --frames, or work within --max-memory"
 
 
@@ -35,36 +36,39 @@ class InputFiles:
         self.paths: dict[str, Path] = {name: path for name, path in named.items() if path}
         if CONTENT in self.paths and IMAGE in self.paths:
             raise ValueError("--content-from and --image both give the content frame: give one")
-        for half, seed in (("content", request.content_seed), ("motion", request.motion_seed)):
-            if seed is not None and self.holds(half):
-                options = "--motion-from" if half == "motion" else "--content-from or --image"
-                raise ValueError(f"--{half}-seed has no effect with {options}: leave it out")
+        for part, options in (
+            ("content", "--content-from or --image"),
+            ("motion", "--motion-from"),
+        ):
+            if getattr(request, f"{part}_seed") is not None and self.have(part):
+                raise ValueError(f"--{part}-seed has no effect with {options}: leave it out")
         self.origin: dict[str, dict[str, str]] = {}
         if self.paths:
             from cmdgen.latents import describe_origin
 
             self.origin = {name: describe_origin(path) for name, path in self.paths.items()}
-        # inputs by size, length and rate
-        self._read: dict[tuple[int, ...], Inputs] = {}
+        # by size, length and rate
+        self._inputs: dict[tuple[object, ...], Inputs] = {}
 
-    def holds(self, half: str) -> bool:
-        """Return whether "content" or "motion" is given."""
-        return MOTION in self.paths if half == "motion" else bool({CONTENT, IMAGE} & {*self.paths})
+    def have(self, part: str) -> bool:
+        """Return whether "content" or "motion" comes from a file."""
+        return MOTION in self.paths if part == "motion" else bool({CONTENT, IMAGE} & {*self.paths})
 
     def check_like(self, recorded: Mapping[str, Any], like: Path, say: Say) -> None:
-        """Raise ValueError where the clip to repeat had inputs that are missing now.
+        """Compare with the metadata of the clip to make again; note inputs of other contents.
 
-        Notes inputs of other contents.
+        Raises ValueError where that clip had inputs that are missing now.
         """
-        for name, origin in recorded.items():
+        for name in INPUT_FIELDS:
+            origin, flag = recorded.get(name), f"--{name.replace('_', '-')}"
             if not isinstance(origin, dict):
                 continue
-            flag, file = f"--{name.replace('_', '-')}", short(origin.get("file"))
+            made, file = f"{like} was made with {flag}", short(origin.get("file"))
             if name in self.paths:
                 if origin.get("sha256") != self.origin[name]["sha256"]:
-                    say.note(f"note: {like} was made with {flag} of other contents, {file}")
-            elif not self.holds("motion" if name == MOTION else "content"):
-                raise ValueError(f"{like} was made with {flag} {file}: give that file, too")
+                    say.note(f"note: {made} of other contents, {file}")
+            elif not self.have("motion" if name == MOTION else "content"):
+                raise ValueError(f"{made} {file}: give that file, too")
 
     def fit(self, request: Request, model: ModelConfig) -> Request:
         """Return the request with the size and length of latents, where it has none.
@@ -78,109 +82,93 @@ class InputFiles:
 
         # raises ValueError for a model of stills
         latent_shapes(model)
-        headers = {}
-        for name in (CONTENT, MOTION):
-            if name not in self.paths or not _holds_latents(self.paths[name]):
+        shapes: dict[str, tuple[int, ...] | None] = {CONTENT: None, MOTION: None}
+        for name in shapes:
+            if name not in self.paths or self.paths[name].suffix.lower() != LATENTS:
                 continue
-            try:
-                headers[name] = read_header(self.paths[name])
-                own = fit_model(model, headers[name].content, headers[name].motion)
-            except ValueError as error:
-                raise Failure(describe(error)) from error
+            with on_the_way(SMALLER):
+                header = read_header(self.paths[name])
+                recorded = fit_model(model, header.content, header.motion)
+            shapes[name] = header.content if name == CONTENT else header.motion
             if request.size is None:
-                request = replace(request, size=(own.height, own.width))
+                request = replace(request, size=recorded.size)
             if request.frames is None and name == MOTION:
-                request = replace(request, frames=own.frames)
-        fitted = resolve(request, model).model
-        if CONTENT in headers:
-            check_fit(fitted, headers[CONTENT].content, None)
-        if MOTION in headers:
-            check_fit(fitted, None, headers[MOTION].motion)
-        if MOTION in self.paths and fitted.frames == 1:
+                request = replace(request, frames=recorded.frames)
+        model = resolve(request, model).model
+        check_fit(model, shapes[CONTENT], shapes[MOTION])
+        if MOTION in self.paths and model.frames == 1:
             raise ValueError("--motion-from has nothing to move: a still has one frame")
         return request
 
-    def read(self, pipeline: "StillPipeline", request: Request, say: Say) -> "Inputs | None":
-        """Return what `Pipeline.run` takes as inputs, at the request's size; None without files.
+    def read(self, pipeline: "StillPipeline", plan: Plan, say: Say) -> "Inputs | None":
+        """Return what `Pipeline.run` takes as inputs, at the plan's size; None without files.
 
         What is done to videos and pictures is noted.
         """
         if not self.paths:
             return None
-        model = resolve(request, pipeline.config).model
-        key = model.height, model.width, model.frames, model.fps
-        if key not in self._read:
-            self._read[key] = self._read_files(pipeline, request, say)
-        return self._read[key]
+        model = plan.model
+        key = model.size, model.frames, model.fps
+        if key not in self._inputs:
+            self._inputs[key] = self._read_files(pipeline, plan, say)
+        return self._inputs[key]
 
-    def _read_files(self, pipeline: "StillPipeline", request: Request, say: Say) -> "Inputs":
+    def _read_files(self, pipeline: "StillPipeline", plan: Plan, say: Say) -> "Inputs":
         from cmdgen.pipelines.base import Inputs
 
-        content: Tensor | None = None
+        content = motion = None
         if IMAGE in self.paths:
-            still = replace(request, frames=1)
-            picture, _ = read_input(self.paths[IMAGE], pipeline, still, say)
+            picture = read_input(self.paths[IMAGE], replace(plan.model, frames=1), say)
             with on_the_way("ask for a smaller --size"):
                 content = pipeline.encode_still(picture[0])
-        # one file may give both halves
+        # one file may give both parts
         paths = {path for name, path in self.paths.items() if name != IMAGE}
-        latents = {path: _read_latents(path, pipeline, request, say) for path in paths}
+        latents = {path: _read_latents(path, pipeline, plan, say) for path in paths}
         if CONTENT in self.paths:
             content = latents[self.paths[CONTENT]].content
-        motion = latents[self.paths[MOTION]].motion if MOTION in self.paths else None
+        if MOTION in self.paths:
+            motion = latents[self.paths[MOTION]].motion
         return Inputs(content, motion, self.origin)
 
 
-def _holds_latents(path: Path) -> bool:
-    from cmdgen.latents import SUFFIX
-
-    return path.suffix.lower() == SUFFIX
-
-
-def _read_latents(path: Path, pipeline: "StillPipeline", request: Request, say: Say) -> "Latents":
+def _read_latents(path: Path, pipeline: "StillPipeline", plan: Plan, say: Say) -> "Latents":
     from cmdgen.latents import read_latents
     from cmdgen.pipelines.cmd import CmdPipeline
 
-    if _holds_latents(path):
+    if path.suffix.lower() == LATENTS:
         with on_the_way(SMALLER):
             latents = read_latents(path, pipeline.config)
         note_weights(path, latents, pipeline, say)
         return latents
-    if request.frames == 1:
+    if not plan.moves:
         # a still is made of a whole clip's content frame
-        request = replace(request, frames=None)
-    clip, _ = read_input(path, pipeline, request, say)
+        plan = replace(plan, model=replace(plan.model, frames=pipeline.config.frames))
+    clip = read_input(path, plan.model, say)
     assert isinstance(pipeline, CmdPipeline)
     with on_the_way(SMALLER):
-        return pipeline.encode(clip, resolve(request, pipeline.config))
+        return pipeline.encode(clip, plan)
 
 
-def read_input(
-    video: Path, pipeline: "StillPipeline", request: Request, say: Say
-) -> tuple["np.ndarray", dict[str, str]]:
-    """A file -> uint8 (T, H, W, 3) of the request's size, length and rate, and its origin.
+def read_input(video: Path, model: ModelConfig, say: Say) -> "np.ndarray":
+    """A file -> uint8 (T, H, W, 3) of the model's size, length and rate.
 
     What is done to it is noted.
     """
-    from cmdgen.latents import describe_origin
     from cmdgen.video.read import read_clip
 
-    model = resolve(request, pipeline.config).model
     with on_the_way("ask for a smaller --size or fewer --frames"):
-        clip, source = read_clip(
-            video, frames=model.frames, size=(model.height, model.width), fps=model.fps
-        )
-        changes = []
-        if model.frames > 1 and source.fps is None:
-            changes.append(f"{model.frames} frames at {model.fps} fps")
-        elif model.frames > 1:
-            changes.append(f"its first {model.frames / model.fps:.3g} s at {model.fps} fps")
-        if (source.width, source.height) != (model.width, model.height):
-            changes.append(f"cropped and resized to {model.width}x{model.height}")
-        if source.held:
-            changes.append(f"the last frame held for {source.held} more")
-        say.note(f"{video}, {source}: {', '.join(changes) or 'unchanged'}")
-        return clip, describe_origin(video)
+        clip, source = read_clip(video, frames=model.frames, size=model.size, fps=model.fps)
+    changes = []
+    if model.frames > 1:
+        start = f"its first {model.frames / model.fps:.3g} s"
+        start = f"{model.frames} frames" if source.fps is None else start
+        changes.append(f"{start} at {model.fps} fps")
+    if (source.height, source.width) != model.size:
+        changes.append(f"cropped and resized to {write_size(model.size)}")
+    if source.held:
+        changes.append(f"the last frame held for {source.held} more")
+    say.note(f"{video}, {source}: {', '.join(changes) or 'unchanged'}")
+    return clip
 
 
 def note_weights(path: Path, latents: "Latents", pipeline: "StillPipeline", say: Say) -> None:

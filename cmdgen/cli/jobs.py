@@ -6,15 +6,16 @@ with # are skipped. An error in a line is an error of that job alone.
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty, Queue
 from reprlib import repr as short
+from secrets import randbits
 from stat import S_ISREG
 from threading import Thread
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, NamedTuple
 
-from cmdgen.cli.errors import Failure, describe
+from cmdgen.cli.errors import describe
 from cmdgen.cli.naming import check_inside, fill
 from cmdgen.files import parse_json
 from cmdgen.request import Plan, Request, read_job
@@ -25,8 +26,6 @@ MAX_LINE_BYTES, MAX_SKIPPED_BYTES = 2**20, 2**26
 # bytes of a file that is checked before anything is made; from a longer one, as from a pipe, jobs
 # start at once
 MAX_AHEAD_BYTES = 2**26
-# clips of a file, all of which are known before the first is made
-MAX_JOBS = 10**6
 # lines of a pipe that wait
 _WAITING = 256
 # seconds to wait for one more line before the jobs so far start
@@ -36,15 +35,11 @@ _PATIENCE = 0.05
 STILL, LATENTS = "png", "safetensors"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One line: values by the names of options, or its error."""
+class Entry(NamedTuple):
+    """One line that is not skipped: values by the names of options, or its error."""
 
-    # counts the lines that are not skipped, from 0
-    number: int
     line: int
-    values: dict[str, Any] = field(default_factory=dict)
-    error: ValueError | None = None
+    values: dict[str, Any] | ValueError
 
 
 @dataclass(frozen=True)
@@ -69,10 +64,8 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """Return the job for JSON."""
-        return {
-            **{"index": self.index, "line": self.line, "prompt": self.request.prompt},
-            **{"seed": self.request.seed, "output": self.target},
-        }
+        request, place = self.request, {"index": self.index, "line": self.line}
+        return place | {"prompt": request.prompt, "seed": request.seed, "output": self.target}
 
 
 @dataclass(frozen=True)
@@ -88,52 +81,81 @@ class Refused:
     def __str__(self) -> str:
         return f"line {self.line}: {describe(self.error)}"
 
-    @property
-    def located(self) -> Exception:
-        """Return the error with its line."""
-        if isinstance(self.error, Failure):
-            return Failure(str(self), self.error.code)
-        return type(self.error)(str(self))
-
     def describe(self) -> dict[str, Any]:
         """Return the error for JSON."""
         return {"index": self.index, "line": self.line, "error": describe(self.error)}
 
 
-def read_entries(file: IO[bytes]) -> Iterator[Entry]:
-    """Yield the lines of a file that are not skipped, in bounded memory whatever it holds."""
-    number = 0
-    for line, text in enumerate(_read_lines(file), 1):
-        if isinstance(text, ValueError):
-            yield Entry(number, line, error=text)
-            number += 1
-            continue
+def open_entries(file: str | None) -> tuple[Iterator[Entry | None], bool]:
+    """Return the entries of a file, and whether it is read to its end before jobs start.
+
+    "-" is stdin, whose entries start as they come: None stands where no line is there yet. None is
+    a prompt piped to stdin; a terminal has none. Raises OSError and ValueError for what cannot be
+    read.
+    """
+    if file is None and os.isatty(0):
+        return iter(()), True
+    # not sys.stdin: at its end Python waits for a thread that reads from that
+    descriptor = os.dup(0) if file is None or file == "-" else os.open(file, os.O_RDONLY)
+    if os.path.isdir(descriptor):
+        raise ValueError(f"{file or 'stdin'} is a folder, not a file of prompts")
+    stream, status = os.fdopen(descriptor, "rb"), os.fstat(descriptor)
+    if file is None or (S_ISREG(status.st_mode) and status.st_size <= MAX_AHEAD_BYTES):
+        return read_entries(stream), True
+    return _as_they_come(stream), False
+
+
+def _as_they_come(stream: IO[bytes]) -> Iterator[Entry | None]:
+    waiting: Queue[Entry | OSError | None] = Queue(_WAITING)
+
+    def read() -> None:
         try:
-            values = _parse(text)
-        except ValueError as error:
-            yield Entry(number, line, error=error)
-        else:
-            if values is None:
-                continue
-            yield Entry(number, line, values)
-        number += 1
+            for entry in read_entries(stream):
+                waiting.put(entry)
+            waiting.put(None)
+        except OSError as error:
+            waiting.put(error)
+
+    Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            entry = waiting.get(timeout=_PATIENCE)
+        except Empty:
+            yield None
+            entry = waiting.get()
+        if isinstance(entry, OSError):
+            raise entry
+        if entry is None:
+            return
+        yield entry
+
+
+def read_entries(file: IO[bytes]) -> Iterator[Entry]:
+    """Yield the lines of a file that are not skipped, in bounded memory; close it at its end."""
+    with file:
+        for line, text in enumerate(_read_lines(file), 1):
+            values: dict[str, Any] | ValueError | None
+            try:
+                values = text if isinstance(text, ValueError) else _parse(text)
+            except ValueError as error:
+                values = error
+            if values is not None:
+                yield Entry(line, values)
 
 
 def _read_lines(file: IO[bytes]) -> Iterator[bytes | ValueError]:
     while text := file.readline(MAX_LINE_BYTES + 1):
-        if len(text) <= MAX_LINE_BYTES:
-            yield text
-            continue
-        size = len(text)
-        while text and not text.endswith(b"\n"):
+        rest, size = text, len(text)
+        while size > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
             if size > MAX_SKIPPED_BYTES:
                 yield ValueError(
                     f"goes on for more than {MAX_SKIPPED_BYTES} bytes: nothing after it is read"
                 )
                 return
-            text = file.readline(MAX_LINE_BYTES)
-            size += len(text)
-        yield ValueError(f"has {size} bytes, more than {MAX_LINE_BYTES}")
+            rest = file.readline(MAX_LINE_BYTES)
+            size += len(rest)
+        too_long = ValueError(f"has {size} bytes, more than {MAX_LINE_BYTES}")
+        yield too_long if size > MAX_LINE_BYTES else text
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -155,85 +177,29 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return values
 
 
-def open_entries(file: str) -> tuple[Iterator[Entry | None], bool]:
-    """Return the entries of a file ("-" is stdin), and whether it is read to its end first.
-
-    Entries of a pipe start as they come: None stands where no line is there yet. Raises OSError
-    and ValueError for what cannot be read.
-    """
-    # not sys.stdin: at its end Python waits for a thread that reads from that
-    descriptor = os.dup(0) if file == "-" else os.open(file, os.O_RDONLY)
-    if os.path.isdir(descriptor):
-        raise ValueError(f"{file} is a folder, not a file of prompts")
-    stream = os.fdopen(descriptor, "rb")
-    status = os.fstat(stream.fileno())
-    if S_ISREG(status.st_mode) and status.st_size <= MAX_AHEAD_BYTES:
-        return _closing(stream), True
-    return _as_they_come(stream), False
-
-
-def read_piped() -> Iterator[Entry]:
-    """Yield the entries of piped stdin, to its end; a terminal, or a closed stdin, has none."""
-    try:
-        stream = os.fdopen(os.dup(0), "rb")
-    except OSError:
-        return iter(())
-    if stream.isatty():
-        stream.close()
-        return iter(())
-    return _closing(stream)
-
-
-def _closing(stream: BinaryIO) -> Iterator[Entry]:
-    with stream:
-        yield from read_entries(stream)
-
-
-def _as_they_come(stream: BinaryIO) -> Iterator[Entry | None]:
-    waiting: Queue[Entry | OSError | None] = Queue(_WAITING)
-
-    def read() -> None:
-        try:
-            for entry in read_entries(stream):
-                waiting.put(entry)
-        except OSError as error:
-            waiting.put(error)
-        waiting.put(None)
-
-    Thread(target=read, daemon=True).start()
-    while True:
-        try:
-            entry = waiting.get(timeout=_PATIENCE)
-        except Empty:
-            yield None
-            entry = waiting.get()
-        if isinstance(entry, OSError):
-            raise entry
-        if entry is None:
-            return
-        yield entry
-
-
 def make_jobs(
     entries: Iterable[Entry | None], request: Request, *, num: int
 ) -> Iterator[Job | Refused | None]:
     """Yield `num` jobs for each entry; `request` has the values that an entry does not set."""
+    index = 1
     for entry in entries:
         if entry is None:
             yield None
             continue
-        index = entry.number * num + 1
         try:
-            if entry.error is not None:
-                raise entry.error
+            if isinstance(entry.values, ValueError):
+                raise entry.values
             values = read_job(entry.values)
-            values["output"] = _choose_template(values.get("output"), request.output)
+            if (output := values.pop("output", None)) is not None:
+                if request.output == STDOUT:
+                    raise ValueError(f"output {short(output)}: all of them go to stdout")
+                # in the folder of --output, if it has one
+                values["output"] = str(Path(request.output or "").parent / check_inside(output))
             merged = replace(request, **values)
-            jobs = [_make_job(entry.line, merged, index + i, i) for i in range(num)]
+            yield from [_make_job(entry.line, merged, index + i, i) for i in range(num)]
         except ValueError as error:
             yield Refused(index, entry.line, error)
-        else:
-            yield from jobs
+        index += num
 
 
 def _make_job(line: int, request: Request, index: int, offset: int) -> Job:
@@ -242,11 +208,8 @@ def _make_job(line: int, request: Request, index: int, offset: int) -> Job:
         raise ValueError('the prompt is empty: say what to show, such as "a corgi swimming"')
     if request.output is None:
         raise ValueError("no output: give a name with --output, or - for stdout")
-    drawn = int.from_bytes(os.urandom(4), "big")
-    seed = drawn if request.seed is None else request.seed + offset
-    target = request.output
-    if target != STDOUT:
-        target = fill(target, index=index, line=line, seed=seed, prompt=prompt)
+    seed = randbits(32) if request.seed is None else request.seed + offset
+    target = fill(request.output, prompt, {"index": index, "line": line, "seed": seed})
     encoding = choose_encoding(
         target,
         **{name: getattr(request, name) for name in ("format", "crf", "codec", "loop", "sidecar")},
@@ -259,13 +222,3 @@ def _make_job(line: int, request: Request, index: int, offset: int) -> Job:
         frames = 1
     request = replace(request, prompt=prompt, seed=seed, frames=frames)
     return Job(index, line, request, target, encoding)
-
-
-def _choose_template(output: str | None, template: str | None) -> str | None:
-    """Return where a job's own output lies: in the folder of --output, if it has one."""
-    if output is None:
-        return template
-    if template == STDOUT:
-        raise ValueError(f"output {short(output)}: all of them go to stdout")
-    folder = Path() if template is None else Path(template).parent
-    return str(folder / check_inside(output))

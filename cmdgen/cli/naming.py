@@ -1,8 +1,11 @@
-"""Names of files from templates and prompts; no name leads out of its folder."""
+"""Names of files: from templates and prompts, checked before anything is made."""
 
 import re
 import unicodedata
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from cmdgen.cli.progress import Say
+from cmdgen.video.formats import STDOUT, Encoding
 
 # what a template may name, and how each may be formatted
 _NUMBER, _WORDS = r"0?[0-9]{1,2}d?", r"\.[0-9]{1,2}"
@@ -24,33 +27,29 @@ def slug(prompt: str, length: int = SLUG_BYTES) -> str:
     # words of letters, marks that belong to them, and numbers
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).lower())
     kept = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in folded)
-    words: list[str] = []
-    for word in kept.split():
-        if words and len("-".join([*words, word]).encode()) > SLUG_BYTES:
-            break
-        words.append(word)
-    # the first word alone may be too long: cut it between letters
-    name = "-".join(words).encode()[:SLUG_BYTES].decode(errors="ignore")[:length].strip("-")
+    name = "-".join(kept.split()).encode()
+    if len(name) > SLUG_BYTES:
+        # cut between words, or, if the first one alone is too long, between letters
+        words, dash, _ = name[: SLUG_BYTES + 1].rpartition(b"-")
+        name = words if dash else name[:SLUG_BYTES]
+    text = name.decode(errors="ignore")[:length].strip("-")
     # a mark at the start would join what stands before it
-    while name and unicodedata.category(name[0])[0] == "M":
-        name = name[1:]
-    return f"{name}-" if _DEVICES.fullmatch(name) else name or NAMELESS
+    while text and unicodedata.category(text[0])[0] == "M":
+        text = text[1:]
+    return f"{text}-" if _DEVICES.fullmatch(text) else text or NAMELESS
 
 
-def fill(template: str, *, index: int, line: int, seed: int, prompt: str) -> str:
+def fill(template: str, prompt: str, numbers: dict[str, int]) -> str:
     """Replace a template's fields in braces, such as {index:04d}; {{ and }} are braces.
 
-    Raises ValueError, with the fields that are possible.
+    `numbers` are index, line and seed. Raises ValueError, with the fields that are possible.
     """
-    numbers = {"index": index, "line": line, "seed": seed}
 
     def replace(match: re.Match[str]) -> str:
         name, spec = _read_field(match)
-        if name in numbers:
-            return format(numbers[name], spec)
         if name == "slug":
-            return slug(prompt, int(spec[1:])) if spec else slug(prompt)
-        return match[0][0]
+            return slug(prompt, int(spec[1:] or SLUG_BYTES))
+        return format(numbers[name], spec) if name else match[0][0]
 
     return _BRACES.sub(replace, template)
 
@@ -78,8 +77,25 @@ def check_inside(path: str) -> str:
     """Return the path. Raises ValueError unless it is relative and stays in its folder."""
     for kind in (PurePosixPath, PureWindowsPath):
         pure = kind(path)
-        if pure.is_absolute() or pure.drive or pure.root or ".." in pure.parts or not pure.name:
+        if pure.anchor or ".." in pure.parts or not pure.name:
             raise ValueError(f"output {path!r} of a job is not a relative path without ..")
-    if "\0" in path:
-        raise ValueError(f"output {path!r} of a job is not a path")
     return path
+
+
+def check_stdout(output: str | None, say: Say) -> None:
+    """Raise ValueError where a video is to go to stdout, and cannot."""
+    if output == STDOUT:
+        from cmdgen.video.write import check_output
+
+        if say.as_json:
+            raise ValueError("--json and -o - both need stdout: leave one of them")
+        check_output(STDOUT, overwrite=True)
+
+
+def check_suffix(path: Path, encoding: Encoding, *, overwrite: bool) -> None:
+    """Raise where a file of this format cannot be written to `path`, or is named otherwise."""
+    from cmdgen.video.write import check_output
+
+    if path.suffix.lower() != f".{encoding.format}":
+        raise ValueError(f"{path}: the name must end in .{encoding.format}")
+    check_output(path, encoding, overwrite=overwrite)

@@ -2,9 +2,9 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,10 +15,6 @@ from cmdgen.config import CMD_SD21
 from cmdgen.evaluation.report import column, scale, table
 from cmdgen.evaluation.settings import Profiling
 from cmdgen.request import Request, resolve
-
-if TYPE_CHECKING:
-    from cmdgen.evaluation.decoding import Decoding
-    from cmdgen.evaluation.flops import PaperTables
 
 # stages, or ways to make clips, as `to_json` explains them
 Rows = Sequence[dict[str, Any]]
@@ -39,24 +35,20 @@ PAPER_SIZE = 512, 1024
 BAR = 25
 
 NOTES = """\
-- Seconds: the median of {runs} after one run to warm up; the total has what is between stages too.
-- Memory: the highest; resident is of the whole process, allocated and reserved are PyTorch's on the
-  GPU.
-- Parameters and weights: of what runs, so the decoders of the autoencoder and the VAE; of load and
-  total, of everything that is loaded.
-- Read: the weights once for each forward (of the token table, the rows of one prompt), to load all
-  of them once, to encode the frames. Activations are not counted, and weights that stay in a cache
-  can pass the limit.
-- Limits: products of square matrices in this dtype, copies of more than caches hold (read + write).
-  The fastest of a few, before and after the runs."""
+- Seconds: the median of {runs} runs after one to warm up; the total includes gaps between stages.
+- Memory: the highest; resident is the process's, allocated and reserved are PyTorch's on the GPU.
+- Parameters, weights: of the half of a network that runs; of load and total, of all networks.
+- Read: the weights once for each forward (of the token table, the rows of one prompt), the frames
+  to encode; no activations. Weights that stay in a cache can pass the limit.
+- Limits: the fastest of a few products of square matrices in this dtype, and of copies of more than
+  caches hold (read + write), before and after the runs."""
 
 DECODING_NOTES = """\
 - Whole: the clip through the autoencoder at once, single frames through the VAE. Default: the
   slices of a run without --max-memory. Least: those of 40 % of the whole's memory.
-- Frames and positions that go through the autoencoder at a time, pictures through the VAE, and the
-  strips that each of these is cut into.
-- Memory: tensors beside the weights at once, as planned and as found; live: counted on the same run
-  of shapes alone; allocated and reserved: PyTorch's on the GPU, reserved with the weights.
+- A slice has so many frames or positions in the autoencoder, pictures in the VAE, cut in strips.
+- Memory: tensors beside the weights at once; live: counted on the shapes of the same run; allocated
+  and reserved: PyTorch's on the GPU, reserved with the weights.
 - Seconds: the least of the runs; of the VAE, those of its first slice times their number."""
 
 SUITE_LABELS = {
@@ -66,23 +58,20 @@ SUITE_LABELS = {
     "rehash_quarter": "rehash {full_steps}",
 }
 SUITE_NOTES = """\
-- One process, weights loaded, the median of {runs} clips after one to warm up, in the rows' order.
-- The paper's count: guidance off in both models; text, content, motion and frame decode, as timed
-  one by one: the VAE runs too, and is left out, and there is no file.
+- One process, weights loaded; the median of {runs} clips after one to warm up.
+- The paper's count: no guidance; text, content, motion and frame decode, no VAE and no file.
 - Prompt to file: the model's guidance, VAE, mp4 on disk. Rehash: the same, with so many steps in
   full, chosen uniformly.
 - ms/step: the content stage by all of its steps, full or skipped, with the sampler between them.
-- Rates: two operations for each multiply-add of what runs, skipped steps too, in all those seconds;
-  matmul is the fastest of a few products of square matrices in this dtype, before and after.
-- Memory: the highest, weights too; resident is of the whole process; allocated and reserved are
-  PyTorch's on the GPU, with what rows above keep for good, such as captured graphs."""
+- Rates: two operations for each multiply-add of what runs, in all those seconds. Matmul: the
+  fastest of a few products of square matrices in this dtype, before and after.
+- Memory: the highest; resident is the process's, allocated and reserved are PyTorch's on the GPU,
+  with what earlier rows keep, such as captured graphs."""
 
 PAPER_NOTES = """\
-- So counted: multiply-adds, without attention's products of queries with keys and of
-  weights with values; Table 9 without guidance, text encoder and VAE, and with the
-  autoencoder there and back.
-- Operations: two for each multiply-add, attention's too; in Table 9 of all that sampling
-  runs: guidance of the content, text encoder, the autoencoder's way back, VAE decoder."""
+- So counted: multiply-adds, without attention's products of queries with keys and of weights with
+  values; Table 9 without guidance, text encoder and VAE, the autoencoder there and back.
+- Operations: two for each multiply-add, attention's too; in Table 9 of all that sampling runs."""
 
 
 def profile(
@@ -101,26 +90,26 @@ def profile(
       cmdgen profile --steps 10 --trace trace.json --json > profile.json
       cmdgen profile --paper
     """
-    given = _list_given(context)
+    flags = _list_flags(context)
     for name, (what, used) in MODES.items():
         if getattr(options, name):
-            for other in given:
-                if other not in (name, "as_json", "quiet", *used):
-                    raise ValueError(f"{what}: --{other} has no use there")
+            for flag in flags:
+                if flag not in (name, "as_json", "quiet", *used):
+                    raise ValueError(f"{what}: --{flag} has no use there")
     if options.paper:
         from cmdgen.evaluation.flops import compare_with_paper
 
         tables = compare_with_paper()
-        say.result("\n".join(_paper_lines(tables)), asdict(tables))
+        say.result("\n".join(_paper_lines(tables)), tables)
     elif options.decoding:
-        _decode(request, options.runs if "runs" in given else 1, say)
+        _decode(request, options.runs if "runs" in flags else 1, say)
     elif request.compile and not options.suite:
         raise ValueError("--compile has a use with --suite alone")
     else:
         _measure(request, options, say)
 
 
-def _list_given(context: typer.Context) -> list[str]:
+def _list_flags(context: typer.Context) -> list[str]:
     """Return the options that the command line has."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
@@ -157,7 +146,7 @@ def _decode(request: Request, runs: int, say: Say) -> None:
     dtype = choose_dtype(request.dtype, device)
     with on_the_way("ask for a smaller --size"), say.progress() as show:
         ways = compare_decoding(model, device, dtype, runs=runs, show=show)
-    entries: Any = [{**asdict(way), "seconds": way.seconds} for way in ways.values()]
+    entries: Any = list(ways.values())
     title = f"{model.name}, {model.frames} frames of {model.width}x{model.height}"
     lines = [title, "", *table(_decoding_rows(ways)), "", DECODING_NOTES]
     say.result("\n".join(lines), entries)
@@ -307,46 +296,41 @@ def _suite_lines(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _decoding_rows(ways: dict[str, "Decoding"]) -> Iterator[Sequence[str]]:
+def _decoding_rows(ways: dict[str, dict[str, Any]]) -> Iterator[Sequence[str]]:
     whole = ways["whole"]
-    (kind, *_) = whole.memory
+    (kind, *_) = whole["memory"]
     yield (
         *("way", "frames", "positions", "pictures", "strips", "predicted MB"),
-        *(f"{name} MB" for name in whole.memory),
+        *(f"{name} MB" for name in whole["memory"]),
         *("of whole", "clip s", "VAE s", "total s", "of whole"),
     )
     for name, way in ways.items():
-        slices = ("", "", 1, "") if way.slices is None else asdict(way.slices).values()
+        slices = way["slices"] or {"frames": "", "positions": "", "pictures": 1, "strips": ""}
         yield (
-            *(name, *map(str, slices)),
-            "" if way.predicted is None else f"{way.predicted / 1e6:.0f}",
-            *(f"{value / 1e6:.0f}" for value in way.memory.values()),
-            f"{way.memory[kind] / whole.memory[kind]:.1%}",
-            *(f"{each:.2f}" for each in (way.clip_seconds, way.vae_seconds, way.seconds)),
-            f"{way.seconds / whole.seconds:.1%}",
+            *(name, *map(str, slices.values())),
+            "" if way["predicted"] is None else f"{way['predicted'] / 1e6:.0f}",
+            *(f"{value / 1e6:.0f}" for value in way["memory"].values()),
+            f"{way['memory'][kind] / whole['memory'][kind]:.1%}",
+            *(f"{way[each]:.2f}" for each in ("clip_seconds", "vae_seconds", "seconds")),
+            f"{way['seconds'] / whole['seconds']:.1%}",
         )
 
 
-def _paper_lines(tables: "PaperTables") -> list[str]:
-    lines = [f"CMD's efficiency tables, counted with {tables.model}; all figures are 10^12."]
-    for title, entries in (
-        ("Table 8: one forward at 512x512", tables.table_8),
-        ("Table 9: sampling 16 frames at 512x1024", tables.table_9),
+def _paper_lines(tables: dict[str, Any]) -> list[str]:
+    lines = [f"CMD's efficiency tables, counted with {tables['model']}; all figures are 10^12."]
+    for name, title in (
+        ("table_8", "Table 8: one forward at 512x512"),
+        ("table_9", "Table 9: sampling 16 frames at 512x1024"),
     ):
         rows = [("", "paper", "ours, so counted", "apart", "operations")]
-        rows += [
-            (
-                entry.label,
-                f"{entry.published:g}",
-                f"{entry.ours:.{2 if entry.ours > 10 else 3}f}",
-                f"{entry.ours / entry.published - 1:+.2%}",
-                f"{entry.honest:.{1 if entry.honest > 10 else 2}f}",
-            )
-            for entry in entries
-        ]
+        for entry in tables[name]:
+            paper, ours, honest = (entry[key] for key in ("published", "ours", "honest"))
+            counts = f"{ours:.{2 if ours > 10 else 3}f}", f"{ours / paper - 1:+.2%}"
+            operations = f"{honest:.{1 if honest > 10 else 2}f}"
+            rows.append((entry["label"], f"{paper:g}", *counts, operations))
         lines += ["", title, "", *table(rows)]
-    total = sum(tables.stages.values())
-    stages = [(name, f"{each:.2f}", f"{each / total:.1%}") for name, each in tables.stages.items()]
+    total = sum(tables["stages"].values())
+    stages = [(stage, f"{x:.2f}", f"{x / total:.1%}") for stage, x in tables["stages"].items()]
     heading = "Where the operations of 50 steps are"
     return [
         *lines,

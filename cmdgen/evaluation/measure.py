@@ -171,7 +171,7 @@ class Evaluator:
         figures = []
         for name, label in (("vae", "VAE"), ("autoencoder", "CMD autoencoder")):
             for error, (suffix, where) in zip(errors, _PLACES, strict=True):
-                psnr = {each: squared.psnr() for each, squared in error.items()}
+                psnr = {made_by: squared.psnr() for made_by, squared in error.items()}
                 key, value, mean = f"{name}_psnr{suffix}", psnr.pop(name), psnr["mean frame"]
                 target, reason = _PSNR_TARGETS.get(key), ""
                 if target is None:
@@ -244,4 +244,4 @@ def load_evaluator(model: str, device: str, probe: Path | None = None, *, show: 
 
 def _stack(pictures: Sequence[np.ndarray]) -> Tensor:
     """B x uint8 (..., H, W, 3) -> (B, ..., 3, H, W)."""
-    return torch.stack([torch.from_numpy(each) for each in pictures]).movedim(-1, -3)
+    return torch.stack([torch.from_numpy(picture) for picture in pictures]).movedim(-1, -3)

@@ -193,7 +193,7 @@ def profile(
     pipeline = load()
     device, dtype = pipeline.device, pipeline.dtype
     before = measure_limits(device, dtype)
-    measured: dict[str, list[tuple[Stopwatch, float]]] = {name: [] for name in ways}
+    measured: dict[str, list[Stopwatch]] = {name: [] for name in ways}
     turns = [(name, i) for name in ways for i in range(1 + runs)]
     show("run", 0, len(turns))
     with TemporaryDirectory() as folder:
@@ -201,14 +201,13 @@ def profile(
             if device.type == "cuda" and i == 0:
                 # what others keep for reuse would count as reserved by this one
                 torch.cuda.empty_cache()
-            watch, started = Stopwatch(device), time.perf_counter()
-            # the pipeline of the run before is let go of before this one reads its weights
-            pipeline = load()
-            ways[name].make(pipeline, watch, Path(folder, f"{name}-{i}"), i)
-            _wait(device)
-            seconds = time.perf_counter() - started
+            watch = Stopwatch(device)
+            with watch.stage("total"):
+                # the pipeline of the run before is let go of before this one reads its weights
+                pipeline = load()
+                ways[name].make(pipeline, watch, Path(folder, f"{name}-{i}"), i)
             if i > 0:
-                measured[name].append((watch, seconds))
+                measured[name].append(watch)
             show("run", done, len(turns))
     # others may have had the machine before or after: its limits are the higher of the two
     limits = Limits(*map(max, before, measure_limits(device, dtype)))
@@ -228,28 +227,24 @@ def profile(
 
 
 def _describe_row(
-    way: Way, dtype: torch.dtype, limits: Limits, measured: list[tuple[Stopwatch, float]]
+    way: Way, dtype: torch.dtype, limits: Limits, watches: list[Stopwatch]
 ) -> dict[str, Any]:
     work = count_work(way.plan, dtype, batch=way.batch)
-    watches = [watch for watch, _ in measured]
     counted = {stage: work[stage] for stage in way.stages or work}
-    stages = {
-        stage: describe_stage(
-            *(each, [watch.seconds[stage] for watch in watches]),
-            *(highest(watch.memory[stage] for watch in watches), limits),
-        )
-        for stage, each in counted.items()
-    }
-    seconds = [whole for _, whole in measured]
-    if way.encode == "never":
-        seconds = [sum(watch.seconds[stage] for stage in counted) for watch in watches]
+
+    def describe(work: Work, stages: Iterable[str], timed: Iterable[str]) -> dict[str, Any]:
+        seconds = [sum(watch.seconds[stage] for stage in timed) for watch in watches]
+        memory = highest(watch.memory[stage] for watch in watches for stage in stages)
+        return describe_stage(work, seconds, memory, limits)
+
+    stages = {stage: describe(counted[stage], [stage], [stage]) for stage in counted}
     sums = {
-        name: sum(getattr(each, name) for each in counted.values())
+        name: sum(getattr(stage, name) for stage in counted.values())
         for name in ("forwards", "flops", "bytes_read")
     }
-    memory = highest(watch.memory[stage] for watch in watches for stage in counted)
+    timed = counted if way.encode == "never" else ["total"]
     model, (content, motion) = way.plan.model, full_steps(way.plan)
-    return describe_stage(replace(work["load"], **sums), seconds, memory, limits) | {
+    return describe(replace(work["load"], **sums), counted, timed) | {
         **{"full_steps": content, "full_motion_steps": motion},
         **{"guidance": model.guidance, "motion_guidance": model.motion_guidance},
         "content_step_seconds": stages["content"]["seconds"]["median"] / model.steps,

@@ -1,7 +1,6 @@
 """Step rehash: which steps can reuse features, and what that is worth beside fewer steps."""
 
 import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -76,7 +75,7 @@ def calibrate(
             if isinstance(pipeline, CmdPipeline) and plan.moves:
                 motion = partial(_sample_motion, pipeline, plans, text, content)
                 sums["motion"].add(CutDiT(pipeline.motion), motion, partial(count_run, "motion"))
-    return [each.finish(part, model.sampler, len(prompts)) for part, each in sums.items()]
+    return [sums[part].finish(part, model.sampler, len(prompts)) for part in sums]
 
 
 def _sample_motion(
@@ -135,9 +134,10 @@ def compare_rehash(evaluator: Evaluator, options: Comparing) -> dict[str, Any]:
         reference: Tensor | None = None
         # one after the other in each batch: what else the machine does, it does to all of them
         for way in ways:
-            watch, started = Stopwatch(pipeline.device), time.perf_counter()
-            frames, _ = evaluator.sample(way.plan, rows, seed, watch)
-            way.seconds += time.perf_counter() - started
+            watch = Stopwatch(pipeline.device)
+            with watch.stage("all"):
+                frames, _ = evaluator.sample(way.plan, rows, seed, watch)
+            way.seconds += watch.seconds["all"]
             way.sampler_seconds += sum(watch.seconds[part] for part in PARTS)
             way.readings.add(frames, labels)
             values = (frames.float() / 255).flatten(0, 1)

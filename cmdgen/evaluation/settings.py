@@ -1,22 +1,28 @@
 """Options of the commands that measure. Never imports torch."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cmdgen.options import option, read_fields
+from cmdgen.config import CALIBRATION
+from cmdgen.options import option, option_of, options_of, read_fields
 from cmdgen.request import MAX_SEED, Request
 
 _count = partial(option, low=1)
 _runs = partial(option, low=1, high=1000)
 _file = partial(option, None, metavar="FILE", complete="file")
-_argument = partial(option, argument=True, metavar="MODEL", complete="model")
 _sample = partial(option, False, group="Instead of a sample")
 _evaluation = partial(option, group="Instead of the evaluation")
 _seed = partial(option, 0, "Seed of the first clip; the next ones count up.", low=0, high=MAX_SEED)
-_share = partial(option, Request.rehash_protect, low=0, high=1)
-PROTECTED = "Share of the content model's steps, from the first, that always run in full."
+
+
+def _like(name: str, **changes: Any) -> Any:
+    """Return a field like one of `Request`, except for changes of its option."""
+    item = options_of(Request)[name][0]
+    described = replace(option_of(item), group=None, **changes)
+    return field(default=item.default, metadata={"option": described})
 
 
 def check_writable(path: Path | None) -> None:
@@ -29,6 +35,8 @@ def check_writable(path: Path | None) -> None:
 class _Options:
     def __post_init__(self) -> None:
         read_fields(self)
+        for name in ("output", "plot", "trace"):
+            check_writable(getattr(self, name, None))
 
 
 @dataclass(frozen=True)
@@ -51,16 +59,12 @@ class Profiling(_Options):
         "in one process with the weights loaded."
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_writable(self.trace)
-
 
 @dataclass(frozen=True)
 class Evaluation(_Options):
     """Options of `cmdgen eval`."""
 
-    model: str = _argument(Request.model, "Packaged model, folder, or OWNER/NAME that was pulled.")
+    model: str = _like("model", argument=True, metavar="MODEL")
     clips: int = option(500, "Clips to generate; 0 measures reconstruction alone.", low=0)
     reconstructed: int = _count(256, "Clips to encode and decode.")
     batch: int = _count(32, "Clips at a time.")
@@ -83,16 +87,11 @@ class Calibrating(_Options):
 
     prompts: Path | None = _file("A prompt a line.", shown="captions of the rendered world")
     output: Path | None = _file(
-        "File to write.", flags=("--output", "-o"), shown="rehash.json of the model"
+        "File to write.", flags=("--output", "-o"), shown=f"{CALIBRATION} of the model"
     )
     plot: Path | None = _file("Also draw the similarities as a PNG.")
-    protect: float = _share(PROTECTED)
+    protect: float = _like("rehash_protect", flags=("--protect",))
     batch: int = _count(8, "Prompts at a time.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_writable(self.output)
-        check_writable(self.plot)
 
 
 @dataclass(frozen=True)
@@ -105,4 +104,4 @@ class Comparing(_Options):
     clips: int = _count(128, "Clips to make in each way.")
     batch: int = _count(16, "Clips at a time.")
     seed: int = _seed()
-    protect: float = _share(PROTECTED)
+    protect: float = _like("rehash_protect", flags=("--protect",))

@@ -24,7 +24,7 @@ from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import SAMPLERS, VISITED
 from cmdgen.latents import Latents, check_fit, save_latents
 from cmdgen.pipelines.observer import Observer
-from cmdgen.request import Plan, Request, describe_plan, resolve
+from cmdgen.request import Plan, Request, describe_plan, resolve, shared_settings
 from cmdgen.store.parts import hash_weights, load_part, network_configs
 from cmdgen.video.formats import Encoding, Pixels, choose_encoding
 from cmdgen.video.pixels import CONVERT
@@ -69,11 +69,10 @@ class Clip:
                 raise ValueError(f"{target} holds content and motion: a still has no motion")
             save_latents(target, replace(self.latents, metadata=about or {}), overwrite=overwrite)
         else:
-            size = self.content.shape[0], self.content.shape[1]
+            height, width = self.frames.shape[1:3]
+            size = (height if self.pixels == "rgb24" else height * 2 // 3), width
             with open_video(
-                *(target, size, self.fps, about, encoding),
-                overwrite=overwrite,
-                pixels=self.pixels,
+                *(target, size, self.fps, about, encoding), overwrite=overwrite, pixels=self.pixels
             ) as write:
                 write(self.frames)
 
@@ -188,13 +187,7 @@ class Pipeline:
         """
         plan = resolve(request, self.config)
         # prompt and seeds do not matter for key steps and slices
-        key = (
-            batch,
-            *(
-                replace(each, prompt="", seed=0, content_seed=0, motion_seed=0)
-                for each in (request, plan)
-            ),
-        )
+        key = batch, shared_settings(request), shared_settings(plan)
         if key not in self._plans:
             self._plans[key] = replace(
                 plan,
@@ -237,9 +230,7 @@ class Pipeline:
     def _check(self, plans: Sequence[Plan], pixels: Pixels, inputs: Inputs) -> None:
         if pixels not in CONVERT:
             raise ValueError(f"pixels {pixels!r} is not one of {', '.join(CONVERT)}")
-        first, *others = (
-            replace(plan, prompt="", seed=0, content_seed=0, motion_seed=0) for plan in plans
-        )
+        first, *others = map(shared_settings, plans)
         assert all(other == first for other in others)
         halves = inputs.content, inputs.motion
         if any(half is not None for half in halves):

@@ -3,7 +3,6 @@
 import json
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -13,7 +12,6 @@ from PIL import Image
 
 from cmdgen.cli.errors import Failure
 from cmdgen.cli.inputs import InputFiles
-from cmdgen.cli.like import Recalled
 from cmdgen.cli.progress import Say
 from cmdgen.latents import read_latents, save_latents
 from cmdgen.pipelines.load import load_pipeline
@@ -33,10 +31,6 @@ def sample(cmdgen, tiny_model):
 
 def files(**paths) -> InputFiles:
     return InputFiles(Request(**paths))
-
-
-def recorded(metadata):
-    return Recalled(Path(), Request(), metadata).files
 
 
 @pytest.fixture(scope="module")
@@ -65,27 +59,27 @@ def latents(clip, tmp_path_factory):
 
 
 def test_latents_give_their_halves_bit_for_bit(model, clip, latents):
-    content = files(content_from=latents).read(model, Request(), QUIET)
-    motion = files(motion_from=latents).read(model, Request(), QUIET)
+    content = files(content_from=latents).read(model, model.plan(Request()), QUIET)
+    motion = files(motion_from=latents).read(model, model.plan(Request()), QUIET)
     assert torch.equal(content.content, clip.latents.content) and content.motion is None
     assert torch.equal(motion.motion, clip.latents.motion) and motion.content is None
     assert set(content.origin) == {"content_from"} and set(motion.origin) == {"motion_from"}
     assert content.origin["content_from"]["file"] == latents.name
-    assert files().read(model, Request(), QUIET) is None
+    assert files().read(model, model.plan(Request()), QUIET) is None
 
 
 def test_a_video_gives_what_encoding_it_does(model, clip, video):
     encoded = model.encode(clip.frames, model.plan(Request()))
     inputs = files(content_from=video, motion_from=video)
-    given = inputs.read(model, Request(), QUIET)
+    given = inputs.read(model, model.plan(Request()), QUIET)
     assert torch.equal(given.content, encoded.content)
     assert torch.equal(given.motion, encoded.motion)
     # of a still asked for, the whole video has the content frame
-    still = files(content_from=video).read(model, Request(frames=1), QUIET)
+    still = files(content_from=video).read(model, model.plan(Request(frames=1)), QUIET)
     assert torch.equal(still.content, encoded.content)
     # once read, once encoded
-    assert inputs.read(model, Request(seed=9), QUIET) is given
-    longer = inputs.read(model, Request(frames=6), QUIET)
+    assert inputs.read(model, model.plan(Request(seed=9)), QUIET) is given
+    longer = inputs.read(model, model.plan(Request(frames=6)), QUIET)
     assert longer.motion.shape[1] == 6
 
 
@@ -106,7 +100,7 @@ def test_a_picture_is_turned_upright_cropped_and_laid_on_white(model, tmp_path, 
     expected = wide[:, 24:120, :3].copy()
     expected[:16] = 255
     expected = np.asarray(Image.fromarray(expected).resize((48, 32), Image.Resampling.BICUBIC))
-    given = files(image=path).read(model, Request(), Say())
+    given = files(image=path).read(model, model.plan(Request()), Say())
     assert torch.equal(given.content, model.encode_still(expected))
     assert given.motion is None and given.origin["image"]["file"] == "photo.png"
     assert f"{path}, 144x64: cropped and resized to 48x32\n" == capsys.readouterr().err
@@ -117,7 +111,7 @@ def test_a_clip_keeps_the_picture_that_it_animates(model, tmp_path):
     path = tmp_path / "photo.jpg"
     noise = np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)
     Image.fromarray(noise).save(path)
-    given = files(image=path).read(model, Request(), QUIET)
+    given = files(image=path).read(model, model.plan(Request()), QUIET)
     plans = [model.plan(Request(prompt=PROMPT, seed=seed)) for seed in (1, 2)]
     clips = model.run(plans, inputs=given)
     assert torch.equal(clips[0].latents.content, clips[1].latents.content)
@@ -158,22 +152,22 @@ def test_what_cannot_be_given_is_refused(model, tiny_model, latents, video, tmp_
         text = tmp_path / "text.mp4"
         text.write_text("not a video")
         with pytest.raises(Failure, match="not a readable video or picture"):
-            files(**{option: text}).read(model, Request(), QUIET)
+            files(**{option: text}).read(model, model.plan(Request()), QUIET)
 
 
 def test_a_clip_made_again_needs_the_files_it_was_made_with(model, clip, latents, video, capsys):
     inputs = files(content_from=latents)
-    given = inputs.read(model, Request(), QUIET)
+    given = inputs.read(model, model.plan(Request()), QUIET)
     metadata = model.describe(model.plan(Request(prompt=PROMPT)), given)
     like = latents.with_name("made.mp4")
-    inputs.check_like(recorded(metadata), like, Say())
+    inputs.check_like(metadata, like, Say())
     assert capsys.readouterr().err == ""
-    files(content_from=video).check_like(recorded(metadata), like, Say())
+    files(content_from=video).check_like(metadata, like, Say())
     assert "made.mp4 was made with --content-from of other contents" in capsys.readouterr().err
     says = r"made with --content-from 'clip\.cmd\.safetensors': give that file"
     with pytest.raises(ValueError, match=says):
-        files().check_like(recorded(metadata), like, QUIET)
-    files().check_like(recorded(clip.metadata), like, QUIET)
+        files().check_like(metadata, like, QUIET)
+    files().check_like(clip.metadata, like, QUIET)
 
 
 def test_a_phone_s_video_stands_upright(model, tmp_path, capsys):
@@ -185,9 +179,9 @@ def test_a_phone_s_video_stands_upright(model, tmp_path, capsys):
     # the same with a note to turn it back
     note = ("-display_rotation", "90", "-i", upright, "-c", "copy")
     subprocess.run([*ffmpeg, *note, turned], check=True)
-    given = files(content_from=turned).read(model, Request(), Say())
+    given = files(content_from=turned).read(model, model.plan(Request()), Say())
     assert "96x144, 25 fps, 1 s" in capsys.readouterr().err
-    other = files(content_from=upright).read(model, Request(), Say())
+    other = files(content_from=upright).read(model, model.plan(Request()), Say())
     assert "144x96, 25 fps, 1 s" in capsys.readouterr().err
     assert given.content.shape == other.content.shape
 

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from cmdgen.cli.naming import SLUG_BYTES, check_inside, fields, fill, slug
 
-JOB = {"index": 7, "line": 9, "seed": 42, "prompt": "A Corgi, swimming!"}
+
+def filled(template: str) -> str:
+    return fill(template, "A Corgi, swimming!", {"index": 7, "line": 9, "seed": 42})
 
 
 @pytest.mark.parametrize(
@@ -46,9 +48,9 @@ def test_slug_of_any_prompt_is_one_name_within_its_folder(prompt, length):
 
 
 def test_fields_of_a_template_are_filled_in():
-    assert fill("{index:04d}-{slug}-{seed}.mp4", **JOB) == "0007-a-corgi-swimming-42.mp4"
-    assert fill("a/{line}_{slug:.7}.gif", **JOB) == "a/9_a-corgi.gif"
-    assert fill("{{{index}}}", **JOB) == "{7}"
+    assert filled("{index:04d}-{slug}-{seed}.mp4") == "0007-a-corgi-swimming-42.mp4"
+    assert filled("a/{line}_{slug:.7}.gif") == "a/9_a-corgi.gif"
+    assert filled("{{{index}}}") == "{7}"
     assert fields("clips/{index:04d}-{{x}}-{seed}") == {"index", "seed"}
 
 
@@ -71,14 +73,14 @@ def test_fields_of_a_template_are_filled_in():
 )
 def test_what_is_no_field_is_refused_with_those_there_are(template):
     with pytest.raises(ValueError, match=r"is none of \{index\}, \{line\}, \{seed\}, \{slug\}"):
-        fill(template, **JOB)
+        filled(template)
 
 
 @settings(deadline=None)
 @given(st.text(alphabet="{}:.!0[]dseedindexluglin/-%", max_size=20))
 def test_any_template_is_filled_or_refused(template):
     try:
-        assert isinstance(fill(template, **JOB), str)
+        assert isinstance(filled(template), str)
     except ValueError as error:
         assert "\n" not in str(error)
 
