@@ -47,9 +47,7 @@ class Batching:
         flags=("--file", "-f"),
     )
     num: int = _count("Clips of each prompt. Seeds count up from --seed.", high=100_000)
-    batch: int = _count(
-        "Clips per forward pass. They stay the same, except for rounding.", high=1024
-    )
+    batch: int = _count("Clips per forward pass; only rounding differs.", high=1024)
     overwrite: bool = _jobs(False, "Replace existing files.")
     skip_existing: bool = _jobs(False, "Make only clips whose files do not exist yet.")
     fail_fast: bool = _jobs(False, "Stop at the first error.")
