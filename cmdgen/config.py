@@ -278,9 +278,6 @@ PRESETS = {preset.name: preset for preset in (MINI, CMD_SD15, CMD_SD21, CMD_UCF)
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 
-# where the last up stage of a UNet can be cut for step rehash: before its last layer, after that
-# layer's residual block, after its attention; without attention the last two are one place
-CUTS = ("layer", "resnet", "attention")
 # what step rehash has measured of a model, in its folder
 CALIBRATION = "rehash.json"
 # how step rehash chooses the steps that run

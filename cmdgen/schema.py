@@ -1,8 +1,9 @@
 """Untrusted JSON as frozen dataclasses: every value is checked against its type and range.
 
-assets/configs.json lists the keys of diffusers and transformers that have no field here: "fixed"
-ones are written with the one value that we support, and any other value is refused; "written" ones
-are never read. Never imports torch.
+assets/configs.json has the tables. It lists the keys of diffusers and transformers that have no
+field here: "fixed" keys are written with the one value that we support, and any other value is
+refused; "written" keys are never read. "ranges" are the smallest and largest values of fields;
+other integers lie in 1 .. 2^20, other numbers in -10^6 .. 10^6. Never imports torch.
 """
 
 import os
@@ -34,23 +35,6 @@ _CHOICES = {
     "timestep_spacing": ("leading", "trailing", "linspace"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
-# smallest and largest value; other integers lie in 1 .. 2^20, other numbers in -10^6 .. 10^6
-_RANGES = {
-    "attention_features": (1, 2**14),
-    "attention_threshold": (0, 1e6),
-    "beta_end": (1e-9, 0.999),
-    "beta_start": (1e-9, 0.999),
-    "depth": (1, 256),
-    "eos_token_id": (0, 2**20),
-    "guidance": (0, 100),
-    "layer_norm_eps": (1e-12, 1),
-    "layers_per_block": (1, 256),
-    "motion_guidance": (0, 100),
-    "motion_std": (1e-6, 1e6),
-    "num_hidden_layers": (1, 256),
-    "scaling_factor": (1e-6, 1e6),
-    "steps_offset": (0, 1000),
-}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -81,8 +65,8 @@ def read_config(folder: Folder, cls: type[C]) -> C:
 def write_config(config: object, folder: Folder) -> None:
     """Write the configuration of one part of a model, as diffusers or transformers would."""
     cls = type(config)
-    outer = [kind.get(cls.__name__, {}) for kind in _tables().values()]
-    data = {**outer[0], **outer[1], **asdict(config)}  # type: ignore[call-overload]
+    fixed, written = (_tables()[kind].get(cls.__name__, {}) for kind in ("fixed", "written"))
+    data = {**fixed, **written, **asdict(config)}  # type: ignore[call-overload]
     if data.get("attention") == "softmax":
         data = {key: value for key, value in data.items() if key not in _GATE}
     if isinstance(config, VaeConfig):
@@ -93,9 +77,7 @@ def write_config(config: object, folder: Folder) -> None:
 
 @cache
 def _tables() -> dict[str, dict[str, Any]]:
-    """Read the keys of diffusers and transformers, by kind and by class of configuration."""
-    path = Path(__file__).parent / "assets" / "configs.json"
-    return read_json(path)
+    return read_json(Path(__file__).parent / "assets" / "configs.json")
 
 
 def check_fields(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +102,7 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
         most = 4096 if item is str and key not in _CHOICES else 64
         if len(value) > most:
             raise ValueError(f"{key} has {len(value)} entries, at most {most} are read")
-        return tuple(check_value(each, item, key) for each in value)
+        return tuple(check_value(entry, item, key) for entry in value)
     if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
         return hint(**check_fields(hint, value))
     if hint is float and type(value) is int and abs(value) < 2**53:
@@ -130,7 +112,7 @@ def check_value(value: Any, hint: Any, key: str) -> Any:
         raise ValueError(f"{key} {short(value)} is not {kind}")
     check_choice(value, key)
     if hint in (int, float):
-        low, high = _RANGES.get(key, (1, 2**20) if hint is int else (-1e6, 1e6))
+        low, high = _tables()["ranges"].get(key, (1, 2**20) if hint is int else (-1e6, 1e6))
         # NaN lies in no range
         if not low <= value <= high:
             raise ValueError(f"{key} {short(value)} is not between {low} and {high}")

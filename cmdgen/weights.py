@@ -85,8 +85,8 @@ def match_weights(
     """
     paths = weight_paths(Path(folder), filename)
     matched = {path: _match_file(path, expected, rename) for path in paths}
-    found = {name for names in matched.values() for name in names.values()}
-    missing = [name for name in expected if name not in found]
+    stored = {name for names in matched.values() for name in names.values()}
+    missing = [name for name in expected if name not in stored]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{paths[0]}: tensor {missing[0]}{more} is missing")
@@ -102,9 +102,9 @@ def _match_file(path: Path, expected: Mapping[str, torch.Tensor], rename: Rename
                 continue
             if name not in expected:
                 raise ValueError(f"{path}: tensor {short(stored)} is not part of the model")
-            got, wanted = file.get_slice(stored).get_shape(), list(expected[name].shape)
-            if got != wanted:
-                raise ValueError(f"{path}: {name} has shape {got}, expected {wanted}")
+            shape, needed = file.get_slice(stored).get_shape(), list(expected[name].shape)
+            if shape != needed:
+                raise ValueError(f"{path}: {name} has shape {shape}, expected {needed}")
             kind = file.get_slice(stored).get_dtype()
             if kind not in FLOATS and expected[name].is_floating_point():
                 raise ValueError(f"{path}: {name} has type {kind}, not one of {', '.join(FLOATS)}")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import SAMPLERS
-from cmdgen.evaluation.flops import count_products, count_work
+from cmdgen.evaluation.flops import count, count_work
 from cmdgen.evaluation.profile import (
     PROMPT,
     SAMPLER,
@@ -35,7 +35,7 @@ from cmdgen.evaluation.profile import (
     device_name,
     measure_limits,
 )
-from cmdgen.evaluation.report import spread, table
+from cmdgen.evaluation.report import table
 from cmdgen.evaluation.settings import Profiling
 from cmdgen.pipelines.base import dtype_name
 from cmdgen.pipelines.load import load_pipeline
@@ -100,7 +100,7 @@ def count_theirs(theirs: Theirs) -> int:
     noise, text = theirs.noise.to("meta"), theirs.text.to("meta")
     given = torch.cat((noise, noise)).float(), torch.zeros(2, device="meta")
     context = torch.cat((text, text)).float()
-    return count_products(lambda: unet(*given, context)).flops * theirs.plan.model.steps
+    return count(lambda: unet(*given, context)).flops * theirs.plan.model.steps
 
 
 def run_ours(pipeline: StillPipeline, plan: Plan) -> Run:
@@ -164,7 +164,7 @@ def compare(request: Request, options: argparse.Namespace) -> list[str]:
             (
                 name,
                 f"{median(each):.3f}",
-                spread(each, 3),
+                f"{min(each):.3f}-{max(each):.3f}",
                 f"{1000 * median(each) / model.steps:.2f}",
                 f"{rate / 1e12:.3f}",
                 f"{rate / limit:.1%}",

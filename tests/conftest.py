@@ -3,9 +3,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-# Triton's interpreter leaves products to numpy, and OpenBLAS rounds them more with some processors'
-# kernels than a GPU does: these kernels run on all of them. Read when numpy is imported
-os.environ["OPENBLAS_CORETYPE"] = "Prescott"
+# torch.compile compiles a few small functions here: starting its pool of processes takes longer
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import pytest
 import torch
@@ -23,7 +22,23 @@ from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
 from cmdgen.store.parts import write_model_index
 
+MOST_WORKERS = 8
 CAPTIONS = ["a dog swimming in the ocean", "a red car driving", "two birds flying in the sky"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite in parallel where pytest-xdist is installed; `-n 0` turns that off."""
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if option.numprocesses is None and whole and not option.usepdb:
+        option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+        option.dist = "worksteal"
+    if option.numprocesses:
+        # the workers share the cores, and read this when they import torch
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def tiny_config() -> ModelConfig:

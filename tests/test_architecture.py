@@ -9,32 +9,28 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cmdgen"
-# an import may point to a later row, or stay in its own
-LAYERS = (
-    ("cli", "__main__"),
-    ("pipeline", "pipelines", "training", "evaluation"),
-    ("store",),
-    ("acceleration", "compression"),
-    ("diffusion", "latents", "models", "data", "video", "weights", "world"),
-    ("schema",),
-    ("request",),
-    ("config", "options", "__init__", "files"),
+# Every import points further down this list, so that no circle can pass. Where two parts could
+# stand either way, the code decided: training uses evaluation's metrics, evaluation trains nothing;
+# the world renders what data calls a clip; a request is made of a model's configuration
+ORDER = (
+    *("__main__", "cli", "training", "evaluation", "compression", "pipelines", "store"),
+    *("acceleration", "models", "diffusion", "latents", "world", "data", "video", "weights"),
+    *("schema", "request", "config", "options", "files"),
 )
-ROW = {name: row for row, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "cmdgen_kernels").glob("*.py"))
+MOST_PARAMETERS = 8
 
 
-def part(module: str) -> str:
-    """The part of cmdgen that a module belongs to."""
-    return [*module.split("."), "__init__"][1]
+def module_name(path: Path) -> str:
+    """cmdgen/video/read.py -> cmdgen.video.read."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path, *, nested: bool) -> set[str]:
-    """The modules that a file imports, those imported inside functions too if `nested`."""
-    tree = ast.parse(path.read_text())
+def imports(path: Path) -> set[str]:
+    """The modules and names that a file imports, anywhere in it."""
     found = set()
-    for node in ast.walk(tree) if nested else tree.body:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -44,32 +40,92 @@ def imports(path: Path, *, nested: bool) -> set[str]:
     return found
 
 
+def graph() -> dict[str, set[str]]:
+    """The modules of the package -> those that each imports.
+
+    The package itself holds a version, which every module may read, and `load`, which imports what
+    it needs when it is called: neither makes a circle.
+    """
+    modules = {module_name(path): path for path in FILES if path != PACKAGE / "__init__.py"}
+    return {
+        name: {
+            target
+            for imported in imports(path)
+            for target in (imported, imported.rpartition(".")[0])
+            if target in modules
+        }
+        for name, path in modules.items()
+    }
+
+
+def find_circle(edges: dict[str, set[str]]) -> list[str]:
+    """A path of modules that ends where it began; empty if there is none."""
+    done: set[str] = set()
+
+    def search(path: list[str]) -> list[str]:
+        for target in sorted(edges[path[-1]] - done):
+            if target in path:
+                return [*path[path.index(target) :], target]
+            if circle := search([*path, target]):
+                return circle
+        done.add(path[-1])
+        return []
+
+    return next(filter(None, (search([name]) for name in edges)), [])
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for module in imports(path, nested=True):
-        top = module.split(".")[0]
+def test_imports_point_down(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for module in imports(path):
+        top, *rest = module.split(".")
         assert top not in ("diffusers", "transformers"), f"{module} is for tests alone"
-        assert own == "cli" or top not in ("typer", "rich"), f"{module} belongs in cli/"
-        if top == "cmdgen":
-            target = part(module) if part(module) in ROW else "__init__"
-            assert ROW[own] <= ROW[target], f"{own} may not import {module}"
+        assert part == "cli" or top not in ("typer", "rich"), f"{module} belongs in cli/"
+        if top != "cmdgen" or rest == ["__version__"] or part == "__init__":
+            continue
+        assert rest and rest[0] in ORDER, f"{module} has no place in ORDER"
+        assert rest[0] == part or ORDER.index(part) < ORDER.index(rest[0]), (
+            f"{part} may not import {module}"
+        )
+
+
+def test_modules_do_not_import_in_a_circle() -> None:
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert find_circle(graph()) == []
+
+
+def test_only_the_function_that_loads_imports_at_the_top_of_the_package() -> None:
+    # at module level it would import torch, and every part of the package with it
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name
+            assert module.split(".")[0] in sys.stdlib_module_names, module
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.name)
-def test_kernels_know_torch_and_triton_alone(path):
-    for module in imports(path, nested=True):
+def test_kernels_know_torch_and_triton_alone(path: Path) -> None:
+    for module in imports(path):
         top = module.split(".")[0]
         assert top in {"torch", "triton", "cmdgen_kernels", *sys.stdlib_module_names}, module
 
 
-def test_the_folder_of_the_kernels_is_no_package():
+def test_the_folder_of_the_kernels_is_no_package() -> None:
     # a package called kernels would hide Hugging Face's from transformers and diffusers
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_no_function_has_a_long_list_of_parameters() -> None:
+    # kernels are outside of the package; commands are generated from dataclasses
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                names = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                assert len(names) <= MOST_PARAMETERS, f"{path}:{node.lineno} {node.name}"
+
+
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python of its own, as outside of the tests: Triton's interpreter is not asked for."""
+    """Run Python as a user would: Triton's interpreter is not loaded."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
     return subprocess.run(
@@ -77,39 +133,39 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_answers_without_torch():
-    code = "import sys; from cmdgen.cli.app import main\ntry: main(sys.argv[1:])\nfinally: "
-    code += "print(sorted({'torch', 'numpy', 'imageio_ffmpeg'} & set(sys.modules)))"
-    for arguments in (
-        *(["--help"], ["--version"]),
-        *(
-            [verb, "--help"]
-            for verb in ("sample", "doctor", "profile", "models", "rehash", "encode", "inspect")
-        ),
-    ):
+# what takes long to import
+SLOW = "print(sorted({'torch', 'numpy', 'imageio_ffmpeg'} & set(sys.modules)))"
+
+
+@pytest.mark.parametrize("module", ["cmdgen", "cmdgen.config", "cmdgen.request", "cmdgen.cli.app"])
+def test_importing_what_describes_does_without_torch(module: str) -> None:
+    done = run(f"import sys, {module}; {SLOW}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def test_help_answers_without_torch() -> None:
+    code = f"import sys; from cmdgen.cli.app import main\ntry: main(sys.argv[1:])\nfinally: {SLOW}"
+    verbs = ("sample", "doctor", "profile", "models", "rehash", "encode", "inspect")
+    for arguments in (["--help"], ["--version"], *([verb, "--help"] for verb in verbs)):
         done = run(code, *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("\n[]\n"), done.stdout
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch could launch kernels")
-def test_without_cuda_models_do_without_triton():
+def test_without_cuda_models_do_without_triton() -> None:
     done = run(
-        "import sys, cmdgen.models.unet, cmdgen.models.autoencoder, cmdgen.pipeline\n"
+        "import sys, cmdgen.models.unet, cmdgen.models.autoencoder, cmdgen.pipelines.load\n"
         "print('cmdgen_kernels' in sys.modules, 'triton' in sys.modules)"
     )
     assert (done.stdout, done.stderr) == ("True False\n", "")
 
 
-def test_importing_does_nothing_but_define():
-    names = [
-        ".".join((*path.parent.relative_to(top).parts, path.stem))
-        for top, paths in ((ROOT, FILES), (ROOT / "kernels", KERNELS))
-        for path in paths
-    ]
-    modules = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+def test_importing_does_nothing_but_define() -> None:
+    names = [module_name(path) for path in FILES if path.name != "__main__.py"]
+    names += [f"cmdgen_kernels.{path.stem}" for path in KERNELS if path.stem != "__init__"]
     code = "import os, importlib; before = dict(os.environ)\n"
-    code += f"for name in {modules}: importlib.import_module(name)\n"
+    code += f"for name in {names}: importlib.import_module(name)\n"
     code += (
         "import torch; assert not torch.cuda.is_initialized(); assert dict(os.environ) == before"
     )

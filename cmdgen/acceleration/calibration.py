@@ -6,10 +6,11 @@ number of them. Files are untrusted: every value is checked.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
-from itertools import count
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import chain, count
 from pathlib import Path
 from reprlib import repr as short
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ _SIMILARITY_DIGITS, _ERROR_DIGITS = 4, 3
 
 # a network's whole forward: samples (B, C, ...), timesteps (B,), conditions -> its output
 Predict = Callable[..., Tensor]
-Rows = Sequence[Sequence[float]]
+Rows = list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -45,26 +46,18 @@ class Calibration:
     prompts: int = option(MISSING, "Prompts that were measured.", low=1, high=2**20)
     protected: int = option(MISSING, "P, the first steps, which run.", low=1, high=MAX_STEPS)
     # row i has, for each later step j, the mean cosine of the features of steps i and j
-    similarity: Rows = ()
+    similarity: Rows = field(default_factory=list)
     # row i is of step P - 1 + i. For each j at least 2 later it has the squared error of the final
     # sample, relative to its squared mean, where the step's feature is reused up to j and all other
     # steps run; j = K reuses it to the end
-    errors: Rows = ()
+    errors: Rows = field(default_factory=list)
 
     def __post_init__(self) -> None:
         read_fields(self)
         if self.protected > self.steps:
             raise ValueError(f"protected {self.protected} is not between 1 and {self.steps}")
-        sizes = {"similarity": self.steps - 1, "errors": self.steps - self.protected}
-        bounds = {"similarity": (-1, 1), "errors": (0, MAX_ERROR)}
-        for name, size in sizes.items():
-            rows, (low, high) = getattr(self, name), bounds[name]
-            if not _is_triangle(rows, size, low, high):
-                raise ValueError(
-                    f"{name} is not {size} rows, of {size} numbers down to 1, "
-                    f"between {low} and {high:g}"
-                )
-            object.__setattr__(self, name, tuple(tuple(map(float, row)) for row in rows))
+        _check_triangle("similarity", self.similarity, self.steps - 1, (-1, 1))
+        _check_triangle("errors", self.errors, self.steps - self.protected, (0, MAX_ERROR))
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -73,25 +66,25 @@ class Calibration:
 
     def similarity_map(self) -> Rows:
         """Return (K, K), symmetric."""
-        above = [[0.0] * (i + 1) + [*row] for i, row in enumerate((*self.similarity, ()))]
+        above = [[0.0] * (i + 1) + row for i, row in enumerate([*self.similarity, []])]
         steps = range(self.steps)
         return [[1.0 if i == j else above[min(i, j)][max(i, j)] for j in steps] for i in steps]
 
     def error_map(self) -> Rows:
         """Return (K, K + 1), with zeros where no step is skipped and where nothing is known."""
-        rows: list[Sequence[float]] = [*[()] * (self.protected - 1), *self.errors, ()]
-        return [[0.0] * (self.steps + 1 - len(row)) + [*row] for row in rows]
+        rows: Rows = [*[[]] * (self.protected - 1), *self.errors, []]
+        return [[0.0] * (self.steps + 1 - len(row)) + row for row in rows]
 
 
-def _is_triangle(rows: object, size: int, low: float, high: float) -> bool:
-    if not isinstance(rows, list | tuple) or len(rows) != size:
-        return False
-    return all(
-        isinstance(row, list | tuple)
-        and len(row) == size - i
-        and all(type(value) in (int, float) and low <= value <= high for value in row)
-        for i, row in enumerate(rows)
-    )
+def _check_triangle(name: str, rows: Any, size: int, bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise ValueError(f"{name} is not a list of lists")
+    if [len(row) for row in rows] != list(range(size, 0, -1)):
+        raise ValueError(f"{name} has not {size} rows, of {size} numbers down to 1")
+    for value in chain(*rows):
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"{name} {short(value)} is not a number between {low} and {high:g}")
 
 
 class Measurement:
@@ -147,19 +140,19 @@ class Measurement:
         """Return the means, rounded as a file holds them; ValueError where they are not valid."""
         if not self.errors.max() <= MAX_ERROR * self.power or not self.power:
             raise ValueError(f"skipped steps of {part} change the sample beyond all measure")
-        similarity = (self.similarity / self.rows).clamp(-1, 1).tolist()
-        errors = (self.errors / self.power).tolist()[self.protected - 1 : -1]
+        similarity = (self.similarity / self.rows).clamp(-1, 1)
+        errors = (self.errors / self.power)[self.protected - 1 :]
         return Calibration(
             *(part, sampler, self.steps, prompts, self.protected),
-            similarity=[
-                [round(value, _SIMILARITY_DIGITS) for value in row[i:]]
-                for i, row in enumerate(similarity[:-1], 1)
-            ],
-            errors=[
-                [float(f"{value:.{_ERROR_DIGITS}g}") for value in row[i:]]
-                for i, row in enumerate(errors, self.protected + 1)
-            ],
+            similarity=_round_above(similarity, 1, _SIMILARITY_DIGITS),
+            errors=_round_above(errors, self.protected + 1, _ERROR_DIGITS),
         )
+
+
+def _round_above(values: Tensor, start: int, digits: int) -> Rows:
+    """Return each row of a map from one column on, the first from `start`, to so many digits."""
+    rows = [row[i:] for i, row in enumerate(values[:-1].tolist(), start)]
+    return [[float(f"{value:.{digits}g}") for value in row] for row in rows]
 
 
 def _replay(network: Network, runs: list[tuple[Tensor, Tensor]], i: int, j: int) -> Predict:
@@ -229,10 +222,7 @@ def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeyS
             )
         # halves are rounded up; the first step and the last one run
         share = (2 * request.rehash * model.motion_steps + model.steps) // (2 * model.steps)
-        budgets = {
-            "content": request.rehash,
-            "motion": min(max(share, 2), model.motion_steps),
-        }
+        budgets |= {"content": request.rehash, "motion": min(max(share, 2), model.motion_steps)}
     policy = request.rehash_policy or ("similarity" if request.rehash is None else DEFAULT_POLICY)
     path = request.rehash_file or folder / CALIBRATION
     known: dict[object, Calibration] = {}

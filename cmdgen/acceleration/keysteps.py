@@ -12,7 +12,7 @@ Map = Sequence[Sequence[float]]
 
 
 def count_protected(part: str, steps: int, share: float) -> int:
-    """How many steps at the start are never skipped: `share` of them, rounded up, at least 1.
+    """Return how many first steps are never skipped: `share` of them, rounded up, at least 1.
 
     Of the motion model 1: its first steps have the features that are most alike, and the more of
     them run, the further is the result from that of all steps.

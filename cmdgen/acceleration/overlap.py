@@ -1,6 +1,6 @@
 """Work of one GPU beside other work of it; a CPU has its cores busy with the one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -54,3 +54,22 @@ def start(
         copy = torch.empty_like(result, device="cpu", pin_memory=True)
         copy.copy_(result, non_blocking=True)
         return Pending(copy, stream.record_event(), on_ready)
+
+
+def fetch(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Tensors -> the same on the CPU, in order; from a GPU while it computes those that follow."""
+    stream: torch.cuda.Stream | None = None
+    previous: Pending | None = None
+    for part in parts:
+        if stream is None and part.device.type == "cuda":
+            stream = torch.cuda.Stream(part.device)
+        current = start(lambda part: part, part, lambda _: None, stream=stream)
+        if stream is None:
+            yield current.result
+            continue
+        # the GPU has its work for this part: time to wait for the part before it
+        if previous is not None:
+            yield previous.finish()
+        previous = current
+    if previous is not None:
+        yield previous.finish()

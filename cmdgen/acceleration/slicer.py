@@ -12,7 +12,7 @@ reads, with a row of the neighbours on either side. Strips that nobody needs any
 Where maps are smallest, in the middle, they are whole: attention needs all of them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -111,41 +111,10 @@ def decode_pictures(vae: KlVae, latents: Tensor, strips: int) -> Tensor:
     return torch.cat([_convolve(decoder.conv_out, next(windows)) for _ in range(len(parts))], dim=2)
 
 
-def fetch(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Tensors -> the same on the CPU, in order; from a GPU while it computes those that follow.
-
-    There each lies in one of two buffers that take turns: what is kept must be copied at once. The
-    first may not be shorter than others.
-    """
-    stream: torch.cuda.Stream | None = None
-    buffers: list[Tensor] = []
-    before: tuple[Tensor, torch.cuda.Event] | None = None
-    for i, part in enumerate(parts):
-        if part.device.type != "cuda":
-            yield part
-            continue
-        if stream is None:
-            stream = torch.cuda.Stream(part.device)
-            buffers = [torch.empty_like(part, device="cpu", pin_memory=True) for _ in range(2)]
-        buffer = buffers[i % 2][: len(part)]
-        stream.wait_stream(torch.cuda.current_stream(part.device))
-        with torch.cuda.stream(stream):
-            buffer.copy_(part, non_blocking=True)
-            copied = stream.record_event()
-        # no other tensor may have its memory before it is copied
-        part.record_stream(stream)
-        # the GPU has its work for this part: time to wait for that of the one before
-        if before is not None:
-            before[1].synchronize()
-            yield before[0]
-        before = buffer, copied
-    if before is not None:
-        before[1].synchronize()
-        yield before[0]
-
-
 # strips of one feature map, from its top: (B, C, R, W) each, channels_last
 Strips = list[Tensor]
+# scale and offset (B, C, 1, 1) of a norm
+Affine = tuple[Tensor, Tensor]
 # in the place of one that nobody needs any more
 GONE = torch.empty(0)
 
@@ -173,7 +142,7 @@ class Moments:
         self.count = total
         return x
 
-    def affine(self, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    def affine(self, norm: nn.GroupNorm) -> Affine:
         """() -> scale and offset (B, C, 1, 1), in float32 at least: all that is left of `norm`."""
         assert isinstance(self.mean, Tensor) and isinstance(self.squares, Tensor)
         means = self.mean.unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, 1, 1)
@@ -244,7 +213,7 @@ def _run_upsampler(conv: nn.Conv2d, x: Strips) -> Moments:
 
 
 def _windows(
-    strips: Strips, affine: tuple[Tensor, Tensor] | None = None, *, consume: bool = False
+    strips: Strips, affine: Affine | None = None, *, consume: bool = False
 ) -> Iterator[Tensor]:
     """Yield each strip with a row of its neighbours, normalised and activated.
 
@@ -259,35 +228,22 @@ def _windows(
 
 
 def _window(
-    strips: Strips,
-    i: int,
-    above: Tensor | None,
-    affine: tuple[Tensor, Tensor] | None,
-    consume: bool,
+    strips: Strips, i: int, above: Tensor | None, affine: Affine | None, consume: bool
 ) -> Tensor:
-    """Strip i between the rows above and below it; beyond the map there are zeros."""
-    strip = strips[i]
-    batch, channels, rows, width = strip.shape
-    window = torch.empty(
-        (batch, channels, rows + 2, width),
-        dtype=strip.dtype,
-        device=strip.device,
-        memory_format=torch.channels_last,
-    )
-    below = strips[i + 1][:, :, :1] if i + 1 < len(strips) else None
-    for piece, target in zip((above, strip, below), window.split((1, rows, 1), dim=2), strict=True):
-        if piece is None:
-            target.zero_()
-        elif affine is None:
-            target.copy_(piece)
-        elif affine[0].dtype == strip.dtype:
-            scale, offset = affine
-            F.silu(torch.addcmul(offset, piece, scale, out=target), inplace=True)
-        else:
-            scale, offset = affine
-            target.copy_(F.silu(torch.addcmul(offset, piece, scale), inplace=True))
+    """(B, C, R, W) -> (B, C, R + 2, W) of strip i; beyond the map there are zeros."""
+    # padded in channels_last
+    window = F.pad(strips[i].permute(0, 2, 3, 1), (0, 0, 0, 0, 1, 1)).permute(0, 3, 1, 2)
     if consume:
         strips[i] = GONE
+    first, last = int(above is None), window.shape[2] - (i + 1 == len(strips))
+    if above is not None:
+        window[:, :, :1] = above
+    if i + 1 < len(strips):
+        window[:, :, -1:] = strips[i + 1][:, :, :1]
+    if affine is not None:
+        scale, offset = affine
+        inside = window[:, :, first:last]
+        F.silu(torch.addcmul(offset, inside, scale, out=inside), inplace=True)
     return window
 
 

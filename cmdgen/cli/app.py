@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from io import TextIOWrapper
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -16,56 +16,51 @@ from typer.main import get_command
 
 from cmdgen import __version__
 from cmdgen.cli.command import expand
-from cmdgen.cli.completion import VARIABLE, complete, completion
-from cmdgen.cli.data import app as data
-from cmdgen.cli.decompose import decode, encode, reconstruct
-from cmdgen.cli.doctor import doctor
+from cmdgen.cli.completion import VARIABLE, complete
 from cmdgen.cli.errors import Failure, describe, exit_code, printable, shorten
-from cmdgen.cli.evaluate import evaluate
 from cmdgen.cli.help import Command, Group, summarise
-from cmdgen.cli.inspect import inspect
-from cmdgen.cli.models import app as models
-from cmdgen.cli.profile import JSON_KEYS, profile
-from cmdgen.cli.rehash import app as rehash
-from cmdgen.cli.sample import sample
-from cmdgen.cli.settings import config_path, read_settings
-from cmdgen.cli.train import app as train
+from cmdgen.cli.settings import Defaults, read_settings
 
 VIDEOS, MODELS, MACHINE = "Videos", "Models", "This machine"
-VERBS: dict[str, tuple[str, Any]] = {
-    "sample": (VIDEOS, sample),
-    "encode": (VIDEOS, encode),
-    "decode": (VIDEOS, decode),
-    "reconstruct": (VIDEOS, reconstruct),
-    "inspect": (VIDEOS, inspect),
-    "eval": (MODELS, evaluate),
-    "models": (MODELS, models),
-    "train": (MODELS, train),
-    "data": (MODELS, data),
-    "rehash": (MODELS, rehash),
-    "doctor": (MACHINE, doctor),
-    "profile": (MACHINE, profile),
-    "completion": (MACHINE, completion),
+# by name: title of the group, module in `cmdgen.cli`, function or Typer in it
+VERBS = {
+    "sample": (VIDEOS, "sample", "sample"),
+    "encode": (VIDEOS, "decompose", "encode"),
+    "decode": (VIDEOS, "decompose", "decode"),
+    "reconstruct": (VIDEOS, "decompose", "reconstruct"),
+    "inspect": (VIDEOS, "inspect", "inspect"),
+    "eval": (MODELS, "evaluate", "evaluate"),
+    "models": (MODELS, "models", "app"),
+    "train": (MODELS, "train", "app"),
+    "data": (MODELS, "data", "app"),
+    "rehash": (MODELS, "rehash", "app"),
+    "doctor": (MACHINE, "doctor", "doctor"),
+    "profile": (MACHINE, "profile", "profile"),
+    "completion": (MACHINE, "completion", "completion"),
 }
 _PLAIN: Any = {"add_completion": False, "rich_markup_mode": None}
+
+
+def _load(name: str) -> Any:
+    _, module, attribute = VERBS[name]
+    return getattr(import_module(f"cmdgen.cli.{module}"), attribute)
 
 
 @cache
 def _build(name: str) -> Any:
     """Return a verb as a command with its options."""
-    verb = VERBS[name][1]
-    parent = typer.Typer(callback=lambda: None, **_PLAIN)
+    verb, parent = _load(name), typer.Typer(callback=lambda: None, **_PLAIN)
     if isinstance(verb, typer.Typer):
         parent.add_typer(verb, name=name)
     else:
-        epilog = JSON_KEYS if verb is profile else None
+        epilog = getattr(sys.modules[verb.__module__], "EPILOG", None)
         parent.command(name, cls=Command, epilog=epilog)(expand(verb))
     group: Any = get_command(parent)
     return group.commands[name]
 
 
 class _Verbs(Group):
-    """All verbs. Typer takes 10 ms for their options: each verb gets them when it is needed."""
+    """All verbs. Each is imported, and gets its options, when it is needed: that is faster."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -76,7 +71,8 @@ class _Verbs(Group):
         return _build(cmd_name) if cmd_name in VERBS else self.commands.get(cmd_name)
 
     def summaries(self) -> Iterator[tuple[str, str, str]]:
-        for name, (title, verb) in VERBS.items():
+        for name, (title, *_) in VERBS.items():
+            verb = _load(name)
             text = verb.info.help if isinstance(verb, typer.Typer) else verb.__doc__
             yield title, name, summarise(text)
 
@@ -93,20 +89,12 @@ def _show_version(context: typer.Context, wanted: bool) -> None:
 _VERSION = typer.Option(
     "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
 )
-_CONFIG = typer.Option(
-    metavar="FILE",
-    help="Read default values of options from this TOML file: a table for each command, such as "
-    "[sample].  [default: config.toml in the folder that `cmdgen doctor` names]",
-)
-_NO_CONFIG = typer.Option("--no-config", help="Read no such file.")
 
 
 @app.callback()
+@expand
 def _options(
-    context: typer.Context,
-    version: Annotated[bool, _VERSION] = False,
-    config: Annotated[Path | None, _CONFIG] = None,
-    no_config: Annotated[bool, _NO_CONFIG] = False,
+    context: typer.Context, defaults: Defaults, version: Annotated[bool, _VERSION] = False
 ) -> None:
     """Make short videos from text prompts.
 
@@ -118,10 +106,7 @@ def _options(
         cmdgen sample -f prompts.txt -o "clips/{index:04d}-{slug}.mp4"
         cmdgen sample "a corgi swimming" -o - | ffplay -
     """
-    if no_config and config is not None:
-        raise ValueError("--config and --no-config contradict each other: give one")
-    path = config or config_path()
-    if no_config or (config is None and not path.exists()):
+    if (path := defaults.path) is None:
         return
     try:
         context.default_map = read_settings(path, context.command)

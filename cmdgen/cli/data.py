@@ -32,9 +32,7 @@ class Sheet:
 
     output: Path = option(MISSING, "The PNG to write.", flags=("--output", "-o"))
     data: str = option(
-        "world",
-        f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.",
-        complete="world",
+        "world", f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.", complete="world"
     )
     count: int = option(12, "Clips, one a row.", low=1, high=200)
     columns: int = option(8, "Frames of each clip.", low=1, high=16)

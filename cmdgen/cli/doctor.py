@@ -59,7 +59,6 @@ def doctor(
     if device.index is not None:
         # kernels are launched on the current GPU
         torch.cuda.set_device(device)
-    torch.manual_seed(0)
     facts = {
         "cmdgen": __version__,
         "python": platform.python_version(),
@@ -152,7 +151,7 @@ def _check_ffmpeg(record: dict[str, Any]) -> str:
 
 def _check_config(record: dict[str, Any], context: typer.Context) -> str:
     root = context.find_root()
-    path = root.params["config"] or config_path()
+    path = Path(root.params["config"] or config_path())
     record.update(path=str(path), exists=path.exists())
     if not record["exists"]:
         return f"{path} (there is none)"
@@ -210,6 +209,8 @@ def _check_op(op: "Op", device: "torch.device") -> Result:
 
     from cmdgen_kernels.samples import errors
 
+    # the same inputs, whatever is checked before
+    torch.manual_seed(0)
     inputs = op.inputs(op.small, torch.float32, device)
     reason = op.obstacle(*inputs)
     if reason is not None:

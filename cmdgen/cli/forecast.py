@@ -65,11 +65,12 @@ def print_forecast(jobs: Iterable[Job | Refused | None], batch: Batch) -> None:
 
 def _describe(job: Job) -> dict[str, Any]:
     model, key_steps = job.plan.model, job.plan.key_steps
+    rehash = None if key_steps is None else asdict(key_steps)
     return {
         **job.describe(),
         "format": job.encoding.format,
         **{name: getattr(model, name) for name in _SETTINGS},
-        "rehash": None if key_steps is None else asdict(key_steps),
+        "rehash": rehash and {name: value for name, value in rehash.items() if value},
     }
 
 
@@ -88,7 +89,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
             f"{{steps}}{motion} steps of {{sampler}}"
         ).format(**job)
         if job["rehash"] is not None:
-            parts = (job["rehash"][part] for part in ("content", "motion"))
+            parts = (job["rehash"].get(part) for part in ("content", "motion"))
             full = " + ".join(str(len(steps)) for steps in parts if steps)
             yield f"    rehash: {full} of them in full"
     yield (

@@ -81,23 +81,23 @@ def show(model: Annotated[str, _NAME], say: AsJson) -> None:
     from cmdgen.store.catalogue import describe_preset
 
     if model in PRESETS and model not in packaged_models():
-        found = describe_preset(PRESETS[model])
+        described = describe_preset(PRESETS[model])
         place, licence = f"a preset: cmdgen models init {model} -o DIR", "none: no weights"
     else:
-        found = _describe_files(find_model(model), model)
-        place, licence = str(found.folder), found.licence or "not stated"
+        described = _describe_files(find_model(model), model)
+        place, licence = str(described.folder), described.licence or "not stated"
     if say.as_json:
-        parts = [{**vars(part), "presets": list(part.presets)} for part in found.parts]
-        record = {**_record(found), "licence": found.licence, "parts": parts}
+        parts = [{**vars(part), "presets": list(part.presets)} for part in described.parts]
+        record = {**_record(described), "licence": described.licence, "parts": parts}
         typer.echo(json.dumps(record, indent=2))
         return
-    typer.echo(f"{'model':16}{found.name}\n{'where':16}{place}\n{'licence':16}{licence}")
-    typer.echo(f"{'fits':16}{', '.join(found.presets) or 'no preset as a whole'}\n")
+    typer.echo(f"{'model':16}{described.name}\n{'where':16}{place}\n{'licence':16}{licence}")
+    typer.echo(f"{'fits':16}{', '.join(described.presets) or 'no preset as a whole'}\n")
     cells = [("", "parameters", "size", "", "fits")]
-    for part in found.parts:
+    for part in described.parts:
         fits = ", ".join(part.presets) or "no preset"
         cells.append((part.name, f"{part.parameters:,}", _size(part.bytes), part.dtype, fits))
-    cells.append(("total", f"{found.parameters:,}", _size(found.bytes), "", ""))
+    cells.append(("total", f"{described.parameters:,}", _size(described.bytes), "", ""))
     _print_columns(cells, right=(1, 2))
 
 
@@ -136,8 +136,8 @@ def init(options: Init) -> None:
 
     preset, dtype = PRESETS[options.preset], DTYPES[options.dtype]
     create_model(preset, options.output, seed=options.seed, dtype=dtype)
-    own = "; the tokenizer is cmdgen's own, not CLIP's" if preset.text is not None else ""
-    typer.echo(f"note: random weights: the videos are noise{own}", err=True)
+    tokenizer = "; the tokenizer is cmdgen's own, not CLIP's" if preset.text is not None else ""
+    typer.echo(f"note: random weights: the videos are noise{tokenizer}", err=True)
     typer.echo(options.output)
 
 
@@ -159,9 +159,9 @@ def pull(
     if output is not None and (output.exists() or output.is_symlink()):
         raise ValueError(f"{output} is there already: give another folder")
     folder = hub.pull(repository)
-    found = _describe_files(folder, repository)
-    typer.echo(f"licence: {found.licence or 'not stated'}", err=True)
-    typer.echo(f"{found.parameters / 1e6:.1f} M parameters, {_size(found.bytes)}", err=True)
+    described = _describe_files(folder, repository)
+    typer.echo(f"licence: {described.licence or 'not stated'}", err=True)
+    typer.echo(f"{described.parameters / 1e6:.1f} M parameters, {_size(described.bytes)}", err=True)
     if output is not None:
         hub.copy_snapshot(folder, output)
     typer.echo(output or folder)

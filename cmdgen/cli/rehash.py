@@ -85,13 +85,13 @@ def compare(
       cmdgen rehash compare --clips 32 --full 13
     """
     from cmdgen.evaluation.measure import load_evaluator
-    from cmdgen.evaluation.rehash import compare_rehash
+    from cmdgen.evaluation.rehash import compare_rehash, list_lines
 
     with say.progress() as show:
         evaluator = load_evaluator(request.model, request.device, show=show)
         with on_the_way("ask for a smaller --batch"):
-            found = compare_rehash(evaluator, options)
-    say.result(found.to_markdown(), found.to_dict())
+            comparison = compare_rehash(evaluator, options)
+    say.result("\n".join(list_lines(comparison)), comparison)
 
 
 def _read_prompts(path: Path | None) -> list[str]:

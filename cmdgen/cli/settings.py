@@ -11,6 +11,7 @@ batch = 16
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import typer
 from typer.core import TyperOption
 
 from cmdgen.cli.command import read_text
+from cmdgen.options import option, read_fields
 
 # bytes; what a person writes is far smaller
 _LARGEST = 2**20
@@ -28,6 +30,32 @@ def config_path() -> Path:
     from platformdirs import user_config_path
 
     return user_config_path("cmdgen") / "config.toml"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Options of `cmdgen` itself."""
+
+    config: Path | None = option(
+        None,
+        "Read default values of options from this TOML file: a table for each command, such as "
+        "[sample].",
+        metavar="FILE",
+        shown="config.toml in the folder that `cmdgen doctor` names",
+        complete="file",
+    )
+    no_config: bool = option(False, "Read no such file.")
+
+    def __post_init__(self) -> None:
+        read_fields(self)
+        if self.no_config and self.config is not None:
+            raise ValueError("--config and --no-config contradict each other: give one")
+
+    @property
+    def path(self) -> Path | None:
+        """Return the file to read; None for none."""
+        path = self.config or config_path()
+        return None if self.no_config or not (self.config or path.exists()) else path
 
 
 def read_settings(path: Path, commands: Any) -> dict[str, Any]:

@@ -93,12 +93,7 @@ for _stage, _help in _SUMMARIES.items():
 
 
 def _train(
-    stage: str,
-    start: Start,
-    shared: Shared,
-    settings: dict[str, Any],
-    device_name: str,
-    say: Say,
+    stage: str, start: Start, shared: Shared, settings: dict[str, Any], device_name: str, say: Say
 ) -> None:
     started = time.monotonic()
     _check_gate(stage, start, shared)
@@ -123,11 +118,7 @@ def _train(
     data = open_data(shared.data or DATA, start.clips, model, device)
     deadline = None if config.minutes is None else started + 60 * config.minutes
     smaller = "ask for a smaller --batch or --size, more --accumulate, or --gradient-checkpointing"
-    with (
-        Stop("this step") as stop,
-        within_memory(smaller),
-        say.progress(deadline=deadline) as show,
-    ):
+    with Stop("this step") as stop, within_memory(smaller), say.progress(deadline=deadline) as show:
 
         def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
             show(phase, done, total, f"loss {figures['loss']:.4g}" if "loss" in figures else "")

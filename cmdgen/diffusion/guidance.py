@@ -29,7 +29,7 @@ class Guided:
         self.both = tuple(map(torch.cat, zip(self.negative, self.positive, strict=True)))
 
     def at(self, t: int) -> Denoise:
-        """The denoiser of a timestep: itself, or the positive branch alone out of the interval."""
+        """Return the denoiser of a timestep: out of the interval, the positive branch alone."""
         if self.interval is None or self.interval[0] <= t <= self.interval[1]:
             return self
         return lambda x, t: self.predict(x, t, *self.positive)
@@ -42,8 +42,8 @@ class Guided:
         """(B, C, ...), (B,) -> (B, C or 2 C, ...), in the dtype of x."""
         prediction, sigma = split_sigma(self.branches(x, t), x.shape[1])
         # the scale magnifies rounding: combine in the dtype of the sample, not of the network
-        without, given = prediction.to(x.dtype).chunk(2)
-        guided = without + self.scale * (given - without)
+        negative, positive = prediction.to(x.dtype).chunk(2)
+        guided = negative + self.scale * (positive - negative)
         if sigma is None:
             return guided
         return torch.cat((guided, sigma.to(x.dtype).chunk(2)[1]), dim=1)

@@ -136,7 +136,7 @@ def solver_timesteps(config: NoiseConfig, steps: int) -> Tensor:
 
 
 SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp}
-# (a noise schedule, steps) -> (steps,) int64: where each of them calls its denoiser
+# (a noise schedule, steps) -> (steps,) int64: the timesteps at which each calls its denoiser
 VISITED = {"ddim": timesteps, "ddpm": timesteps, "dpm++": solver_timesteps}
 
 
@@ -182,7 +182,7 @@ def _between(noisy: Tensor, x: Tensor, alpha: float, after: float, sigma: float)
 
 
 def _choose(denoise: Denoise, t: int) -> Denoise:
-    """What denoises at a timestep."""
+    """Return the denoiser of a timestep."""
     return denoise.at(t) if isinstance(denoise, Guided) else denoise
 
 
@@ -200,6 +200,6 @@ def _draw(like: Tensor, generators: Generators) -> Tensor:
     if generators is None:
         return torch.randn(like.shape).to(like)
     shape = like.shape[1:]
-    rows = [torch.randn(shape, generator=each, device=each.device) for each in generators]
-    assert len(rows) == len(like), f"{len(rows)} generators for a batch of {len(like)}"
-    return torch.stack(rows).to(like)
+    assert len(generators) == len(like), f"{len(generators)} generators for a batch of {len(like)}"
+    rows = (torch.randn(shape, generator=rng, device=rng.device) for rng in generators)
+    return torch.stack([*rows]).to(like)

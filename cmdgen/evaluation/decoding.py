@@ -1,17 +1,16 @@
 """Memory and time of decoding a clip: in slices, beside whole clips and the VAE frame by frame."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cmdgen.acceleration.memory import Work, choose_slices, peak_bytes
+from cmdgen.acceleration.memory import FusedAttention, Work, choose_slices, peak_bytes
 from cmdgen.acceleration.slicer import decode_clip, decode_pictures
 from cmdgen.config import ModelConfig
-from cmdgen.evaluation.profile import Show, Stopwatch
+from cmdgen.evaluation.profile import Show, Stopwatch, highest
 from cmdgen.latents import latent_shapes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
@@ -22,46 +21,20 @@ from cmdgen.video.pixels import to_rgb24
 TARGET = 0.4
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """One way to decode a clip, and what it took."""
-
-    # None: the whole clip through the autoencoder, single frames through the VAE
-    slices: Slices | None
-    # highest bytes of tensors beside the weights; "reserved" of a GPU is with the weights
-    memory: dict[str, int]
-    # the same as planned, of slices
-    predicted: int | None
-    # of the autoencoder; of the VAE, all frames
-    clip_seconds: float
-    vae_seconds: float
-
-    @property
-    def seconds(self) -> float:
-        """Return those of all of it."""
-        return self.clip_seconds + self.vae_seconds
-
-
 class _Decoder:
     """The networks that decode, with random weights, and one clip for them."""
 
     def __init__(self, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         assert model.autoencoder is not None and model.vae is not None
         self.device = device
-        before = torch.get_default_dtype()
-        # fake tensors change neither their dtype nor their device
-        torch.set_default_dtype(dtype)
-        try:
-            with device:
-                self.autoencoder = CmdAutoencoder(model.autoencoder)
-                self.vae = KlVae(model.vae)
-                content, motion = (torch.randn(1, *shape) for shape in latent_shapes(model))
-        finally:
-            torch.set_default_dtype(before)
+        with device:
+            self.autoencoder = CmdAutoencoder(model.autoencoder).to(dtype)
+            self.vae = KlVae(model.vae).to(dtype)
+            content, motion = (torch.randn(1, *shape).to(dtype) for shape in latent_shapes(model))
         self.halves = content, motion
 
-    def decode(self, slices: Slices | None) -> dict[str, float]:
-        """() -> seconds of the autoencoder and of the VAE, the latter from its first slice."""
+    def decode(self, slices: Slices | None) -> Stopwatch:
+        """() -> seconds of "clip", the autoencoder, and "vae"; those of its first slice scaled."""
         watch = Stopwatch(self.device)
         with watch.stage("clip"):
             if slices is None:
@@ -72,62 +45,58 @@ class _Decoder:
         together, strips = (1, 1) if slices is None else (slices.pictures, slices.strips)
         height, width = (side * self.vae.config.stride for side in latents.shape[2:])
         with watch.stage("vae"):
-            frames = torch.empty(len(latents), height, width, 3, dtype=torch.uint8)
+            # the frames of a GPU go to the CPU
+            place = "meta" if latents.is_meta else "cpu"
+            frames = torch.empty(len(latents), height, width, 3, dtype=torch.uint8, device=place)
             pictures = decode_pictures(self.vae, latents[:together], strips)
             frames[:together] = to_rgb24(pictures)
         watch.seconds["vae"] *= len(latents) / together
-        return watch.seconds
+        return watch
 
     def measure_memory(self, slices: Slices | None) -> dict[str, int]:
-        """Return the highest bytes beside the weights: on a CPU, with fake tensors, counted."""
-        if self.device.type == "cpu":
-            return {"live": peak_bytes(lambda: self.decode(slices))}
+        """Return the highest bytes beside the weights; on the meta device, counted."""
+        if self.device.type == "meta":
+            with FusedAttention():
+                return {"live": peak_bytes(lambda: self.decode(slices))}
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self.decode(slices)
-        return {
-            "allocated": torch.cuda.max_memory_allocated(self.device) - before,
-            "reserved": torch.cuda.max_memory_reserved(self.device),
-        }
+        peaks = highest(self.decode(slices).memory.values())
+        return {"allocated": peaks["allocated"] - before, "reserved": peaks["reserved"]}
 
 
 @torch.no_grad()
 def compare_decoding(
     model: ModelConfig, device: torch.device, dtype: torch.dtype, *, runs: int, show: Show
-) -> dict[str, Decoding]:
+) -> dict[str, dict[str, Any]]:
     """Decode a clip whole, in the fastest slices, and in `TARGET` of the whole's memory.
 
-    Seconds are the least of `runs`, in turns. On a CPU, bytes are those of the same run on shapes
-    alone, on a GPU what PyTorch allocated. Raises ValueError where the target cannot be met.
+    Seconds are the least of `runs`, in turns. Memory is the highest of tensors beside the weights:
+    on a CPU counted on shapes, on a GPU what PyTorch allocated; "reserved" is with the
+    weights. Raises ValueError where the target cannot be met.
     """
-    fake = FakeTensorMode() if device.type == "cpu" else nullcontext()
-    with fake:
-        decoder = _Decoder(model, device, dtype)
-        whole = decoder.measure_memory(None)
-    work, budget = Work(model, dtype), int(TARGET * next(iter(whole.values())))
+    decoder, work = _Decoder(model, device, dtype), Work(model, dtype)
+    # of a CPU's memory, other things are a part
+    counter = _Decoder(model, torch.device("meta"), dtype) if device.type == "cpu" else decoder
+    whole = counter.measure_memory(None)
     ways = {
         "whole": None,
         "default": choose_slices(work, device),
-        "least": choose_slices(work, device, budget),
+        "least": choose_slices(work, device, int(TARGET * next(iter(whole.values())))),
     }
-    with fake:
-        memory = {name: decoder.measure_memory(slices) for name, slices in ways.items()}
-    if device.type == "cpu":
-        decoder = _Decoder(model, device, dtype)
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for i in range(runs):
-        for j, (name, slices) in enumerate(ways.items()):
-            show("decode", i * len(ways) + j, runs * len(ways))
-            seconds[name].append(decoder.decode(slices))
-    show("decode", runs * len(ways), runs * len(ways))
-    return {
-        name: Decoding(
-            slices=slices,
-            memory=memory[name],
-            predicted=None if slices is None else work.peak(slices),
-            clip_seconds=min(each["clip"] for each in seconds[name]),
-            vae_seconds=min(each["vae"] for each in seconds[name]),
-        )
-        for name, slices in ways.items()
-    }
+    memory = {name: counter.measure_memory(slices) for name, slices in ways.items()}
+    watches: dict[str, list[Stopwatch]] = {name: [] for name in ways}
+    turns = list(ways) * runs
+    for i, name in enumerate(turns):
+        show("decode", i, len(turns))
+        watches[name].append(decoder.decode(ways[name]))
+    show("decode", len(turns), len(turns))
+    records = {}
+    for name, slices in ways.items():
+        clip, vae = (min(w.seconds[stage] for w in watches[name]) for stage in ("clip", "vae"))
+        records[name] = {
+            "slices": None if slices is None else asdict(slices),
+            "memory": memory[name],
+            "predicted": None if slices is None else work.peak(slices),
+            **{"clip_seconds": clip, "vae_seconds": vae, "seconds": clip + vae},
+        }
+    return records

@@ -41,12 +41,12 @@ def estimate(plan: Plan, dtype: torch.dtype, limits: Limits, *, batch: int = 1) 
     work = count_work(plan, dtype, batch=batch)
     speed = EFFICIENCY * limits.flops_per_second
     return Estimate(
-        flops=sum(each.flops for each in work.values()),
+        flops=sum(stage.flops for stage in work.values()),
         weights=work["load"].weight_bytes,
         activations=estimate_activations(plan, dtype, batch=batch),
         seconds=sum(
-            max(each.flops / speed, each.bytes_read / limits.bytes_per_second)
-            for each in work.values()
+            max(stage.flops / speed, stage.bytes_read / limits.bytes_per_second)
+            for stage in work.values()
         ),
     )
 

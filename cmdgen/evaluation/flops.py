@@ -38,20 +38,24 @@ TABLE_9 = {50: 46.8, 100: 92.1}
 # the forwards of each row of Table 8
 _FORWARDS = {
     "autoencoder": ("frame encode", "frame decode"),
-    "content": ("content",),
-    "motion": ("motion",),
+    "content": ("content step", "content time", "content text"),
+    "motion": ("motion step", "motion time", "motion place"),
 }
 
 
 @dataclass(frozen=True)
-class Products:
-    """Multiply-adds of matrix products and convolutions, and how many of them are attention's.
+class Count:
+    """What a function computes, and what it reads of a network's weights.
 
-    Attention's are those of queries with keys and of weights with values, projections are not.
+    Multiply-adds are those of matrix products and convolutions. Attention's are the products of
+    queries with keys and of weights with values, not projections.
     """
 
     multiply_adds: int
     attention: int
+    # numbers of each weight and buffer by name, once; of a table that is looked up, the rows of one
+    # sample
+    reads: dict[str, int]
 
     @property
     def flops(self) -> int:
@@ -69,24 +73,11 @@ class _AttentionCounter(TorchFunctionMode):
 
     multiply_adds = 0
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function is F.scaled_dot_product_attention:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
             q, k, v = args
             self.multiply_adds += prod(q.shape[:-1]) * k.shape[-2] * (k.shape[-1] + v.shape[-1])
-        return function(*args, **(kwargs or {}))
-
-
-def count_products(run: Callable[[], object]) -> Products:
-    """Count what a function of tensors on the meta device would compute."""
-    with (
-        torch.inference_mode(),
-        _AttentionCounter() as attention,
-        FlopCounterMode(display=False) as counter,
-    ):
-        run()
-    return Products(counter.get_total_flops() // 2, attention.multiply_adds)
+        return func(*args, **(kwargs or {}))
 
 
 class _WeightCounter(TorchDispatchMode):
@@ -98,15 +89,25 @@ class _WeightCounter(TorchDispatchMode):
         self.names = {id(tensor): name for name, tensor in state.items()}
         self.reads: dict[str, int] = {}
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        looked_up = function is torch.ops.aten.embedding.default
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        looked_up = func is torch.ops.aten.embedding.default
         for operand in tree_leaves((args, kwargs)):
             if (name := self.names.get(id(operand))) is not None:
                 self.reads[name] = (result if looked_up else operand).numel()
         return result
+
+
+def count(run: Callable[[], object], network: nn.Module | None = None) -> Count:
+    """Count a function of tensors on the meta device."""
+    with (
+        torch.inference_mode(),
+        _WeightCounter(network or nn.Module()) as weights,
+        _AttentionCounter() as attention,
+        FlopCounterMode(display=False) as counter,
+    ):
+        run()
+    return Count(counter.get_total_flops() // 2, attention.multiply_adds, weights.reads)
 
 
 @dataclass(frozen=True)
@@ -117,24 +118,9 @@ class Forward:
     run: Callable[[], object]
 
     @cached_property
-    def counts(self) -> tuple[Products, dict[str, int]]:
-        """Count what it computes, and the numbers that it reads of each weight and buffer by name.
-
-        Each is read once; of a table that is looked up, the rows of one sample are.
-        """
-        with _WeightCounter(self.network) as weights:
-            products = count_products(self.run)
-        return products, weights.reads
-
-    @property
-    def products(self) -> Products:
-        """Return what it computes."""
-        return self.counts[0]
-
-    @property
-    def reads(self) -> dict[str, int]:
-        """Return the numbers that it reads of each weight and buffer by name."""
-        return self.counts[1]
+    def count(self) -> Count:
+        """Count what it computes and reads."""
+        return count(self.run, self.network)
 
     @cached_property
     def peak(self) -> int:
@@ -277,7 +263,7 @@ def list_uses(plan: Plan, *, batch: int = 1) -> dict[str, list[Use]]:
         uses["frame decode"] = [Use(forwards["frame decode"], batch)]
         # after the content frames
         pictures.append(batch * model.frames)
-    runs = sum(ceil(each / together) for each in pictures)
+    runs = sum(ceil(number / together) for number in pictures)
     return uses | {"VAE decode": [Use(forwards["VAE decode"], sum(pictures), runs)]}
 
 
@@ -303,13 +289,14 @@ def count_work(plan: Plan, dtype: torch.dtype, *, batch: int = 1) -> dict[str, W
 def _count_stage(uses: list[Use], dtype: torch.dtype) -> Work:
     uses = [use for use in uses if use.runs]
     state = uses[0].forward.network.state_dict(keep_vars=True)
-    read = [state[name] for name in {name for use in uses for name in use.forward.reads}]
+    read = [state[name] for name in {name for use in uses for name in use.forward.count.reads}]
     return Work(
         parameters=_count_parameters(read),
         weight_bytes=sum(tensor.numel() for tensor in read) * dtype.itemsize,
         forwards=sum(use.runs for use in uses if not use.shared),
-        flops=sum(use.samples * use.forward.products.flops for use in uses),
-        bytes_read=sum(use.runs * sum(use.forward.reads.values()) for use in uses) * dtype.itemsize,
+        flops=sum(use.samples * use.forward.count.flops for use in uses),
+        bytes_read=sum(use.runs * sum(use.forward.count.reads.values()) for use in uses)
+        * dtype.itemsize,
     )
 
 
@@ -317,28 +304,8 @@ def _count_parameters(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A figure of the paper, ours in its accounting, and the honest count, in 10^12."""
-
-    label: str
-    published: float
-    ours: float
-    honest: float
-
-
-@dataclass(frozen=True)
-class PaperTables:
-    """CMD's Tables 8 and 9 beside ours, and where the operations of 50 steps go, in 10^12."""
-
-    model: str
-    table_8: list[Comparison]
-    table_9: list[Comparison]
-    stages: dict[str, float]
-
-
-def compare_with_paper(model: ModelConfig = CMD_SD21) -> PaperTables:
-    """Count what the paper counted.
+def compare_with_paper(model: ModelConfig = CMD_SD21) -> dict[str, Any]:
+    """Return Tables 8 and 9 beside our counts, and where 50 steps compute, all in 10^12.
 
     Table 8 is one forward of each model at 512x512, the autoencoder's there and back. Table 9 is,
     for each step, one forward of both models, unguided, then the autoencoder there and back, at
@@ -347,28 +314,30 @@ def compare_with_paper(model: ModelConfig = CMD_SD21) -> PaperTables:
     """
     square, wide = (list_forwards(replace(model, height=512, width=width)) for width in (512, 1024))
 
-    def count(forwards: dict[str, Forward], label: str) -> tuple[float, float]:
-        products = [forwards[name].products for name in _FORWARDS[label]]
-        return sum(p.published for p in products) / TERA, sum(p.flops for p in products) / TERA
+    def add_up(forwards: dict[str, Forward], label: str) -> dict[str, float]:
+        counts = [forwards[name].count for name in _FORWARDS[label]]
+        ours, honest = sum(c.published for c in counts), sum(c.flops for c in counts)
+        return {"ours": ours / TERA, "honest": honest / TERA}
 
-    once, content, motion = (count(wide, label)[0] for label in TABLE_8)
+    once, content, motion = (add_up(wide, label)["ours"] for label in TABLE_8)
     stages = {}
     for steps in TABLE_9:
         request = Request(size=(512, 1024), steps=steps, motion_steps=steps)
         work = count_work(resolve(request, model), torch.float32)
-        stages[steps] = {stage: each.flops / TERA for stage, each in work.items() if each.flops}
-    return PaperTables(
-        model=model.name,
-        table_8=[
-            Comparison(label, published, *count(square, label))
+        stages[steps] = {name: stage.flops / TERA for name, stage in work.items() if stage.flops}
+    return {
+        "model": model.name,
+        "table_8": [
+            {"label": label, "published": published, **add_up(square, label)}
             for label, published in TABLE_8.items()
         ],
-        table_9=[
-            Comparison(
-                *(f"{steps} steps", published, once + steps * (content + motion)),
-                honest=sum(stages[steps].values()),
-            )
+        "table_9": [
+            {
+                **{"label": f"{steps} steps", "published": published},
+                **{"ours": once + steps * (content + motion)},
+                "honest": sum(stages[steps].values()),
+            }
             for steps, published in TABLE_9.items()
         ],
-        stages=stages[50],
-    )
+        "stages": stages[50],
+    }

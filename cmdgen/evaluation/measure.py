@@ -5,7 +5,7 @@ clips to watch itself.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from cmdgen.world.world import World
 # targets in decibels; of the subject after the autoencoder, so many above the mean frame's
 _PSNR_TARGETS = {"vae_psnr": 30.0, "vae_psnr_subject": 24.0, "autoencoder_psnr": 27.0}
 _ABOVE_MEAN_FRAME = 5.0
+# of whole frames, and of the subject alone
+_PLACES = (("", ""), ("_subject", " in the subject"))
 # per cent of generated clips
 _NAMED_TARGETS = {"subject": 70.0, "motion": 60.0, "scene": 85.0}
 # what "well below frozen" is taken to mean
@@ -105,6 +107,14 @@ class Evaluator:
         specs = self.world.specs(rows)
         return {head: getattr(specs, head) for head in HEADS}
 
+    def batches(self, stage: str, indices: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+        """(N,) -> what was done before and the next indices, (B,), in turn; shows progress."""
+        done = 0
+        for rows in indices.split(size):
+            yield done, rows
+            done += len(rows)
+            self.show(stage, done, len(indices))
+
     def sample(
         self, plan: Plan, rows: Tensor, seed: int, watch: Stopwatch | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -136,29 +146,21 @@ class Evaluator:
     def measure_reconstruction(self, options: Evaluation) -> tuple[list[Figure], Readings]:
         """Measure PSNR of VAE, CMD autoencoder and mean frame; show the probe what CMD rebuilds."""
         pipeline, model = self.pipeline, self.pipeline.config
-        # of whole frames, and of the subject alone
-        errors: tuple[dict[str, SquaredError], ...] = (
-            defaultdict(SquaredError),
-            defaultdict(SquaredError),
-        )
+        errors = [defaultdict[str, SquaredError](SquaredError) for _ in _PLACES]
         rebuilt = Readings(self.probe)
         indices = self.world.indices("test", options.reconstructed)
-        done = 0
-        for rows in indices.split(options.batch):
+        for _, rows in self.batches("rebuild", indices, options.batch):
             clips = self.world.render(rows, (model.height, model.width), model.frames)
             assert clips.mask is not None
             real = clips.frames.float() / 255
-            pixels = rearrange(real, "b t c h w -> (b t) c h w")
-            latents = pipeline.vae.to_latents((pixels * 2 - 1).to(pipeline.device, pipeline.dtype))
-            by_clip = rearrange(latents, "(b t) c h w -> b c t h w", b=len(rows))
+            pixels = rearrange(real, "b t c h w -> (b t) c h w").to(pipeline.device, pipeline.dtype)
+            latents = pipeline.vae.to_latents(pixels * 2 - 1)
+            latents = rearrange(latents, "(b t) c h w -> b c t h w", b=len(rows))
             slices = pipeline.plan(Request(), batch=len(rows)).slices
-            halves = encode_clip(pipeline.autoencoder, by_clip, slices)
-            decoded = decode_clip(pipeline.autoencoder, *halves, slices)
+            halves = encode_clip(pipeline.autoencoder, latents, slices)
             predictions = {
-                "vae": self._decode(latents).view_as(real),
-                "autoencoder": self._decode(rearrange(decoded, "b c t h w -> (b t) c h w")).view_as(
-                    real
-                ),
+                "vae": self._decode(latents),
+                "autoencoder": self._decode(decode_clip(pipeline.autoencoder, *halves, slices)),
                 "mean frame": real.mean(1, keepdim=True).expand_as(real),
             }
             for name, prediction in predictions.items():
@@ -166,14 +168,10 @@ class Evaluator:
                     error[name].add(prediction, real, mask)
             levels = (predictions["autoencoder"] * 255).round().to(torch.uint8)
             rebuilt.add(levels, clips.labels)
-            done += len(rows)
-            self.show("rebuild", done, len(indices))
         figures = []
         for name, label in (("vae", "VAE"), ("autoencoder", "CMD autoencoder")):
-            for error, suffix, where in zip(
-                errors, ("", "_subject"), ("", " in the subject"), strict=True
-            ):
-                psnr = {each: squared.psnr() for each, squared in error.items()}
+            for error, (suffix, where) in zip(errors, _PLACES, strict=True):
+                psnr = {made_by: squared.psnr() for made_by, squared in error.items()}
                 key, value, mean = f"{name}_psnr{suffix}", psnr.pop(name), psnr["mean frame"]
                 target, reason = _PSNR_TARGETS.get(key), ""
                 if target is None:
@@ -191,22 +189,15 @@ class Evaluator:
         model, count = self.pipeline.config, options.clips
         indices = self.world.indices("test", 2 * count)
         real, reference, generated, frozen = (Readings(self.probe) for _ in range(4))
-        done = 0
         for readings, half in zip((real, reference), indices.split(count), strict=True):
-            for rows in half.split(options.batch):
+            for _, rows in self.batches("render", half, options.batch):
                 clips = self.world.render(rows, (model.height, model.width), model.frames)
                 readings.add(clips.frames, clips.labels)
-                done += len(rows)
-                self.show("render", done, 2 * count)
-        done = 0
-        for rows in indices[:count].split(options.batch):
-            labels = self.labels(rows)
-            plan = self.pipeline.plan(Request(), batch=len(rows))
+        for done, rows in self.batches("generate", indices[:count], options.batch):
+            labels, plan = self.labels(rows), self.pipeline.plan(Request(), batch=len(rows))
             frames, content = self.sample(plan, rows, options.seed + done)
             generated.add(frames, labels)
             frozen.add(repeat(content, "b c h w -> b t c h w", t=model.frames), labels)
-            done += len(rows)
-            self.show("generate", done, count)
         figures = [
             Figure(
                 *(f"named_{head}", f"{head} named correctly", generated.accuracy(head), "%"),
@@ -231,9 +222,10 @@ class Evaluator:
         }
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """(N, c, h, w) scaled -> (N, 3, H, W) float32 in [0, 1], on the CPU."""
-        pixels = self.pipeline.vae.from_latents(latents).float().cpu()
-        return ((pixels + 1) / 2).clamp(0, 1)
+        """(B, c, T, h, w) scaled -> (B, T, 3, H, W) float32 in [0, 1], on the CPU."""
+        pixels = self.pipeline.vae.from_latents(rearrange(latents, "b c t h w -> (b t) c h w"))
+        unit = ((pixels.float().cpu() + 1) / 2).clamp(0, 1)
+        return rearrange(unit, "(b t) c h w -> b t c h w", b=len(latents))
 
 
 def load_evaluator(model: str, device: str, probe: Path | None = None, *, show: Show) -> Evaluator:
@@ -252,4 +244,4 @@ def load_evaluator(model: str, device: str, probe: Path | None = None, *, show: 
 
 def _stack(pictures: Sequence[np.ndarray]) -> Tensor:
     """B x uint8 (..., H, W, 3) -> (B, ..., 3, H, W)."""
-    return torch.stack([torch.from_numpy(each) for each in pictures]).movedim(-1, -3)
+    return torch.stack([torch.from_numpy(picture) for picture in pictures]).movedim(-1, -3)

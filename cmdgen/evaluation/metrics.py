@@ -37,7 +37,7 @@ class SquaredError:
         self.total += float(error.sum())
 
     def psnr(self) -> float:
-        """Decibels for a peak of 1: infinite when nothing differs, nan when nothing was added."""
+        """Return decibels for a peak of 1: infinite if nothing differs, NaN of nothing."""
         if not self.count:
             return math.nan
         return -10 * math.log10(self.total / self.count) if self.total else math.inf

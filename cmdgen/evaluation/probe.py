@@ -6,6 +6,7 @@ judges what a generated clip shows and not how cleanly it is drawn.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,24 +48,10 @@ class ProbeTraining:
     seed: int = 0
 
 
-class Residual(nn.Module):
-    """Two 3x3 convolutions around a skip."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            *_convolve(width, width, 1), nn.Conv2d(width, width, 3, padding=1, bias=False)
-        )
-        self.norm = nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, h, w) -> (N, C, h, w)."""
-        return F.relu(x + self.norm(self.body(x)))
-
-
-def _convolve(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...]:
-    convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-    return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
+def _block(layer: nn.Conv1d | nn.Conv2d | nn.Linear) -> list[nn.Module]:
+    """Return a layer with what normalises and rectifies its output."""
+    norm = nn.BatchNorm2d if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d
+    return [layer, norm(layer.weight.shape[0]), nn.ReLU()]
 
 
 class Probe(Pretrained[ProbeConfig]):
@@ -76,34 +63,22 @@ class Probe(Pretrained[ProbeConfig]):
     def __init__(self, config: ProbeConfig) -> None:
         super().__init__(config)
         width, features = config.width, config.features
+        frames = partial(nn.Conv2d, bias=False)
+        times = partial(nn.Conv1d, width, width, 3, padding=1, bias=False)
         self.trunk = nn.Sequential(
             # every frame beside its change to the next
-            nn.Conv2d(6, width // 2, 4, 4, bias=False),
-            nn.BatchNorm2d(width // 2),
-            nn.ReLU(),
-            *_convolve(width // 2, width, 2),
-            *_convolve(width, width, 1),
-            *_convolve(width, width, 2),
+            *_block(frames(6, width // 2, 4, 4)),
+            *_block(frames(width // 2, width, 3, 2, padding=1)),
+            *_block(frames(width, width, 3, padding=1)),
+            *_block(frames(width, width, 3, 2, padding=1)),
         )
         # keeps where things are: motion is a change of place
-        self.place = nn.Sequential(
-            nn.Conv2d(width, width // 4, 1, bias=False), nn.BatchNorm2d(width // 4), nn.ReLU()
-        )
-        cells = (config.size // 16) ** 2
+        self.place = nn.Sequential(*_block(frames(width, width // 4, 1)))
+        cells = width // 4 * (config.size // 16) ** 2
         self.time = nn.Sequential(
-            nn.Conv1d(width // 4 * cells, width, 1, bias=False),
-            nn.BatchNorm1d(width),
-            nn.ReLU(),
-            nn.Conv1d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm1d(width),
-            nn.ReLU(),
-            nn.Conv1d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm1d(width),
-            nn.ReLU(),
+            *_block(nn.Conv1d(cells, width, 1, bias=False)), *_block(times()), *_block(times())
         )
-        self.features = nn.Sequential(
-            nn.Linear(4 * width, features), nn.BatchNorm1d(features), nn.ReLU()
-        )
+        self.features = nn.Sequential(*_block(nn.Linear(4 * width, features)))
         self.heads = nn.ModuleDict(
             {head: nn.Linear(features, len(getattr(config, head))) for head in HEADS}
         )
@@ -160,7 +135,7 @@ def train_probe(
     device: torch.device,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Probe:
-    """Learns from `steps * batch` clips of the training split, each seen once."""
+    """Learn from `steps * batch` clips of the training split, each seen once."""
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     probe = Probe(ProbeConfig(world.subjects, world.motions, world.scenes, config.size))

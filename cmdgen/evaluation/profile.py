@@ -1,10 +1,14 @@
 """Where the time of making clips goes, stage by stage, beside what this machine can do at most."""
 
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -90,9 +94,9 @@ class Stopwatch(Observer):
     device: torch.device
     # takes frames as soon as they are decoded
     write: "Callable[[np.ndarray], None] | None" = None
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     # "resident" on a CPU, "allocated" and "reserved" on a GPU; empty where that cannot be told
-    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    memory: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -102,9 +106,8 @@ class Stopwatch(Observer):
         started = time.perf_counter()
         yield
         _wait(self.device)
-        seconds = time.perf_counter() - started
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self.memory[name] = _highest([self.memory.get(name, {}), _peak(self.device)])
+        self.seconds[name] += time.perf_counter() - started
+        self.memory[name] |= _peak(self.device)
 
     def frames(self, clip: int, frames: "np.ndarray") -> None:
         """Write frames, if they go anywhere."""
@@ -132,78 +135,6 @@ class Tracer(Observer):
             self.names.close()
             if done < total:
                 self.names.enter_context(record_function(f"{stage} step {done + 1}"))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The work of one stage, or of all of them, and what that took."""
-
-    work: Work
-    # of each run
-    seconds: tuple[float, ...]
-    # highest bytes, as in `Stopwatch`
-    memory: dict[str, int]
-
-    @property
-    def flops_per_second(self) -> float:
-        """Return the rate of the median run."""
-        return self.work.flops / median(self.seconds)
-
-    @property
-    def bytes_per_second(self) -> float:
-        """Return the rate of the median run."""
-        return self.work.bytes_read / median(self.seconds)
-
-    def to_dict(self, limits: Limits) -> dict[str, Any]:
-        """Return the keys that `cmdgen profile --help` explains."""
-        seconds = self.seconds
-        return {
-            **asdict(self.work),
-            "seconds": {
-                "median": median(seconds),
-                "fastest": min(seconds),
-                "slowest": max(seconds),
-            },
-            "flops_per_second": self.flops_per_second,
-            "share_of_matmul": self.flops_per_second / limits.flops_per_second,
-            "bytes_per_second": self.bytes_per_second,
-            "share_of_copy": self.bytes_per_second / limits.bytes_per_second,
-            "memory_bytes": self.memory,
-        }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to make clips, measured."""
-
-    plan: Plan
-    # those that count
-    stages: dict[str, Measured]
-    total: Measured
-
-    @property
-    def step_seconds(self) -> float:
-        """Return the content model's seconds for a step, full or skipped, in the median run."""
-        return median(self.stages["content"].seconds) / self.plan.model.steps
-
-    def to_dict(self, limits: Limits) -> dict[str, Any]:
-        """Return the keys that `cmdgen profile --help` explains."""
-        full, model = full_steps(self.plan), self.plan.model
-        return self.total.to_dict(limits) | {
-            **dict(zip(("full_steps", "full_motion_steps"), full, strict=True)),
-            **{"guidance": model.guidance, "motion_guidance": model.motion_guidance},
-            "content_step_seconds": self.step_seconds,
-            "stages": {name: stage.to_dict(limits) for name, stage in self.stages.items()},
-        }
-
-
-@dataclass(frozen=True)
-class Profile:
-    """All rows, of one model on one machine."""
-
-    settings: dict[str, Any]
-    limits: Limits
-    rows: dict[str, Row]
 
 
 @dataclass(frozen=True)
@@ -253,69 +184,87 @@ def full_steps(plan: Plan) -> tuple[int, int]:
 
 def profile(
     load: Callable[[], StillPipeline], ways: Mapping[str, Way], *, runs: int, show: Show
-) -> Profile:
+) -> dict[str, Any]:
     """Make clips in each way, `runs` times after once to warm up.
 
-    `load` gives the pipeline of each run. A row's seconds are those of whole runs or, where no file
-    is written, of the stages that count.
+    `load` gives the pipeline of each run. Returns the keys that `cmdgen profile --help` explains,
+    with a row for each way.
     """
     pipeline = load()
     device, dtype = pipeline.device, pipeline.dtype
     before = measure_limits(device, dtype)
-    rows: dict[str, Row] = {}
-    total = len(ways) * (1 + runs)
-    show("run", 0, total)
+    measured: dict[str, list[Stopwatch]] = {name: [] for name in ways}
+    turns = [(name, i) for name in ways for i in range(1 + runs)]
+    show("run", 0, len(turns))
     with TemporaryDirectory() as folder:
-        for name, way in ways.items():
-            if device.type == "cuda":
+        for done, (name, i) in enumerate(turns, 1):
+            if device.type == "cuda" and i == 0:
                 # what others keep for reuse would count as reserved by this one
                 torch.cuda.empty_cache()
-            watches, seconds = [], []
-            for i in range(1 + runs):
-                watch, started = Stopwatch(device), time.perf_counter()
+            watch = Stopwatch(device)
+            with watch.stage("total"):
                 # the pipeline of the run before is let go of before this one reads its weights
                 pipeline = load()
-                way.make(pipeline, watch, Path(folder, f"{name}-{i}"), i)
-                _wait(device)
-                seconds.append(time.perf_counter() - started)
-                watches.append(watch)
-                show("run", len(rows) * (1 + runs) + i + 1, total)
-            rows[name] = _finish(way, dtype, watches[1:], seconds[1:])
+                ways[name].make(pipeline, watch, Path(folder, f"{name}-{i}"), i)
+            if i > 0:
+                measured[name].append(watch)
+            show("run", done, len(turns))
     # others may have had the machine before or after: its limits are the higher of the two
     limits = Limits(*map(max, before, measure_limits(device, dtype)))
     (*_, last) = ways.values()
     model, moves = last.plan.model, last.plan.moves
-    names = ("name", "frames", "height", "width", "sampler", "steps", "guidance")
-    settings = {name: getattr(model, name) for name in names}
-    settings["model"] = settings.pop("name")
-    settings |= {
+    names = ("frames", "height", "width", "sampler", "steps", "guidance")
+    return {
+        **{"model": model.name, **{name: getattr(model, name) for name in names}},
         **{"motion_steps": model.motion_steps if moves else None},
         **{"motion_guidance": model.motion_guidance if moves else None},
         **{"batch": last.batch, "runs": runs, "compile": pipeline.uses_compiler},
         **{"device": device_name(device), "dtype": dtype_name(dtype), "torch": torch.__version__},
+        "matmul_flops_per_second": limits.flops_per_second,
+        "copy_bytes_per_second": limits.bytes_per_second,
+        "rows": {name: _describe_row(ways[name], dtype, limits, measured[name]) for name in ways},
     }
-    return Profile(settings, limits, rows)
 
 
-def _finish(way: Way, dtype: torch.dtype, watches: list[Stopwatch], seconds: list[float]) -> Row:
+def _describe_row(
+    way: Way, dtype: torch.dtype, limits: Limits, watches: list[Stopwatch]
+) -> dict[str, Any]:
     work = count_work(way.plan, dtype, batch=way.batch)
-    stages = {
-        stage: Measured(
-            work[stage],
-            tuple(watch.seconds[stage] for watch in watches),
-            _highest([watch.memory[stage] for watch in watches]),
-        )
-        for stage in way.stages or work
-    }
-    counted = [stage.work for stage in stages.values()]
-    if way.encode == "never":
-        seconds = [sum(each) for each in zip(*(s.seconds for s in stages.values()), strict=True)]
+    counted = {stage: work[stage] for stage in way.stages or work}
+
+    def describe(work: Work, stages: Iterable[str], timed: Iterable[str]) -> dict[str, Any]:
+        seconds = [sum(watch.seconds[stage] for stage in timed) for watch in watches]
+        memory = highest(watch.memory[stage] for watch in watches for stage in stages)
+        return describe_stage(work, seconds, memory, limits)
+
+    stages = {stage: describe(counted[stage], [stage], [stage]) for stage in counted}
     sums = {
-        name: sum(getattr(each, name) for each in counted)
+        name: sum(getattr(stage, name) for stage in counted.values())
         for name in ("forwards", "flops", "bytes_read")
     }
-    memory = _highest([stage.memory for stage in stages.values()])
-    return Row(way.plan, stages, Measured(replace(work["load"], **sums), tuple(seconds), memory))
+    timed = counted if way.encode == "never" else ["total"]
+    model, (content, motion) = way.plan.model, full_steps(way.plan)
+    return describe(replace(work["load"], **sums), counted, timed) | {
+        **{"full_steps": content, "full_motion_steps": motion},
+        **{"guidance": model.guidance, "motion_guidance": model.motion_guidance},
+        "content_step_seconds": stages["content"]["seconds"]["median"] / model.steps,
+        "stages": stages,
+    }
+
+
+def describe_stage(
+    work: Work, seconds: Sequence[float], memory: Mapping[str, int], limits: Limits
+) -> dict[str, Any]:
+    """Return what one stage, or all of them, did and took; rates are those of the median run."""
+    middle = median(seconds)
+    flops, read = work.flops / middle, work.bytes_read / middle
+    return {
+        **asdict(work),
+        "seconds": {"median": middle, "fastest": min(seconds), "slowest": max(seconds)},
+        **{"flops_per_second": flops, "share_of_matmul": flops / limits.flops_per_second},
+        **{"bytes_per_second": read, "share_of_copy": read / limits.bytes_per_second},
+        "memory_bytes": dict(memory),
+    }
 
 
 def plan_suite(pipeline: StillPipeline, request: Request) -> dict[str, Way]:
@@ -367,23 +316,22 @@ def _forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak(device: torch.device) -> dict[str, int]:
+def _peak(device: torch.device) -> Counter[str]:
     """Return the highest memory in bytes since it was forgotten; of a CPU, Linux alone can tell."""
     if device.type == "cuda":
-        return {
-            "allocated": torch.cuda.max_memory_allocated(device),
-            "reserved": torch.cuda.max_memory_reserved(device),
-        }
+        return Counter(
+            allocated=torch.cuda.max_memory_allocated(device),
+            reserved=torch.cuda.max_memory_reserved(device),
+        )
     if not os.access("/proc/self/clear_refs", os.W_OK):
-        return {}
-    status = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in status)
-    return {"resident": int(fields["VmHWM"].split()[0]) * 1024}
+        return Counter()
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return Counter(resident=int(peak[1]) * 1024) if peak else Counter()
 
 
-def _highest(peaks: list[dict[str, int]]) -> dict[str, int]:
-    names = dict.fromkeys(name for peak in peaks for name in peak)
-    return {name: max(peak.get(name, 0) for peak in peaks) for name in names}
+def highest(peaks: Iterable[Counter[str]]) -> Counter[str]:
+    """Return the largest value of each name."""
+    return reduce(or_, peaks, Counter())
 
 
 def device_name(device: torch.device) -> str:

@@ -1,11 +1,11 @@
 """Step rehash: which steps can reuse features, and what that is worth beside fewer steps."""
 
 import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def calibrate(
             if isinstance(pipeline, CmdPipeline) and plan.moves:
                 motion = partial(_sample_motion, pipeline, plans, text, content)
                 sums["motion"].add(CutDiT(pipeline.motion), motion, partial(count_run, "motion"))
-    return [each.finish(part, model.sampler, len(prompts)) for part, each in sums.items()]
+    return [sums[part].finish(part, model.sampler, len(prompts)) for part in sums]
 
 
 def _sample_motion(
@@ -86,121 +86,77 @@ def _sample_motion(
     return pipeline.autoencoder.standardise(motion)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One way to sample, measured."""
-
-    way: str
-    full_steps: int
-    full_motion_steps: int
-    # per cent that the probe names correctly, by head
-    named: dict[str, float]
-    # to the frames of the run that skips nothing: dB, and the mean over frames; None for itself
-    psnr: float | None
-    ssim: float | None
-    # for each clip: of both samplers, and of everything
-    sampler_seconds: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All ways, the one that skips nothing first."""
-
-    settings: dict[str, object]
-    rows: list[Row]
-
-    def to_dict(self) -> dict[str, object]:
-        """Return what JSON can hold, which has no infinity: where nothing differs, no PSNR."""
-        rows = [asdict(row) for row in self.rows]
-        for row in rows:
-            row["psnr"] = None if row["psnr"] == math.inf else row["psnr"]
-        return {**self.settings, "rows": rows}
-
-    def to_markdown(self) -> str:
-        """Return a title and a table."""
-        header = ("full steps", "", *HEADS, "PSNR", "SSIM", "samplers", "clip")
-        cells = [
-            (
-                f"{row.full_steps} + {row.full_motion_steps}",
-                row.way,
-                *(f"{row.named[head]:.1f} %" for head in HEADS),
-                "" if row.psnr is None else f"{row.psnr:.2f} dB",
-                "" if row.ssim is None else f"{row.ssim:.3f}",
-                f"{row.sampler_seconds:.3f} s",
-                f"{row.seconds:.3f} s",
-            )
-            for row in self.rows
-        ]
-        title = "{model}: {clips} clips, {sampler}, {steps} + {motion_steps} steps"
-        return "\n".join([title.format(**self.settings), "", *table([header, *cells])])
-
-
 @dataclass
-class _Sums:
-    """One way to sample, over the clips so far."""
+class Way:
+    """One way to sample, and what was measured of it so far."""
 
-    way: str
+    name: str
     plan: Plan
     readings: Readings
+    # to the frames of the way that skips nothing
     error: SquaredError = field(default_factory=SquaredError)
     ssim: list[Tensor] = field(default_factory=list)
+    # of both samplers, and of everything
     sampler_seconds: float = 0.0
     seconds: float = 0.0
 
-    def finish(self, clips: int) -> Row:
-        return Row(
-            self.way,
-            *full_steps(self.plan),
-            named={head: self.readings.accuracy(head) for head in HEADS},
-            psnr=self.error.psnr() if self.ssim else None,
-            ssim=float(torch.cat(self.ssim).mean()) if self.ssim else None,
-            sampler_seconds=self.sampler_seconds / clips,
-            seconds=self.seconds / clips,
-        )
+    def to_dict(self, clips: int) -> dict[str, Any]:
+        """Return the row of this way: per cent named correctly, dB, seconds for each clip."""
+        content, motion = full_steps(self.plan)
+        # of the way that skips nothing: none; where nothing differs, JSON has no infinity
+        psnr = self.error.psnr()
+        return {
+            **{"way": self.name, "full_steps": content, "full_motion_steps": motion},
+            "named": {head: self.readings.accuracy(head) for head in HEADS},
+            "psnr": psnr if math.isfinite(psnr) else None,
+            "ssim": float(torch.cat(self.ssim).mean()) if self.ssim else None,
+            "sampler_seconds": self.sampler_seconds / clips,
+            "seconds": self.seconds / clips,
+        }
 
 
-def compare_rehash(evaluator: Evaluator, options: Comparing) -> Comparison:
-    """Sample the same captions and seeds in every way; ValueError where one of them cannot be."""
-    pipeline, world, clips = evaluator.pipeline, evaluator.world, options.clips
+def compare_rehash(evaluator: Evaluator, options: Comparing) -> dict[str, Any]:
+    """Sample the same captions and seeds in every way; ValueError where one of them cannot be.
+
+    Returns settings, and under "rows" the ways, the one that skips nothing first.
+    """
+    pipeline, clips, done = evaluator.pipeline, options.clips, 0
     ways = [
-        _Sums(way, plan, Readings(evaluator.probe)) for way, plan in _list_ways(pipeline, options)
+        Way(name, plan, Readings(evaluator.probe)) for name, plan in _list_ways(pipeline, options)
     ]
-    indices = world.indices("test", clips)
+    indices = evaluator.world.indices("test", clips)
     # the first clips of a process are slow, and those in which a way's graphs are captured
-    for sums in ways[: None if pipeline.uses_graphs else 1]:
-        evaluator.sample(sums.plan, indices[: options.batch], options.seed)
-    done = 0
+    for way in ways[: None if pipeline.uses_graphs else 1]:
+        evaluator.sample(way.plan, indices[: options.batch], options.seed)
     evaluator.show("compare", 0, clips * len(ways))
     for rows in indices.split(options.batch):
         labels, seed = evaluator.labels(rows), options.seed + done // len(ways)
         reference: Tensor | None = None
         # one after the other in each batch: what else the machine does, it does to all of them
-        for sums in ways:
-            watch, started = Stopwatch(pipeline.device), time.perf_counter()
-            frames, _ = evaluator.sample(sums.plan, rows, seed, watch)
-            sums.seconds += time.perf_counter() - started
-            sums.sampler_seconds += sum(watch.seconds[part] for part in PARTS)
-            sums.readings.add(frames, labels)
+        for way in ways:
+            watch = Stopwatch(pipeline.device)
+            with watch.stage("all"):
+                frames, _ = evaluator.sample(way.plan, rows, seed, watch)
+            way.seconds += watch.seconds["all"]
+            way.sampler_seconds += sum(watch.seconds[part] for part in PARTS)
+            way.readings.add(frames, labels)
             values = (frames.float() / 255).flatten(0, 1)
             if reference is None:
                 reference = values
             else:
-                sums.error.add(values, reference)
-                sums.ssim.append(structural_similarity(values, reference))
+                way.error.add(values, reference)
+                way.ssim.append(structural_similarity(values, reference))
             done += len(rows)
             evaluator.show("compare", done, clips * len(ways))
-    own = pipeline.config
+    model = pipeline.config
     names = ("sampler", "steps", "motion_steps", "guidance")
-    return Comparison(
-        settings={
-            **{"model": own.name, **{name: getattr(own, name) for name in names}},
-            **{"clips": clips, "seed": options.seed, "batch": options.batch},
-            **{"protect": options.protect, "device": pipeline.device.type},
-            "threads": torch.get_num_threads(),
-        },
-        rows=[sums.finish(clips) for sums in ways],
-    )
+    return {
+        **{"model": model.name, **{name: getattr(model, name) for name in names}},
+        **{"clips": clips, "seed": options.seed, "batch": options.batch},
+        **{"protect": options.protect, "device": pipeline.device.type},
+        "threads": torch.get_num_threads(),
+        "rows": [way.to_dict(clips) for way in ways],
+    }
 
 
 def _list_ways(pipeline: CmdPipeline, options: Comparing) -> list[tuple[str, Plan]]:
@@ -211,4 +167,23 @@ def _list_ways(pipeline: CmdPipeline, options: Comparing) -> list[tuple[str, Pla
         content, motion = full_steps(pipeline.plan(rehash))
         ways.append(("fewer steps", Request(steps=content, motion_steps=motion)))
         ways += [(f"rehash {policy}", replace(rehash, rehash_policy=policy)) for policy in POLICIES]
-    return [(way, pipeline.plan(request, batch=options.batch)) for way, request in ways]
+    return [(name, pipeline.plan(request, batch=options.batch)) for name, request in ways]
+
+
+def list_lines(comparison: dict[str, Any]) -> list[str]:
+    """Return a title and a table."""
+    rows = [("full steps", "", *HEADS, "PSNR", "SSIM", "samplers", "clip")]
+    for row in comparison["rows"]:
+        all_steps, psnr = row["ssim"] is None, row["psnr"]
+        rows.append(
+            (
+                f"{row['full_steps']} + {row['full_motion_steps']}",
+                row["way"],
+                *(f"{row['named'][head]:.1f} %" for head in HEADS),
+                "" if all_steps else f"{math.inf if psnr is None else psnr:.2f} dB",
+                "" if all_steps else f"{row['ssim']:.3f}",
+                *(f"{row[name]:.3f} s" for name in ("sampler_seconds", "seconds")),
+            )
+        )
+    title = "{model}: {clips} clips, {sampler}, {steps} + {motion_steps} steps"
+    return [title.format(**comparison), "", *table(rows)]

@@ -10,49 +10,42 @@ _HEADER = ("figure", "value", "beside", "target", "")
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, what it is compared with, and the target if there is one."""
+    """One measured number, what it is compared with, and its target."""
 
     key: str
     label: str
     value: float
     # dB, %, s, MB, or nothing
-    unit: str = ""
-    beside: dict[str, float] = field(default_factory=dict)
-    target: float | None = None
+    unit: str
+    beside: dict[str, float]
+    target: float
     # "least" or "most": the side of the target on which the value should be
     at: str = "least"
     # where the target comes from
     reason: str = ""
 
     @property
-    def met(self) -> bool | None:
-        """Whether the target is reached; None where there is none. Not a number misses it."""
-        if self.target is None:
-            return None
+    def met(self) -> bool:
+        """Return whether the target is reached; NaN misses it."""
         return self.value >= self.target if self.at == "least" else self.value <= self.target
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the key, for JSON."""
+        """Return everything but the key, for JSON."""
+        beside = {name: _finite(value) for name, value in self.beside.items()}
         return {
-            "value": _finite(self.value),
-            "unit": self.unit,
-            "beside": {name: _finite(value) for name, value in self.beside.items()},
-            "target": None if self.target is None else _finite(self.target),
-            "at": None if self.target is None else self.at,
-            "met": self.met,
+            **{"value": _finite(self.value), "unit": self.unit, "beside": beside},
+            **{"target": _finite(self.target), "at": self.at, "met": self.met},
         }
 
     def cells(self) -> tuple[str, ...]:
-        """The row of the table."""
-        target = ""
-        if self.target is not None:
-            sign = "≥" if self.at == "least" else "≤"
-            reason = f" ({self.reason})" if self.reason else ""
-            target = f"{sign} {_number(self.target, self.unit)}{reason}"
+        """Return the row of the table."""
+        target = f"{'≥' if self.at == 'least' else '≤'} {_number(self.target, self.unit)}"
+        if self.reason:
+            target += f" ({self.reason})"
         beside = ", ".join(
             f"{name} {_number(value, self.unit).split()[0]}" for name, value in self.beside.items()
         )
-        verdict = {True: "met", False: "missed", None: ""}[self.met]
+        verdict = "met" if self.met else "missed"
         return self.label, _number(self.value, self.unit), beside, target, verdict
 
 
@@ -68,7 +61,7 @@ class Report:
     details: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report for JSON."""
         return {
             "title": self.title,
             **self.settings,
@@ -78,7 +71,7 @@ class Report:
         }
 
     def to_markdown(self) -> str:
-        """A title, a table that is readable as plain text too, and the notes."""
+        """Return a title, a table that is readable as plain text too, and the notes."""
         lines = table([_HEADER, *(figure.cells() for figure in self.figures)])
         return "\n".join([self.title, "", *lines, "", *(f"- {note}" for note in self.notes)])
 
@@ -86,21 +79,16 @@ class Report:
 def table(rows: Iterable[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table, the first row its header, aligned to read as it is.
 
-    Numbers are on the right.
+    Columns of numbers, but for the first, are aligned on the right.
     """
     columns = []
-    for header, *cells in zip(*rows, strict=True):
+    for i, (header, *cells) in enumerate(zip(*rows, strict=True)):
         width = max(map(len, (header, *cells)))
-        numbers = any(cells) and all(cell[:1] in "+-0123456789" for cell in cells)
+        numbers = i > 0 and any(cells) and all(cell[:1] in "+-0123456789" for cell in cells)
         align = str.rjust if numbers else str.ljust
         columns.append([align(cell, width) for cell in (header, "-" * width, *cells)])
     lines = ["| " + " | ".join(row) + " |" for row in zip(*columns, strict=True)]
     return [lines[0], lines[1].replace(" ", "-"), *lines[2:]]
-
-
-def spread(seconds: Sequence[float], digits: int) -> str:
-    """Return the fastest and the slowest."""
-    return f"{min(seconds):.{digits}f}-{max(seconds):.{digits}f}"
 
 
 def column(name: str, unit: str, values: Sequence[float]) -> list[str]:
@@ -111,18 +99,13 @@ def column(name: str, unit: str, values: Sequence[float]) -> list[str]:
     return [f"{name} {prefix}{unit}".strip(), *cells]
 
 
-def shares(name: str, rates: Sequence[float], limit: float) -> list[str]:
-    """Return a header and each rate in per cent of the limit."""
-    return [name, *(f"{rate / limit:.1%}" if rate else "" for rate in rates)]
-
-
 def scale(value: float) -> tuple[float, str]:
     """Return the unit in which a column's largest value has up to four digits before the point.
 
     One step finer than usual: the smallest value is often a thousandth of it.
     """
     scales = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
-    return next((each for each in scales if value >= 10 * each[0]), scales[-1])
+    return next((unit for unit in scales if value >= 10 * unit[0]), scales[-1])
 
 
 def _number(value: float, unit: str) -> str:
@@ -131,5 +114,5 @@ def _number(value: float, unit: str) -> str:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
+    """Return a number that JSON has; None for infinity and NaN."""
     return round(value, 6) if math.isfinite(value) else None

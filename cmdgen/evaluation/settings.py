@@ -1,24 +1,28 @@
 """Options of the commands that measure. Never imports torch."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from cmdgen.options import option, read_fields
+from cmdgen.config import CALIBRATION
+from cmdgen.options import option, option_of, options_of, read_fields
 from cmdgen.request import MAX_SEED, Request
 
 _count = partial(option, low=1)
-_instead = partial(option, False, group="Instead of a sample")
+_runs = partial(option, low=1, high=1000)
+_file = partial(option, None, metavar="FILE", complete="file")
+_sample = partial(option, False, group="Instead of a sample")
+_evaluation = partial(option, group="Instead of the evaluation")
 _seed = partial(option, 0, "Seed of the first clip; the next ones count up.", low=0, high=MAX_SEED)
-_batch = partial(_count, help="Clips at a time.")
-_protect = partial(
-    option,
-    Request.rehash_protect,
-    "Share of the content model's steps, from the first, that always run in full.",
-    low=0,
-    high=1,
-)
+
+
+def _like(name: str, **changes: Any) -> Any:
+    """Return a field like one of `Request`, except for changes of its option."""
+    item = options_of(Request)[name][0]
+    described = replace(option_of(item), group=None, **changes)
+    return field(default=item.default, metadata={"option": described})
 
 
 def check_writable(path: Path | None) -> None:
@@ -28,111 +32,76 @@ def check_writable(path: Path | None) -> None:
 
 
 @dataclass(frozen=True)
-class Profiling:
+class _Options:
+    def __post_init__(self) -> None:
+        read_fields(self)
+        for name in ("output", "plot", "trace"):
+            check_writable(getattr(self, name, None))
+
+
+@dataclass(frozen=True)
+class Profiling(_Options):
     """Options of `cmdgen profile`."""
 
-    steps: int | None = _count(
-        None, help="Steps of both models.", shown="the model's own; 50 with --suite"
+    steps: int | None = option(
+        None, "Steps of both models.", low=1, shown="the model's own; 50 with --suite"
     )
-    batch: int = option(1, "Clips at a time.", low=1, high=1000)
-    runs: int = option(5, "Runs to measure, after one to warm up.", low=1, high=1000)
-    trace: Path | None = option(
-        None,
-        "Write one more run as a trace for Chrome or Perfetto.",
-        metavar="FILE",
-        complete="file",
-    )
-    paper: bool = _instead("Count the paper's Tables 8 and 9; runs no model.")
-    decoding: bool = _instead(
+    batch: int = _runs(1, "Clips at a time.")
+    runs: int = _runs(5, "Runs to measure, after one to warm up.")
+    trace: Path | None = _file("Write one more run as a trace for Chrome or Perfetto.")
+    paper: bool = _sample("Count the paper's Tables 8 and 9; runs no model.")
+    decoding: bool = _sample(
         "Decode a clip of the paper's model, with random weights, whole and in slices; 512x1024 "
         "unless --size is given, and one run unless --runs is."
     )
-    suite: bool = _instead(
+    suite: bool = _sample(
         "Make clips as the paper counts them, as a user waits for them, and with step rehash; all "
         "in one process with the weights loaded."
     )
 
-    def __post_init__(self) -> None:
-        read_fields(self)
-        check_writable(self.trace)
-
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(_Options):
     """Options of `cmdgen eval`."""
 
-    model: str = option(
-        Request.model,
-        "A packaged model's name, a folder, or OWNER/NAME that was pulled.",
-        argument=True,
-        metavar="MODEL",
-        complete="model",
-    )
+    model: str = _like("model", argument=True, metavar="MODEL")
     clips: int = option(500, "Clips to generate; 0 measures reconstruction alone.", low=0)
-    reconstructed: int = _count(256, help="Clips to encode and decode.")
-    batch: int = _batch(32)
+    reconstructed: int = _count(256, "Clips to encode and decode.")
+    batch: int = _count(32, "Clips at a time.")
     seed: int = _seed()
     probe: Path | None = option(None, "Folder of the probe.", shown="the packaged one")
-    cost: bool = option(
-        False,
-        "Measure seconds and memory of a cold `sample`.",
-        group="Instead of the evaluation",
-    )
-    train_probe: Path | None = option(
-        None,
-        "Train a probe into this folder; takes minutes.",
-        metavar="FOLDER",
-        group="Instead of the evaluation",
+    cost: bool = _evaluation(False, "Measure seconds and memory of a cold `sample`.")
+    train_probe: Path | None = _evaluation(
+        None, "Train a probe into this folder; takes minutes.", metavar="FOLDER"
     )
 
     def __post_init__(self) -> None:
-        read_fields(self)
+        super().__post_init__()
         if self.clips == 1:
             raise ValueError("clips 1 is neither 0 nor at least 2")
 
 
 @dataclass(frozen=True)
-class Calibrating:
+class Calibrating(_Options):
     """Options of `cmdgen rehash calibrate`."""
 
-    prompts: Path | None = option(
-        None,
-        "A file with a prompt a line.",
-        metavar="FILE",
-        shown="captions of the rendered world",
-        complete="file",
+    prompts: Path | None = _file("A prompt a line.", shown="captions of the rendered world")
+    output: Path | None = _file(
+        "File to write.", flags=("--output", "-o"), shown=f"{CALIBRATION} of the model"
     )
-    output: Path | None = option(
-        None,
-        "File to write.",
-        flags=("--output", "-o"),
-        metavar="FILE",
-        shown="rehash.json of the model",
-        complete="file",
-    )
-    plot: Path | None = option(
-        None, "Also draw the similarities as a PNG.", metavar="FILE", complete="file"
-    )
-    protect: float = _protect()
-    batch: int = _count(8, help="Prompts at a time.")
-
-    def __post_init__(self) -> None:
-        read_fields(self)
-        check_writable(self.output)
-        check_writable(self.plot)
+    plot: Path | None = _file("Also draw the similarities as a PNG.")
+    protect: float = _like("rehash_protect", flags=("--protect",))
+    batch: int = _count(8, "Prompts at a time.")
 
 
 @dataclass(frozen=True)
-class Comparing:
+class Comparing(_Options):
     """Options of `cmdgen rehash compare`."""
 
     full: list[int] | None = option(
         None, "Full steps of the content model; may be repeated.", metavar="N", shown="13, 9"
     )
-    clips: int = _count(128, help="Clips to make in each way.")
-    batch: int = _batch(16)
+    clips: int = _count(128, "Clips to make in each way.")
+    batch: int = _count(16, "Clips at a time.")
     seed: int = _seed()
-    protect: float = _protect()
-
-    def __post_init__(self) -> None:
-        read_fields(self)
+    protect: float = _like("rehash_protect", flags=("--protect",))

@@ -3,9 +3,9 @@
 One class for CMD's motion model, whose tokens are patches of the motion latents followed by patches
 of the content frame, and for its class-conditional content model, an ordinary image DiT.
 
-What it makes of timestep, text and content frame before the sample joins is apart from the rest: a
-sampler has all of that made once (`modulations`, `place`) and each step's part given to `denoise`.
-`forward` is the one after the other. The modulations' weights are a third of the model's.
+Timestep, text and content frame are embedded apart from the rest. A sampler embeds them once for
+all steps (`modulations`, `place`) and passes the part of each step to `denoise`. `forward` does one
+after the other. The weights of the modulations are a third of the model's.
 """
 
 import math
@@ -76,7 +76,7 @@ class Block(nn.Module):
 
 
 class DiT(Pretrained[DiTConfig]):
-    """Predicts noise (and its variance) of an image, or of motion latents given a content frame."""
+    """Predict noise (and its variance) of an image, or of motion latents for a content frame."""
 
     config_type = DiTConfig
 

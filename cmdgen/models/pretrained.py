@@ -12,7 +12,7 @@ C = TypeVar("C")
 
 
 class Pretrained(nn.Module, Generic[C]):
-    """A network built from one configuration, with the names that its library gives its files."""
+    """A network that is built from one configuration, in files named as its library names them."""
 
     # the class of `config`, and the file of the weights
     config_type: ClassVar[type]

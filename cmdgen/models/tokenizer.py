@@ -55,7 +55,7 @@ class Tokenizer:
         if length < 2:
             raise ValueError(f"length {length} has no room for the begin and end tokens")
         rows = torch.full((len(texts), length), self.pad_id)
-        # what came from a broken terminal may hold halves of characters
+        # text from a broken terminal may hold lone surrogates
         clean = [text.encode("utf-8", "replace").decode() for text in texts]
         for row, encoding in zip(rows, self._backend.encode_batch(clean), strict=True):
             ids = [self.bos_id, *encoding.ids[: length - 2], self.eos_id]
@@ -63,9 +63,10 @@ class Tokenizer:
         return rows
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of a text that training never showed; none where that is not on record."""
-        known = self.words
-        return [] if known is None else [word for word in _words(text) if word not in known]
+        """Return the words of a text that training never showed; none without a record of it."""
+        if self.words is None:
+            return []
+        return [word for word in _words(text) if word not in self.words]
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -104,12 +105,12 @@ class Tokenizer:
             vocab, merges = (
                 (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else ({}, [])
             )
-        words = folder / "words.json"
-        known = read_json(words).get("words") if words.is_file() else None
-        if known is not None and not _is_strings(known):
-            raise ValueError(f"{words}: not a list of words")
+        record = folder / "words.json"
+        words = read_json(record).get("words") if record.is_file() else None
+        if words is not None and not _is_strings(words):
+            raise ValueError(f"{record}: not a list of words")
         try:
-            return cls(_vocab(vocab), _pairs(merges), pad=_read_pad(folder), words=known)
+            return cls(_vocab(vocab), _pairs(merges), pad=_read_pad(folder), words=words)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -143,10 +144,10 @@ def _backend(model: BPE) -> Backend:
 
 
 def _words(text: str) -> list[str]:
-    """Words and pictographs of a text, each once, without punctuation and contractions."""
+    """Split a text into distinct words and pictographs, without punctuation and contractions."""
     text = re.sub(r"['’](?:s|t|re|ve|m|ll|d)\b", " ", unicodedata.normalize("NFC", text).lower())
-    found = dict.fromkeys(re.findall(r"[^\W_]+|[^\w\s]", text))
-    return [word for word in found if word.isalnum() or unicodedata.category(word) == "So"]
+    words = dict.fromkeys(re.findall(r"[^\W_]+|[^\w\s]", text))
+    return [word for word in words if word.isalnum() or unicodedata.category(word) == "So"]
 
 
 def _is_strings(value: object) -> TypeGuard[list[str]]:
@@ -179,7 +180,7 @@ def _read_merges(path: Path) -> list[str]:
 
 
 def _read_pad(folder: Path) -> str:
-    """The padding token: Stable Diffusion 2 pads with an exclamation mark."""
+    """Read the padding token: Stable Diffusion 2 pads with an exclamation mark."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
         pad = read_json(path).get("pad_token") if path.is_file() else None

@@ -1,8 +1,8 @@
 """The Stable Diffusion UNet (Rombach et al. 2022, arXiv:2112.10752): denoises the content frame.
 
-What it makes of timestep and text before the sample joins is apart from the rest: a sampler, which
-knows its timesteps beforehand and whose text stays, has all of that made once (`project_time`,
-`project_text`) and each step's part given to `denoise`. `forward` is the one after the other.
+Timestep and text are projected apart from the rest. A sampler knows its timesteps beforehand and
+its text stays: it projects all of them once (`project_time`, `project_text`) and passes the part of
+each step to `denoise`. `forward` does one after the other.
 
 Parameter names equal diffusers' `UNet2DConditionModel`: its files load here, ours load there.
 """
@@ -30,8 +30,8 @@ from cmdgen.models.pretrained import Pretrained
 _EPS = 1e-5
 
 
-class Given(NamedTuple):
-    """What the layers take of the timestep and of the text, by the layer."""
+class Conditions(NamedTuple):
+    """Timestep and text as the layers read them, by layer."""
 
     shifts: dict[nn.Module, Tensor]
     text: dict[nn.Module, KeysValues]
@@ -94,10 +94,10 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, given: Given) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, H*W, D) -> (B, H*W, D)."""
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), given.text[self.attn2])
+        x = x + self.attn2(self.norm2(x), conditions.text[self.attn2])
         return x + self.ff(self.norm3(x))
 
 
@@ -115,11 +115,11 @@ class SpatialTransformer(nn.Module):
         )
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, config)])
 
-    def forward(self, x: Tensor, given: Given) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         tokens = rearrange(normalise(self.norm, x, activation="none"), "b c h w -> b (h w) c")
         tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        tokens = self.transformer_blocks[0](tokens, given)  # (B, H*W, C)
+        tokens = self.transformer_blocks[0](tokens, conditions)  # (B, H*W, C)
         tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
         return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
 
@@ -140,10 +140,10 @@ class Stage(nn.Module):
                 SpatialTransformer(channels, heads, config) for _ in in_channels
             )
 
-    def layer(self, i: int, x: Tensor, given: Given) -> Tensor:
+    def layer(self, i: int, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
-        x = self.resnets[i](x, given.shifts[self.resnets[i]])
-        return self.attentions[i](x, given) if hasattr(self, "attentions") else x
+        x = self.resnets[i](x, conditions.shifts[self.resnets[i]])
+        return self.attentions[i](x, conditions) if hasattr(self, "attentions") else x
 
 
 class DownStage(Stage):
@@ -155,11 +155,11 @@ class DownStage(Stage):
         super().__init__(inputs, channels, heads, config)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels, padding=1)])
 
-    def forward(self, x: Tensor, given: Given) -> list[Tensor]:
+    def forward(self, x: Tensor, conditions: Conditions) -> list[Tensor]:
         """(B, C, H, W) -> the skips, the last of which goes on down."""
         skips = []
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, given)
+            x = self.layer(i, x, conditions)
             skips.append(x)
         return [*skips, *(down(x) for down in self.downsamplers)]
 
@@ -171,10 +171,10 @@ class MidStage(Stage):
         super().__init__((channels, channels), channels, 0, config)
         self.attentions = nn.ModuleList([SpatialTransformer(channels, heads, config)])
 
-    def forward(self, x: Tensor, given: Given) -> Tensor:
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         last = self.resnets[1]
-        return last(self.layer(0, x, given), given.shifts[last])
+        return last(self.layer(0, x, conditions), conditions.shifts[last])
 
 
 class UpStage(Stage):
@@ -186,13 +186,13 @@ class UpStage(Stage):
         super().__init__(inputs, channels, heads, config)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(channels)])
 
-    def forward(self, x: Tensor, skips: list[Tensor], given: Given) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], conditions: Conditions) -> Tensor:
         """(B, C, H, W) -> (B, C', 2H, 2W); takes its skips off the end of the list.
 
         The first skip of all stays there, and so the last layer of the last stage does not run.
         """
         for i in range(min(len(self.resnets), len(skips) - 1)):
-            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), given)
+            x = self.layer(i, torch.cat([x, skips.pop()], dim=1), conditions)
         for up in self.upsamplers:
             # an odd side is not twice its half
             x = up(x, size=skips[-1].shape[2:])
@@ -247,20 +247,20 @@ class UNet(Pretrained[UNetConfig]):
 
     def project_text(self, states: Tensor) -> tuple[Tensor, ...]:
         """(B, L, D) -> keys, values of each attention to the text, (B, N, L, D / N) each."""
-        return tuple(part for each in self._readers() for part in each.project(states))
+        return tuple(part for reader in self._readers() for part in reader.project(states))
 
     def denoise(self, sample: Tensor, time: Tensor, *text: Tensor) -> Tensor:
         """(B, C, h, w), (B, P), the projected text -> (B, C, h, w)."""
-        given = self.hand_out(time, text)
+        conditions = self.hand_out(time, text)
         x = self.embed(sample)
-        return self.tail(self.trunk(x, given), x, given)
+        return self.tail(self.trunk(x, conditions), x, conditions)
 
-    def hand_out(self, time: Tensor, text: tuple[Tensor, ...]) -> Given:
-        """(B, P), the projected text -> what each layer takes of them."""
+    def hand_out(self, time: Tensor, text: tuple[Tensor, ...]) -> Conditions:
+        """(B, P), the projected text -> both by layer."""
         resnets = self._resnets()
         shifts = time.split([resnet.conv1.out_channels for resnet in resnets], dim=-1)
         pairs = zip(text[::2], text[1::2], strict=True)
-        return Given(
+        return Conditions(
             shifts=dict(zip(resnets, shifts, strict=True)),
             text=dict(zip(self._readers(), pairs, strict=True)),
         )
@@ -280,19 +280,19 @@ class UNet(Pretrained[UNetConfig]):
         """(B, C, h, w) -> the first skip (B, C', h, w)."""
         return self.conv_in(sample.contiguous(memory_format=torch.channels_last))
 
-    def trunk(self, x: Tensor, given: Given) -> Tensor:
+    def trunk(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, h, w) -> the feature (B, C, h, w) that goes into the last layer."""
         skips = [x]
         for block in self.down_blocks:
-            skips += block(skips[-1], given)
-        x = self.mid_block(skips[-1], given)
+            skips += block(skips[-1], conditions)
+        x = self.mid_block(skips[-1], conditions)
         for block in self.up_blocks:
-            x = block(x, skips, given)
+            x = block(x, skips, conditions)
         return x
 
-    def tail(self, feature: Tensor, first: Tensor, given: Given) -> Tensor:
+    def tail(self, feature: Tensor, first: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, h, w) x 2 -> (B, C', h, w): the last layer, on a feature and the first skip."""
         last = self.up_blocks[-1]
         assert isinstance(last, UpStage)
-        x = last.layer(len(last.resnets) - 1, torch.cat([feature, first], dim=1), given)
+        x = last.layer(len(last.resnets) - 1, torch.cat([feature, first], dim=1), conditions)
         return self.conv_out(normalise(self.conv_norm_out, x))

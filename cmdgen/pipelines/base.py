@@ -72,9 +72,7 @@ class Clip:
             height, width = self.frames.shape[1:3]
             size = (height if self.pixels == "rgb24" else height * 2 // 3), width
             with open_video(
-                *(target, size, self.fps, about, encoding),
-                overwrite=overwrite,
-                pixels=self.pixels,
+                *(target, size, self.fps, about, encoding), overwrite=overwrite, pixels=self.pixels
             ) as write:
                 write(self.frames)
 

@@ -8,8 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cmdgen.acceleration.overlap import Pending, start
-from cmdgen.acceleration.slicer import decode_pictures, encode_pictures, fetch
+from cmdgen.acceleration.overlap import Pending, fetch, start
+from cmdgen.acceleration.slicer import decode_pictures, encode_pictures
 from cmdgen.models.vae import KlVae
 from cmdgen.pipelines.base import Observer
 from cmdgen.request import Slices

@@ -88,14 +88,14 @@ def find_cached() -> list[Snapshot]:
         info = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
         return []
-    found = [
+    snapshots = [
         Snapshot(repo.repo_id, revision.commit_hash, revision.refs, revision.snapshot_path)
         for repo in info.repos
         if repo.repo_type == "model"
         for revision in repo.revisions
         if (revision.snapshot_path / "model_index.json").is_file()
     ]
-    return sorted(found, key=lambda snapshot: (snapshot.repo, snapshot.commit))
+    return sorted(snapshots, key=lambda snapshot: (snapshot.repo, snapshot.commit))
 
 
 def cached_folder(name: str) -> Path | None:

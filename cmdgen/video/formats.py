@@ -155,17 +155,17 @@ class Encoding:
 
     @property
     def kind(self) -> Format:
-        """The row of the table."""
+        """Return the row of the table."""
         return FORMATS[self.format]
 
     @property
     def codec_used(self) -> str:
-        """The name of the codec, empty where the format has none to choose."""
+        """Return the name of the codec, empty where the format has none to choose."""
         return self.codec or next(iter(self.kind.codecs), "")
 
     @property
     def pixels(self) -> Pixels:
-        """What frames are best handed over as: nothing is lost or converted twice."""
+        """Return how frames are best handed over: nothing is lost or converted twice."""
         return "rgb24" if self.codec_used == "ffv1" else self.kind.pixels
 
     def check(self, size: tuple[int, int], fps: float) -> None:

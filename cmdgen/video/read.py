@@ -79,7 +79,7 @@ class Source:
     held: int = 0
 
     def __str__(self) -> str:
-        """1920x1080, 29.97 fps, 12.4 s."""
+        """Return such as 1920x1080, 29.97 fps, 12.4 s."""
         rate = [] if self.fps is None else [f"{self.fps:.4g} fps"]
         length = [] if self.seconds is None else [f"{self.seconds:.4g} s"]
         return ", ".join((f"{self.width}x{self.height}", *rate, *length))

@@ -65,13 +65,13 @@ class Output:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one frame as an array."""
+        """Return the shape of one frame as an array."""
         height, width = self.size
         return (height, width, 3) if self.pixels == "rgb24" else (3 * height // 2, width)
 
     @cached_property
     def comment(self) -> str:
-        """The metadata in one line of JSON, empty where there is to be none."""
+        """Return the metadata as one line of JSON, empty where there is to be none."""
         if self.metadata is None or not self.encoding.metadata:
             return ""
         text = json.dumps(self.metadata, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -81,12 +81,12 @@ class Output:
 
     @property
     def ascii_comment(self) -> bytes:
-        """The same in the characters that GIF and EXIF allow."""
+        """Return the same JSON in ASCII, which GIF and EXIF require."""
         return json.dumps(json.loads(self.comment), separators=(",", ":")).encode()
 
     @property
     def storage(self) -> str:
-        """How the file keeps the comment, empty where there is none."""
+        """Return how the file keeps the comment, empty where there is none."""
         return self.encoding.kind.metadata if self.comment else ""
 
 
@@ -193,7 +193,7 @@ class _EncoderEnded(Exception):
 
 @dataclass
 class Writer:
-    """Takes the next frames of a video, uint8 (N, H, W, 3), or (N, 3 * H // 2, W) in yuv420p.
+    """Take the next frames of a video, uint8 (N, H, W, 3), or (N, 3 * H // 2, W) in yuv420p.
 
     It returns before they are encoded: they may not change.
     """
@@ -220,7 +220,7 @@ class Writer:
             self.count += len(frames)
 
     def check(self) -> None:
-        """End the block where nobody will see the video; cheap enough for every step."""
+        """End the block where nobody will see the video; cheap enough to call at every step."""
         if self.encoder is not None and self.encoder.poll() is not None:
             raise _EncoderEnded
         if self.stdout is not None and _is_closed(self.stdout):

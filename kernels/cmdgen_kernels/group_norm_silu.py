@@ -99,15 +99,7 @@ def _group_norm_silu_whole_kernel(
 
 @triton.jit
 def _group_norm_silu_partial_kernel(
-    x_ptr,
-    mean_ptr,
-    square_ptr,
-    C,
-    P,
-    part,
-    parts,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x_ptr, mean_ptr, square_ptr, C, P, part, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     # one program: BLOCK_C channels of one sample, at the positions of one part
     i_row, o_c = program(C, BLOCK_C)

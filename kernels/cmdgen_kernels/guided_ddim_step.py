@@ -25,16 +25,7 @@ def guided_ddim_step_reference(
 
 @triton.jit
 def _guided_ddim_step_fwd_kernel(
-    sample_ptr,
-    output_ptr,
-    next_ptr,
-    B,
-    N,
-    output_b,
-    guidance,
-    keep,
-    move,
-    BLOCK: tl.constexpr,
+    sample_ptr, output_ptr, next_ptr, B, N, output_b, guidance, keep, move, BLOCK: tl.constexpr
 ):
     # one program: BLOCK of the N elements of one sample
     i_b, o_n = program(N, BLOCK)

@@ -366,10 +366,7 @@ def _tokens_options(batch: int, size: tuple[int, int, int, int], itemsize: int) 
 
 
 def _tokens(
-    content: Tensor,
-    motion: Tensor,
-    weights: tuple[Tensor, Tensor],
-    biases: tuple[Tensor, Tensor],
+    content: Tensor, motion: Tensor, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor]
 ) -> Tensor:
     """(B, H, W, D), (B, K, T, W + H), (K, D) x 2, (D,) x 2 -> (B, T, H, W, D).
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmdgen.acceleration.overlap import Pending, start
+from cmdgen.acceleration.overlap import Pending, fetch, start
 
 
 def test_without_a_stream_it_is_made_and_handed_on_at_once() -> None:
@@ -62,3 +62,24 @@ def test_beside_other_work_of_a_gpu_the_values_are_the_same() -> None:
         assert torch.equal(pending.finish(), expected)
         assert len(seen) == 1 and not seen[0].is_pinned()
         assert all(each.isfinite().all() for each in busy)
+
+
+def test_fetching_on_a_cpu_hands_on_what_it_is_given_one_at_a_time() -> None:
+    made: list[int] = []
+
+    def make():
+        for i in range(3):
+            made.append(i)
+            yield torch.full((2,), i)
+
+    for i, part in enumerate(fetch(make())):
+        assert made == list(range(i + 1))
+        assert part.tolist() == [i, i]
+
+
+@pytest.mark.gpu
+def test_fetching_from_a_gpu_keeps_the_order_and_the_values() -> None:
+    parts = [torch.full((3 - (i == 6), 1000, 1000), i, device="cuda") for i in range(7)]
+    for i, part in enumerate(fetch(part + 0 for part in parts)):
+        assert part.device.type == "cpu"
+        assert torch.equal(part, parts[i].cpu())

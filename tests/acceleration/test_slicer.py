@@ -12,7 +12,6 @@ from cmdgen.acceleration.slicer import (
     decode_pictures,
     encode_clip,
     encode_pictures,
-    fetch,
 )
 from cmdgen.config import AutoencoderConfig, VaeConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
@@ -164,24 +163,3 @@ def test_moments_of_strips_are_those_of_group_norm_even_beside_a_large_mean() ->
     torch.testing.assert_close(scale[:, :, 0, 0], expected.float(), rtol=1e-3, atol=0)
     # 1e4 in float32 is rounded by up to 5e-4
     torch.testing.assert_close(x * scale + offset, norm(x.double().float()), rtol=0, atol=1e-2)
-
-
-def test_fetching_on_a_cpu_hands_on_what_it_is_given_one_at_a_time() -> None:
-    made: list[int] = []
-
-    def make():
-        for i in range(3):
-            made.append(i)
-            yield torch.full((2,), i)
-
-    for i, part in enumerate(fetch(make())):
-        assert made == list(range(i + 1))
-        assert part.tolist() == [i, i]
-
-
-@pytest.mark.gpu
-def test_fetching_from_a_gpu_keeps_the_order_and_the_values() -> None:
-    parts = [torch.full((3 - (i == 6), 1000, 1000), i, device="cuda") for i in range(7)]
-    for i, part in enumerate(fetch(part + 0 for part in parts)):
-        assert part.device.type == "cpu" and part.is_pinned()
-        assert torch.equal(part, parts[i].cpu())

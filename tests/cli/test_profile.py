@@ -11,9 +11,9 @@ from cmdgen.cli.app import main
 from cmdgen.evaluation import decoding
 from cmdgen.evaluation import profile as profiling
 from cmdgen.evaluation.flops import Work, count_work
-from cmdgen.evaluation.profile import Limits, Measured, Profile, Row
+from cmdgen.evaluation.profile import Limits, describe_stage
 from cmdgen.pipelines.load import load_pipeline
-from cmdgen.request import KeySteps, Request, resolve
+from cmdgen.request import Request
 from cmdgen.store.parts import read_index
 
 STAGES = ["load", "text", "content", "motion", "frame decode", "VAE decode", "video encode"]
@@ -166,31 +166,32 @@ def cells(lines):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
 
 
+LIMITS = Limits(700e12, 4e12)
 LARGE = {
-    **{"model": "cmd-sd21", "frames": 16, "height": 512, "width": 1024, "runs": 3},
+    **{"model": "cmd-sd21", "frames": 16, "height": 512, "width": 1024, "runs": 3, "batch": 1},
     **{"device": "NVIDIA H200", "dtype": "bfloat16", "torch": "2.13.0"},
+    **{"guidance": 7.5, "motion_guidance": 1.0},
+    **{"matmul_flops_per_second": 700e12, "copy_bytes_per_second": 4e12},
 }
 
 
 def test_the_tables_of_a_large_model_fit_a_screen(profile, tiny_model, monkeypatch):
     def stage(parameters, forwards, flops, seconds):
-        return Measured(
+        return describe_stage(
             Work(parameters, 2 * parameters, forwards, flops, 2 * parameters * forwards),
             (0.9 * seconds, seconds, 1.1 * seconds),
             {"allocated": int(41.5e9), "reserved": int(60e9)},
+            LIMITS,
         )
 
     content = stage(865_910_724, 1000, 184_951_200_000_000, 100.0)
     decode = stage(49_490_199, 17, 86_661_886_000_000, 25.0)
     total = stage(1_634_000_000, 2117, 271_613_086_000_000, 130.0)
-    settings = LARGE | {
-        **{"sampler": "dpm++", "steps": 1000, "guidance": 7.5, "batch": 1, "compile": False},
-        **{"motion_steps": 1000, "motion_guidance": 1.0},
+    record = LARGE | {
+        **{"sampler": "dpm++", "steps": 1000, "motion_steps": 1000, "compile": False},
+        "rows": {"clip": total | {"stages": {"content": content, "VAE decode": decode}}},
     }
-    plan = resolve(Request(), command.CMD_SD21)
-    row = Row(plan, {"content": content, "VAE decode": decode}, total)
-    measured = Profile(settings, Limits(700e12, 4e12), {"clip": row})
-    monkeypatch.setattr(profiling, "profile", lambda *_, **__: measured)
+    monkeypatch.setattr(profiling, "profile", lambda *_, **__: record)
     code, out, _ = profile("--model", tiny_model)
     lines = out.splitlines()
     assert code == 0
@@ -276,13 +277,13 @@ def test_ways_to_decode_stand_side_by_side(profile, monkeypatch):
     paper = command.CMD_SD21
     small = replace(
         paper,
-        vae=replace(paper.vae, block_out_channels=(16, 8, 8, 8), norm_num_groups=4),
+        vae=replace(paper.vae, block_out_channels=(64, 8, 8, 8), norm_num_groups=4),
         autoencoder=replace(paper.autoencoder, width=48, heads=2, depth=1),
     )
     monkeypatch.setattr(command, "CMD_SD21", small)
     # of so small a model, what it decodes is a large part
     monkeypatch.setattr(decoding, "TARGET", 0.6)
-    code, out, err = profile("--decoding", "--size", "256x256", "--runs", 2, "--json")
+    code, out, err = profile("--decoding", "--size", "128x128", "--runs", 2, "--json")
     assert code == 0, err
     whole, default, least = json.loads(out)
     assert whole["slices"] is None and default["slices"]["strips"] == 1
@@ -290,8 +291,8 @@ def test_ways_to_decode_stand_side_by_side(profile, monkeypatch):
     assert least["memory"]["live"] <= least["predicted"] <= 0.6 * whole["memory"]["live"]
     assert default["memory"]["live"] <= whole["memory"]["live"]
     assert all(0 < way["clip_seconds"] < way["seconds"] for way in (whole, default, least))
-    code, out, _ = profile("--decoding", "--size", "256x256")
-    assert code == 0 and out.startswith("cmd-sd21, 16 frames of 256x256\n")
+    code, out, _ = profile("--decoding", "--size", "128x128")
+    assert code == 0 and out.startswith("cmd-sd21, 16 frames of 128x128\n")
     code, _, err = profile("--decoding", "--steps", 3)
     assert (code, err) == (
         2,
@@ -344,30 +345,23 @@ def test_ways_to_make_a_clip_stand_side_by_side(profile, tiny_model):
 
 
 def test_the_table_of_ways_fits_a_screen(profile, tiny_model, monkeypatch):
-    plan = resolve(Request(steps=50, motion_steps=50), command.CMD_SD21)
     memory = {"allocated": int(12.5e9), "reserved": int(15e9)}
 
     def row(full, step, seconds):
-        steps = None if full == 50 else KeySteps("uniform", tuple(range(full)), tuple(range(full)))
-        stages = {
-            "content": Measured(Work(flops=int(92e12)), (50 * step,) * 3, memory),
-            "VAE decode": Measured(Work(flops=int(43e12)), (0.3,) * 3, memory),
-        }
         spread = (0.9 * seconds, seconds, 1.1 * seconds)
-        total = Measured(Work(flops=int(135e12)), spread, memory)
-        return Row(replace(plan, key_steps=steps), stages, total)
+        content = describe_stage(Work(flops=int(92e12)), (50 * step,) * 3, memory, LIMITS)
+        decode = describe_stage(Work(flops=int(43e12)), (0.3,) * 3, memory, LIMITS)
+        return describe_stage(Work(flops=int(135e12)), spread, memory, LIMITS) | {
+            **{"full_steps": full, "full_motion_steps": full, "content_step_seconds": step},
+            "stages": {"content": content, "VAE decode": decode},
+        }
 
-    settings = LARGE | {
-        **{"sampler": "ddim", "steps": 50, "motion_steps": 50, "guidance": 7.5, "batch": 1},
-        **{"motion_guidance": 1.0, "compile": True},
-    }
     rows = {"paper": row(50, 0.005, 0.6), "clip": row(50, 0.008, 1.2)}
     rows |= {"rehash_half": row(25, 0.005, 0.8), "rehash_quarter": row(13, 0.003, 0.5)}
-    measured = Profile(settings, Limits(700e12, 4e12), rows)
+    settings = {"sampler": "ddim", "steps": 50, "motion_steps": 50, "compile": True}
+    record = LARGE | settings | {"rows": rows}
     given = []
-    monkeypatch.setattr(
-        profiling, "profile", lambda load, *_, **__: given.append(load()) or measured
-    )
+    monkeypatch.setattr(profiling, "profile", lambda load, *_, **__: given.append(load()) or record)
     monkeypatch.setattr("cmdgen.pipelines.load.check_compiler", lambda device: None)
     code, out, _ = profile("--suite", "--compile", "--model", tiny_model)
     lines = out.splitlines()

@@ -20,19 +20,16 @@ from cmdgen.evaluation.report import Figure, Report
         (0.5, 0.5, "most", True),
         (0.51, 0.5, "most", False),
         (math.nan, 0.5, "most", False),
-        (1.0, None, "least", None),
     ],
 )
-def test_a_target_is_met_on_its_side_only(
-    value: float, target: float | None, at: str, met: bool | None
-) -> None:
-    assert Figure("f", "figure", value, target=target, at=at).met is met
+def test_a_target_is_met_on_its_side_only(value: float, target: float, at: str, met: bool) -> None:
+    assert Figure("f", "figure", value, "", {}, target, at).met is met
 
 
 def test_json_has_every_figure_and_no_infinity() -> None:
     figures = [
         Figure("a", "first", math.inf, "dB", {"mean": math.nan}, 30),
-        Figure("b", "second", 3.0),
+        Figure("b", "second", 3.0, "", {}, 4, "most"),
     ]
     text = json.dumps(Report("title", figures, ["note"], {"seed": 1}).to_dict(), allow_nan=False)
     data = json.loads(text)
@@ -41,7 +38,7 @@ def test_json_has_every_figure_and_no_infinity() -> None:
         **{"value": None, "unit": "dB", "beside": {"mean": None}},
         **{"target": 30, "at": "least", "met": True},
     }
-    assert data["figures"]["b"]["met"] is None
+    assert data["figures"]["b"]["met"] is True
 
 
 def test_table_lines_up_and_says_what_was_missed() -> None:

@@ -16,13 +16,13 @@ from cmdgen_kernels.motion import (
 # (B, T, H, W, D, K): mini's tokens, every tail at once, one of everything, one frame, many narrow
 # frames, frames wider than a block, one column of as many channels as the kernels hold
 SHAPES = [
-    (1, 3, 8, 8, 160, 8),
-    (5, 3, 5, 9, 50, 3),
+    (1, 2, 8, 8, 160, 8),
+    (2, 2, 5, 9, 50, 3),
     (1, 1, 1, 1, 1, 1),
     (2, 1, 6, 4, 32, 8),
     (1, 19, 3, 2, 16, 5),
-    (1, 5, 15, 66, 16, 2),
-    (1, 6, 9, 1, 40, 16),
+    (1, 2, 9, 66, 16, 2),
+    (1, 2, 9, 1, 40, 16),
 ]
 
 

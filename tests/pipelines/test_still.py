@@ -137,4 +137,4 @@ def test_what_is_measured_on_videos_is_refused(folder: Path, capsys) -> None:
         main(["eval", str(folder)])
     assert end.value.code == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "error: tiny-diffusion makes stills: videos alone are evaluated\n")
+    assert (out, err) == ("", "error: tiny-diffusion makes stills: videos alone are measured\n")

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,13 @@ def test_an_unknown_model_and_an_empty_folder_are_refused(tmp_path: Path, monkey
         find_model("cmd-sd15")
     with pytest.raises(ValueError, match=r"model_index\.json: No such file"):
         read_model(find_model(str(tmp_path)))
+
+
+def test_a_model_is_described_without_torch() -> None:
+    code = "import sys; from cmdgen.store.find import find_model; from cmdgen.store import parts; "
+    code += "parts.read_model(find_model('mini')); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("model", [MINI, CMD_UCF])
