@@ -3,8 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -47,9 +47,7 @@ class Batching:
         flags=("--file", "-f"),
     )
     num: int = _count("Clips of each prompt. Seeds count up from --seed.", high=100_000)
-    batch: int = _count(
-        "Clips per forward pass. They stay the same, except for rounding.", high=1024
-    )
+    batch: int = _count("Clips per forward pass; only rounding differs.", high=1024)
     overwrite: bool = _jobs(False, "Replace existing files.")
     skip_existing: bool = _jobs(False, "Make only clips whose files do not exist yet.")
     fail_fast: bool = _jobs(False, "Stop at the first error.")
@@ -250,22 +248,22 @@ class Batch:
         Returns the errors of files by the jobs' indices.
         """
         self._note(jobs)
-        first, files = jobs[0], [_File(job, self) for job in jobs if job.target != STDOUT]
+        first, files = jobs[0], []
         if not self.pipeline.loaded:
             # before a file is opened, whose metadata has the weights' hash
             self.pipeline.load(Bars(self.show))
         inputs = self.files.read(self.pipeline, first.plan, self.say)
         with ExitStack() as opened:
-            for file in files:
-                opened.push(file.close)
-                file.open(inputs)
+            for job in jobs if first.target != STDOUT else ():
+                files.append(_File(self, job, inputs))
+                opened.enter_context(closing(files[-1].parts))
             if not files and self.writer is None:
                 self.writer = self.stack.enter_context(self.open(first, inputs))
             plans, pixels = [job.plan for job in jobs], first.encoding.pixels
             observer = _Writing(self, files)
             clips = self.pipeline.run(plans, observer, pixels=pixels, inputs=inputs)
             for file, clip in zip(files, clips, strict=False):
-                file.finish(clip)
+                file.send(None if file.video else clip)
             if not files and self.writer is not None:
                 for clip in clips[1:]:
                     self.writer(clip.frames)
@@ -324,51 +322,41 @@ def _list_steps(steps: tuple[int, ...], total: int) -> str:
     return f"{len(steps)} of {total} steps: {' '.join(map(str, steps))}"
 
 
-@dataclass
 class _File:
     """The file of one job; its errors are this job's alone."""
 
-    job: Job
-    batch: Batch
-    error: OSError | None = None
-    writer: "Writer | None" = None
-    stack: ExitStack = field(default_factory=ExitStack)
+    def __init__(self, batch: Batch, job: Job, inputs: "Inputs | None") -> None:
+        self.job, self.video = job, job.encoding.kind.video
+        self.error: OSError | None = None
+        self.parts = _write(batch, job, inputs)
+        self.send(None)
 
-    @contextmanager
-    def _part(self) -> Iterator[None]:
-        """Keep an error; remove at once what a failed part of the work leaves behind."""
+    def send(self, part: "np.ndarray | Clip | None") -> None:
+        """Write a part; after an error nothing is written any more."""
         try:
-            with self.stack as stack:
-                yield
-                self.stack = stack.pop_all()
-        except OSError as error:
-            self.error = error
+            self.parts.send(part)
+        except StopIteration as end:
+            self.error = self.error or end.value
 
-    def open(self, inputs: "Inputs | None") -> None:
-        job, batch = self.job, self.batch
-        with self._part():
-            if not batch.alone:
-                Path(job.target).parent.mkdir(parents=True, exist_ok=True)
-            if job.encoding.kind.video:
-                self.writer = self.stack.enter_context(batch.open(job, inputs))
 
-    def write(self, frames: "np.ndarray") -> None:
-        if self.error is None and self.writer is not None:
-            with self._part():
-                self.writer(frames)
+def _write(batch: Batch, job: Job, inputs: "Inputs | None") -> Generator[None, Any, OSError | None]:
+    """Write a file of what is sent, and return what went wrong; nothing half-written is left.
 
-    def finish(self, clip: "Clip") -> None:
-        if self.error is not None:
-            return
-        with self._part():
-            if self.writer is None:
-                overwrite = self.batch.options.overwrite
-                clip.save(self.job.target, self.job.encoding, overwrite=overwrite)
-            self.stack.close()
-
-    def close(self, *error: Any) -> None:
-        with suppress(OSError):
-            self.stack.__exit__(*error)
+    That is frames of a video and, at their end, None; for any other file it is the clip.
+    """
+    try:
+        if not batch.alone:
+            Path(job.target).parent.mkdir(parents=True, exist_ok=True)
+        if job.encoding.kind.video:
+            with batch.open(job, inputs) as write:
+                while (frames := (yield)) is not None:
+                    write(frames)
+        else:
+            clip = yield
+            clip.save(job.target, job.encoding, overwrite=batch.options.overwrite)
+    except OSError as error:
+        return error
+    return None
 
 
 class _Writing(Bars):
@@ -402,8 +390,8 @@ class _Writing(Bars):
             write_still(self.preview, picture, None, Encoding(STILL), overwrite=True)
 
     def frames(self, clip: int, frames: "np.ndarray") -> None:
-        if self.files:
-            self.files[clip].write(frames)
-        elif clip == 0:
+        if self.files and self.files[clip].video:
+            self.files[clip].send(frames)
+        elif not self.files and clip == 0:
             assert self.batch.writer is not None
             self.batch.writer(frames)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cmdgen.pipelines.still import StillPipeline
 
 CONTENT, MOTION, IMAGE = INPUT_FIELDS
+_FLAGS = {"content": "--content-from or --image", "motion": "--motion-from"}
 # suffix of files of latents
 LATENTS = ".safetensors"
 SMALLER = "ask for a smaller --size, fewer --frames, or work within --max-memory"
@@ -36,12 +37,9 @@ class InputFiles:
         self.paths: dict[str, Path] = {name: path for name, path in named.items() if path}
         if CONTENT in self.paths and IMAGE in self.paths:
             raise ValueError("--content-from and --image both give the content frame: give one")
-        for part, options in (
-            ("content", "--content-from or --image"),
-            ("motion", "--motion-from"),
-        ):
+        for part, flags in _FLAGS.items():
             if getattr(request, f"{part}_seed") is not None and self.have(part):
-                raise ValueError(f"--{part}-seed has no effect with {options}: leave it out")
+                raise ValueError(f"--{part}-seed has no effect with {flags}: leave it out")
         self.origin: dict[str, dict[str, str]] = {}
         if self.paths:
             from cmdgen.latents import describe_origin

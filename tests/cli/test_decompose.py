@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import imageio_ffmpeg
 import numpy as np
@@ -15,8 +14,7 @@ from cmdgen.evaluation.metrics import compare_frames
 from cmdgen.latents import read_latents, save_latents
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.video.read import read_metadata, read_video
-
-PROMPT = "a dog swimming in the ocean"
+from tests.cli.conftest import PROMPT
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +27,6 @@ def video(tmp_path_factory):
         *("-f", "lavfi", "-i", "sine=duration=1", "-c:v", "ffv1", str(path)),
     ]
     subprocess.run(command, check=True)
-    return path
-
-
-@pytest.fixture(scope="module")
-def latents(tiny_model, tmp_path_factory):
-    """Those of a clip of the tiny model."""
-    path = tmp_path_factory.mktemp("latents") / "clip.cmd.safetensors"
-    clip = load_pipeline(tiny_model).sample(PROMPT, seed=5)
-    save_latents(path, clip.latents)
     return path
 
 
@@ -236,12 +225,13 @@ def test_a_stranger_s_metadata_does_not_reach_the_terminal_as_it_is(cmdgen, tmp_
     assert json.loads(cmdgen("inspect", path, "--json").out)["prompt"] == evil["prompt"]
 
 
-def test_stdout_gets_the_video_and_nothing_else(tiny_model, latents, tmp_path):
+def test_stdout_gets_the_video_and_nothing_else(streamed, tiny_model, latents, tmp_path):
     path = tmp_path / "a.y4m"
-    decode = (sys.executable, "-m", "cmdgen", "decode", latents, "--model", tiny_model, "-o")
-    streamed = subprocess.run([*decode, "-"], capture_output=True, check=True)
-    subprocess.run([*decode, path], capture_output=True, check=True)
-    assert streamed.stdout == path.read_bytes()
+    decode = ("decode", latents, "--model", tiny_model, "-o")
+    code, out, _ = streamed(*decode, "-")
+    assert code == 0
+    assert streamed(*decode, path)[:2] == (0, f"{path}\n".encode())
+    assert out == path.read_bytes()
     assert read_video(path)[0].shape == (4, 32, 48, 3)
 
 

@@ -14,19 +14,12 @@ from cmdgen.cli.errors import Failure
 from cmdgen.cli.inputs import InputFiles
 from cmdgen.cli.progress import Say
 from cmdgen.latents import read_latents, save_latents
-from cmdgen.pipelines.load import load_pipeline
 from cmdgen.request import Request
 from cmdgen.video.read import read_clip, read_metadata, read_video
+from tests.cli.conftest import PROMPT
 from tests.videos import write_video
 
-PROMPT = "a dog swimming in the ocean"
 QUIET = Say(quiet=True)
-
-
-@pytest.fixture
-def sample(cmdgen, tiny_model):
-    """Runs `cmdgen sample` with the tiny model."""
-    return lambda *arguments: cmdgen("sample", *arguments, "--model", tiny_model)
 
 
 def files(**paths) -> InputFiles:
@@ -34,27 +27,10 @@ def files(**paths) -> InputFiles:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model):
-    return load_pipeline(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def clip(model):
-    return model.sample(PROMPT, seed=5)
-
-
-@pytest.fixture(scope="module")
 def video(clip, tmp_path_factory):
     """The clip's frames, without loss."""
     path = tmp_path_factory.mktemp("given") / "clip.apng"
     write_video(path, clip.frames, clip.fps, clip.metadata)
-    return path
-
-
-@pytest.fixture(scope="module")
-def latents(clip, tmp_path_factory):
-    path = tmp_path_factory.mktemp("given") / "clip.cmd.safetensors"
-    save_latents(path, clip.latents)
     return path
 
 

@@ -13,14 +13,34 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cmdgen.cli.app import main
 from cmdgen.evaluation.profile import Limits
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.video import write
 from cmdgen.video.read import read_metadata, read_video
+from tests.cli.conftest import PROMPT
 
-PROMPT = "a dog swimming in the ocean"
+
+@pytest.fixture
+def refused(cmdgen, broken_model):
+    """Runs `cmdgen sample` with weights that cannot be read: had they been, that were the error."""
+    return lambda *arguments: cmdgen("sample", "--model", broken_model, *arguments)
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """Writes the lines of a file of jobs."""
+
+    def write_lines(*lines: str):
+        path = tmp_path / "jobs.txt"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write_lines
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture
@@ -33,11 +53,9 @@ def broken_model(tiny_model, tmp_path_factory):
     return folder
 
 
-def test_video_is_written_with_its_path_on_stdout_and_all_else_on_stderr(
-    cmdgen, tiny_model, tmp_path
-):
+def test_video_is_written_with_its_path_on_stdout_and_all_else_on_stderr(sample, tmp_path):
     path = tmp_path / "out.mp4"
-    result = cmdgen("sample", PROMPT, "-o", path, "--model", tiny_model, "--seed", 7)
+    result = sample(PROMPT, "-o", path, "--seed", 7)
     assert result.code == 0
     assert result.out == f"{path}\n"
     assert "seed 7\n" in result.err
@@ -50,9 +68,9 @@ def test_video_is_written_with_its_path_on_stdout_and_all_else_on_stderr(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_png_gets_the_content_frame_with_its_settings(cmdgen, tiny_model, tmp_path):
+def test_a_png_gets_the_content_frame_with_its_settings(sample, tiny_model, tmp_path):
     path = tmp_path / "still.png"
-    result = cmdgen("sample", PROMPT, "-o", path, "--model", tiny_model, "--seed", 7)
+    result = sample(PROMPT, "-o", path, "--seed", 7)
     assert (result.code, result.out) == (0, f"{path}\n")
     clip = load_pipeline(tiny_model).sample(PROMPT, seed=7)
     with Image.open(path) as image:
@@ -61,12 +79,12 @@ def test_a_png_gets_the_content_frame_with_its_settings(cmdgen, tiny_model, tmp_
     assert (metadata["prompt"], metadata["content_seed"], metadata["frames"]) == (PROMPT, 7, 1)
     assert list(tmp_path.iterdir()) == [path]
     path.unlink()
-    result = cmdgen("sample", PROMPT, "-o", path, "--model", tiny_model, "--frames", 4)
+    result = sample(PROMPT, "-o", path, "--frames", 4)
     assert result.code == 2
     assert "still.png holds one frame, not 4: give the name of a video" in result.err
 
 
-def test_options_reach_the_video(cmdgen, tiny_model, tmp_path):
+def test_options_reach_the_video(sample, tmp_path):
     path = tmp_path / "out.mp4"
     options = {
         **{"seed": 1, "content-seed": 2, "motion-seed": 3, "steps": 3, "motion-steps": 4},
@@ -74,7 +92,7 @@ def test_options_reach_the_video(cmdgen, tiny_model, tmp_path):
         **{"frames": 6, "size": "32x16", "fps": 12, "dtype": "bfloat16", "device": "cpu"},
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
-    result = cmdgen("sample", PROMPT, "-o", path, "--model", tiny_model, *flags)
+    result = sample(PROMPT, "-o", path, *flags)
     assert result.code == 0
     frames, fps = read_video(path)
     assert frames.shape == (6, 16, 32, 3)
@@ -87,11 +105,11 @@ def test_options_reach_the_video(cmdgen, tiny_model, tmp_path):
     assert "note: tiny was trained on 4 frames" in result.err
 
 
-def test_little_memory_gives_the_same_video(cmdgen, tiny_model, tmp_path):
-    sample = ("sample", PROMPT, "--model", tiny_model, "--seed", 7, "-o")
-    assert cmdgen(*sample, tmp_path / "a.mp4").code == 0
+def test_little_memory_gives_the_same_video(sample, tmp_path):
+    options = (PROMPT, "--seed", 7, "-o")
+    assert sample(*options, tmp_path / "a.mp4").code == 0
     # less than whole frames take: 0.4 MB
-    assert cmdgen(*sample, tmp_path / "b.mp4", "--max-memory", "0.2MiB").code == 0
+    assert sample(*options, tmp_path / "b.mp4", "--max-memory", "0.2MiB").code == 0
     videos = [read_video(tmp_path / name)[0].astype(int) for name in ("a.mp4", "b.mp4")]
     # frames differ by a level here and there: the encoder may then choose another way for a block
     assert np.abs(videos[0] - videos[1]).mean() < 1
@@ -99,26 +117,23 @@ def test_little_memory_gives_the_same_video(cmdgen, tiny_model, tmp_path):
     assert sliced == whole | {"max_memory": "209715B"}
 
 
-def test_reported_random_seed_gives_the_same_frames_again(cmdgen, tiny_model, tmp_path):
-    sample = ("sample", PROMPT, "--model", tiny_model, "-o")
-    first = cmdgen(*sample, tmp_path / "a.mp4")
+def test_reported_random_seed_gives_the_same_frames_again(sample, tmp_path):
+    options = (PROMPT, "-o")
+    first = sample(*options, tmp_path / "a.mp4")
     seed = re.search(r"^seed (\d+)$", first.err, re.MULTILINE)[1]
-    cmdgen(*sample, tmp_path / "b.mp4", "--seed", seed)
-    other = cmdgen(*sample, tmp_path / "c.mp4")
+    sample(*options, tmp_path / "b.mp4", "--seed", seed)
+    other = sample(*options, tmp_path / "c.mp4")
     videos = [read_video(tmp_path / f"{name}.mp4")[0] for name in "abc"]
     assert np.array_equal(videos[0], videos[1])
     assert f"seed {seed}\n" not in other.err
     assert not np.array_equal(videos[0], videos[2])
 
 
-def test_words_never_seen_and_a_prompt_too_long_are_noted_in_a_line_each(
-    cmdgen, tiny_model, tmp_path
-):
-    sample = ("sample", "--model", tiny_model, "-o")
-    assert "note" not in cmdgen(*sample, tmp_path / "a.mp4", PROMPT).err
-    result = cmdgen(*sample, tmp_path / "b.mp4", "a Zebra, a dog and a zebra")
+def test_words_never_seen_and_a_prompt_too_long_are_noted_in_a_line_each(sample, tmp_path):
+    assert "note" not in sample("-o", tmp_path / "a.mp4", PROMPT).err
+    result = sample("-o", tmp_path / "b.mp4", "a Zebra, a dog and a zebra")
     assert "note: unknown words for tiny: zebra, and\n" in result.err
-    result = cmdgen(*sample, tmp_path / "c.mp4", "a dog " * 20)
+    result = sample("-o", tmp_path / "c.mp4", "a dog " * 20)
     assert "reads only the start of this long prompt" in result.err
     assert result.code == 0
 
@@ -172,7 +187,7 @@ def test_bad_input_is_one_line_before_any_weights_load(
     assert result.out == ""
     assert re.fullmatch(r"error: .+\n", result.err)
     assert says in result.err
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.mp4"]
+    assert names(tmp_path) == ["folder.mp4"]
 
 
 def test_missing_output_is_one_line(cmdgen):
@@ -181,13 +196,13 @@ def test_missing_output_is_one_line(cmdgen):
     assert re.fullmatch(r"error: .*--output.*\n", result.err)
 
 
-def test_output_that_may_not_be_written_is_refused(cmdgen, broken_model):
-    result = cmdgen("sample", PROMPT, "-o", "/proc/out.mp4", "--model", broken_model)
+def test_output_that_may_not_be_written_is_refused(refused):
+    result = refused(PROMPT, "-o", "/proc/out.mp4")
     assert (result.code, result.out) == (2, "")
 
 
-def test_unreadable_weights_are_one_line_and_leave_no_file(cmdgen, broken_model, tmp_path):
-    result = cmdgen("sample", PROMPT, "-o", tmp_path / "out.mp4", "--model", broken_model)
+def test_unreadable_weights_are_one_line_and_leave_no_file(refused, tmp_path):
+    result = refused(PROMPT, "-o", tmp_path / "out.mp4")
     assert result.code == 1
     assert result.out == ""
     error = [line for line in result.err.splitlines() if line.startswith("error: ")]
@@ -197,11 +212,11 @@ def test_unreadable_weights_are_one_line_and_leave_no_file(cmdgen, broken_model,
     assert not list(tmp_path.iterdir())
 
 
-def test_full_disk_is_one_line_and_leaves_no_file(cmdgen, tiny_model, tmp_path):
+def test_full_disk_is_one_line_and_leaves_no_file(sample, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        result = cmdgen("sample", PROMPT, "-o", tmp_path / "out.mp4", "--model", tiny_model)
+        result = sample(PROMPT, "-o", tmp_path / "out.mp4")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert result.code == 5
@@ -210,21 +225,40 @@ def test_full_disk_is_one_line_and_leaves_no_file(cmdgen, tiny_model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def start(tiny_model, *arguments: object, **pipes) -> subprocess.Popen:
+    """Run `cmdgen sample` in another process."""
+    command = [sys.executable, "-m", "cmdgen", "sample", "--model", tiny_model, *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([str(argument) for argument in command], **streams, **pipes)
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_interrupted_run_ends_at_once_and_leaves_no_file(tiny_model, tmp_path, number, code):
-    command = [sys.executable, "-m", "cmdgen", "sample", PROMPT, "-o", str(tmp_path / "a.mp4")]
-    command += ["--model", str(tiny_model), "--steps", "1000", "--motion-steps", "1000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
-    )
-    assert process.stderr.readline().startswith("seed ")
-    time.sleep(0.5)
-    os.kill(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (code, ""), err
-    assert "Traceback" not in err
+def test_interrupted_run_ends_at_once_and_leaves_no_file(
+    sample, tmp_path, monkeypatch, number, code
+):
+    monkeypatch.setattr(CmdPipeline, "sample_motion", lambda *_: os.kill(os.getpid(), number))
+    handlers = {name: signal.signal(name, signal.SIG_DFL) for name in (number, signal.SIGINT)}
+    try:
+        result = sample(PROMPT, "-o", tmp_path / "a.mp4")
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+    assert (result.code, result.out) == (code, "")
+    assert "content 2/2" in result.err and "Traceback" not in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupted_process_ends_at_once_and_leaves_no_file(tiny_model, tmp_path):
+    many = ("--steps", 1000, "--motion-steps", 1000)
+    with start(tiny_model, PROMPT, "-o", tmp_path / "a.mp4", *many) as process:
+        assert process.stderr.readline().startswith(b"seed ")
+        time.sleep(0.5)
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (143, b""), err
+    assert b"Traceback" not in err
     assert not list(tmp_path.iterdir())
 
 
@@ -252,47 +286,30 @@ def stdin(tmp_path):
     os.close(saved)
 
 
-@pytest.fixture
-def streamed(capfdbinary):
-    """Runs the command in this process; what it writes is bytes."""
-
-    def run(*arguments: object) -> tuple[int, bytes, str]:
-        with pytest.raises(SystemExit) as end:
-            main([str(argument) for argument in arguments])
-        out, err = capfdbinary.readouterr()
-        return end.value.code or 0, out, err.decode()
-
-    return run
-
-
 def raw(path) -> np.ndarray:
     """A file of raw frames of the tiny model."""
     return np.fromfile(path, np.uint8).reshape(-1, 32, 48, 3)
 
 
 def test_lines_of_a_file_are_made_in_order_and_those_that_cannot_be_are_named(
-    cmdgen, tiny_model, tmp_path
+    jobs, sample, tmp_path
 ):
-    jobs = tmp_path / "jobs.txt"
-    lines = [
+    file = jobs(
         *("# three of them", "a dog swimming", '{"prompt": "a car", "steps": "1"}', ""),
         '{"prompt": "a red car driving", "steps": 1, "seed": 5, "output": "car.mp4"}',
         *('{"prompt": "a dog", "size": "33x32"}', "two birds"),
-    ]
-    jobs.write_text("\n".join(lines))
-    output = tmp_path / "{index:02d}-{slug}-{seed}.mp4"
-    result = cmdgen(
-        "sample", "-f", jobs, "-o", output, "--model", tiny_model, "--seed", 3, "--json"
     )
+    output = tmp_path / "{index:02d}-{slug}-{seed}.mp4"
+    result = sample("-f", file, "-o", output, "--seed", 3, "--json")
     assert result.code == 6
     records = [json.loads(line) for line in result.out.splitlines()]
     assert [(record["index"], record["line"]) for record in records] == [
         *((1, 2), (2, 3), (3, 5), (4, 6), (5, 7))
     ]
-    names = ["01-a-dog-swimming-3.mp4", "car.mp4", "05-two-birds-3.mp4"]
+    files = ["01-a-dog-swimming-3.mp4", "car.mp4", "05-two-birds-3.mp4"]
     made = [record for record in records if "error" not in record]
-    assert [record["output"] for record in made] == [str(tmp_path / name) for name in names]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "jobs.txt"])
+    assert [record["output"] for record in made] == [str(tmp_path / name) for name in files]
+    assert names(tmp_path) == sorted([*files, "jobs.txt"])
     first, _, second, _, _ = records
     seconds = first.pop("seconds")
     assert seconds > 0
@@ -310,24 +327,22 @@ def test_lines_of_a_file_are_made_in_order_and_those_that_cannot_be_are_named(
     assert result.err.index("error: line 6") < result.err.index("load")
 
 
-def test_fail_fast_ends_with_the_first_that_cannot_be_made(cmdgen, broken_model, tmp_path):
-    jobs = tmp_path / "jobs.txt"
-    jobs.write_text('a dog\n{"prompt": "a cat", "steps": 0}\n')
-    sample = ("sample", "-f", jobs, "-o", tmp_path / "{index}.mp4", "--model", broken_model)
-    result = cmdgen(*sample, "--fail-fast")
+def test_fail_fast_ends_with_the_first_that_cannot_be_made(jobs, refused, tmp_path):
+    file = jobs("a dog", '{"prompt": "a cat", "steps": 0}')
+    options = ("-f", file, "-o", tmp_path / "{index}.mp4")
+    result = refused(*options, "--fail-fast")
     assert (result.code, result.out) == (2, "")
     assert result.err == "error: line 2: steps 0 is not at least 1\n"
     # of weights that no job can do without, each would say the same
-    result = cmdgen(*sample)
+    result = refused(*options)
     assert (result.code, result.out) == (1, "")
-    assert [path.name for path in tmp_path.iterdir()] == ["jobs.txt"]
+    assert names(tmp_path) == ["jobs.txt"]
 
 
-def test_clips_of_a_batch_are_as_they_would_be_alone(cmdgen, tiny_model, tmp_path):
-    jobs = tmp_path / "jobs.txt"
-    jobs.write_text('a dog swimming\na red car\n{"prompt": "two birds", "steps": 1}\na dog\n')
-    sample = ("sample", "-f", jobs, "--model", tiny_model, "--seed", 4, "--num", 2)
-    assert cmdgen(*sample, "-o", tmp_path / "alone-{index}.rgb").code == 0
+def test_clips_of_a_batch_are_as_they_would_be_alone(jobs, sample, tmp_path):
+    file = jobs("a dog swimming", "a red car", '{"prompt": "two birds", "steps": 1}', "a dog")
+    options = ("-f", file, "--seed", 4, "--num", 2)
+    assert sample(*options, "-o", tmp_path / "alone-{index}.rgb").code == 0
     calls = []
     run = CmdPipeline.run
 
@@ -337,7 +352,7 @@ def test_clips_of_a_batch_are_as_they_would_be_alone(cmdgen, tiny_model, tmp_pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CmdPipeline, "run", watch)
-        assert cmdgen(*sample, "-o", tmp_path / "batch-{index}.rgb", "--batch", 3).code == 0
+        assert sample(*options, "-o", tmp_path / "batch-{index}.rgb", "--batch", 3).code == 0
     # in order, so those that differ in steps part the others
     assert calls == [3, 1, 2, 2]
     for index in range(1, 9):
@@ -350,87 +365,82 @@ def test_clips_of_a_batch_are_as_they_would_be_alone(cmdgen, tiny_model, tmp_pat
             assert not np.array_equal(alone, raw(tmp_path / f"alone-{index + 1}.rgb"))
 
 
-def test_a_piped_prompt_is_one(cmdgen, stdin, tiny_model, tmp_path):
+def test_a_piped_prompt_is_one(sample, stdin, tmp_path):
     stdin(b"a dog swimming\n")
-    sample = ("sample", "--model", tiny_model, "-o")
-    result = cmdgen(*sample, tmp_path / "a.mp4", "--seed", 1)
+    result = sample("-o", tmp_path / "a.mp4", "--seed", 1)
     assert (result.code, result.out) == (0, f"{tmp_path / 'a.mp4'}\n")
     assert read_metadata(tmp_path / "a.mp4")["prompt"] == "a dog swimming"
     stdin(b"\n")
-    result = cmdgen(*sample, tmp_path / "b.mp4")
+    result = sample("-o", tmp_path / "b.mp4")
     assert result.code == 2
     assert "no prompt: give PROMPT, pipe it in" in result.err
     stdin(b"a\x1bdog")
-    result = cmdgen(*sample, tmp_path / "b.mp4")
+    result = sample("-o", tmp_path / "b.mp4")
     assert (result.code, result.out) == (2, "")
     assert result.err == "error: the prompt holds the control character U+001B\n"
 
 
-def test_two_clips_of_one_name_are_refused_before_any_is_made(cmdgen, broken_model, tmp_path):
-    jobs = tmp_path / "jobs.txt"
-    jobs.write_text("a dog\na car\na dog\n")
-    sample = ("sample", "-f", jobs, "--model", broken_model, "-o")
-    result = cmdgen(*sample, tmp_path / "{slug}.mp4")
+def test_two_clips_of_one_name_are_refused_before_any_is_made(jobs, refused, tmp_path):
+    file = jobs("a dog", "a car", "a dog")
+    options = ("-f", file, "-o")
+    result = refused(*options, tmp_path / "{slug}.mp4")
     assert (result.code, result.out) == (2, "")
     assert re.fullmatch(
         r"error: line 3: .*a-dog\.mp4 is the name of a clip of line 1 already: .*\n", result.err
     )
-    result = cmdgen("sample", "a dog", "--num", 2, "--model", broken_model, "-o", "a.mp4")
+    result = refused("a dog", "--num", 2, "-o", "a.mp4")
     assert (result.code, result.out) == (2, "")
 
 
-def test_what_is_there_is_kept_and_may_be_skipped(cmdgen, tiny_model, tmp_path):
-    jobs = tmp_path / "jobs.txt"
-    jobs.write_text("a dog\na car\n")
+def test_what_is_there_is_kept_and_may_be_skipped(jobs, sample, tmp_path):
+    file = jobs("a dog", "a car")
     (tmp_path / "a-dog.rgb").write_bytes(b"mine")
-    sample = ("sample", "-f", jobs, "--model", tiny_model, "-o", tmp_path / "{slug}.rgb")
-    result = cmdgen(*sample)
+    options = ("-f", file, "-o", tmp_path / "{slug}.rgb")
+    result = sample(*options)
     assert (result.code, result.out) == (6, f"{tmp_path / 'a-car.rgb'}\n")
     assert "line 1: " in result.err and "exists and is kept" in result.err
     (tmp_path / "a-car.rgb").unlink()
-    result = cmdgen(*sample, "--skip-existing", "--json")
+    result = sample(*options, "--skip-existing", "--json")
     assert result.code == 0
     skipped, made = (json.loads(line) for line in result.out.splitlines())
     assert skipped["skipped"] is True and "skipped" not in made
     assert (tmp_path / "a-dog.rgb").read_bytes() == b"mine"
-    again = cmdgen(*sample, "--skip-existing")
+    again = sample(*options, "--skip-existing")
     assert again.out == "".join(f"{tmp_path / name}.rgb\n" for name in ("a-dog", "a-car"))
     assert "load" not in again.err
-    assert cmdgen(*sample, "--overwrite").code == 0
+    assert sample(*options, "--overwrite").code == 0
     assert raw(tmp_path / "a-dog.rgb").shape == (4, 32, 48, 3)
-    result = cmdgen(*sample[:-1], tmp_path / "{seed}.mp4", "--skip-existing")
+    result = sample(*options[:-1], tmp_path / "{seed}.mp4", "--skip-existing")
     assert result.code == 2
     assert "finds nothing: give --seed" in result.err
-    result = cmdgen(*sample, "--overwrite", "--skip-existing")
+    result = sample(*options, "--overwrite", "--skip-existing")
     assert result.code == 2
     # what a sidecar tells of is not there
     (tmp_path / "a-dog.rgb").rename(tmp_path / "a-dog.rgb.json")
-    result = cmdgen(*sample, "--skip-existing", "--sidecar")
+    result = sample(*options, "--skip-existing", "--sidecar")
     assert (result.code, result.out) == (6, f"{tmp_path / 'a-car.rgb'}\n")
     assert "a-dog.rgb.json exists and is kept" in result.err
 
 
-def test_a_template_that_is_none_is_refused_once(cmdgen, broken_model, tmp_path):
-    jobs = tmp_path / "jobs.txt"
-    jobs.write_text("a dog\na car\n")
-    result = cmdgen("sample", "-f", jobs, "--model", broken_model, "-o", tmp_path / "{x}.mp4")
+def test_a_template_that_is_none_is_refused_once(jobs, refused, tmp_path):
+    file = jobs("a dog", "a car")
+    result = refused("-f", file, "-o", tmp_path / "{x}.mp4")
     assert result.code == 2
     assert result.err.count("{x} is none of {index}") == 1
 
 
-def test_names_from_prompts_stay_in_their_folder(cmdgen, tiny_model, tmp_path):
+def test_names_from_prompts_stay_in_their_folder(jobs, sample, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     prompts = ["../../dog", "/etc/passwd", "a" * 400, "..", "con", "the {seed}", "a\\b:c*d"]
-    jobs = tmp_path / "jobs.txt"
-    jobs.write_text("\n".join(prompts))
-    result = cmdgen("sample", "-f", jobs, "-o", folder / "{slug}.rgb", "--model", tiny_model)
+    file = jobs(*prompts)
+    result = sample("-f", file, "-o", folder / "{slug}.rgb")
     assert result.code == 0
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
+    assert names(folder) == sorted(
         f"{name}.rgb"
         for name in ("dog", "etc-passwd", "a" * 60, "clip", "con-", "the-seed", "a-b-c-d")
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "jobs.txt"]
+    assert names(tmp_path) == ["in", "jobs.txt"]
 
 
 @pytest.mark.parametrize("name", [b"\xff.mp4", b"\x1b[31m.gif", b"a\nb.webp", b"\xff%d.png"])
@@ -446,41 +456,41 @@ def test_a_name_of_any_bytes_comes_out_as_it_went_in(streamed, tiny_model, tmp_p
     assert code == 1 and all(letter.isprintable() for letter in err.replace("\n", ""))
 
 
-def test_a_link_to_itself_is_no_name(cmdgen, broken_model, tmp_path):
+def test_a_link_to_itself_is_no_name(refused, tmp_path):
     loop = tmp_path / "loop.mp4"
     loop.symlink_to(loop)
-    kept = cmdgen("sample", PROMPT, "-o", loop, "--model", broken_model)
+    kept = refused(PROMPT, "-o", loop)
     assert (kept.code, kept.err.count("\n")) == (1, 1)
-    inside = cmdgen("sample", PROMPT, "-o", loop / "a.mp4", "--model", broken_model)
+    inside = refused(PROMPT, "-o", loop / "a.mp4")
     assert inside.code == 2 and "there is no folder" in inside.err
 
 
-def test_a_calibration_that_never_ends_is_refused(cmdgen, broken_model, stdin, tmp_path):
+def test_a_calibration_that_never_ends_is_refused(refused, stdin, tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     jobs = [{"prompt": "x", "rehash": 1, "rehash_file": file} for file in ("/dev/zero", "PIPE")]
     text = "\n".join(map(json.dumps, jobs)).replace("PIPE", str(tmp_path / "pipe.json"))
     stdin(text.encode())
-    result = cmdgen("sample", "-f", "-", "-o", tmp_path / "{line}.mp4", "--model", broken_model)
+    result = refused("-f", "-", "-o", tmp_path / "{line}.mp4")
     assert result.code == 6
     assert result.err.count(" is not a file\n") == 2
 
 
-def test_folders_of_several_clips_are_made(cmdgen, tiny_model, tmp_path):
-    jobs = tmp_path / "jobs.txt"
-    jobs.write_text(f'{PROMPT}\n{{"prompt": "{PROMPT}", "output": "own/b.rgb"}}\n')
-    sample = ("sample", "-f", jobs, "-o", tmp_path / "new/clips/{line}.rgb", "--model", tiny_model)
-    assert cmdgen(*sample, "--dry-run").code == 0
+@pytest.mark.usefixtures("known_speed")
+def test_folders_of_several_clips_are_made(jobs, sample, tmp_path):
+    file = jobs(PROMPT, json.dumps({"prompt": PROMPT, "output": "own/b.rgb"}))
+    options = ("-f", file, "-o", tmp_path / "new/clips/{line}.rgb")
+    assert sample(*options, "--dry-run").code == 0
     assert not (tmp_path / "new").exists()
-    assert cmdgen(*sample).code == 0
+    assert sample(*options).code == 0
     clips = tmp_path / "new/clips"
     assert sorted(clips.rglob("*.rgb")) == [clips / "1.rgb", clips / "own/b.rgb"]
     # a file is no folder
-    result = cmdgen("sample", "-f", jobs, "-o", jobs / "new/{line}.rgb", "--model", tiny_model)
+    result = sample("-f", file, "-o", file / "new/{line}.rgb")
     assert result.code == 6
     assert "there is no folder" in result.err
 
 
-def test_a_clip_that_cannot_be_written_harms_no_other(cmdgen, tiny_model, tmp_path, monkeypatch):
+def test_a_clip_that_cannot_be_written_harms_no_other(jobs, sample, tmp_path, monkeypatch):
     opened = write.open_video
 
     @contextmanager
@@ -493,20 +503,16 @@ def test_a_clip_that_cannot_be_written_harms_no_other(cmdgen, tiny_model, tmp_pa
             yield full if "car" in target else put
 
     monkeypatch.setattr(write, "open_video", fail_for_some)
-    jobs = tmp_path / "jobs.txt"
-    jobs.write_text("a dog\na car\ntwo birds\n")
-    sample = ("sample", "-f", jobs, "--model", tiny_model, "-o", tmp_path / "{slug}.rgb")
-    result = cmdgen(*sample, "--batch", 3)
+    file = jobs("a dog", "a car", "two birds")
+    options = ("-f", file, "-o", tmp_path / "{slug}.rgb")
+    result = sample(*options, "--batch", 3)
     assert result.code == 6
     assert "error: line 2: " in result.err and "the disk is full" in result.err
     assert result.out == "".join(f"{tmp_path / name}.rgb\n" for name in ("a-dog", "two-birds"))
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["a-dog.rgb", "jobs.txt", "two-birds.rgb"]
+    assert names(tmp_path) == ["a-dog.rgb", "jobs.txt", "two-birds.rgb"]
 
 
-def test_a_batch_that_needs_too_much_memory_is_made_in_halves(
-    cmdgen, tiny_model, tmp_path, monkeypatch
-):
+def test_a_batch_that_needs_too_much_memory_is_made_in_halves(sample, tmp_path, monkeypatch):
     run, calls = CmdPipeline.run, []
 
     def of_one(self, plans, *rest, **options):
@@ -516,16 +522,15 @@ def test_a_batch_that_needs_too_much_memory_is_made_in_halves(
         return run(self, plans, *rest, **options)
 
     monkeypatch.setattr(CmdPipeline, "run", of_one)
-    sample = ("sample", "a dog", "--num", 3, "--batch", 3, "--model", tiny_model)
-    result = cmdgen(*sample, "-o", tmp_path / "{index}.rgb")
+    options = ("a dog", "--num", 3, "--batch", 3)
+    result = sample(*options, "-o", tmp_path / "{index}.rgb")
     assert (result.code, calls) == (0, [3, 1, 2, 1, 1])
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["1.rgb", "2.rgb", "3.rgb"]
+    assert names(tmp_path) == ["1.rgb", "2.rgb", "3.rgb"]
 
 
-def test_clips_on_stdout_follow_one_another(streamed, tiny_model, tmp_path):
-    jobs = tmp_path / "jobs.txt"
-    jobs.write_text('a dog\na car\n{"prompt": "a cat", "size": "32x32"}\ntwo birds\n')
-    sample = ("sample", "-f", jobs, "--model", tiny_model, "--seed", 2, "--batch", 2, "-o")
+def test_clips_on_stdout_follow_one_another(jobs, streamed, tiny_model, tmp_path):
+    file = jobs("a dog", "a car", '{"prompt": "a cat", "size": "32x32"}', "two birds")
+    sample = ("sample", "-f", file, "--model", tiny_model, "--seed", 2, "--batch", 2, "-o")
     code, out, err = streamed(*sample, "-")
     assert code == 6
     assert "line 3: not as the first clip on stdout, 48x32 at 8 frames a second" in err
@@ -554,10 +559,8 @@ def test_stdout_is_the_video_alone(streamed, tiny_model):
     assert "--json and -o - both need stdout" in err
 
 
-def test_jobs_of_a_pipe_start_before_it_ends_and_a_closed_stdout_ends_quietly(tiny_model, tmp_path):
-    command = [sys.executable, "-m", "cmdgen", "sample", "-f", "-", "--model", str(tiny_model)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*command, "-o", "-"], **pipes) as process:
+def test_jobs_of_a_pipe_start_before_it_ends_and_a_closed_stdout_ends_quietly(tiny_model):
+    with start(tiny_model, "-f", "-", "-o", "-", stdin=subprocess.PIPE) as process:
         process.stdin.write(b"a dog\n")
         process.stdin.flush()
         # stdin is open, and the whole of a clip is there
@@ -574,27 +577,16 @@ def test_jobs_of_a_pipe_start_before_it_ends_and_a_closed_stdout_ends_quietly(ti
     assert "Error" not in err and "error" not in err and "Exception" not in err
 
 
-def test_like_makes_it_again_and_flags_win(cmdgen, tiny_model, tmp_path):
-    first, options = tmp_path / "first.mkv", ["--model", tiny_model]
-    asked = [
-        "--seed",
-        7,
-        "--motion-seed",
-        8,
-        "--steps",
-        4,
-        "--guidance",
-        2.5,
-        "--negative",
-        "a car",
-    ]
-    asked += ["--size", "32x32", "--frames", 6, "--fps", 12, "--guidance-interval", "0.1-1"]
-    asked += ["--rehash", 3, "--rehash-policy", "uniform", "--max-memory", "0.5MiB"]
-    asked += ["--codec", "ffv1", "--sampler", "ddim", "--dtype", "float32"]
-    assert cmdgen("sample", PROMPT, "-o", first, *options, *asked).code == 0
-    like = ("sample", "--like", first, *options, "-o")
-    again = tmp_path / "again.mkv"
-    result = cmdgen(*like, again)
+def test_like_makes_it_again_and_flags_win(sample, tmp_path):
+    first, again = tmp_path / "first.mkv", tmp_path / "again.mkv"
+    options = (
+        "--seed 7 --motion-seed 8 --steps 4 --guidance 2.5 --size 32x32 --frames 6 --fps 12 "
+        "--guidance-interval 0.1-1 --rehash 3 --rehash-policy uniform --max-memory 0.5MiB "
+        "--codec ffv1 --sampler ddim --dtype float32"
+    )
+    assert sample(PROMPT, "-o", first, *options.split(), "--negative", "a car").code == 0
+    like = ("--like", first, "-o")
+    result = sample(*like, again)
     assert result.code == 0
     assert "note: " + str(first) not in result.err
     assert np.array_equal(read_video(first)[0], read_video(again)[0])
@@ -602,17 +594,17 @@ def test_like_makes_it_again_and_flags_win(cmdgen, tiny_model, tmp_path):
     assert (before["format"], before["codec"]) == ("mkv", "ffv1")
     assert (before.pop("rehash_policy"), after.pop("rehash_policy")) == ("uniform", "listed")
     assert before == after
-    changed = cmdgen(*like, tmp_path / "c.mp4", "--seed", 9, "--rehash", "off", "--fps", 6)
+    changed = sample(*like, tmp_path / "c.mp4", "--seed", 9, "--rehash", "off", "--fps", 6)
     assert changed.code == 0
     other = read_metadata(tmp_path / "c.mp4")
     assert (other["seed"], other["content_seed"], other["motion_seed"]) == (9, 9, 8)
     assert (other["fps"], other["steps"], "rehash" in other) == (6, 4, False)
-    assert cmdgen(*like, tmp_path / "d.png").code == 0
+    assert sample(*like, tmp_path / "d.png").code == 0
     assert read_metadata(tmp_path / "d.png")["frames"] == 1
 
 
 def test_what_a_file_does_not_say_was_the_default_whatever_the_users_file_says(
-    cmdgen, tiny_model, tmp_path
+    cmdgen, jobs, tiny_model, tmp_path
 ):
     config = tmp_path / "config.toml"
     config.write_text(
@@ -620,40 +612,37 @@ def test_what_a_file_does_not_say_was_the_default_whatever_the_users_file_says(
         f'rehash = 1\nrehash_policy = "uniform"\ncrf = 40\nmodel = "{tiny_model}"\nsidecar = true\n'
     )
     first, again = tmp_path / "first.mp4", tmp_path / "again.mp4"
-    made = cmdgen("sample", PROMPT, "-o", first, "--model", tiny_model, "--seed", 7)
-    assert made.code == 0
-    sample = ("--config", config, "sample", "--model", tiny_model)
+    sample = ("sample", "--model", tiny_model)
+    assert cmdgen(*sample, PROMPT, "-o", first, "--seed", 7).code == 0
+    sample = ("--config", config, *sample)
     result = cmdgen(*sample, "--like", first, "-o", again)
     assert result.code == 0, result.err
     assert again.read_bytes() == first.read_bytes()
     # what is no part of the clip is as the user likes it
     assert (tmp_path / "again.mp4.json").exists()
     # null is the default as well
-    jobs = tmp_path / "jobs.jsonl"
     unset = dict.fromkeys(("rehash", "rehash_policy", "crf", "seed"))
-    jobs.write_text(json.dumps({"prompt": "a dog", **unset}))
-    result = cmdgen(*sample, "-f", jobs, "-o", tmp_path / "null.mp4")
+    file = jobs(json.dumps({"prompt": "a dog", **unset}))
+    result = cmdgen(*sample, "-f", file, "-o", tmp_path / "null.mp4")
     assert result.code == 0, result.err
     metadata = read_metadata(tmp_path / "null.mp4")
     assert metadata["content_seed"] == 6 and metadata["seed"] != 5
     assert not {"rehash", "crf", "format"} & set(metadata)
 
 
-def test_like_knows_the_format_by_its_name_too(cmdgen, tiny_model, tmp_path):
+def test_like_knows_the_format_by_its_name_too(sample, tmp_path):
     first, again = tmp_path / "first.mp4", tmp_path / "again"
-    options = ("--model", tiny_model)
-    assert cmdgen("sample", PROMPT, "-o", first, *options, "--crf", 40).code == 0
-    result = cmdgen("sample", "--like", first, *options, "-o", again, "--format", "mp4")
+    assert sample(PROMPT, "-o", first, "--crf", 40).code == 0
+    result = sample("--like", first, "-o", again, "--format", "mp4")
     assert result.code == 0, result.err
     assert again.read_bytes() == first.read_bytes()
 
 
-def test_a_still_becomes_the_clip_that_it_is_of(cmdgen, tiny_model, tmp_path):
+def test_a_still_becomes_the_clip_that_it_is_of(sample, tmp_path):
     still, clip, both = (tmp_path / name for name in ("a.png", "a.mkv", "b.mkv"))
-    sample = ("sample", "--model", tiny_model, "-o")
-    assert cmdgen(*sample, still, PROMPT, "--seed", 7).code == 0
-    assert cmdgen(*sample, clip, "--like", still).code == 0
-    assert cmdgen(*sample, both, PROMPT, "--seed", 7).code == 0
+    assert sample("-o", still, PROMPT, "--seed", 7).code == 0
+    assert sample("-o", clip, "--like", still).code == 0
+    assert sample("-o", both, PROMPT, "--seed", 7).code == 0
     assert clip.read_bytes() == both.read_bytes()
 
 
@@ -690,11 +679,11 @@ def test_metadata_of_strangers_is_checked_as_flags_are(cmdgen, tmp_path, metadat
 
 
 @pytest.mark.usefixtures("known_speed")
-def test_what_differs_from_when_a_file_was_made_is_said(cmdgen, tiny_model, tmp_path):
+def test_what_differs_from_when_a_file_was_made_is_said(sample, cmdgen, tmp_path):
     strange = {**FOREIGN, "weights": "0", "device": "tpu", "rehash_file": "/etc/passwd", "x": 1}
     write.write_still(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8), strange)
-    sample = ("sample", "--like", tmp_path / "a.png", "--model", tiny_model, "--dry-run")
-    result = cmdgen(*sample, "-o", tmp_path / "b.mp4")
+    options = ("--like", tmp_path / "a.png", "--dry-run")
+    result = sample(*options, "-o", tmp_path / "b.mp4")
     assert result.code == 0
     assert "a.png was made by cmdgen '9.9'\n" in result.err
     assert "a.png was made with other weights than those of tiny\n" in result.err
@@ -704,7 +693,7 @@ def test_what_differs_from_when_a_file_was_made_is_said(cmdgen, tiny_model, tmp_
     assert result.code == 3
 
 
-def test_preview_is_rewritten_while_sampling(cmdgen, tiny_model, tmp_path, monkeypatch):
+def test_preview_is_rewritten_while_sampling(sample, tiny_model, tmp_path, monkeypatch):
     seen = []
     write_still = write.write_still
 
@@ -715,8 +704,8 @@ def test_preview_is_rewritten_while_sampling(cmdgen, tiny_model, tmp_path, monke
     monkeypatch.setattr(write, "write_still", watch)
     monkeypatch.setattr("cmdgen.cli.batch.PREVIEW_SHARE", float("inf"))
     preview = tmp_path / "preview.png"
-    sample = ("sample", PROMPT, "--model", tiny_model, "--steps", 4, "--seed", 3, "-o")
-    assert cmdgen(*sample, tmp_path / "a.mp4", "--preview", preview).code == 0
+    options = (PROMPT, "--steps", 4, "--seed", 3, "-o")
+    assert sample(*options, tmp_path / "a.mp4", "--preview", preview).code == 0
     clip = load_pipeline(tiny_model).sample(PROMPT, seed=3, steps=4)
     assert len(seen) == 5
     with Image.open(preview) as image:
@@ -724,20 +713,19 @@ def test_preview_is_rewritten_while_sampling(cmdgen, tiny_model, tmp_path, monke
     # it nears what it becomes
     errors = [np.abs(picture.astype(int) - clip.content).mean() for picture in seen]
     assert errors[0] > errors[-2] >= errors[-1] == 0
-    result = cmdgen(*sample, tmp_path / "b.png", "--preview", tmp_path / "b.png")
+    result = sample(*options, tmp_path / "b.png", "--preview", tmp_path / "b.png")
     assert result.code == 2
     assert "is the preview's name" in result.err
-    result = cmdgen(*sample, tmp_path / "b.png", "--preview", tmp_path / "b.mp4")
+    result = sample(*options, tmp_path / "b.png", "--preview", tmp_path / "b.mp4")
     assert result.code == 2
 
 
 @pytest.mark.usefixtures("known_speed")
-def test_dry_run_says_what_would_be_made_and_reads_no_weights(cmdgen, broken_model, tmp_path):
-    jobs = tmp_path / "jobs.txt"
-    jobs.write_text("a dog\na car\n")
-    sample = ("sample", "-f", jobs, "-o", tmp_path / "{line}.mp4", "--model", broken_model)
-    sample += ("--seed", 5, "--dry-run", "--batch", 2, "--rehash", 2, "--rehash-policy", "uniform")
-    result = cmdgen(*sample)
+def test_dry_run_says_what_would_be_made_and_reads_no_weights(jobs, refused, tmp_path):
+    file = jobs("a dog", "a car")
+    options = ("-f", file, "-o", tmp_path / "{line}.mp4")
+    options += ("--seed", 5, "--dry-run", "--batch", 2, "--rehash", 2, "--rehash-policy", "uniform")
+    result = refused(*options)
     assert (result.code, result.err) == (0, "")
     first, full, second, _, total = result.out.splitlines()
     assert first == (
@@ -746,31 +734,21 @@ def test_dry_run_says_what_would_be_made_and_reads_no_weights(cmdgen, broken_mod
     assert second.startswith(f"{tmp_path / '2.mp4'}  ")
     assert full.strip() == "rehash: 2 + 2 of them in full"
     assert re.match(r"tiny on cpu in float32: about [\d,]+ MB of weights and activations", total)
-    jobs.write_text("a dog\na\0car\n")
-    result = cmdgen(*sample, "--json")
+    file = jobs("a dog", "a\0car")
+    result = refused(*options, "--json")
     assert result.code == 6
     report = json.loads(result.out)
     assert {"model", "jobs", "memory_bytes", "seconds", "flops"} <= set(report)
     dog, car = report["jobs"]
     assert (dog["seed"], dog["rehash"]["content"]) == (5, [0, 1])
     assert "control character" in car["error"]
-    assert [path.name for path in tmp_path.iterdir()] == ["jobs.txt"]
+    assert names(tmp_path) == ["jobs.txt"]
 
 
 def test_a_killed_process_leaves_nothing_under_the_names_of_clips(tiny_model, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "cmdgen",
-        "sample",
-        "-f",
-        "-",
-        "-o",
-        str(tmp_path / "{line}.mp4"),
-    ]
-    command += ["--model", str(tiny_model), "--steps", "1", "--motion-steps", "1", "--batch", "2"]
-    command += ["--frames", "32", "--size", "256x256"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    size = ("--steps", 1, "--motion-steps", 1, "--frames", 32, "--size", "256x256", "--batch", 2)
+    target = ("-f", "-", "-o", tmp_path / "{line}.mp4")
+    with start(tiny_model, *target, *size, stdin=subprocess.PIPE) as process:
         process.stdin.write(b"a dog\na car\n")
         process.stdin.flush()
         deadline = time.monotonic() + 60
@@ -778,7 +756,7 @@ def test_a_killed_process_leaves_nothing_under_the_names_of_clips(tiny_model, tm
         while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.kill()
-    left = [path.name for path in tmp_path.iterdir()]
+    left = names(tmp_path)
     assert left and all(name.startswith(".cmdgen-") for name in left)
 
 
