@@ -100,7 +100,7 @@ def _train(
 
     import torch
 
-    from cmdgen.pipelines.base import choose_device
+    from cmdgen.pipelines.device import choose_device
     from cmdgen.training.context import Run
     from cmdgen.training.data import open_data
     from cmdgen.training.loop import learning_rate
@@ -164,7 +164,7 @@ def export(
     ] = "float16",
 ) -> None:
     """Copy a finished run's model, without training state, to a folder."""
-    from cmdgen.pipelines.base import DTYPES
+    from cmdgen.pipelines.device import DTYPES
     from cmdgen.training.export import export_model
 
     if dtype not in DTYPES:
