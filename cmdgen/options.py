@@ -9,7 +9,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from reprlib import repr as short
@@ -44,8 +44,19 @@ class Option:
     # text to value and back, of a field whose values are not plain numbers, texts and paths
     read: Callable[[str], Any] | None = None
     write: Callable[[Any], str] = str
-    # what a shell completes: "model" or "file"
+    # what a shell completes, such as "model" or "file"
     complete: str | None = None
+    # of the field: its name, its type without None, whether None is valid, its default if any
+    name: str = ""
+    type: Any = str
+    optional: bool = False
+    required: bool = False
+    default: Any = None
+
+    @property
+    def kind(self) -> Any:
+        """Return the class of the values: of a tuple of numbers, tuple."""
+        return get_origin(self.type) or self.type
 
 
 def option(default: Any, help: str, **settings: Any) -> Any:
@@ -53,35 +64,32 @@ def option(default: Any, help: str, **settings: Any) -> Any:
     return field(default=default, metadata={"option": Option(help, **settings)})
 
 
-def option_of(item: Field[Any]) -> Option:
-    """Return the `Option` of a dataclass field."""
-    described: Option = item.metadata["option"]
-    return described
-
-
 @cache
-def options_of(cls: type) -> Mapping[str, tuple[Field[Any], type, bool]]:
-    """Return the fields that have an option by name: the field, its type, whether None is valid."""
-    hints = get_type_hints(cls)
-    table = {}
+def options_of(cls: Any) -> Mapping[str, Option]:
+    """Return the options of a dataclass by the names of its fields."""
+    hints, table = get_type_hints(cls), {}
     for item in fields(cls):
         if "option" in item.metadata:
             hint = hints[item.name]
             members = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-            kind = next(member for member in members if member is not NoneType)
-            table[item.name] = (item, get_origin(kind) or kind, NoneType in members)
+            table[item.name] = replace(
+                item.metadata["option"],
+                name=item.name,
+                type=next(member for member in members if member is not NoneType),
+                optional=NoneType in members,
+                required=item.default is MISSING,
+                default=item.default,
+            )
     return table
 
 
-def read_value(cls: type, name: str, value: Any) -> Any:
+def read_value(described: Option, value: Any) -> Any:
     """Return the typed value of one field, given as a value of its type or as its text.
 
     Raises ValueError in one line that says what is possible.
     """
-    item, kind, optional = options_of(cls)[name]
-    described = option_of(item)
-    title = name.replace("_", " ")
-    if value is None and optional:
+    title, kind = described.name.replace("_", " "), described.kind
+    if value is None and described.optional:
         return None
     if described.read is not None:
         try:
@@ -119,8 +127,8 @@ def _check_range(title: str, value: Any, described: Option) -> None:
 def read_fields(instance: Any) -> None:
     """Read all fields of a frozen dataclass in place; call it in `__post_init__`."""
     cls: Any = type(instance)
-    for name in options_of(cls):
-        object.__setattr__(instance, name, read_value(cls, name, getattr(instance, name)))
+    for name, described in options_of(cls).items():
+        object.__setattr__(instance, name, read_value(described, getattr(instance, name)))
 
 
 def check_text(title: str, text: str) -> str:
@@ -137,8 +145,3 @@ def check_text(title: str, text: str) -> str:
         if unicodedata.category(letter) == "Cc":
             raise ValueError(f"the {title} holds the control character U+{ord(letter):04X}")
     return line
-
-
-def is_required(item: Field[Any]) -> bool:
-    """Return whether a field has no default."""
-    return item.default is MISSING and item.default_factory is MISSING

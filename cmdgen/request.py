@@ -17,7 +17,7 @@ from reprlib import repr as short
 from typing import Any, TypeVar
 
 from cmdgen.config import POLICIES, SAMPLERS, ModelConfig
-from cmdgen.options import check_text, option, option_of, options_of, read_fields, read_value
+from cmdgen.options import check_text, option, options_of, read_fields, read_value
 
 WHAT, HOW, FASTER, FILE = (
     "What is made",
@@ -229,7 +229,7 @@ class Request:
 
 
 FIELDS = options_of(Request)
-JOB_FIELDS = frozenset(name for name, (item, *_) in FIELDS.items() if option_of(item).per_job)
+JOB_FIELDS = frozenset(name for name, described in FIELDS.items() if described.per_job)
 # fields that name files, which metadata identifies by name and SHA-256
 INPUT_FIELDS = ("content_from", "motion_from", "image")
 
@@ -239,16 +239,16 @@ def read_json(name: str, value: Any) -> Any:
 
     JSON types are strict: a number is not text; null is the default. Raises ValueError.
     """
-    item, kind, _ = FIELDS[name]
+    described = FIELDS[name]
     if value is None:
-        return item.default
+        return described.default
     # of the values that are read from text, only a number of steps may be a number
-    is_text = kind is str or kind is Path or option_of(item).read is not None
+    is_text = described.kind in (str, Path) or described.read is not None
     if is_text and not isinstance(value, str) and (type(value), name) != (int, "rehash"):
         raise ValueError(f"{name} {short(value)} is not text")
-    if kind is float and not isinstance(value, int | float):
+    if described.kind is float and not isinstance(value, int | float):
         raise ValueError(f"{name} {short(value)} is not a number")
-    return read_value(Request, name, check_text(name, value) if isinstance(value, str) else value)
+    return read_value(described, check_text(name, value) if isinstance(value, str) else value)
 
 
 def read_job(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -387,7 +387,7 @@ def _check_rehash(request: Request, model: ModelConfig) -> None:
     policy, threshold = request.rehash_policy, request.rehash_threshold
     if not request.rehashes:
         names = ("rehash_policy", "rehash_protect", "rehash_file")
-        if any(getattr(request, name) != FIELDS[name][0].default for name in names):
+        if any(getattr(request, name) != FIELDS[name].default for name in names):
             raise ValueError("nothing is rehashed: say how many steps run in full with --rehash N")
         return
     if isinstance(request.rehash, tuple) and (policy, threshold) != (None, None):
@@ -416,10 +416,8 @@ def describe_plan(plan: Plan, *, content: bool = True, motion: bool = True) -> d
     unused = set() if content else {"content_seed", "steps", "guidance"}
     if not (motion and plan.moves):
         unused |= {"motion_seed", "motion_steps", "motion_guidance"}
-    described = {}
-    for name, (item, *_) in FIELDS.items():
-        if name in unused or values.get(name) is None or name == "model":
-            continue
-        options = option_of(item)
-        described[name] = values[name] if options.read is None else options.write(values[name])
-    return described
+    return {
+        name: values[name] if described.read is None else described.write(values[name])
+        for name, described in FIELDS.items()
+        if name not in {*unused, "model"} and values.get(name) is not None
+    }

@@ -37,7 +37,7 @@ from cmdgen.evaluation.profile import (
 )
 from cmdgen.evaluation.report import table
 from cmdgen.evaluation.settings import Profiling
-from cmdgen.pipelines.base import dtype_name
+from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request

@@ -22,7 +22,7 @@ from cmdgen.video.formats import STDOUT, Encoding
 if TYPE_CHECKING:
     import numpy as np
 
-    from cmdgen.pipelines.base import Clip, Inputs
+    from cmdgen.pipelines.clip import Clip, Inputs
     from cmdgen.pipelines.still import StillPipeline
     from cmdgen.video.write import Writer
 

@@ -126,7 +126,7 @@ def precompute(
 
     import torch
 
-    from cmdgen.pipelines.base import choose_device
+    from cmdgen.pipelines.device import choose_device
     from cmdgen.training.data import open_data
     from cmdgen.training.latents import Codec, Encodings
 

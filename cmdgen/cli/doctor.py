@@ -52,7 +52,7 @@ def doctor(
 
     import torch
 
-    from cmdgen.pipelines.base import choose_device
+    from cmdgen.pipelines.device import choose_device
     from cmdgen_kernels import samples
 
     device = choose_device(machine.device)

@@ -31,7 +31,7 @@ def evaluate(
         report = report_cost(options.model)
     elif options.train_probe is not None:
         from cmdgen.evaluation.probe import train_probe
-        from cmdgen.pipelines.base import choose_device
+        from cmdgen.pipelines.device import choose_device
         from cmdgen.world.world import World
 
         with say.progress() as show:

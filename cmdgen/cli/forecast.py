@@ -23,7 +23,7 @@ def print_forecast(jobs: Iterable[Job | Refused | None], batch: Batch) -> None:
     """Print what would become of checked jobs; Failure where some could not be made."""
     from cmdgen.evaluation.estimate import estimate
     from cmdgen.evaluation.profile import measure_limits
-    from cmdgen.pipelines.base import dtype_name
+    from cmdgen.pipelines.device import dtype_name
 
     pipeline, say = batch.pipeline, batch.say
     limits = None

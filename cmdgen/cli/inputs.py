@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from cmdgen.latents import Latents
-    from cmdgen.pipelines.base import Inputs
+    from cmdgen.pipelines.clip import Inputs
     from cmdgen.pipelines.still import StillPipeline
 
 CONTENT, MOTION, IMAGE = INPUT_FIELDS
@@ -112,7 +112,7 @@ class InputFiles:
         return self._inputs[key]
 
     def _read_files(self, pipeline: "StillPipeline", plan: Plan, say: Say) -> "Inputs":
-        from cmdgen.pipelines.base import Inputs
+        from cmdgen.pipelines.clip import Inputs
 
         content = motion = None
         if IMAGE in self.paths:

@@ -43,7 +43,7 @@ def recall(path: Path, metadata: Mapping[str, Any], request: Request, flags: set
     other than packaged ones: paths in metadata are never followed.
     """
     from cmdgen.config import packaged_models
-    from cmdgen.pipelines.base import choose_device
+    from cmdgen.pipelines.device import choose_device
 
     target = None
     if request.output is not None:

@@ -131,7 +131,7 @@ def init(options: Init) -> None:
     Examples:
         cmdgen models init cmd-sd21 -o DIR
     """
-    from cmdgen.pipelines.base import DTYPES
+    from cmdgen.pipelines.device import DTYPES
     from cmdgen.store.catalogue import create_model
 
     preset, dtype = PRESETS[options.preset], DTYPES[options.dtype]

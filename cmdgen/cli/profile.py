@@ -139,7 +139,7 @@ def _measure(request: Request, options: Profiling, say: Say) -> None:
 
 def _decode(request: Request, runs: int, say: Say) -> None:
     from cmdgen.evaluation.decoding import compare_decoding
-    from cmdgen.pipelines.base import choose_device, choose_dtype
+    from cmdgen.pipelines.device import choose_device, choose_dtype
 
     model = resolve(Request(size=request.size or PAPER_SIZE), CMD_SD21).model
     device = choose_device(request.device)

@@ -130,8 +130,8 @@ def _check_value(key: str, value: Any, option: TyperOption, context: Any) -> Any
     except typer.BadParameter as error:
         raise ValueError(f"{key} {json.dumps(value)}: {error.message}") from error
     # of a command that `expand` made
-    if cls := getattr(context.command.callback, "fields", {}).get(option.name):
-        read_text(cls, option.name, typed)
+    if described := getattr(context.command.callback, "options", {}).get(option.name):
+        read_text(described, typed)
     return words
 
 

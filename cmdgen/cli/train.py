@@ -15,7 +15,7 @@ from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
 from cmdgen.config import PRESETS
-from cmdgen.options import option_of, options_of
+from cmdgen.options import options_of
 from cmdgen.request import Request
 from cmdgen.training.config import DATA, PRESET, Shared, Start, build_model, recipe
 
@@ -46,11 +46,11 @@ def _settings(stage: str) -> type:
     members = []
     for i, part in enumerate(recipes[PRESET]):
         cls: Any = type(part)
-        for name, (item, _, _) in options_of(cls).items():
+        for name, described in options_of(cls).items():
             defaults = {preset: _show(getattr(parts[i], name)) for preset, parts in recipes.items()}
-            described = replace(option_of(item), shown=_show_defaults(defaults))
-            setting = field(default=None, metadata={"option": described})
-            members.append((name, item.type, setting))
+            shown = replace(described, shown=_show_defaults(defaults))
+            setting = field(default=None, metadata={"option": shown})
+            members.append((name, described.type | None, setting))
     return make_dataclass("Settings", members, repr=False, eq=False)
 
 
@@ -100,7 +100,7 @@ def _train(
 
     import torch
 
-    from cmdgen.pipelines.base import choose_device
+    from cmdgen.pipelines.device import choose_device
     from cmdgen.training.context import Run
     from cmdgen.training.data import open_data
     from cmdgen.training.loop import learning_rate
@@ -164,7 +164,7 @@ def export(
     ] = "float16",
 ) -> None:
     """Copy a finished run's model, without training state, to a folder."""
-    from cmdgen.pipelines.base import DTYPES
+    from cmdgen.pipelines.device import DTYPES
     from cmdgen.training.export import export_model
 
     if dtype not in DTYPES:

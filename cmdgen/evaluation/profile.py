@@ -21,7 +21,7 @@ from torch.profiler import profile as record
 from cmdgen.acceleration.calibration import PARTS
 from cmdgen.evaluation.flops import Work, count_work
 from cmdgen.files import replace_with
-from cmdgen.pipelines.base import dtype_name
+from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.observer import Observer
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request

@@ -20,7 +20,7 @@ from cmdgen.evaluation.probe import HEADS
 from cmdgen.evaluation.profile import Show, Stopwatch, full_steps, vary
 from cmdgen.evaluation.report import table
 from cmdgen.evaluation.settings import Comparing
-from cmdgen.pipelines.base import Inputs
+from cmdgen.pipelines.clip import Inputs
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.observer import Observer
 from cmdgen.pipelines.still import StillPipeline

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cmdgen.config import CALIBRATION
-from cmdgen.options import option, option_of, options_of, read_fields
-from cmdgen.request import MAX_SEED, Request
+from cmdgen.options import option, read_fields
+from cmdgen.request import FIELDS, MAX_SEED
 
 _count = partial(option, low=1)
 _runs = partial(option, low=1, high=1000)
@@ -20,9 +20,8 @@ _seed = partial(option, 0, "Seed of the first clip; the next ones count up.", lo
 
 def _like(name: str, **changes: Any) -> Any:
     """Return a field like one of `Request`, except for changes of its option."""
-    item = options_of(Request)[name][0]
-    described = replace(option_of(item), group=None, **changes)
-    return field(default=item.default, metadata={"option": described})
+    described = replace(FIELDS[name], group=None, **changes)
+    return field(default=described.default, metadata={"option": described})
 
 
 def check_writable(path: Path | None) -> None:

@@ -1,15 +1,13 @@
 """What all pipelines share: the clip, the device, noise per clip, graphs, one sampling loop."""
 
 import hashlib
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,81 +20,17 @@ from cmdgen.acceleration.rehash import CutDiT, CutUNet, Rehash
 from cmdgen.config import ModelConfig, NoiseConfig
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import SAMPLERS, VISITED
-from cmdgen.latents import Latents, check_fit, save_latents
+from cmdgen.latents import Latents, check_fit
+from cmdgen.pipelines.clip import Clip, Inputs, Made
+from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request, describe_plan, resolve, shared_settings
 from cmdgen.store.parts import hash_weights, load_part, network_configs
-from cmdgen.video.formats import Encoding, Pixels, choose_encoding
+from cmdgen.video.formats import Pixels
 from cmdgen.video.pixels import CONVERT
-from cmdgen.video.write import open_video, write_still
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # timesteps that are projected at once: all of them, except for very long schedules
 TIMESTEPS_TOGETHER = 64
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A video and how it was made."""
-
-    frames: np.ndarray  # uint8: (T, H, W, 3) of rgb24, planes (T, 3 * H // 2, W) of yuv420p
-    pixels: Pixels
-    content: np.ndarray  # (H, W, 3) uint8: the content frame as a picture
-    fps: int
-    metadata: dict[str, Any]
-    # None for a still
-    latents: Latents | None
-
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        encoding: Encoding | None = None,
-        *,
-        overwrite: bool = False,
-    ) -> None:
-        """Write the clip; without `encoding` the suffix chooses the format, as in `cmdgen sample`.
-
-        Raises ValueError for what a format cannot hold, FileExistsError unless `overwrite`.
-        """
-        target = os.fspath(path)
-        encoding = encoding or choose_encoding(target)
-        about = self.metadata if encoding.metadata else None
-        if encoding.format == "png":
-            write_still(target, self.content, about, encoding, overwrite=overwrite)
-        elif encoding.format == "safetensors":
-            if self.latents is None:
-                raise ValueError(f"{target} holds content and motion: a still has no motion")
-            save_latents(target, replace(self.latents, metadata=about or {}), overwrite=overwrite)
-        else:
-            height, width = self.frames.shape[1:3]
-            size = (height if self.pixels == "rgb24" else height * 2 // 3), width
-            with open_video(
-                *(target, size, self.fps, about, encoding), overwrite=overwrite, pixels=self.pixels
-            ) as write:
-                write(self.frames)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Parts of a clip that are given instead of sampled, the same for all clips of a batch.
-
-    `origin` goes into the metadata: the files that they come from.
-    """
-
-    content: Tensor | None = None  # (C, h, w), as in Latents
-    motion: Tensor | None = None  # (K, T, W' + H')
-    origin: Mapping[str, object] = field(default_factory=dict)
-
-
-class Made(NamedTuple):
-    """A batch as a pipeline makes it."""
-
-    frames: np.ndarray  # uint8 (B, T, ...) in the pixels of the run
-    pictures: np.ndarray  # uint8 (B, H, W, 3): the content frames
-    content: Tensor  # (B, C, h, w) on the CPU
-    # None of stills
-    motion: Tensor | None  # (B, K, T, W' + H') on the CPU
 
 
 @dataclass(frozen=True)
@@ -347,11 +281,6 @@ class Pipeline:
         return sample
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype without "torch."."""
-    return str(dtype).removeprefix("torch.")
-
-
 def seeded(part: str, seed: int) -> torch.Generator:
     """Return a CPU generator for one part of one clip.
 
@@ -359,24 +288,3 @@ def seeded(part: str, seed: int) -> torch.Generator:
     """
     digest = hashlib.blake2b(f"{part}/{seed}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is a GPU if there is one. ValueError lists the names."""
-    possible = ["cpu"]
-    if torch.cuda.is_available():
-        possible += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name == "auto":
-        return torch.device("cuda" if "cuda" in possible else "cpu")
-    if name not in possible:
-        raise ValueError(f"device {name!r} is not one of auto, {', '.join(possible)}")
-    return torch.device(name)
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a name; "auto" is the fastest safe one. ValueError lists the names."""
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
-    return DTYPES[name]

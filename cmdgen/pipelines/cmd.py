@@ -22,7 +22,8 @@ from cmdgen.acceleration.slicer import decode_clip, encode_clip
 from cmdgen.latents import Latents, check_fit, fit_model, latent_shapes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
-from cmdgen.pipelines.base import Clip, Denoising, Inputs, Made
+from cmdgen.pipelines.base import Denoising
+from cmdgen.pipelines.clip import Clip, Inputs, Made
 from cmdgen.pipelines.decode import Decoder, encode_frames
 from cmdgen.pipelines.observer import Observer
 from cmdgen.pipelines.still import StillPipeline

@@ -11,7 +11,7 @@ from torch import Tensor
 from cmdgen.acceleration.overlap import Pending, fetch, start
 from cmdgen.acceleration.slicer import decode_pictures, encode_pictures
 from cmdgen.models.vae import KlVae
-from cmdgen.pipelines.base import Observer
+from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Slices
 from cmdgen.video.formats import Pixels
 from cmdgen.video.pixels import CONVERT, to_rgb24, to_unit

@@ -4,8 +4,8 @@ import os
 
 from cmdgen.acceleration.compiled import check_compiler
 from cmdgen.config import UNetConfig
-from cmdgen.pipelines.base import choose_device, choose_dtype
 from cmdgen.pipelines.cmd import CmdPipeline
+from cmdgen.pipelines.device import choose_device, choose_dtype
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.store.find import find_model
 from cmdgen.store.parts import read_model

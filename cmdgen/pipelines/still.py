@@ -15,7 +15,8 @@ from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
-from cmdgen.pipelines.base import Denoising, Inputs, Made, Pipeline
+from cmdgen.pipelines.base import Denoising, Pipeline
+from cmdgen.pipelines.clip import Inputs, Made
 from cmdgen.pipelines.decode import Decoder, encode_frames
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request

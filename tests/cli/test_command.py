@@ -98,7 +98,7 @@ def test_help_names_values_ranges_and_defaults(make) -> None:
         Make it.
 
         Arguments:
-          KIND                  A kind.  [required]
+          KIND                  A kind. One of one, other.  [required]
 
         Options:
           --count N             A count.  [1 to 9; default: 1]

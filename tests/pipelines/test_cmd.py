@@ -15,7 +15,8 @@ from cmdgen.diffusion import samplers
 from cmdgen.diffusion.guidance import guide
 from cmdgen.models.dit import DiT
 from cmdgen.pipelines import base, decode
-from cmdgen.pipelines.base import Inputs, seeded
+from cmdgen.pipelines.base import seeded
+from cmdgen.pipelines.clip import Inputs
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.pipelines.observer import Observer

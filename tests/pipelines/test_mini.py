@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cmdgen
-from cmdgen.pipelines.base import Clip
+from cmdgen.pipelines.clip import Clip
 from cmdgen.request import Request
 
 EXPECTED = json.loads((Path(__file__).parent / "mini.json").read_text())

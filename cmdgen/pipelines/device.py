@@ -1,0 +1,31 @@
+"""Names of devices and dtypes."""
+
+import torch
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; "auto" is a GPU if there is one. ValueError lists the names."""
+    possible = ["cpu"]
+    if torch.cuda.is_available():
+        possible += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "auto":
+        return torch.device("cuda" if "cuda" in possible else "cpu")
+    if name not in possible:
+        raise ValueError(f"device {name!r} is not one of auto, {', '.join(possible)}")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of a name; "auto" is the fastest safe one. ValueError lists the names."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
