@@ -112,7 +112,7 @@ class Batch:
     def check(self, jobs: Iterable[Job | Refused | None]) -> Iterable[Job | Refused | None]:
         """Resolve jobs and check where they go; read no weights.
 
-        All of a known number of jobs are checked at once, and errors are reported.
+        Where the number of jobs is known, all of them are checked now, and errors are reported.
         """
         checked = (self._check(job) if isinstance(job, Job) else job for job in jobs)
         if self.total is None:
@@ -270,9 +270,9 @@ class Batch:
         return {file.job.index: file.error for file in files if file.error is not None}
 
     def open(self, job: Job, inputs: "Inputs | None") -> "AbstractContextManager[Writer]":
-        """Return a context whose value takes the frames of a job, on stdout of all jobs.
+        """Return a context that gives a writer of the job's frames; on stdout, of all jobs'.
 
-        The metadata say how the clip is made, and how it is encoded if not plainly.
+        The metadata record how the clip is made, and its encoding where that is not the default.
         """
         from cmdgen.video.write import open_video
 
@@ -289,7 +289,7 @@ class Batch:
         )
 
     def _note(self, jobs: list[Job]) -> None:
-        """Note, once, how clips are made and what may surprise."""
+        """Note how clips are made and what may surprise; the same line only once."""
         plan, pipeline = jobs[0].plan, self.pipeline
         model, slices, steps, trained = plan.model, plan.slices, plan.key_steps, pipeline.config
         name = trained.name
@@ -340,9 +340,9 @@ class _File:
 
 
 def _write(batch: Batch, job: Job, inputs: "Inputs | None") -> Generator[None, Any, OSError | None]:
-    """Write a file of what is sent, and return what went wrong; nothing half-written is left.
+    """Write the parts that are sent; return the error, if any. No half-written file is left.
 
-    That is frames of a video and, at their end, None; for any other file it is the clip.
+    The parts of a video are frames and, at their end, None; of any other file, it is the clip.
     """
     try:
         if not batch.alone:

@@ -98,7 +98,7 @@ def open_entries(file: str | None) -> tuple[Iterator[Entry | None], bool]:
     # not sys.stdin: at its end Python waits for a thread that reads from that
     descriptor = os.dup(0) if file is None or file == "-" else os.open(file, os.O_RDONLY)
     if os.path.isdir(descriptor):
-        raise ValueError(f"{file or 'stdin'} is a folder, not a file of prompts")
+        raise ValueError(f"{file} is a folder, not a file of prompts")
     stream, status = os.fdopen(descriptor, "rb"), os.fstat(descriptor)
     if file is None or (S_ISREG(status.st_mode) and status.st_size <= MAX_AHEAD_BYTES):
         return read_entries(stream), True

@@ -61,12 +61,12 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     if jobs.preview is not None:
         check_suffix(jobs.preview, Encoding(STILL), overwrite=True)
     entries: Iterator[Entry | None] = iter([Entry(1, {})])
-    ends, total, alone = True, None, False
+    complete, total, alone = True, None, False
     if jobs.file is not None or request.prompt is None:
-        entries, ends = open_entries(jobs.file)
-    made: Iterable[Job | Refused | None] = make_jobs(entries, request, num=jobs.num)
-    if ends:
-        made = jobs_ahead = list(islice(made, MAX_JOBS + 1))
+        entries, complete = open_entries(jobs.file)
+    queue: Iterable[Job | Refused | None] = make_jobs(entries, request, num=jobs.num)
+    if complete:
+        queue = jobs_ahead = list(islice(queue, MAX_JOBS + 1))
         total = len(jobs_ahead)
         alone = jobs.file is None and total == 1
         if total > MAX_JOBS:
@@ -89,7 +89,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
             # beside the work that follows
             Thread(target=_hash, args=(pipeline,), daemon=True).start()
     batch = Batch(pipeline, jobs, say, files, alone=alone, total=total)
-    checked = batch.check(made)
+    checked = batch.check(queue)
     if jobs.like is not None:
         for line in compare(jobs.like, recorded, pipeline):
             say.note(line)

@@ -60,33 +60,33 @@ def test_a_video_is_taken_apart_and_put_together(cmdgen, tiny_model, video, tmp_
     assert (result.code, result.out) == (0, f"{file}\n"), result.err
     # what was done to it, for a human
     assert "333x241" in result.err and "29.97" in result.err and "48x32" in result.err
-    found = read_latents(file)
+    written = read_latents(file)
     model = load_pipeline(tiny_model)
-    assert found.fps == 8
-    assert found.metadata["source"] == {
+    assert written.fps == 8
+    assert written.metadata["source"] == {
         "file": "clip.mkv",
         "sha256": hashlib.sha256(video.read_bytes()).hexdigest(),
     }
     with Image.open(still) as image:
-        assert np.array_equal(np.asarray(image), model.decode_still(found.content))
-    assert read_metadata(still) == found.metadata
+        assert np.array_equal(np.asarray(image), model.decode_still(written.content))
+    assert read_metadata(still) == written.metadata
     result = cmdgen("decode", file, "-o", again, "--model", tiny_model)
     assert (result.code, result.out) == (0, f"{again}\n"), result.err
-    assert np.array_equal(frames_of(again), model.decode(found).frames)
-    assert read_metadata(again) == found.metadata
+    assert np.array_equal(frames_of(again), model.decode(written).frames)
+    assert read_metadata(again) == written.metadata
     assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "a.png", "a.apng"}
 
 
 def test_size_length_and_rate_are_as_asked(cmdgen, tiny_model, video, tmp_path):
     file = tmp_path / "a.safetensors"
-    asked = ("--size", "32x64", "--frames", 6, "--fps", 12)
-    result = cmdgen("encode", video, "-o", file, "--model", tiny_model, *asked, "--json")
+    options = ("--size", "32x64", "--frames", 6, "--fps", 12)
+    result = cmdgen("encode", video, "-o", file, "--model", tiny_model, *options, "--json")
     assert result.code == 0, result.err
-    told = json.loads(result.out)
-    assert told["output"] == str(file)
-    assert told["tensors"] == {"content": [8, 16, 8], "motion": [8, 6, 12]}
+    report = json.loads(result.out)
+    assert report["output"] == str(file)
+    assert report["tensors"] == {"content": [8, 16, 8], "motion": [8, 6, 12]}
     about = {"frames": 6, "size": "32x64", "fps": 12, "model": "tiny"}
-    assert about.items() <= told["metadata"].items()
+    assert about.items() <= report["metadata"].items()
     assert read_latents(file).motion.shape == (8, 6, 12)
 
 
@@ -97,13 +97,13 @@ def test_reconstruction_says_how_close_it_is(cmdgen, tiny_model, video, tmp_path
     assert (result.code, result.out) == (0, f"{path}\n"), result.err
     result = cmdgen(*reconstruct, beside, "--side-by-side", "--json", "--quiet")
     assert (result.code, result.err) == (0, "")
-    told = json.loads(result.out)["metadata"]
+    report = json.loads(result.out)["metadata"]
     before, content, after = np.split(frames_of(beside), 3, axis=2)
     assert before.shape == (4, 32, 48, 3)
     assert (content == content[0]).all()
     likeness = compare_frames(after, before)
-    assert told["psnr"] == round(likeness.psnr, 2)
-    assert told["ssim"] == round(likeness.ssim, 4)
+    assert report["psnr"] == round(likeness.psnr, 2)
+    assert report["ssim"] == round(likeness.ssim, 4)
     told_psnr = f"PSNR {likeness.psnr:.2f} dB, SSIM {likeness.ssim:.4f}\n"
     assert told_psnr in cmdgen(*reconstruct, path, "--overwrite").err
 
@@ -194,11 +194,11 @@ def test_inspect_prints_what_files_say(cmdgen, tiny_model, latents, tmp_path):
     path = tmp_path / "a.mp4"
     cmdgen("decode", latents, "-o", path, "--model", tiny_model)
     for file in (path, latents):
-        told = cmdgen("inspect", file, "--json")
-        assert (told.code, told.err) == (0, "")
-        found = json.loads(told.out)
-        tensors = found.pop("tensors", None)
-        assert found == read_latents(latents).metadata
+        report = cmdgen("inspect", file, "--json")
+        assert (report.code, report.err) == (0, "")
+        written = json.loads(report.out)
+        tensors = written.pop("tensors", None)
+        assert written == read_latents(latents).metadata
         lines = cmdgen("inspect", file).out.splitlines()
         assert f"prompt {PROMPT}" in [" ".join(line.split()) for line in lines]
     assert tensors == {"content": [8, 8, 12], "motion": [8, 4, 10], "dtype": "float32"}

@@ -47,14 +47,14 @@ def test_latents_give_their_halves_bit_for_bit(model, clip, latents):
 def test_a_video_gives_what_encoding_it_does(model, clip, video):
     encoded = model.encode(clip.frames, model.plan(Request()))
     inputs = files(content_from=video, motion_from=video)
-    given = inputs.read(model, model.plan(Request()), QUIET)
-    assert torch.equal(given.content, encoded.content)
-    assert torch.equal(given.motion, encoded.motion)
+    parts = inputs.read(model, model.plan(Request()), QUIET)
+    assert torch.equal(parts.content, encoded.content)
+    assert torch.equal(parts.motion, encoded.motion)
     # of a still asked for, the whole video has the content frame
     still = files(content_from=video).read(model, model.plan(Request(frames=1)), QUIET)
     assert torch.equal(still.content, encoded.content)
     # once read, once encoded
-    assert inputs.read(model, model.plan(Request(seed=9)), QUIET) is given
+    assert inputs.read(model, model.plan(Request(seed=9)), QUIET) is parts
     longer = inputs.read(model, model.plan(Request(frames=6)), QUIET)
     assert longer.motion.shape[1] == 6
 
@@ -76,9 +76,9 @@ def test_a_picture_is_turned_upright_cropped_and_laid_on_white(model, tmp_path, 
     expected = wide[:, 24:120, :3].copy()
     expected[:16] = 255
     expected = np.asarray(Image.fromarray(expected).resize((48, 32), Image.Resampling.BICUBIC))
-    given = files(image=path).read(model, model.plan(Request()), Say())
-    assert torch.equal(given.content, model.encode_still(expected))
-    assert given.motion is None and given.origin["image"]["file"] == "photo.png"
+    parts = files(image=path).read(model, model.plan(Request()), Say())
+    assert torch.equal(parts.content, model.encode_still(expected))
+    assert parts.motion is None and parts.origin["image"]["file"] == "photo.png"
     assert f"{path}, 144x64: cropped and resized to 48x32\n" == capsys.readouterr().err
     assert np.array_equal(read_clip(path, frames=1, size=(32, 48), fps=8)[0][0], expected)
 
@@ -87,13 +87,13 @@ def test_a_clip_keeps_the_picture_that_it_animates(model, tmp_path):
     path = tmp_path / "photo.jpg"
     noise = np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)
     Image.fromarray(noise).save(path)
-    given = files(image=path).read(model, model.plan(Request()), QUIET)
+    parts = files(image=path).read(model, model.plan(Request()), QUIET)
     plans = [model.plan(Request(prompt=PROMPT, seed=seed)) for seed in (1, 2)]
-    clips = model.run(plans, inputs=given)
+    clips = model.run(plans, inputs=parts)
     assert torch.equal(clips[0].latents.content, clips[1].latents.content)
     assert np.array_equal(clips[0].content, clips[1].content)
     assert not torch.equal(clips[0].latents.motion, clips[1].latents.motion)
-    assert clips[0].metadata["image"] == given.origin["image"]
+    assert clips[0].metadata["image"] == parts.origin["image"]
 
 
 def test_latents_have_the_size_that_is_not_asked_for(model, tmp_path):
@@ -107,9 +107,9 @@ def test_latents_have_the_size_that_is_not_asked_for(model, tmp_path):
     assert motion == replace(plain, size=(16, 32), frames=6)
     # the content frame may be of a clip of any length
     assert files(content_from=path).fit(Request(frames=2), model.config).frames == 2
-    for asked in (Request(frames=4), Request(size=(16, 64)), Request(size=(32, 32))):
+    for request in (Request(frames=4), Request(size=(16, 64)), Request(size=(32, 32))):
         with pytest.raises(ValueError, match="given is of shape"):
-            files(motion_from=path).fit(asked, model.config)
+            files(motion_from=path).fit(request, model.config)
 
 
 def test_what_cannot_be_given_is_refused(model, tiny_model, latents, video, tmp_path):
@@ -133,8 +133,8 @@ def test_what_cannot_be_given_is_refused(model, tiny_model, latents, video, tmp_
 
 def test_a_clip_made_again_needs_the_files_it_was_made_with(model, clip, latents, video, capsys):
     inputs = files(content_from=latents)
-    given = inputs.read(model, model.plan(Request()), QUIET)
-    metadata = model.describe(model.plan(Request(prompt=PROMPT)), given)
+    parts = inputs.read(model, model.plan(Request()), QUIET)
+    metadata = model.describe(model.plan(Request(prompt=PROMPT)), parts)
     like = latents.with_name("made.mp4")
     inputs.check_like(metadata, like, Say())
     assert capsys.readouterr().err == ""
@@ -155,11 +155,11 @@ def test_a_phone_s_video_stands_upright(model, tmp_path, capsys):
     # the same with a note to turn it back
     note = ("-display_rotation", "90", "-i", upright, "-c", "copy")
     subprocess.run([*ffmpeg, *note, turned], check=True)
-    given = files(content_from=turned).read(model, model.plan(Request()), Say())
+    parts = files(content_from=turned).read(model, model.plan(Request()), Say())
     assert "96x144, 25 fps, 1 s" in capsys.readouterr().err
     other = files(content_from=upright).read(model, model.plan(Request()), Say())
     assert "144x96, 25 fps, 1 s" in capsys.readouterr().err
-    assert given.content.shape == other.content.shape
+    assert parts.content.shape == other.content.shape
 
 
 def test_latents_are_written_and_sampled_around(sample, model, clip, tmp_path):
@@ -211,10 +211,10 @@ def test_a_picture_moves_and_a_clip_of_it_is_made_again(sample, video, tmp_path)
     assert result.code == 0, result.err
     assert "image" not in read_metadata(again)
     # of a file of both halves, neither is sampled
-    given = ("--content-from", video, "--motion-from", video, "--rehash", 2)
-    given += ("--rehash-policy", "uniform")
-    assert sample(PROMPT, "-o", path, "--overwrite", *given).code == 0
-    assert sample(*like, "--overwrite", *given[:4]).code == 0
+    parts = ("--content-from", video, "--motion-from", video, "--rehash", 2)
+    parts += ("--rehash-policy", "uniform")
+    assert sample(PROMPT, "-o", path, "--overwrite", *parts).code == 0
+    assert sample(*like, "--overwrite", *parts[:4]).code == 0
 
 
 @pytest.mark.parametrize(

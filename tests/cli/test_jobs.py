@@ -118,18 +118,10 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 VALUES = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x))
 NAMES = st.sampled_from(
     [
-        *(
-            "prompt",
-            "output",
-            "seed",
-            "motion-steps",
-            "motion_steps",
-            "guidance",
-            "sampler",
-            "size",
-        ),
-        *("negative", "rehash", "rehash-file", "crf", "format", "sidecar", "no-metadata", "model"),
-        *("batch", "help", "guidance-interval", "fps", "frames", "loop", "codec", "rehash-policy"),
+        *("prompt", "output", "seed", "motion-steps", "motion_steps", "guidance", "sampler"),
+        *("size", "negative", "rehash", "rehash-file", "crf", "format", "sidecar", "no-metadata"),
+        *("model", "batch", "help", "guidance-interval", "fps", "frames", "loop", "codec"),
+        "rehash-policy",
     ]
 )
 
@@ -143,7 +135,7 @@ def test_any_object_is_a_job_or_an_error_in_a_line(values):
 
 
 @pytest.mark.parametrize(
-    ("given", "asked"),
+    ("values", "expected"),
     [
         ({"seed": 3, "content-seed": 4, "motion_seed": 5}, {"seed": 3, "content_seed": 4}),
         ({"guidance": 2, "motion-guidance": 1.5}, {"guidance": 2.0, "motion_guidance": 1.5}),
@@ -156,16 +148,16 @@ def test_any_object_is_a_job_or_an_error_in_a_line(values):
         ({"steps": None}, {"steps": None}),
     ],
 )
-def test_options_of_a_line_win_over_flags(given, asked):
-    line = json.dumps({"prompt": "a cat", **given}).encode()
+def test_options_of_a_line_win_over_flags(values, expected):
+    line = json.dumps({"prompt": "a cat", **values}).encode()
     (job,) = jobs(line, "a.mp4", seed=1, steps=9, fps=7)
     assert isinstance(job, Job), job
-    expected = {"steps": 9, "fps": 7, **asked}
+    expected = {"steps": 9, "fps": 7, **expected}
     assert {name: getattr(job.request, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("values", "says"),
     [
         ({"steps": "5"}, "steps '5' is not a whole number"),
         ({"steps": 5.0}, "steps 5.0 is not a whole number"),
@@ -205,8 +197,8 @@ def test_options_of_a_line_win_over_flags(given, asked):
         ({"prompt": "x" * 100_000}, f"has 100000 bytes, more than {MAX_TEXT_BYTES}"),
     ],
 )
-def test_what_no_flag_takes_no_line_does(given, says):
-    (refused,) = jobs(json.dumps({"prompt": "a cat", **given}).encode(), "a.mp4")
+def test_what_no_flag_takes_no_line_does(values, says):
+    (refused,) = jobs(json.dumps({"prompt": "a cat", **values}).encode(), "a.mp4")
     assert isinstance(refused, Refused)
     assert says in str(refused)
     assert str(refused).startswith("line 1: ")
@@ -242,9 +234,11 @@ def test_line_breaks_and_tabs_are_spaces():
 def test_seeds_are_consecutive_and_indices_stay_whatever_else_is_wrong():
     lines = b'a\n# b\n{"prompt": 1}\n{"prompt": "c", "seed": 7}\n'
     made = jobs(lines, "{index}-{line}.mp4", seed=3, num=2)
-    found = [(each.index, each.request.seed, each.target) for each in made if isinstance(each, Job)]
-    assert found == [(1, 3, "1-1.mp4"), (2, 4, "2-1.mp4"), (5, 7, "5-4.mp4"), (6, 8, "6-4.mp4")]
-    assert [each.line for each in made if isinstance(each, Refused)] == [3]
+    clips = [job for job in made if isinstance(job, Job)]
+    seeds = {job.target: (job.index, job.request.seed) for job in clips}
+    expected = {"1-1.mp4": (1, 3), "2-1.mp4": (2, 4), "5-4.mp4": (5, 7), "6-4.mp4": (6, 8)}
+    assert list(seeds.items()) == list(expected.items())
+    assert [job.line for job in made if isinstance(job, Refused)] == [3]
     drawn = {job.request.seed for job in jobs(b"a\nb", "{index}.mp4", num=3)}
     assert len(drawn) == 6
     (refused,) = jobs(b"a", "{index}.mp4", seed=2**63 - 1, num=2)

@@ -450,8 +450,8 @@ def test_a_name_of_any_bytes_comes_out_as_it_went_in(streamed, tiny_model, tmp_p
     assert streamed(*arguments)[:2] == (0, path + b"\n")
     code, out, _ = streamed(*arguments, "--overwrite", "--json")
     assert code == 0
-    found = json.loads(out.decode())["output"]
-    assert found.encode("utf-8", "surrogateescape") == path
+    output = json.loads(out.decode())["output"]
+    assert output.encode("utf-8", "surrogateescape") == path
     code, _, err = streamed(*arguments)
     assert code == 1 and all(letter.isprintable() for letter in err.replace("\n", ""))
 
