@@ -12,6 +12,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda")]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest fixture: workers that run out of tests take others' last ones."""
+    items.sort(key=lambda item: item.path.name != "test_ahead_of_time.py")
+
+
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
     """Kernels run: on a GPU, or else in Triton's interpreter; memory starts out as NaN."""
