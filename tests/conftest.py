@@ -3,10 +3,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-# Triton's interpreter leaves matrix products to numpy. OpenBLAS's Haswell kernels, which also serve
-# unknown processors, round more than a GPU does, and two parity tests fail with them. The generic
-# kernels do not, and run everywhere. numpy reads this when it is imported
-os.environ["OPENBLAS_CORETYPE"] = "Prescott"
 # torch.compile compiles a few small functions here: starting its pool of processes takes longer
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 

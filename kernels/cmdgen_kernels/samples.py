@@ -46,10 +46,17 @@ class Op:
         return self.draw(sizes, torch.empty(0, dtype=dtype, device=device))
 
 
+# units in the last place of the largest value that a float32 result may always err by. Sums in
+# another order: sqrt(n) / 2 of them for n terms, 12 for the longest sums that are tested. CUDA's
+# exponential and division: 2 each. Plain PyTorch's error alone is luck: it differs by processor
+FLOAT32_ULPS = 16
+
+
 class Error(NamedTuple):
     """The largest distance of a result from the reference in float64, and the allowed one.
 
-    Allowed is twice the reference's own error in that dtype, or one unit in the last place.
+    Allowed is twice the reference's own error in that dtype, or one unit in the last place of the
+    largest value; in float32, `FLOAT32_ULPS` of them.
     """
 
     size: float
@@ -158,8 +165,10 @@ def compare(
     for x, y, z in zip(ours, plain, exact, strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype
         size, reference_error = (float((part - z).abs().max()) for part in (x, y))
-        ulp = torch.finfo(x.dtype).eps * float(z.abs().max())
-        found.append(Error(size, max(2 * reference_error, ulp)))
+        floor = torch.finfo(x.dtype).eps * float(z.abs().max())
+        if x.dtype == torch.float32:
+            floor *= FLOAT32_ULPS
+        found.append(Error(size, max(2 * reference_error, floor)))
     return found
 
 

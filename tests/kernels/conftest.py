@@ -46,7 +46,7 @@ def device() -> str:
 def assert_parity() -> Callable[..., None]:
     """`op(*inputs)` and its gradients err at most twice as much as the reference in that dtype.
 
-    Both against the reference in float64; an error of one unit in the last place is always allowed.
+    Both against the reference in float64; `samples.Error` tells what is allowed in any case.
     """
 
     def check(
