@@ -59,7 +59,7 @@ def move_file(source: Path, target: Path, *, overwrite: bool = True) -> None:
 
 def kept(path: Path) -> FileExistsError:
     """Return the error that says that a file exists and may not be replaced."""
-    return FileExistsError(f"{path} exists and is kept: give another name, or overwrite it")
+    return FileExistsError(f"{path} exists: give another name, or overwrite it")
 
 
 @contextmanager

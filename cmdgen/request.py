@@ -175,11 +175,14 @@ class Request:
         **_REHASH,
     )
     rehash_policy: str | None = _faster(
-        None, "How the full steps are chosen.", choices=POLICIES, shown="minimax"
+        None,
+        "How full steps are chosen; uniform needs no calibration.",
+        choices=POLICIES,
+        shown="minimax",
     )
     rehash_threshold: float | None = _faster(
         None,
-        "Run those steps in full that are less similar than G to the last full step, instead of N.",
+        "Instead of N: run a step in full when its similarity to the last full one is below G.",
         metavar="G",
         low=-1,
         high=1,
@@ -205,7 +208,7 @@ class Request:
     )
     max_memory: int | None = _machine(
         None,
-        "Limit on what networks hold beside the weights, such as 4GB. The result stays the same.",
+        "Memory limit of networks beside their weights, such as 4GB; the result stays the same.",
         shown="no limit, fastest",
         **_MEMORY,
     )

@@ -18,31 +18,36 @@ from cmdgen import __version__
 from cmdgen.cli.command import expand
 from cmdgen.cli.completion import VARIABLE, complete
 from cmdgen.cli.errors import Failure, describe, exit_code, printable, shorten
-from cmdgen.cli.help import Command, Group, summarise
+from cmdgen.cli.help import Command, Group
 from cmdgen.cli.settings import Defaults, read_settings
 
 VIDEOS, MODELS, MACHINE = "Videos", "Models", "This machine"
-# by name: title of the group, module in `cmdgen.cli`, function or Typer in it
+# by name: title of the group, module and attribute in `cmdgen.cli`, and the first sentence of its
+# help, which a test compares: to import all verbs for it would take as long as everything else
 VERBS = {
-    "sample": (VIDEOS, "sample", "sample"),
-    "encode": (VIDEOS, "decompose", "encode"),
-    "decode": (VIDEOS, "decompose", "decode"),
-    "reconstruct": (VIDEOS, "decompose", "reconstruct"),
-    "inspect": (VIDEOS, "inspect", "inspect"),
-    "eval": (MODELS, "evaluate", "evaluate"),
-    "models": (MODELS, "models", "app"),
-    "train": (MODELS, "train", "app"),
-    "data": (MODELS, "data", "app"),
-    "rehash": (MODELS, "rehash", "app"),
-    "doctor": (MACHINE, "doctor", "doctor"),
-    "profile": (MACHINE, "profile", "profile"),
-    "completion": (MACHINE, "completion", "completion"),
+    "sample": (VIDEOS, "sample.sample", "Make videos from text prompts."),
+    "encode": (
+        VIDEOS,
+        "decompose.encode",
+        "Turn a video into content frame and motion latents.",
+    ),
+    "decode": (VIDEOS, "decompose.decode", "Turn a content frame and motion latents into a video."),
+    "reconstruct": (VIDEOS, "decompose.reconstruct", "Encode a video, decode it and compare."),
+    "inspect": (VIDEOS, "inspect.inspect", "Print how a file was made: model, prompt, options."),
+    "eval": (MODELS, "evaluate.evaluate", "Measure a model on what training never showed."),
+    "models": (MODELS, "models.app", "List, describe, pull and create models."),
+    "train": (MODELS, "train.app", "Train a model, stage by stage, in one folder."),
+    "data": (MODELS, "data.app", "Look at the clips that models learn from; encode them once."),
+    "rehash": (MODELS, "rehash.app", "Calibrate step rehash; compare it with fewer steps."),
+    "doctor": (MACHINE, "doctor.doctor", "Check devices, ffmpeg, kernels and the default model."),
+    "profile": (MACHINE, "profile.profile", "Measure the stages of sampling: time, memory, work."),
+    "completion": (MACHINE, "completion.completion", "Print a script for completion in a shell."),
 }
 _PLAIN: Any = {"add_completion": False, "rich_markup_mode": None}
 
 
 def _load(name: str) -> Any:
-    _, module, attribute = VERBS[name]
+    module, _, attribute = VERBS[name][1].partition(".")
     return getattr(import_module(f"cmdgen.cli.{module}"), attribute)
 
 
@@ -71,10 +76,7 @@ class _Verbs(Group):
         return _build(cmd_name) if cmd_name in VERBS else self.commands.get(cmd_name)
 
     def summaries(self) -> Iterator[tuple[str, str, str]]:
-        for name, (title, *_) in VERBS.items():
-            verb = _load(name)
-            text = verb.info.help if isinstance(verb, typer.Typer) else verb.__doc__
-            yield title, name, summarise(text)
+        return ((title, name, summary) for name, (title, _, summary) in VERBS.items())
 
 
 app = typer.Typer(cls=_Verbs, no_args_is_help=True, **_PLAIN)

@@ -148,7 +148,7 @@ class Batch:
             return
         if encoding.format not in STREAMS:
             raise ValueError(
-                f"several clips are no {encoding.format} on stdout: {', '.join(STREAMS)} can be"
+                f"several clips cannot go to stdout as {encoding.format}: use {', '.join(STREAMS)}"
             )
         shape = plan.model.size, plan.model.fps, encoding
         self.shape = self.shape or shape

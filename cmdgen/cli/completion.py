@@ -53,7 +53,7 @@ _SHELL = typer.Argument(metavar="SHELL", help=f"{_SHELLS}.", autocompletion=one_
 
 
 def completion(shell: Annotated[str, _SHELL]) -> None:
-    """Print a script that completes commands, options and their values.
+    """Print a script for completion in a shell.
 
     Examples:
         echo 'eval "$(cmdgen completion bash)"' >> ~/.bashrc

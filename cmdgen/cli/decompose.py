@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LATENTS, PICTURE = Encoding("safetensors"), Encoding("png")
 
 Video = Annotated[
-    Path, typer.Argument(metavar="VIDEO", help="Any video; a picture is a video that rests.")
+    Path, typer.Argument(metavar="VIDEO", help="Any video; a picture is a still video.")
 ]
 LatentsFile = Annotated[
     Path, typer.Argument(metavar="LATENTS", help="A .safetensors of `cmdgen encode`.")
@@ -57,7 +57,7 @@ class Output:
 def encode(
     video: Video, output: Output, request: Taken, say: Quiet, content: Content = None
 ) -> None:
-    """Take a video apart: into its content frame and its motion latents.
+    """Turn a video into content frame and motion latents.
 
     The .safetensors file holds both: content, the scaled VAE latents of one picture, and motion, as
     the model's autoencoder makes it. Sound is left out. The file's path goes to stdout.
@@ -85,7 +85,7 @@ def encode(
 
 
 def decode(latents: LatentsFile, output: Output, request: Machine, say: Quiet) -> None:
-    """Put a video together again from its content frame and its motion latents.
+    """Turn a content frame and motion latents into a video.
 
     The video's path goes to stdout.
 
@@ -120,7 +120,9 @@ def decode(latents: LatentsFile, output: Output, request: Machine, say: Quiet) -
 def reconstruct(
     video: Video, output: Output, request: Taken, say: Quiet, side_by_side: SideBySide = False
 ) -> None:
-    """Take a video apart and put it together again: what content frame and motion can hold.
+    """Encode a video, decode it and compare.
+
+    This shows what a content frame and motion latents can hold.
 
     PSNR and SSIM, of the result beside the input as the model saw it, go to stderr, with --json to
     stdout; the video's path goes to stdout.

@@ -37,7 +37,7 @@ def doctor(
     machine: Annotated[Request, Only(("device",))],
     say: Annotated[Say, Only(("as_json",))],
 ) -> None:
-    """Check this machine: devices, ffmpeg, kernels, and whether the default model works.
+    """Check devices, ffmpeg, kernels and the default model.
 
     Where an op runs as a kernel, its result is compared with its definition in plain PyTorch. The
     model makes a clip in one step, on a GPU compared with the CPU's. Exits with 1 if something is

@@ -16,9 +16,10 @@ def evaluate(
     request: Annotated[Request, Only(("device",))],
     say: Annotated[Say, Only(("as_json", "quiet"))],
 ) -> None:
-    """Measure a model on the held-out combinations of the rendered world.
+    """Measure a model on what training never showed.
 
-    The report goes to stdout, progress to stderr.
+    These are held-out combinations of subject, motion and scene of the rendered world. The report
+    goes to stdout, progress to stderr.
 
     Examples:
       cmdgen eval mini

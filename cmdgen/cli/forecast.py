@@ -95,6 +95,6 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{report['model']} on {report['device']} in {report['dtype']}: about "
         f"{report['memory_bytes'] / 1e6:,.0f} MB of weights and activations, about "
-        f"{report['seconds']:.1f} s for {report['flops'] / 1e12:.2f} * 10^12 operations at "
-        f"{EFFICIENCY:.0%} of the rate that a matrix product has here now"
+        f"{report['seconds']:.1f} s ({report['flops'] / 1e12:.2f} TFLOP at {EFFICIENCY:.0%} of the "
+        "speed of a matrix product here)"
     )

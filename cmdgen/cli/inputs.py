@@ -52,6 +52,15 @@ class InputFiles:
         """Return whether "content" or "motion" comes from a file."""
         return MOTION in self.paths if part == "motion" else bool({CONTENT, IMAGE} & {*self.paths})
 
+    def check(self) -> None:
+        """Raise Failure for a file whose first frame cannot be read."""
+        from cmdgen.video.read import read_video
+
+        for path in self.paths.values():
+            if path.suffix.lower() != LATENTS:
+                with on_the_way(SMALLER):
+                    read_video(path, max_frames=1)
+
     def check_like(self, recorded: Mapping[str, Any], like: Path, say: Say) -> None:
         """Compare with the metadata of the clip to make again; note inputs of other contents.
 

@@ -14,7 +14,7 @@ _FILE = typer.Argument(metavar="FILE", help="A video, picture or latents that cm
 
 
 def inspect(file: Annotated[Path, _FILE], say: Annotated[Say, Only(("as_json",))]) -> None:
-    """Print how a file was made: model, prompt, seeds, options.
+    """Print how a file was made: model, prompt, options.
 
     Of latents, it also prints the shapes of the two tensors.
 

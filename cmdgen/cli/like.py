@@ -82,13 +82,21 @@ def recall(path: Path, metadata: Mapping[str, Any], request: Request, flags: set
         raise ValueError(f"{path}: {error}") from error
 
 
-def compare(path: Path, metadata: Mapping[str, Any], pipeline: "StillPipeline") -> Iterator[str]:
-    """Yield a note for each difference from when the file was made."""
+def compare(
+    path: Path, metadata: Mapping[str, Any], pipeline: "StillPipeline", *, chosen: bool
+) -> Iterator[str]:
+    """Yield a note for each difference from when the file was made.
+
+    Raises ValueError for other weights, unless the user has `chosen` the model.
+    """
     made = f"note: {path} was made"
     if metadata["cmdgen"] != __version__:
         yield f"{made} by cmdgen {short(metadata['cmdgen'])}"
     if metadata.get("weights") != pipeline.weights_hash:
-        yield f"{made} with other weights than those of {pipeline.config.name}"
+        other = f"with other weights than those of {pipeline.config.name}"
+        if not chosen:
+            raise ValueError(f"{path} was made {other}: give its model with --model")
+        yield f"{made} {other}"
     if metadata.get("device") != pipeline.device.type:
         yield f"{made} on {short(metadata.get('device'))}, which rounds differently"
     if unknown := [key for key in metadata if key not in _RECORDED | _OTHER]:

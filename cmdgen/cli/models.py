@@ -106,15 +106,12 @@ class Init:
     """Options of `cmdgen models init`."""
 
     preset: str = option(
-        *(MISSING, f"One of {', '.join(PRESETS)}."),
-        choices=tuple(PRESETS),
-        argument=True,
-        metavar="PRESET",
+        MISSING, "Shape of the model.", choices=tuple(PRESETS), argument=True, metavar="PRESET"
     )
     output: Path = option(MISSING, "The folder to write.", flags=("--output", "-o"))
     seed: int = option(0, "Same seed, same weights.", low=0, high=2**63 - 1)
     dtype: str = option(
-        "float16", "float32, float16 or bfloat16.", choices=("float32", "float16", "bfloat16")
+        "float16", "Type of the weights.", choices=("float32", "float16", "bfloat16")
     )
 
     def __post_init__(self) -> None:

@@ -80,10 +80,10 @@ def profile(
     request: Annotated[Request, Only(("size", "model", "device", "dtype", "compile"))],
     say: Annotated[Say, Only(("as_json", "quiet"))],
 ) -> None:
-    """Measure each stage of sampling: time, memory, arithmetic, bytes.
+    """Measure the stages of sampling: time, memory, work.
 
-    The report goes to stdout, progress to stderr. Only --suite compiles: everything else reads the
-    weights for each run.
+    The report goes to stdout, progress to stderr. Each run loads the
+    weights anew, except with --suite, which alone can --compile.
 
     Examples:
       cmdgen profile

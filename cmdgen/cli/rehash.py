@@ -17,7 +17,7 @@ from cmdgen.request import Request
 from cmdgen.world.config import MINI_WORLD
 
 app = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Calibrate step rehash, and compare it with fewer steps."
+    cls=Group, no_args_is_help=True, help="Calibrate step rehash; compare it with fewer steps."
 )
 
 # captions of the rendered world, where no others are given

@@ -54,7 +54,8 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     files = InputFiles(request)
     if jobs.like is not None:
         recorded = read_recorded(jobs.like)
-        request = recall(jobs.like, recorded, request, _flags(context))
+        flags = _flags(context)
+        request = recall(jobs.like, recorded, request, flags)
         files.check_like(recorded, jobs.like, say)
     elif jobs.file is not None and request.prompt is not None:
         raise ValueError("a prompt and -f: give one of them")
@@ -91,9 +92,10 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     batch = Batch(pipeline, jobs, say, files, alone=alone, total=total)
     checked = batch.check(queue)
     if jobs.like is not None:
-        for line in compare(jobs.like, recorded, pipeline):
+        for line in compare(jobs.like, recorded, pipeline, chosen="model" in flags):
             say.note(line)
     if jobs.dry_run:
+        files.check()
         from cmdgen.cli.forecast import print_forecast
 
         print_forecast(checked, batch)

@@ -2,27 +2,26 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import field, make_dataclass, replace
+from dataclasses import MISSING, dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cmdgen.cli.command import Only, expand
-from cmdgen.cli.completion import one_of
 from cmdgen.cli.errors import Failure, describe, within_memory
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
 from cmdgen.config import PRESETS
-from cmdgen.options import options_of
+from cmdgen.options import option, options_of, read_fields
 from cmdgen.request import Request
 from cmdgen.training.config import DATA, PRESET, Shared, Start, build_model, recipe
 
 app = typer.Typer(
     cls=Group,
     no_args_is_help=True,
-    help="Train a model in one folder: vae, autoencoder, content, motion, then export.",
+    help="Train a model, stage by stage, in one folder.",
 )
 _SUMMARIES = {
     "vae": "Frames to latents and back, learned on single frames.",
@@ -151,25 +150,32 @@ def _check_gate(stage: str, start: Start, shared: Shared) -> None:
             raise ValueError(f"{start.init / part} brings its own {name.replace('_', ' ')}")
 
 
+@dataclass(frozen=True)
+class Export:
+    """Options of `cmdgen train export`."""
+
+    run: Path = option(MISSING, "Folder of the run.", argument=True, metavar="RUN")
+    target: Path = option(MISSING, "Folder to write.", argument=True, metavar="TARGET")
+    dtype: str = option(
+        "float16", "Type of the weights.", choices=("float32", "float16", "bfloat16")
+    )
+
+    def __post_init__(self) -> None:
+        read_fields(self)
+
+
 @app.command(cls=Command)
-def export(
-    run: Annotated[Path, typer.Argument(help="Folder of the run.")],
-    target: Annotated[Path, typer.Argument(help="Folder to write, such as cmdgen/assets/mini.")],
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="float16, bfloat16 or float32.",
-            autocompletion=one_of(("float16", "bfloat16", "float32")),
-        ),
-    ] = "float16",
-) -> None:
-    """Copy a finished run's model, without training state, to a folder."""
+@expand
+def export(options: Export) -> None:
+    """Copy a finished run's model, without training state, to a folder.
+
+    Examples:
+        cmdgen train export RUN MODEL
+    """
     from cmdgen.pipelines.device import DTYPES
     from cmdgen.training.export import export_model
 
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    sizes = export_model(run, target, DTYPES[dtype])
+    sizes = export_model(options.run, options.target, DTYPES[options.dtype])
     for name, size in (sizes | {"in all": sum(sizes.values())}).items():
         typer.echo(f"{size / 2**20:7.2f} MiB  {name}", err=True)
-    typer.echo(target)
+    typer.echo(options.target)

@@ -128,7 +128,7 @@ class TrainConfig:
     accumulate: int = _learning(1, "Parts that a batch is computed in.", low=1)
     lr: float = _learning(4e-4, "Learning rate.", low=0, high=1)
     warmup: int = _learning(200, "Steps of linear warm-up.", low=0)
-    final_lr: float = _learning(1.0, "Share of lr at a cosine's end; 1: constant.", low=0, high=1)
+    final_lr: float = _learning(1.0, "Share of lr at the cosine's end; 1: constant.", low=0, high=1)
     weight_decay: float = _learning(0.01, "Weight decay of matrices; 0: Adam.", low=0)
     betas: tuple[float, float] = _learning((0.9, 0.99), "Decays of Adam's two moments.")
     ema: float = _learning(0.999, "Decay of the averaged weights.", low=0, high=1)

@@ -254,9 +254,7 @@ def _find_by_name(target: str) -> Format:
 
 def _check_loops(kind: Format) -> None:
     if not kind.loops:
-        raise ValueError(
-            f"{kind.name} does not say how often it plays: {_list_formats('loops')} do"
-        )
+        raise ValueError(f"loop needs one of {_list_formats('loops')}, not {kind.name}")
 
 
 def parse_pattern(target: str | Path) -> re.Pattern[str]:

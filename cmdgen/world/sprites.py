@@ -64,9 +64,7 @@ def _open_font(path: str | None) -> "FreeTypeFont":
     except OSError as error:
         if path is not None:
             raise ValueError(f"font {path}: {error}; a colour bitmap font is needed") from None
-    raise FileNotFoundError(
-        f"{_FONT} not found: install the Debian package fonts-noto-color-emoji, or pass --font"
-    )
+    raise FileNotFoundError(f"{_FONT} not found: install it, in Debian as fonts-noto-color-emoji")
 
 
 @cache

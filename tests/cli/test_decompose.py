@@ -122,7 +122,7 @@ def test_files_are_kept_unless_told_otherwise(cmdgen, tiny_model, video, latents
     ):
         result = cmdgen(*command, "--model", tiny_model)
         assert result.code == 1 and result.out == ""
-        assert "exists and is kept" in result.err and result.err.count("\n") == 1
+        assert "exists: give another name" in result.err and result.err.count("\n") == 1
     assert not other.exists()
     assert {path.read_text() for path in taken} == {"mine"}
     assert cmdgen("decode", latents, "-o", movie, "--model", tiny_model, "--overwrite").code == 0

@@ -7,9 +7,9 @@ import pytest
 import typer
 from typer.main import get_command
 
-from cmdgen.cli.app import app
+from cmdgen.cli.app import VERBS, app
 from cmdgen.cli.docs import PAGE, write_page
-from cmdgen.cli.help import describe, sections, split_help
+from cmdgen.cli.help import describe, sections, split_help, summarise
 
 
 def commands(command: Any, context: typer.Context) -> list[tuple[Any, typer.Context]]:
@@ -115,3 +115,10 @@ def test_a_group_without_a_command_shows_its_help(cmdgen) -> None:
     code, out, err = cmdgen("models")
     assert (code, out) == (2, "")
     assert err.startswith("Usage: cmdgen models [OPTIONS] COMMAND")
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_a_verb_is_summarised_by_the_start_of_its_help(name: str) -> None:
+    root = get_command(app)
+    command = root.get_command(typer.Context(root, info_name="cmdgen"), name)
+    assert summarise(command.help) == VERBS[name][2]

@@ -249,4 +249,9 @@ def test_what_is_given_is_checked_before_anything_is_made(sample, latents, tmp_p
     assert result.code == 0, result.err
     (job,) = json.loads(result.out)["jobs"]
     assert (job["frames"], job["width"], job["height"]) == (4, 48, 32)
+    broken = tmp_path / "broken.png"
+    broken.write_text("not a picture")
+    result = sample(PROMPT, "-o", path, "--image", broken, "--dry-run")
+    assert (result.code, result.out) == (1, "")
+    assert "broken.png is not a readable video or picture" in result.err
     assert not path.exists()

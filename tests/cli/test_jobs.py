@@ -178,7 +178,7 @@ def test_options_of_a_line_win_over_flags(values, expected):
         ({"sampler": "euler"}, "sampler 'euler' is not one of"),
         ({"format": "avi"}, "format 'avi' is not one of"),
         ({"crf": 99}, "crf 99 is not one of"),
-        ({"loop": 1}, "mp4 does not say how often it plays"),
+        ({"loop": 1}, "loop needs one of gif, webp, apng, not mp4"),
         ({"motion-steps": 1, "motion_steps": 2}, "'motion_steps' is given twice"),
         ({"model": "x"}, "'model' is the same for all jobs: give it as a flag"),
         ({"batch": 2}, "'batch' is not one of codec, content_seed,"),

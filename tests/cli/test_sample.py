@@ -398,7 +398,7 @@ def test_what_is_there_is_kept_and_may_be_skipped(jobs, sample, tmp_path):
     options = ("-f", file, "-o", tmp_path / "{slug}.rgb")
     result = sample(*options)
     assert (result.code, result.out) == (6, f"{tmp_path / 'a-car.rgb'}\n")
-    assert "line 1: " in result.err and "exists and is kept" in result.err
+    assert "line 1: " in result.err and "exists: give another name" in result.err
     (tmp_path / "a-car.rgb").unlink()
     result = sample(*options, "--skip-existing", "--json")
     assert result.code == 0
@@ -419,7 +419,7 @@ def test_what_is_there_is_kept_and_may_be_skipped(jobs, sample, tmp_path):
     (tmp_path / "a-dog.rgb").rename(tmp_path / "a-dog.rgb.json")
     result = sample(*options, "--skip-existing", "--sidecar")
     assert (result.code, result.out) == (6, f"{tmp_path / 'a-car.rgb'}\n")
-    assert "a-dog.rgb.json exists and is kept" in result.err
+    assert "a-dog.rgb.json exists: give another name" in result.err
 
 
 def test_a_template_that_is_none_is_refused_once(jobs, refused, tmp_path):
@@ -544,7 +544,7 @@ def test_clips_on_stdout_follow_one_another(jobs, streamed, tiny_model, tmp_path
     assert out == files
     code, out, err = streamed(*sample, "-", "--format", "gif")
     assert (code, out) == (6, b"")
-    assert "several clips are no gif on stdout: y4m, raw, mp4 can be" in err
+    assert "several clips cannot go to stdout as gif: use y4m, raw, mp4" in err
 
 
 @pytest.mark.usefixtures("known_speed")
@@ -689,6 +689,10 @@ def test_what_differs_from_when_a_file_was_made_is_said(sample, cmdgen, tmp_path
     assert "a.png was made with other weights than those of tiny\n" in result.err
     assert "a.png was made on 'tpu', which rounds differently\n" in result.err
     assert "unknown metadata of " in result.err and ": 'rehash_file', 'x'\n" in result.err
+    # of other weights than its model's: the user must choose the model, or it would be another clip
+    result = cmdgen("sample", *options, "-o", tmp_path / "b.mp4")
+    assert (result.code, result.out) == (2, "")
+    assert "with other weights than those of mini: give its model with --model" in result.err
     result = cmdgen("sample", "--like", tmp_path / "none.mp4", "-o", tmp_path / "b.mp4")
     assert result.code == 3
 

@@ -31,7 +31,7 @@ def test_a_format_that_is_said_wins_over_the_name():
         ("a.webm", {"crf": -1}, "crf -1 is not one of 0, the best, to 63 for vp9"),
         ("a.webm", {"codec": "h264"}, "codec 'h264': webm has one of vp9, av1"),
         ("a.gif", {"codec": "h264"}, "codec 'h264': gif has none to choose"),
-        ("a.mp4", {"loop": 0}, "mp4 does not say how often it plays: gif, webp, apng do"),
+        ("a.mp4", {"loop": 0}, "loop needs one of gif, webp, apng, not mp4"),
         ("a.gif", {"loop": 65_536}, "loop 65536 is not from 0, for ever, to 65535"),
         ("a.gif", {"loop": -1}, "loop -1 is not from 0"),
         ("a.mp4", {"sidecar": True, "metadata": False}, "sidecar holds the metadata"),
