@@ -22,6 +22,11 @@ MAX_TEXT_BYTES = 2**14
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
+# (height, width), the order of tensors
+Size = tuple[int, int]
+_UNITS = {"B": 1, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}
+
+
 @dataclass(frozen=True)
 class Option:
     """How one field is shown, checked, read from text and written to text."""
@@ -145,3 +150,31 @@ def check_text(title: str, text: str) -> str:
         if unicodedata.category(letter) == "Cc":
             raise ValueError(f"the {title} holds the control character U+{ord(letter):04X}")
     return line
+
+
+def parse_size(text: str) -> Size:
+    """Return (height, width) of WIDTHxHEIGHT."""
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
+    if match is None:
+        raise ValueError(f"size {short(text)} is not WIDTHxHEIGHT, such as 64x64")
+    size = int(match[2]), int(match[1])
+    for name, side in zip(("height", "width"), size, strict=True):
+        if side < 1:
+            raise ValueError(f"{name} {side} is not at least 1")
+    return size
+
+
+def write_size(size: Size) -> str:
+    """Return WIDTHxHEIGHT."""
+    return f"{size[1]}x{size[0]}"
+
+
+def parse_memory(text: str) -> int:
+    """Return the bytes of a number with its unit, such as 4GB."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Z]{1,3})", text.upper())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"memory {short(text)} is not a number of MB, MiB, GB or GiB, such as 4GB")
+    size = round(float(match[1]) * _UNITS[match[2]])
+    if size < 1:
+        raise ValueError(f"max memory {size} is not at least 1")
+    return size

@@ -8,63 +8,26 @@ torch.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from cmdgen.config import POLICIES, SAMPLERS, ModelConfig
-from cmdgen.options import check_text, option, options_of, read_fields, read_value
+from cmdgen.options import Size, option, parse_memory, parse_size, read_fields, write_size
 
-WHAT, HOW, FASTER, FILE = (
-    "What is made",
-    "How it is sampled",
-    "Faster (changes the result)",
-    "The file",
-)
-INPUTS, MACHINE = "Inputs instead of samples", "Model and machine"
+# groups of options
+WHAT, INPUTS, HOW = "What is made", "Inputs instead of samples", "How it is sampled"
+FASTER, FILE, MACHINE = "Faster (changes the result)", "The file", "Model and machine"
 
 # help of a default that each model has
 MODELS_OWN = "the model's own"
 MAX_SEED, MAX_FPS = 2**63 - 1, 240
 
-# (height, width), the order of tensors
-Size = tuple[int, int]
 # steps that run in full: of the content model, of the motion model
 Steps = tuple[tuple[int, ...], tuple[int, ...]]
-
-_UNITS = {"B": 1, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}
-
-
-def parse_size(text: str) -> Size:
-    """Return (height, width) of WIDTHxHEIGHT."""
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text)
-    if match is None:
-        raise ValueError(f"size {short(text)} is not WIDTHxHEIGHT, such as 64x64")
-    size = int(match[2]), int(match[1])
-    for name, side in zip(("height", "width"), size, strict=True):
-        if side < 1:
-            raise ValueError(f"{name} {side} is not at least 1")
-    return size
-
-
-def write_size(size: Size) -> str:
-    """Return WIDTHxHEIGHT."""
-    return f"{size[1]}x{size[0]}"
-
-
-def parse_memory(text: str) -> int:
-    """Return the bytes of a number with its unit, such as 4GB."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Z]{1,3})", text.upper())
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"memory {short(text)} is not a number of MB, MiB, GB or GiB, such as 4GB")
-    size = round(float(match[1]) * _UNITS[match[2]])
-    if size < 1:
-        raise ValueError(f"max memory {size} is not at least 1")
-    return size
 
 
 def parse_interval(text: str) -> tuple[float, float]:
@@ -169,23 +132,18 @@ class Request:
     )
     rehash: int | Steps | None = _faster(
         None,
-        "Run N of the steps in full and reuse features in the others; the motion model runs as "
-        "many in proportion. Or list the steps: 0,1,4+0,2 are those of content and motion.",
+        "Run N steps in full, reuse features in others; or list them: 0,1,4+0,2 (content+motion).",
         shown="off",
         **_REHASH,
     )
     rehash_policy: str | None = _faster(
         None,
-        "How full steps are chosen; uniform needs no calibration.",
+        "How steps are chosen; uniform needs no calibration.",
         choices=POLICIES,
         shown="minimax",
     )
     rehash_threshold: float | None = _faster(
-        None,
-        "Instead of N: run a step in full when its similarity to the last full one is below G.",
-        metavar="G",
-        low=-1,
-        high=1,
+        None, "Instead of N: least similarity that skips a step.", metavar="G", low=-1, high=1
     )
     rehash_protect: float = _faster(
         0.1, "Share of the content steps, from the first, that always run in full.", low=0, high=1
@@ -207,10 +165,7 @@ class Request:
         "mini", "Packaged model, folder, or OWNER/NAME of `cmdgen models pull`.", complete="model"
     )
     max_memory: int | None = _machine(
-        None,
-        "Memory limit of networks beside their weights, such as 4GB; the result stays the same.",
-        shown="no limit, fastest",
-        **_MEMORY,
+        None, "Memory limit beside the weights, such as 4GB; same result.", shown="none", **_MEMORY
     )
     device: str = _machine("auto", "auto, cpu, cuda or cuda:N.", complete="device")
     dtype: str = _machine(
@@ -229,47 +184,6 @@ class Request:
     def rehashes(self) -> bool:
         """Return whether step rehash is on."""
         return self.rehash is not None or self.rehash_threshold is not None
-
-
-FIELDS = options_of(Request)
-JOB_FIELDS = frozenset(name for name, described in FIELDS.items() if described.per_job)
-# fields that name files, which metadata identifies by name and SHA-256
-INPUT_FIELDS = ("content_from", "motion_from", "image")
-
-
-def read_json(name: str, value: Any) -> Any:
-    """Return the typed value of one field of a request in JSON, which is untrusted.
-
-    JSON types are strict: a number is not text; null is the default. Raises ValueError.
-    """
-    described = FIELDS[name]
-    if value is None:
-        return described.default
-    # of the values that are read from text, only a number of steps may be a number
-    is_text = described.kind in (str, Path) or described.read is not None
-    if is_text and not isinstance(value, str) and (type(value), name) != (int, "rehash"):
-        raise ValueError(f"{name} {short(value)} is not text")
-    if described.kind is float and not isinstance(value, int | float):
-        raise ValueError(f"{name} {short(value)} is not a number")
-    return read_value(described, check_text(name, value) if isinstance(value, str) else value)
-
-
-def read_job(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the typed values of one line of a batch file by field name.
-
-    Raises ValueError for unknown keys, options that hold for all jobs, and wrong values.
-    """
-    typed: dict[str, Any] = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name in typed:
-            raise ValueError(f"{short(key)} is given twice")
-        if name in FIELDS and name not in JOB_FIELDS:
-            raise ValueError(f"{short(key)} is the same for all jobs: give it as a flag")
-        if name not in FIELDS:
-            raise ValueError(f"{short(key)} is not one of {', '.join(sorted(JOB_FIELDS))}")
-        typed[name] = read_json(name, value)
-    return typed
 
 
 @dataclass(frozen=True)
@@ -330,10 +244,16 @@ def shared_settings(values: Values) -> Values:
 
 
 # fields of `Request` that replace a model's default of the same name
-_DEFAULTS = (
-    *("frames", "fps", "sampler", "steps", "motion_steps"),
-    *("guidance", "motion_guidance", "guidance_interval"),
-)
+_DEFAULTS = [
+    "frames",
+    "fps",
+    "sampler",
+    "steps",
+    "motion_steps",
+    "guidance",
+    "motion_guidance",
+    "guidance_interval",
+]
 
 
 def resolve(request: Request, model: ModelConfig) -> Plan:
@@ -390,7 +310,7 @@ def _check_rehash(request: Request, model: ModelConfig) -> None:
     policy, threshold = request.rehash_policy, request.rehash_threshold
     if not request.rehashes:
         names = ("rehash_policy", "rehash_protect", "rehash_file")
-        if any(getattr(request, name) != FIELDS[name].default for name in names):
+        if any(getattr(request, name) != getattr(Request, name) for name in names):
             raise ValueError("nothing is rehashed: say how many steps run in full with --rehash N")
         return
     if isinstance(request.rehash, tuple) and (policy, threshold) != (None, None):
@@ -404,23 +324,3 @@ def _check_rehash(request: Request, model: ModelConfig) -> None:
         raise ValueError("a rehash threshold decides how many steps run: leave out the number")
     if threshold is not None and policy not in (None, "similarity"):
         raise ValueError(f"rehash policy {policy} has no threshold, similarity has")
-
-
-def describe_plan(plan: Plan, *, content: bool = True, motion: bool = True) -> dict[str, Any]:
-    """Return a plan as metadata: a value for each field of `Request`, as JSON or as its text.
-
-    Leaves out the settings of a part that is not sampled, as the motion of a still.
-    """
-    model, steps = plan.model, plan.key_steps
-    values = vars(model) | vars(plan) | {"size": model.size}
-    if steps is not None:
-        values["rehash"] = (steps.content if content else (), steps.motion if motion else ())
-        values |= {"rehash_policy": steps.policy, "rehash_threshold": steps.threshold}
-    unused = set() if content else {"content_seed", "steps", "guidance"}
-    if not (motion and plan.moves):
-        unused |= {"motion_seed", "motion_steps", "motion_guidance"}
-    return {
-        name: values[name] if described.read is None else described.write(values[name])
-        for name, described in FIELDS.items()
-        if name not in {*unused, "model"} and values.get(name) is not None
-    }

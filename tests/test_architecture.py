@@ -15,7 +15,7 @@ PACKAGE = ROOT / "cmdgen"
 ORDER = (
     *("__main__", "cli", "training", "evaluation", "compression", "pipelines", "store"),
     *("acceleration", "models", "diffusion", "latents", "world", "data", "video", "weights"),
-    *("schema", "request", "config", "options", "files"),
+    *("schema", "metadata", "request", "config", "options", "files"),
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "cmdgen_kernels").glob("*.py"))

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from cmdgen.request import Request, write_size
+from cmdgen.options import write_size
+from cmdgen.request import Request
 
 if TYPE_CHECKING:
     from cmdgen.pipelines.still import StillPipeline

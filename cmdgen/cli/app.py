@@ -26,11 +26,7 @@ VIDEOS, MODELS, MACHINE = "Videos", "Models", "This machine"
 # help, which a test compares: to import all verbs for it would take as long as everything else
 VERBS = {
     "sample": (VIDEOS, "sample.sample", "Make videos from text prompts."),
-    "encode": (
-        VIDEOS,
-        "decompose.encode",
-        "Turn a video into content frame and motion latents.",
-    ),
+    "encode": (VIDEOS, "decompose.encode", "Turn a video into content frame and motion latents."),
     "decode": (VIDEOS, "decompose.decode", "Turn a content frame and motion latents into a video."),
     "reconstruct": (VIDEOS, "decompose.reconstruct", "Encode a video, decode it and compare."),
     "inspect": (VIDEOS, "inspect.inspect", "Print how a file was made: model, prompt, options."),

@@ -15,8 +15,8 @@ from cmdgen.cli.errors import MEMORY, PARTIAL, USAGE, Failure, exit_code, on_the
 from cmdgen.cli.inputs import InputFiles
 from cmdgen.cli.jobs import LATENTS, STILL, Job, Refused
 from cmdgen.cli.progress import Bars, Say, Show
-from cmdgen.options import option
-from cmdgen.request import Plan, Size, shared_settings, write_size
+from cmdgen.options import Size, option, write_size
+from cmdgen.request import Plan, shared_settings
 from cmdgen.video.formats import STDOUT, Encoding
 
 if TYPE_CHECKING:

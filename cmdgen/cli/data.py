@@ -11,8 +11,8 @@ from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
 from cmdgen.files import replace_with
-from cmdgen.options import option, read_fields
-from cmdgen.request import MACHINE, Request, Size, parse_size, write_size
+from cmdgen.options import Size, option, parse_size, read_fields, write_size
+from cmdgen.request import MACHINE, Request
 from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.progress import Say
 from cmdgen.config import ModelConfig
-from cmdgen.request import INPUT_FIELDS, Plan, Request, resolve, write_size
+from cmdgen.metadata import INPUT_FIELDS
+from cmdgen.options import write_size
+from cmdgen.request import Plan, Request, resolve
 
 if TYPE_CHECKING:
     import numpy as np

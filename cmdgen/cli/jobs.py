@@ -18,7 +18,8 @@ from typing import IO, Any, NamedTuple
 from cmdgen.cli.errors import describe
 from cmdgen.cli.naming import check_inside, fill
 from cmdgen.files import parse_json
-from cmdgen.request import Plan, Request, read_job
+from cmdgen.metadata import read_job
+from cmdgen.request import Plan, Request
 from cmdgen.video.formats import STDOUT, Encoding, choose_encoding
 
 # bytes of a line; a longer one is skipped, unless it never seems to end

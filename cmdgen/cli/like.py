@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from cmdgen import __version__
 from cmdgen.cli.jobs import STILL
-from cmdgen.request import FIELDS, INPUT_FIELDS, Request, read_json
+from cmdgen.metadata import FIELDS, INPUT_FIELDS, read_json
+from cmdgen.request import Request
 from cmdgen.video.formats import choose_encoding
 
 if TYPE_CHECKING:

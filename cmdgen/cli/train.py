@@ -19,9 +19,7 @@ from cmdgen.request import Request
 from cmdgen.training.config import DATA, PRESET, Shared, Start, build_model, recipe
 
 app = typer.Typer(
-    cls=Group,
-    no_args_is_help=True,
-    help="Train a model, stage by stage, in one folder.",
+    cls=Group, no_args_is_help=True, help="Train a model, stage by stage, in one folder."
 )
 _SUMMARIES = {
     "vae": "Frames to latents and back, learned on single frames.",

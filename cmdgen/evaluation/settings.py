@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cmdgen.config import CALIBRATION
+from cmdgen.metadata import FIELDS
 from cmdgen.options import option, read_fields
-from cmdgen.request import FIELDS, MAX_SEED
+from cmdgen.request import MAX_SEED
 
 _count = partial(option, low=1)
 _runs = partial(option, low=1, high=1000)

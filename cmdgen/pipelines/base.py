@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from cmdgen import __version__
-from cmdgen.acceleration.calibration import Predict, choose_key_steps
+from cmdgen.acceleration.calibration import choose_key_steps
 from cmdgen.acceleration.compiled import Compiled
-from cmdgen.acceleration.graphs import Graphed, GraphedNetwork, Out, fastest_libraries
+from cmdgen.acceleration.graphs import Graphed, Out, fastest_libraries
 from cmdgen.acceleration.memory import Work, choose_slices
-from cmdgen.acceleration.rehash import CutDiT, CutUNet, Rehash
 from cmdgen.config import ModelConfig, NoiseConfig
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import SAMPLERS, VISITED
 from cmdgen.latents import Latents, check_fit
+from cmdgen.metadata import describe_plan
 from cmdgen.pipelines.clip import Clip, Inputs, Made
 from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.observer import Observer
-from cmdgen.request import Plan, Request, describe_plan, resolve, shared_settings
+from cmdgen.request import Plan, Request, resolve, shared_settings
 from cmdgen.store.parts import hash_weights, load_part, network_configs
 from cmdgen.video.formats import Pixels
 from cmdgen.video.pixels import CONVERT
@@ -147,14 +147,17 @@ class Pipeline:
         """Return whether all weights have been read."""
         return all(name in self._parts for name in network_configs(self.config))
 
-    def load(self, observer: Observer | None = None) -> None:
-        """Read all weights that are not read yet; raises ValueError, naming the file at fault."""
-        observer = observer or Observer()
+    def load(self, observer: Observer | None = None, *names: str) -> None:
+        """Read the weights that are not read yet, of all parts unless some are named.
+
+        Raises ValueError, naming the file at fault.
+        """
+        observer, loaded = observer or Observer(), self.loaded
         observer.step("load", 0, 1)
         with observer.stage("load"):
-            if not self.loaded:
-                for name in network_configs(self.config):
-                    self.part(name)
+            for name in names or network_configs(self.config):
+                self.part(name)
+            if self.loaded and not loaded:
                 self.check_parts()
         observer.step("load", 1, 1)
 
@@ -244,13 +247,6 @@ class Pipeline:
         visited = VISITED[plan.model.sampler](schedule, steps).to(self.device)
         for some in visited.split(TIMESTEPS_TOGETHER):
             yield from project(some)
-
-    def rehashed(self, network: CutUNet | CutDiT, full: tuple[int, ...]) -> Predict:
-        """Return a denoiser that runs `full` steps in full and reuses features in the others."""
-        run, resume = (
-            self.graphed((network, name), getattr(network, name)) for name in ("run", "resume")
-        )
-        return Rehash(GraphedNetwork(run, resume), full)
 
     def graphed(self, key: object, function: Callable[..., Out]) -> Callable[..., Out]:
         """Return a function compiled if asked for, and as CUDA graphs where they pay.

@@ -17,7 +17,7 @@ from cmdgen.acceleration.calibration import Predict
 from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.overlap import Pending
-from cmdgen.acceleration.rehash import CutDiT
+from cmdgen.acceleration.rehash import CutDiT, rehash
 from cmdgen.acceleration.slicer import decode_clip, encode_clip
 from cmdgen.latents import Latents, check_fit, fit_model, latent_shapes
 from cmdgen.models.autoencoder import CmdAutoencoder
@@ -88,7 +88,7 @@ class CmdPipeline(StillPipeline):
             predict = (
                 self.graphed("motion", motion.denoise)
                 if plan.key_steps is None
-                else self.rehashed(CutDiT(motion), plan.key_steps.motion)
+                else rehash(CutDiT(motion), plan.key_steps.motion, self.graphed)
             )
         shape = latent_shapes(model)[1]
         columns = content.shape[-1] // self.autoencoder.config.patch
@@ -163,17 +163,15 @@ class CmdPipeline(StillPipeline):
         assert frames.shape[:3] == (count, model.height, model.width)
         fit_model(model, *latent_shapes(model))
         slices = self.encoding_slices(plan)
-        observer.step("load", 0, 1)
-        autoencoder, vae = self.autoencoder, self.vae
-        observer.step("load", 1, 1)
+        self.load(observer, "autoencoder", "vae")
         with fastest_libraries(self.device):
             parts = []
             for done in range(0, count, slices.pictures):
                 some = frames[done : done + slices.pictures]
-                parts.append(encode_frames(vae, some, slices.strips))
+                parts.append(encode_frames(self.vae, some, slices.strips))
                 observer.step("encode", done + len(some), count)
             latents = rearrange(torch.cat(parts), "t c h w -> 1 c t h w")
-            halves = encode_clip(autoencoder, latents, slices)
+            halves = encode_clip(self.autoencoder, latents, slices)
         content, motion = (
             self.check_finite(half, "autoencoder")[0].float().cpu() for half in halves
         )
@@ -199,9 +197,7 @@ class CmdPipeline(StillPipeline):
             plan = self.plan(Request(frames=model.frames, size=(model.height, model.width)))
         check_fit(plan.model, *shapes)
         observer = observer or Observer()
-        observer.step("load", 0, 1)
-        _ = self.autoencoder, self.vae
-        observer.step("load", 1, 1)
+        self.load(observer, "autoencoder", "vae")
         decoder = self.decoder(plan, observer)
         content, motion = (self.repeat(half, 1) for half in (latents.content, latents.motion))
         with fastest_libraries(self.device):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cmdgen.acceleration.calibration import Predict
 from cmdgen.acceleration.graphs import fastest_libraries
-from cmdgen.acceleration.rehash import CutUNet
+from cmdgen.acceleration.rehash import CutUNet, rehash
 from cmdgen.diffusion.parametrisation import recognise_prediction
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class StillPipeline(Pipeline):
             predict = (
                 self.graphed("content", unet.denoise)
                 if plan.key_steps is None
-                else self.rehashed(CutUNet(unet), plan.key_steps.content)
+                else rehash(CutUNet(unet), plan.key_steps.content, self.graphed)
             )
         model, vae = plan.model, self.vae.config
         states = text if model.guidance != 1 else text[:count]

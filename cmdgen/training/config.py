@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmdgen.config import ATTENTIONS, PRESETS, ModelConfig, UNetConfig
-from cmdgen.options import option, read_fields
-from cmdgen.request import MACHINE, MAX_SEED, Request, Size, parse_size, resolve, write_size
+from cmdgen.options import Size, option, parse_size, read_fields, write_size
+from cmdgen.request import MACHINE, MAX_SEED, Request, resolve
 from cmdgen.world.config import WORLDS
 
 PAPER = ("cmd-sd15", "cmd-sd21", "cmd-ucf")

@@ -11,8 +11,7 @@ import typer
 from cmdgen.cli import app as application
 from cmdgen.cli.command import Only, expand
 from cmdgen.cli.help import Command
-from cmdgen.options import option, read_fields
-from cmdgen.request import parse_size, write_size
+from cmdgen.options import option, parse_size, read_fields, write_size
 
 
 @dataclass(frozen=True)

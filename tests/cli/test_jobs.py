@@ -24,8 +24,9 @@ from cmdgen.cli.jobs import (
     read_entries,
 )
 from cmdgen.config import MINI
+from cmdgen.metadata import JOB_FIELDS
 from cmdgen.options import MAX_TEXT_BYTES, check_text
-from cmdgen.request import JOB_FIELDS, Request, resolve
+from cmdgen.request import Request, resolve
 from cmdgen.video.formats import Encoding
 
 
