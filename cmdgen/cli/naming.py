@@ -77,7 +77,8 @@ def check_inside(path: str) -> str:
     """Return the path. Raises ValueError unless it is relative and stays in its folder."""
     for kind in (PurePosixPath, PureWindowsPath):
         pure = kind(path)
-        if pure.anchor or ".." in pure.parts or not pure.name:
+        # a single clip cannot go to stdout, where the others' names go
+        if pure.anchor or ".." in pure.parts or not pure.name or path == STDOUT:
             raise ValueError(f"output {path!r} of a job is not a relative path without ..")
     return path
 

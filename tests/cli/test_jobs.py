@@ -186,6 +186,7 @@ def test_options_of_a_line_win_over_flags(values, expected):
         ({"json": True}, "is not one of codec, content_seed,"),
         ({"speed": 1}, "'speed' is not one of codec, content_seed,"),
         ({"output": "../a.mp4"}, "is not a relative path without .."),
+        ({"output": "-"}, "is not a relative path without .."),
         ({"output": "/tmp/a.mp4"}, "is not a relative path without .."),
         ({"output": "a\0.mp4"}, "control character U+0000"),
         ({"output": "{x}.mp4"}, "{x} is none of {index}"),
