@@ -111,10 +111,11 @@ def check_folder(folder: Path) -> dict[str, Any]:
 def read_licence(folder: Path) -> str | None:
     """Read the licence in the header of the model card, README.md, if it has one."""
     try:
-        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+        with (folder / "README.md").open(encoding="utf-8", errors="replace") as file:
+            start = file.read(100_000)
     except OSError:
         return None
-    header = re.match(r"---\s*\n(.*?)\n---", card[:100_000], re.DOTALL)
+    header = re.match(r"---\s*\n(.*?)\n---", start, re.DOTALL)
     lines = re.findall(r"^(license(?:_name)?):(.*)", header[1] if header else "", re.MULTILINE)
     values = {key: value.strip().strip("\"'") for key, value in lines}
     licence = values.get("license", "")

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,18 @@ def test_parts_of_stable_diffusion_fit_though_their_files_differ_in_what_does_no
 def test_the_licence_is_read_from_the_header_of_the_card(tmp_path, card, licence) -> None:
     (tmp_path / "README.md").write_bytes(card.encode("utf-8", "surrogatepass"))
     assert read_licence(tmp_path) == licence
+
+
+def test_a_huge_card_takes_little_memory(tmp_path) -> None:
+    with (tmp_path / "README.md").open("wb") as file:
+        file.write(b"---\nlicense: mit\n---\n")
+        file.truncate(2**28)
+    tracemalloc.start()
+    try:
+        assert read_licence(tmp_path) == "mit"
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_is_wrong_with_a_folder_is_named(tiny_model: Path, tmp_path: Path) -> None:
