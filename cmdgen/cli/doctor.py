@@ -151,7 +151,11 @@ def _check_ffmpeg(record: dict[str, Any]) -> str:
 
 def _check_config(record: dict[str, Any], context: typer.Context) -> str:
     root = context.find_root()
-    path = Path(root.params["config"] or config_path())
+    name = root.params["config"] or config_path()
+    if name is None:
+        record.update(path=None, exists=False)
+        return "no home directory"
+    path = Path(name)
     record.update(path=str(path), exists=path.exists())
     if not record["exists"]:
         return f"{path} (there is none)"

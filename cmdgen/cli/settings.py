@@ -25,11 +25,14 @@ from cmdgen.options import option, read_fields
 _LARGEST = 2**20
 
 
-def config_path() -> Path:
-    """Return where the file is unless --config names another."""
+def config_path() -> Path | None:
+    """Return where the file is unless --config names another; None without a home directory."""
     from platformdirs import user_config_path
 
-    return user_config_path("cmdgen") / "config.toml"
+    try:
+        return user_config_path("cmdgen") / "config.toml"
+    except RuntimeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ class Defaults:
     def path(self) -> Path | None:
         """Return the file to read; None for none."""
         path = self.config or config_path()
-        return None if self.no_config or not (self.config or path.exists()) else path
+        if self.no_config or path is None or not (self.config or path.exists()):
+            return None
+        return path
 
 
 def read_settings(path: Path, commands: Any) -> dict[str, Any]:

@@ -86,7 +86,8 @@ def find_cached() -> list[Snapshot]:
     """List the revisions in the local cache of models in diffusers' layout, usable or not."""
     try:
         info = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE)
-    except CacheNotFound:
+    except (CacheNotFound, RuntimeError):
+        # RuntimeError: there is no home directory
         return []
     snapshots = [
         Snapshot(repo.repo_id, revision.commit_hash, revision.refs, revision.snapshot_path)

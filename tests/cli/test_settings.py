@@ -146,3 +146,12 @@ def test_a_file_that_is_named_must_be_there(cmdgen, tmp_path) -> None:
     path = tmp_path / "none.toml"
     result = cmdgen("--config", path, "models", "list")
     assert result == (3, "", f"error: {path}: No such file or directory\n")
+
+
+def test_without_a_home_directory_there_is_no_file(cmdgen, monkeypatch) -> None:
+    def fail(name: str) -> Path:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr("platformdirs.user_config_path", fail)
+    assert settings.config_path() is None
+    assert cmdgen("models", "list").code == 0
