@@ -23,7 +23,7 @@ from cmdgen.config import ModelConfig
 from cmdgen.files import check_file, parse_json, replace_with
 from cmdgen.request import MAX_FPS, Request, resolve
 from cmdgen.video.formats import Encoding, list_files
-from cmdgen.video.write import check_output
+from cmdgen.video.write import EncoderError, check_output
 from cmdgen.weights import FLOATS, open_weights
 
 SUFFIX = ".safetensors"
@@ -118,8 +118,8 @@ def describe_origin(path: File) -> dict[str, str]:
 def save_latents(path: File, latents: Latents, *, overwrite: bool = False) -> None:
     """Write a file that `read_latents` reads.
 
-    Raises FileExistsError where there is one, unless `overwrite`, ValueError or OSError where it
-    cannot be written.
+    Raises FileExistsError where there is one, unless `overwrite`, ValueError or EncoderError where
+    it cannot be written.
     """
     target = Path(path)
     check_output(target, Encoding("safetensors"), overwrite=overwrite)
@@ -133,7 +133,7 @@ def save_latents(path: File, latents: Latents, *, overwrite: bool = False) -> No
         try:
             save_file(tensors, temporary, metadata=header)
         except SafetensorError as error:
-            raise OSError(f"{target}: {error}") from error
+            raise EncoderError(f"{target} was not written: {error}") from error
 
 
 def read_latents(path: File, model: ModelConfig | None = None) -> Latents:

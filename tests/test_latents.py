@@ -111,7 +111,7 @@ def test_what_is_given_must_fit_what_is_asked_for(latents):
 
 def test_files_are_kept_unless_they_are_to_be_replaced(latents, file):
     other = replace(latents, metadata={"fps": 8})
-    with pytest.raises(FileExistsError, match="exists and is kept"):
+    with pytest.raises(FileExistsError, match="exists: give another name"):
         save_latents(file, other)
     assert read_latents(file).metadata == METADATA
     save_latents(file, other, overwrite=True)

@@ -212,11 +212,12 @@ def test_unreadable_weights_are_one_line_and_leave_no_file(refused, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_full_disk_is_one_line_and_leaves_no_file(sample, tmp_path):
+@pytest.mark.parametrize("name", ["out.mp4", "out.safetensors"])
+def test_full_disk_is_one_line_and_leaves_no_file(sample, tmp_path, name):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        result = sample(PROMPT, "-o", tmp_path / "out.mp4")
+        result = sample(PROMPT, "-o", tmp_path / name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert result.code == 5

@@ -168,7 +168,7 @@ def test_files_are_kept_unless_overwritten(tmp_path, colours, name):
     for path, content in before.items():
         path.write_bytes(content)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(FileExistsError, match="exists and is kept") as caught:
+    with pytest.raises(FileExistsError, match="exists: give another name") as caught:
         make(colours(2, 16, 16))
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
