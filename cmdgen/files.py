@@ -69,7 +69,7 @@ def create_folder(path: Path) -> Iterator[Path]:
     Raises ValueError where `path` exists, or where its parent does not.
     """
     if os.path.lexists(path):
-        raise ValueError(f"{path} is there already: give another folder")
+        raise ValueError(f"{path} exists already: give another folder")
     place = path.absolute()
     if not place.parent.is_dir():
         raise ValueError(f"folder {place.parent} does not exist")

@@ -62,7 +62,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with create_folder(tmp_path / "folder") as temporary:
         (temporary / "file").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "file"]
-    with pytest.raises(ValueError, match="folder is there already: give another folder"):
+    with pytest.raises(ValueError, match="folder exists already: give another folder"):
         create_folder(tmp_path / "folder").__enter__()
     with pytest.raises(ValueError, match="does not exist"):
         create_folder(tmp_path / "none" / "folder").__enter__()

@@ -154,7 +154,7 @@ def pull(
     from cmdgen.store import hub
 
     if output is not None and (output.exists() or output.is_symlink()):
-        raise ValueError(f"{output} is there already: give another folder")
+        raise ValueError(f"{output} exists already: give another folder")
     folder = hub.pull(repository)
     described = _describe_files(folder, repository)
     typer.echo(f"licence: {described.licence or 'not stated'}", err=True)

@@ -163,7 +163,7 @@ class StillPipeline(Pipeline):
     @torch.inference_mode()
     def check_parts(self) -> None:
         """Raise ValueError where the UNet predicts something else than the schedule says."""
-        said, unet = self.config.noise.prediction_type, self.unet
+        expected, unet = self.config.noise.prediction_type, self.unet
         ids = self.tokenizer([""], self.text_length).to(self.device)
         text = self.text_encoder(ids).last_hidden_state
 
@@ -175,8 +175,8 @@ class StillPipeline(Pipeline):
         side = 2 ** len(unet.config.block_out_channels)
         noise = self.noise("check", (unet.config.in_channels, side, side), [0])[0]
         predicts = recognise_prediction(predict, noise, self.config.noise)
-        if predicts not in (said, None):
+        if predicts not in (expected, None):
             path = self.folder / "scheduler" / "scheduler_config.json"
             raise ValueError(
-                f"{path}: prediction_type is {said}, but unet/ predicts {predicts}: correct it"
+                f"{path}: prediction_type is {expected}, but unet/ predicts {predicts}: correct it"
             )

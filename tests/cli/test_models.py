@@ -59,7 +59,7 @@ def test_init_writes_a_folder_once_that_show_knows(models, tmp_path: Path) -> No
     assert json.loads(out)["presets"] == ["mini"]
     code, out, err = models("init", "mini", "-o", folder)
     assert (code, out) == (2, "")
-    assert err == f"error: {folder} is there already: give another folder\n"
+    assert err == f"error: {folder} exists already: give another folder\n"
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_a_folder_that_is_there_is_left_alone_and_a_failure_leaves_none(
     tmp_path: Path, monkeypatch
 ) -> None:
     (tmp_path / "taken").mkdir()
-    with pytest.raises(ValueError, match="taken is there already: give another folder"):
+    with pytest.raises(ValueError, match="taken exists already: give another folder"):
         create_model(MINI, tmp_path / "taken")
     with pytest.raises(ValueError, match="does not exist"):
         create_model(MINI, tmp_path / "no" / "model")
