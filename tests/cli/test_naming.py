@@ -76,7 +76,7 @@ def test_any_template_is_filled_or_refused(template):
         assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("path", ["a.mp4", "b/c.mp4", "..a/b..mp4", "-", "~/x.mp4"])
+@pytest.mark.parametrize("path", ["a.mp4", "b/c.mp4", "..a/b..mp4", "~/x.mp4"])
 def test_relative_paths_are_inside(path):
     assert check_inside(path) == path
 
@@ -84,7 +84,7 @@ def test_relative_paths_are_inside(path):
 @pytest.mark.parametrize(
     "path",
     [
-        *("/a.mp4", "../a.mp4", "a/../../b.mp4", "a/..", "..", "", ".", "/", "\\a.mp4"),
+        *("-", "/a.mp4", "../a.mp4", "a/../../b.mp4", "a/..", "..", "", ".", "/", "\\a.mp4"),
         *("a\\..\\b.mp4", "C:a.mp4", "C:\\a.mp4", "\\\\host\\share\\a.mp4", "//host/share/a"),
     ],
 )
