@@ -235,7 +235,6 @@ LOSSES: Mapping[str, type[Loss]] = {
     "content": ContentLoss,
     "motion": MotionLoss,
 }
-STAGES = tuple(LOSSES)
 
 
 class Recipe(NamedTuple):
