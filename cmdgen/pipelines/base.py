@@ -1,6 +1,7 @@
 """What all pipelines share: the clip, the device, noise per clip, graphs, one sampling loop."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
@@ -45,7 +46,7 @@ class Denoising:
     guidance: float
 
 
-class Pipeline:
+class Pipeline(ABC):
     """A model folder, ready to sample; its weights are read when first needed."""
 
     def __init__(
@@ -57,10 +58,8 @@ class Pipeline:
         *,
         compile: bool = False,
     ) -> None:
-        self.folder = folder
-        self.config = config
-        self.device = device
-        self.dtype = dtype
+        self.folder, self.config = folder, config
+        self.device, self.dtype = device, dtype
         self.uses_compiler = compile
         # on a GPU, launching kernels takes longer than running them
         self.uses_graphs = device.type == "cuda"
@@ -108,11 +107,11 @@ class Pipeline:
             clips.append(Clip(made.frames[i], pixels, made.pictures[i], fps, about, latents))
         return clips
 
+    @abstractmethod
     def make(
         self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs
     ) -> Made:
         """Sample and decode a batch; all weights are loaded."""
-        raise NotImplementedError
 
     def plan(self, request: Request, *, batch: int = 1) -> Plan:
         """Resolve a request for this model: all values, key steps, slices for a batch of clips.
@@ -161,6 +160,7 @@ class Pipeline:
                 self.check_parts()
         observer.step("load", 1, 1)
 
+    @abstractmethod
     def check_parts(self) -> None:
         """Raise ValueError where parts that were read do not go together."""
 
