@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from cmdgen.config import PRESETS
-from cmdgen.training.config import LOSSES, STAGES, AutoencoderLoss, TrainConfig, VaeLoss, recipe
+from cmdgen.training.config import LOSSES, AutoencoderLoss, TrainConfig, VaeLoss, recipe
 
 PAPER = [name for name in PRESETS if name != "mini"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", LOSSES)
 def test_mini_keeps_the_defaults_that_it_was_trained_beside(stage: str) -> None:
     train, loss = recipe("mini", stage)
     values = (train.steps, train.batch, train.accumulate, train.lr, train.warmup, train.final_lr)

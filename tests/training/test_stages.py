@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from cmdgen.config import AutoencoderConfig, VaeConfig
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.schema import read_config
-from cmdgen.training.config import LOSSES, STAGES, Shared, Start, TrainConfig
+from cmdgen.training.config import LOSSES, Shared, Start, TrainConfig
 from cmdgen.training.context import Run
 from cmdgen.training.data import open_data
 from cmdgen.training.export import export_model
@@ -59,7 +59,7 @@ def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    for stage in STAGES:
+    for stage in LOSSES:
         assert run(folder, stage) == 2
     return folder
 
@@ -67,7 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_four_stages_give_a_folder_that_samples(trained: Path) -> None:
     clip = load_pipeline(trained).sample("a dog jumping", seed=1)
     assert clip.frames.shape == (4, 32, 48, 3)
-    for stage in STAGES:
+    for stage in LOSSES:
         assert [step for step, *_ in curve(trained, stage)] == [1, 2]
         sheet = trained / "training" / stage / "sheet-0000002.png"
         assert sheet.read_bytes().startswith(b"\x89PNG")
@@ -81,7 +81,7 @@ def test_scale_of_latents_and_of_motion_are_measured(trained: Path) -> None:
     assert (autoencoder.motion_std is None) == (autoencoder.motion_activation == "tanh")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", LOSSES)
 def test_resumed_training_equals_training_at_once(
     stage: str, trained: Path, tmp_path: Path
 ) -> None:
