@@ -9,9 +9,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(
-    model: str | os.PathLike[str] = "mini", *, device: str = "auto", dtype: str = "auto"
-) -> "StillPipeline":
+def load(model: str | os.PathLike[str] = "mini", *, device: str = "auto", dtype: str = "auto") -> "StillPipeline":
     """Return the pipeline of a model, ready for `pipeline.sample(prompt, **options)`.
 
     `model` is a packaged name, a folder, or OWNER/NAME that `cmdgen models pull` brought. Raises

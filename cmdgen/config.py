@@ -192,15 +192,9 @@ CMD_SD21 = replace(
     CMD_SD15,
     name="cmd-sd21",
     text=TextConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=23,
-        num_attention_heads=16,
-        hidden_act="gelu",
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
     ),
-    content=UNetConfig(
-        cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
-    ),
+    content=UNetConfig(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
     vae=VaeConfig(sample_size=768),
     motion=DiTConfig(),
     width=1024,
@@ -209,14 +203,10 @@ CMD_SD21 = replace(
 CMD_UCF = ModelConfig(
     name="cmd-ucf",
     text=None,
-    content=DiTConfig(
-        in_channels=3, text_width=None, num_classes=101, context_channels=None, depth=28, width=1152
-    ),
+    content=DiTConfig(in_channels=3, text_width=None, num_classes=101, context_channels=None, depth=28, width=1152),
     vae=None,
     autoencoder=AutoencoderConfig(channels=3),
-    motion=DiTConfig(
-        depth=24, width=1024, heads=16, text_width=None, context_channels=3, context_patch=4
-    ),
+    motion=DiTConfig(depth=24, width=1024, heads=16, text_width=None, context_channels=3, context_patch=4),
     height=64,
     width=64,
     guidance=4.0,
@@ -246,11 +236,7 @@ MINI = ModelConfig(
         use_linear_projection=True,
     ),
     vae=VaeConfig(
-        latent_channels=8,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
+        latent_channels=8, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=64
     ),
     autoencoder=AutoencoderConfig(
         channels=8, width=160, heads=5, depth=4, importance="patch", motion_activation="linear"

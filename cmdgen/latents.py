@@ -126,8 +126,7 @@ def save_latents(path: File, latents: Latents, *, overwrite: bool = False) -> No
     comment = json.dumps({**latents.metadata, "fps": latents.fps}, ensure_ascii=False)
     header = {"format": "pt", VERSION_KEY: VERSION, METADATA_KEY: comment}
     tensors = {
-        name: getattr(latents, name).detach().to("cpu", torch.float32).contiguous()
-        for name in ("content", "motion")
+        name: getattr(latents, name).detach().to("cpu", torch.float32).contiguous() for name in ("content", "motion")
     }
     with replace_with(target, overwrite=overwrite) as temporary:
         try:

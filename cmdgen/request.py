@@ -103,29 +103,21 @@ class Request:
     content_seed: int | None = _seed("Seed of the content frame.", shown="--seed")
     motion_seed: int | None = _seed("Seed of the motion.", shown="--seed")
     negative: str = _what("", "Negative prompt: guidance leads away from it.", shown="none")
-    frames: int | None = _what(
-        None, "Length of the video. 1 is a still, the content frame.", low=1, shown=MODELS_OWN
-    )
+    frames: int | None = _what(None, "Length of the video. 1 is a still, the content frame.", low=1, shown=MODELS_OWN)
     size: Size | None = _what(None, "Size of the video.", shown=MODELS_OWN, **_SIZE)
     fps: int | None = _what(None, "Frames per second.", low=1, shown=MODELS_OWN)
 
     content_from: Path | None = _input(
         "Take the content frame from a video, or latents of `cmdgen encode`; sample the motion."
     )
-    motion_from: Path | None = _input(
-        "Take the motion from a video, or latents; sample the content frame."
-    )
+    motion_from: Path | None = _input("Take the motion from a video, or latents; sample the content frame.")
     image: Path | None = _input("Animate a picture of any size: it becomes the content frame.")
 
     steps: int | None = _how("Sampling steps of the content frame.", low=1)
     motion_steps: int | None = _how("Sampling steps of the motion.", low=1)
     sampler: str | None = _how("How noise becomes a sample.", choices=SAMPLERS)
-    guidance: float | None = _how(
-        "How closely the content frame follows the prompt; 1 is off.", low=0, high=100
-    )
-    motion_guidance: float | None = _how(
-        "How closely the motion follows the prompt; 1 is off.", low=0, high=100
-    )
+    guidance: float | None = _how("How closely the content frame follows the prompt; 1 is off.", low=0, high=100)
+    motion_guidance: float | None = _how("How closely the motion follows the prompt; 1 is off.", low=0, high=100)
 
     guidance_interval: tuple[float, float] | None = _faster(
         None, "Guide only between these shares of the noise schedule, such as 0.1-0.8.", **_INTERVAL
@@ -137,10 +129,7 @@ class Request:
         **_REHASH,
     )
     rehash_policy: str | None = _faster(
-        None,
-        "How steps are chosen; uniform needs no calibration.",
-        choices=POLICIES,
-        shown="minimax",
+        None, "How steps are chosen; uniform needs no calibration.", choices=POLICIES, shown="minimax"
     )
     rehash_threshold: float | None = _faster(
         None, "Instead of N: least similarity that skips a step.", metavar="G", low=-1, high=1
@@ -152,30 +141,22 @@ class Request:
         None, "Calibration of `cmdgen rehash calibrate`.", shown=MODELS_OWN, complete="file"
     )
 
-    format: str | None = _file(
-        None, "Format of the file.", shown="by the suffix; y4m on stdout", complete="format"
-    )
+    format: str | None = _file(None, "Format of the file.", shown="by the suffix; y4m on stdout", complete="format")
     crf: int | None = _file(None, "Quality; 0 is best.", shown="the codec's own")
     codec: str | None = _file(None, "Video codec.", shown="the format's own", complete="codec")
     loop: int | None = _file(None, "How often a gif, webp or apng plays.", shown="0, for ever")
     sidecar: bool = _file(False, "Also write the metadata to NAME.json.")
     no_metadata: bool = _file(False, "Write no metadata into the file.")
 
-    model: str = _machine(
-        "mini", "Packaged model, folder, or OWNER/NAME of `cmdgen models pull`.", complete="model"
-    )
+    model: str = _machine("mini", "Packaged model, folder, or OWNER/NAME of `cmdgen models pull`.", complete="model")
     max_memory: int | None = _machine(
         None, "Memory limit beside the weights, such as 4GB; same result.", shown="none", **_MEMORY
     )
     device: str = _machine("auto", "auto, cpu, cuda or cuda:N.", complete="device")
     dtype: str = _machine(
-        "auto",
-        "auto (float32 on a CPU, else bfloat16), float32, float16, bfloat16.",
-        complete="dtype",
+        "auto", "auto (float32 on a CPU, else bfloat16), float32, float16, bfloat16.", complete="dtype"
     )
-    compile: bool = _machine(
-        False, "Compile the networks with torch.compile. The first clip of a size takes minutes."
-    )
+    compile: bool = _machine(False, "Compile the networks with torch.compile. The first clip of a size takes minutes.")
 
     def __post_init__(self) -> None:
         read_fields(self)
@@ -244,16 +225,7 @@ def shared_settings(values: Values) -> Values:
 
 
 # fields of `Request` that replace a model's default of the same name
-_DEFAULTS = [
-    "frames",
-    "fps",
-    "sampler",
-    "steps",
-    "motion_steps",
-    "guidance",
-    "motion_guidance",
-    "guidance_interval",
-]
+_DEFAULTS = ["frames", "fps", "sampler", "steps", "motion_steps", "guidance", "motion_guidance", "guidance_interval"]
 
 
 def resolve(request: Request, model: ModelConfig) -> Plan:
@@ -289,9 +261,7 @@ def _check_clip(model: ModelConfig) -> None:
             f"as {write_size((nearest[0], nearest[1]))}"
         )
     if model.frames > 1 and model.motion is None:
-        raise ValueError(
-            f"frames {model.frames}: {model.name} has no motion model, it makes stills of 1"
-        )
+        raise ValueError(f"frames {model.frames}: {model.name} has no motion model, it makes stills of 1")
     if model.frames > 1 and model.motion is not None and model.frames % model.motion.patch:
         patch = model.motion.patch
         raise ValueError(f"frames {model.frames} is neither 1 nor a multiple of {patch}")
@@ -299,8 +269,7 @@ def _check_clip(model: ModelConfig) -> None:
     for name, noise in noises.items():
         if getattr(model, name) > noise.num_train_timesteps:
             raise ValueError(
-                f"{name.replace('_', ' ')} {getattr(model, name)} is not between 1 and "
-                f"{noise.num_train_timesteps}"
+                f"{name.replace('_', ' ')} {getattr(model, name)} is not between 1 and {noise.num_train_timesteps}"
             )
     if model.fps > MAX_FPS:
         raise ValueError(f"fps {model.fps} is not between 1 and {MAX_FPS}")

@@ -56,9 +56,7 @@ def load_weights(
         for stored, tensor in _read_tensors(path, dtypes, device):
             state[names[stored]] = tensor
     module.load_state_dict(state, assign=True)
-    assert not any(buffer.is_meta for buffer in module.buffers()), (
-        "a buffer was left without values"
-    )
+    assert not any(buffer.is_meta for buffer in module.buffers()), "a buffer was left without values"
 
 
 @contextmanager
@@ -129,16 +127,12 @@ def _read_tensors(
                     yield name, mapped.get_tensor(name) if stays else tensor
 
 
-def save_weights(
-    module: nn.Module, folder: Folder, filename: str, dtype: torch.dtype | None = None
-) -> None:
+def save_weights(module: nn.Module, folder: Folder, filename: str, dtype: torch.dtype | None = None) -> None:
     """Write all tensors of a module, floating ones cast to `dtype`, to a safetensors file."""
     save_tensors(Path(folder) / filename, module.state_dict(), dtype)
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
-) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
     """Write tensors, floating ones cast to `dtype`, to a safetensors file."""
     state = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
@@ -154,9 +148,7 @@ def save_tensors(
 class _NoInitialisation(TorchFunctionMode):
     """Skips torch.nn.init: on the meta device its `normal_` would import torch's compiler first."""
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(function, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
@@ -192,9 +184,7 @@ def weight_paths(folder: Path, filename: str) -> list[Path]:
     shards = read_json(index).get("weight_map")
     files = shards.values() if isinstance(shards, dict) else [None]
     if not all(isinstance(name, str) and name and name == Path(name).name for name in files):
-        raise ValueError(
-            f"{index}: weight_map does not map tensors to names of files in the folder"
-        )
+        raise ValueError(f"{index}: weight_map does not map tensors to names of files in the folder")
     return [folder / name for name in sorted(set(files))] or [folder / filename]
 
 
@@ -206,10 +196,7 @@ def hash_weights(folder: Folder, files: Mapping[str, str]) -> str:
     """
     folder = Path(folder).resolve()
     paths = [
-        path
-        for part in sorted(files)
-        if (folder / part).is_dir()
-        for path in weight_paths(folder / part, files[part])
+        path for part in sorted(files) if (folder / part).is_dir() for path in weight_paths(folder / part, files[part])
     ]
     for path in paths:
         check_file(path)

@@ -27,14 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import SAMPLERS
 from cmdgen.evaluation.flops import count, count_work
-from cmdgen.evaluation.profile import (
-    PROMPT,
-    SAMPLER,
-    STEPS,
-    Stopwatch,
-    device_name,
-    measure_limits,
-)
+from cmdgen.evaluation.profile import PROMPT, SAMPLER, STEPS, Stopwatch, device_name, measure_limits
 from cmdgen.evaluation.report import table
 from cmdgen.evaluation.settings import Profiling
 from cmdgen.pipelines.device import dtype_name

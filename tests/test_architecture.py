@@ -84,9 +84,7 @@ def test_imports_point_down(path: Path) -> None:
         if top != "cmdgen" or rest == ["__version__"] or part == "__init__":
             continue
         assert rest and rest[0] in ORDER, f"{module} has no place in ORDER"
-        assert rest[0] == part or ORDER.index(part) < ORDER.index(rest[0]), (
-            f"{part} may not import {module}"
-        )
+        assert rest[0] == part or ORDER.index(part) < ORDER.index(rest[0]), f"{part} may not import {module}"
 
 
 def test_modules_do_not_import_in_a_circle() -> None:
@@ -128,9 +126,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python as a user would: Triton's interpreter is not loaded."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment
-    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
 
 
 # what takes long to import
@@ -166,8 +162,6 @@ def test_importing_does_nothing_but_define() -> None:
     names += [f"cmdgen_kernels.{path.stem}" for path in KERNELS if path.stem != "__init__"]
     code = "import os, importlib; before = dict(os.environ)\n"
     code += f"for name in {names}: importlib.import_module(name)\n"
-    code += (
-        "import torch; assert not torch.cuda.is_initialized(); assert dict(os.environ) == before"
-    )
+    code += "import torch; assert not torch.cuda.is_initialized(); assert dict(os.environ) == before"
     done = run(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -40,10 +40,7 @@ def test_a_new_file_is_written_with_hard_links_or_without(
         with replace_with(tmp_path / f"{i}", overwrite=overwrite) as temporary:
             temporary.write_text("text")
         monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(PermissionError))
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
-        "0": "text",
-        "1": "text",
-    }
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"0": "text", "1": "text"}
 
 
 def test_a_symlink_stays_and_its_file_is_replaced(tmp_path: Path) -> None:

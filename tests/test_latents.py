@@ -73,9 +73,7 @@ def test_shapes_are_those_that_the_autoencoder_makes():
 def test_latents_say_which_size_and_length_the_model_is_asked_for():
     for model in (MINI, CMD_SD21, replace(MINI, frames=6, height=48, width=96)):
         fitted = fit_model(replace(model, frames=2, height=16, width=16), *latent_shapes(model))
-        assert (fitted.frames, fitted.height, fitted.width) == (
-            *(model.frames, model.height, model.width),
-        )
+        assert (fitted.frames, fitted.height, fitted.width) == (*(model.frames, model.height, model.width),)
 
 
 @pytest.mark.parametrize(
@@ -101,9 +99,7 @@ def test_what_is_given_must_fit_what_is_asked_for(latents):
     content, motion = tuple(latents.content.shape), tuple(latents.motion.shape)
     check_fit(model, content, motion)
     check_fit(model, None, None)
-    with pytest.raises(
-        ValueError, match=r"given is of shape \[8, 4, 10\], 6 frames of 48x32 by tiny have"
-    ):
+    with pytest.raises(ValueError, match=r"given is of shape \[8, 4, 10\], 6 frames of 48x32 by tiny have"):
         check_fit(replace(model, frames=6), None, motion)
     with pytest.raises(ValueError, match="no autoencoder: it makes stills"):
         check_fit(replace(model, autoencoder=None), content, None)
@@ -181,11 +177,7 @@ def write(path, tensors=None, **header):
         ({"motion": torch.zeros(8, 0, 20)}, {}, r"motion has shape \[8, 0, 20\], expected three"),
         ({"motion": torch.zeros(8, 4, 20).int()}, {}, "motion has type I32, not one of F64, F32"),
         ({"motion": torch.full((8, 4, 20), torch.nan)}, {}, "motion has NaN or inf"),
-        (
-            {"content": torch.full((8, 16, 24), 1e300, dtype=torch.float64)},
-            {},
-            "content has NaN or inf",
-        ),
+        ({"content": torch.full((8, 16, 24), 1e300, dtype=torch.float64)}, {}, "content has NaN or inf"),
     ],
 )
 def test_a_file_that_is_not_ours_is_refused_in_a_line(tensors, header, says, tmp_path):

@@ -46,9 +46,7 @@ def vae_folder(tmp_path: Path) -> Path:
 def test_half_precision_files_load_to_the_dtype_asked_for(tmp_path: Path) -> None:
     vae = KlVae(TINY)
     vae.save_pretrained(tmp_path, dtype=torch.float16)
-    assert {value.dtype for value in load_file(tmp_path / KlVae.filename).values()} == {
-        torch.float16
-    }
+    assert {value.dtype for value in load_file(tmp_path / KlVae.filename).values()} == {torch.float16}
     for asked, got in ((None, torch.float32), (torch.float64, torch.float64)):
         loaded = KlVae.from_pretrained(tmp_path, dtype=asked)
         assert {parameter.dtype for parameter in loaded.parameters()} == {got}
@@ -142,9 +140,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(vae_folder: Path) ->
         ({"norm_num_groups": 3}, "num_channels"),
     ],
 )
-def test_a_hostile_vae_configuration_is_one_line(
-    vae_folder: Path, changes: dict[str, object], message: str
-) -> None:
+def test_a_hostile_vae_configuration_is_one_line(vae_folder: Path, changes: dict[str, object], message: str) -> None:
     path = vae_folder / "config.json"
     edit(path, **changes)
     error = error_of(vae_folder)
@@ -163,9 +159,7 @@ def test_a_hostile_vae_configuration_is_one_line(
         ({"attention_head_dim": 7}, "is not a multiple of heads 7"),
     ],
 )
-def test_a_hostile_unet_configuration_is_one_line(
-    tmp_path: Path, changes: dict[str, object], message: str
-) -> None:
+def test_a_hostile_unet_configuration_is_one_line(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     write_config(MINI.content, tmp_path)
     edit(tmp_path / "config.json", **changes)
     error = error_of(tmp_path, UNet)
@@ -174,9 +168,7 @@ def test_a_hostile_unet_configuration_is_one_line(
 
 @pytest.mark.parametrize("part", ["config.json", "diffusion_pytorch_model.safetensors"])
 @pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder", "a link to itself"])
-def test_what_is_no_file_is_refused_and_nothing_waits_for_it(
-    vae_folder: Path, part: str, kind: str
-) -> None:
+def test_what_is_no_file_is_refused_and_nothing_waits_for_it(vae_folder: Path, part: str, kind: str) -> None:
     path = vae_folder / part
     path.unlink()
     if kind == "a pipe":
@@ -250,9 +242,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path, dtype
     shapes |= {f"{i}.bias": (width if i < 16 else 9 * width,) for i in range(32)}
     state = {name: torch.full(shape, 0.5, dtype=torch.float16) for name, shape in shapes.items()}
     save_file(state, tmp_path / "model.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, tmp_path, dtype], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", LOAD, tmp_path, dtype], capture_output=True, text=True, check=True)
     share, right = done.stdout.split()
     assert right == "True"
     assert float(share) < 1.2
@@ -314,9 +304,7 @@ def test_a_hash_of_much_is_kept_until_a_file_changes(tmp_path, tiny_model, monke
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)
 @given(changes=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=9)), min_size=1, max_size=4))
 def test_any_bytes_are_weights_or_one_line(
-    tiny_model: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    changes: list[tuple[float, bytes]],
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[float, bytes]]
 ) -> None:
     folder = tmp_path_factory.mktemp("weights")
     shutil.copy(tiny_model / "vae" / "config.json", folder)

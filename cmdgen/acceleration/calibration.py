@@ -97,10 +97,7 @@ class Measurement:
         self.rows, self.power = 0, 0.0
 
     def add(
-        self,
-        network: Network,
-        sample: Callable[[Predict], Tensor],
-        on_run: Callable[[], object] = lambda: None,
+        self, network: Network, sample: Callable[[Predict], Tensor], on_run: Callable[[], object] = lambda: None
     ) -> Tensor:
         """`sample` runs the sampler on a predictor, from the same noise each time -> (B, C, ...).
 
@@ -217,9 +214,7 @@ def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeyS
     budgets: dict[str, int | None] = {"content": None, "motion": None}
     if request.rehash is not None:
         if not 1 <= request.rehash <= model.steps:
-            raise ValueError(
-                f"rehash {request.rehash} is not between 1 and the {model.steps} steps"
-            )
+            raise ValueError(f"rehash {request.rehash} is not between 1 and the {model.steps} steps")
         # halves are rounded up; the first step and the last one run
         share = (2 * request.rehash * model.motion_steps + model.steps) // (2 * model.steps)
         budgets |= {"content": request.rehash, "motion": min(max(share, 2), model.motion_steps)}

@@ -61,8 +61,7 @@ def _one_line(device: str, *others: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         raise ValueError(
-            f"torch.compile fails on {device}: {_reason(error)}; it needs {_TOOLS[device]} and "
-            "Python's headers"
+            f"torch.compile fails on {device}: {_reason(error)}; it needs {_TOOLS[device]} and Python's headers"
         ) from error
 
 

@@ -72,10 +72,7 @@ def uniform(steps: int, budget: int, *, protected: int = 1) -> tuple[int, ...]:
     _check_budget(steps, budget, protected)
     more, left = budget - protected, steps - protected
     # halves are rounded up
-    return (
-        *range(protected),
-        *(protected - 1 + (2 * i * left + more) // (2 * more) for i in range(1, more + 1)),
-    )
+    return (*range(protected), *(protected - 1 + (2 * i * left + more) // (2 * more) for i in range(1, more + 1)))
 
 
 def minimax(errors: Map, budget: int, *, protected: int = 1) -> tuple[int, ...]:
@@ -95,9 +92,7 @@ def minimax(errors: Map, budget: int, *, protected: int = 1) -> tuple[int, ...]:
         for step in range(protected, steps):
             before = [i for i in paths if i < step]
             if before:
-                longer[step] = min(
-                    (_insert(paths[i][0], errors[i][step]), (*paths[i][1], step)) for i in before
-                )
+                longer[step] = min((_insert(paths[i][0], errors[i][step]), (*paths[i][1], step)) for i in before)
         paths = longer
     return min((_insert(path[0], errors[i][steps]), path[1]) for i, path in paths.items())[1]
 

@@ -51,9 +51,7 @@ class LiveBytes(TorchDispatchMode):
         # torch would import its compiler, which takes a second, to keep it out of here
         return False
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = _evaluate(function, args, kwargs)
         # torch keeps the Python object of a storage for as long as the storage lives
@@ -74,9 +72,7 @@ class LiveBytes(TorchDispatchMode):
 class FusedAttention(TorchFunctionMode):
     """Attention as libraries run it, without scores of long rows; the meta device has none."""
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
             return plain_attention(*args) if is_short(args[0]) else torch.empty_like(args[0])
         return function(*args, **(kwargs or {}))

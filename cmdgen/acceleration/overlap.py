@@ -9,9 +9,7 @@ from torch import Tensor
 class Pending:
     """A tensor on its way to the CPU; `on_ready` gets it once, when it has arrived."""
 
-    def __init__(
-        self, result: Tensor, copied: torch.cuda.Event | None, on_ready: Callable[[Tensor], None]
-    ) -> None:
+    def __init__(self, result: Tensor, copied: torch.cuda.Event | None, on_ready: Callable[[Tensor], None]) -> None:
         self.result, self.copied, self.on_ready = result, copied, on_ready
         if copied is None:
             on_ready(result)

@@ -96,9 +96,7 @@ class Rehash:
         return self.network.resume(self.feature, x, time, *conditions)
 
 
-def rehash(
-    network: CutUNet | CutDiT, full: Collection[int], graphed: Callable[..., Callable[..., Any]]
-) -> Rehash:
+def rehash(network: CutUNet | CutDiT, full: Collection[int], graphed: Callable[..., Callable[..., Any]]) -> Rehash:
     """Return a denoiser that runs `full` steps in full and reuses features in the others.
 
     `graphed` makes a function faster; its first argument tells functions apart.

@@ -24,9 +24,7 @@ from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
 
 
-def encode_clip(
-    autoencoder: CmdAutoencoder, frames: Tensor, slices: Slices
-) -> tuple[Tensor, Tensor]:
+def encode_clip(autoencoder: CmdAutoencoder, frames: Tensor, slices: Slices) -> tuple[Tensor, Tensor]:
     """(B, C, T, H, W) -> content (B, C, H, W), motion (B, K, T, W' + H'): `encode`, no gradients.
 
     What is before and after the blocks is a small part of them, and is not cut.
@@ -37,9 +35,7 @@ def encode_clip(
     return autoencoder.summarise(frames, tokens)
 
 
-def decode_clip(
-    autoencoder: CmdAutoencoder, content: Tensor, motion: Tensor, slices: Slices
-) -> Tensor:
+def decode_clip(autoencoder: CmdAutoencoder, content: Tensor, motion: Tensor, slices: Slices) -> Tensor:
     """(B, C, H, W), (B, K, T, W' + H') -> (B, C, T, H, W): `decode`, without gradients."""
     patch, width = autoencoder.config.patch, autoencoder.config.width
     rows, columns = (side // patch for side in content.shape[-2:])
@@ -52,9 +48,7 @@ def decode_clip(
     return autoencoder.output(tokens, rows).to(content.dtype)
 
 
-def _transform(
-    autoencoder: CmdAutoencoder, blocks: nn.ModuleList, tokens: Tensor, rows: int, slices: Slices
-) -> None:
+def _transform(autoencoder: CmdAutoencoder, blocks: nn.ModuleList, tokens: Tensor, rows: int, slices: Slices) -> None:
     """(T, B, N, D), in place: the blocks' operators, of one axis after those of the other."""
     time, space = autoencoder.rotations(tokens, rows)
     by_position, by_frame = tokens.flatten(1, 2), tokens.flatten(0, 1)
@@ -149,19 +143,14 @@ class Moments:
         mean = means.mean(dim=2, keepdim=True)
         variances = self.squares.unflatten(1, (norm.num_groups, -1)) / self.count
         variance = (variances + (means - mean) ** 2).mean(dim=2, keepdim=True)
-        weight, bias = (
-            each.unflatten(0, (norm.num_groups, -1))[:, :, None, None]
-            for each in (norm.weight, norm.bias)
-        )
+        weight, bias = (each.unflatten(0, (norm.num_groups, -1))[:, :, None, None] for each in (norm.weight, norm.bias))
         scale = weight / (variance + norm.eps).sqrt()
         return scale.flatten(1, 2), (bias - mean * scale).flatten(1, 2)
 
 
 def _run_blocks(blocks: nn.ModuleList, x: Strips, moments: Moments) -> Moments:
     """Strips, in place, and their moments -> the result's moments."""
-    for layer in (
-        layer for block in blocks for part in block.children() for layer in part.children()
-    ):
+    for layer in (layer for block in blocks for part in block.children() for layer in part.children()):
         if isinstance(layer, ResnetBlock):
             moments = _run_resnet(layer, x, moments)
         else:
@@ -212,9 +201,7 @@ def _run_upsampler(conv: nn.Conv2d, x: Strips) -> Moments:
     return moments
 
 
-def _windows(
-    strips: Strips, affine: Affine | None = None, *, consume: bool = False
-) -> Iterator[Tensor]:
+def _windows(strips: Strips, affine: Affine | None = None, *, consume: bool = False) -> Iterator[Tensor]:
     """Yield each strip with a row of its neighbours, normalised and activated.
 
     A strip may change once its window is there; windows may also `consume` the strips.
@@ -227,9 +214,7 @@ def _windows(
         above = last_row
 
 
-def _window(
-    strips: Strips, i: int, above: Tensor | None, affine: Affine | None, consume: bool
-) -> Tensor:
+def _window(strips: Strips, i: int, above: Tensor | None, affine: Affine | None, consume: bool) -> Tensor:
     """(B, C, R, W) -> (B, C, R + 2, W) of strip i; beyond the map there are zeros."""
     # padded in channels_last
     window = F.pad(strips[i].permute(0, 2, 3, 1), (0, 0, 0, 0, 1, 1)).permute(0, 3, 1, 2)

@@ -84,16 +84,12 @@ def _show_version(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-_VERSION = typer.Option(
-    "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
-)
+_VERSION = typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
 
 
 @app.callback()
 @expand
-def _options(
-    context: typer.Context, defaults: Defaults, version: Annotated[bool, _VERSION] = False
-) -> None:
+def _options(context: typer.Context, defaults: Defaults, version: Annotated[bool, _VERSION] = False) -> None:
     """Make short videos from text prompts.
 
     One diffusion model samples a content frame, another one motion latents; a decoder makes them a

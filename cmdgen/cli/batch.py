@@ -43,8 +43,7 @@ class Batching:
     """Options of `cmdgen sample` that hold for all jobs."""
 
     file: str | None = _path(
-        "Read a prompt, or a JSON object of options, from each line; - is stdin.",
-        flags=("--file", "-f"),
+        "Read a prompt, or a JSON object of options, from each line; - is stdin.", flags=("--file", "-f")
     )
     num: int = _count("Clips of each prompt. Seeds count up from --seed.", high=100_000)
     batch: int = _count("Clips per forward pass; only rounding differs.", high=1024)
@@ -147,16 +146,13 @@ class Batch:
         if self.total == 1:
             return
         if encoding.format not in STREAMS:
-            raise ValueError(
-                f"several clips cannot go to stdout as {encoding.format}: use {', '.join(STREAMS)}"
-            )
+            raise ValueError(f"several clips cannot go to stdout as {encoding.format}: use {', '.join(STREAMS)}")
         shape = plan.model.size, plan.model.fps, encoding
         self.shape = self.shape or shape
         if self.shape != shape:
             size, fps, _ = self.shape
             raise ValueError(
-                f"not as the first clip on stdout, {write_size(size)} at {fps} frames a second and "
-                "encoded alike"
+                f"not as the first clip on stdout, {write_size(size)} at {fps} frames a second and encoded alike"
             )
 
     def _check_name(self, job: Job) -> None:

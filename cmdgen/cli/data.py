@@ -16,11 +16,7 @@ from cmdgen.request import MACHINE, Request
 from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
 
-app = typer.Typer(
-    cls=Group,
-    no_args_is_help=True,
-    help="Look at the clips that models learn from; encode them once.",
-)
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at the clips that models learn from; encode them once.")
 
 # what a preview may change in a world
 _NARROWED = ("seed", "subjects", "motions", "scenes", "font")
@@ -31,22 +27,16 @@ class Sheet:
     """Options of a contact sheet."""
 
     output: Path = option(MISSING, "The PNG to write.", flags=("--output", "-o"))
-    data: str = option(
-        "world", f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.", complete="world"
-    )
+    data: str = option("world", f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.", complete="world")
     count: int = option(12, "Clips, one a row.", low=1, high=200)
     columns: int = option(8, "Frames of each clip.", low=1, high=16)
-    size: Size = option(
-        (128, 128), "Size of a frame.", metavar="WIDTHxHEIGHT", read=parse_size, write=write_size
-    )
+    size: Size = option((128, 128), "Size of a frame.", metavar="WIDTHxHEIGHT", read=parse_size, write=write_size)
     split: str = option("train", "train, or test: held out.", choices=("train", "test"))
 
     def __post_init__(self) -> None:
         read_fields(self)
         if not all(16 <= side <= 1024 for side in self.size):
-            raise ValueError(
-                f"size {write_size(self.size)}: both sides must be between 16 and 1024"
-            )
+            raise ValueError(f"size {write_size(self.size)}: both sides must be between 16 and 1024")
         folder = self.output.absolute().parent
         if not folder.is_dir():
             raise ValueError(f"folder {folder} does not exist")
@@ -82,16 +72,10 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)]) -> Non
 class Latents:
     """Options of latents that many runs share."""
 
-    output: Path = option(
-        MISSING, "Folder of the latents; it may hold several sets.", flags=("--output", "-o")
-    )
+    output: Path = option(MISSING, "Folder of the latents; it may hold several sets.", flags=("--output", "-o"))
     vae: Path = option(MISSING, "Model folder with the vae/ that training gets.")
-    clips: int | None = option(
-        None, "Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world"
-    )
-    held_out: int | None = option(
-        None, "Clips to evaluate on.", low=1, shown="as many as for `cmdgen train`"
-    )
+    clips: int | None = option(None, "Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world")
+    held_out: int | None = option(None, "Clips to evaluate on.", low=1, shown="as many as for `cmdgen train`")
     threads: int | None = option(None, "CPU threads.", low=1, group=MACHINE)
 
     def __post_init__(self) -> None:

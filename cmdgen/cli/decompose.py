@@ -26,18 +26,10 @@ if TYPE_CHECKING:
 
 LATENTS, PICTURE = Encoding("safetensors"), Encoding("png")
 
-Video = Annotated[
-    Path, typer.Argument(metavar="VIDEO", help="Any video; a picture is a still video.")
-]
-LatentsFile = Annotated[
-    Path, typer.Argument(metavar="LATENTS", help="A .safetensors of `cmdgen encode`.")
-]
-Content = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Also write the content frame, to a .png.")
-]
-SideBySide = Annotated[
-    bool, typer.Option("--side-by-side", help="Show the input and the content frame on the left.")
-]
+Video = Annotated[Path, typer.Argument(metavar="VIDEO", help="Any video; a picture is a still video.")]
+LatentsFile = Annotated[Path, typer.Argument(metavar="LATENTS", help="A .safetensors of `cmdgen encode`.")]
+Content = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the content frame, to a .png.")]
+SideBySide = Annotated[bool, typer.Option("--side-by-side", help="Show the input and the content frame on the left.")]
 Quiet = Annotated[Say, Only(("quiet", "as_json"))]
 _MACHINE = ("model", "max_memory", "device", "dtype")
 Machine = Annotated[Request, Only(_MACHINE)]
@@ -54,9 +46,7 @@ class Output:
     overwrite: bool = option(False, "Replace existing files.")
 
 
-def encode(
-    video: Video, output: Output, request: Taken, say: Quiet, content: Content = None
-) -> None:
+def encode(video: Video, output: Output, request: Taken, say: Quiet, content: Content = None) -> None:
     """Turn a video into content frame and motion latents.
 
     The .safetensors file holds both: content, the scaled VAE latents of one picture, and motion, as
@@ -117,9 +107,7 @@ def decode(latents: LatentsFile, output: Output, request: Machine, say: Quiet) -
     _report(output, halves.metadata, say)
 
 
-def reconstruct(
-    video: Video, output: Output, request: Taken, say: Quiet, side_by_side: SideBySide = False
-) -> None:
+def reconstruct(video: Video, output: Output, request: Taken, say: Quiet, side_by_side: SideBySide = False) -> None:
     """Encode a video, decode it and compare.
 
     This shows what a content frame and motion latents can hold.
@@ -188,9 +176,7 @@ def _load(request: Request) -> "tuple[CmdPipeline, Plan]":
     return pipeline, plan
 
 
-def _take_apart(
-    video: Path, pipeline: "CmdPipeline", plan: "Plan", say: Say
-) -> "tuple[np.ndarray, Latents]":
+def _take_apart(video: Path, pipeline: "CmdPipeline", plan: "Plan", say: Say) -> "tuple[np.ndarray, Latents]":
     """Return a video's frames as the model sees them, and their latents."""
     from cmdgen.latents import describe_origin
 

@@ -33,9 +33,7 @@ Result = tuple[dict[str, Any], str]
 
 
 def doctor(
-    context: typer.Context,
-    machine: Annotated[Request, Only(("device",))],
-    say: Annotated[Say, Only(("as_json",))],
+    context: typer.Context, machine: Annotated[Request, Only(("device",))], say: Annotated[Say, Only(("as_json",))]
 ) -> None:
     """Check devices, ffmpeg, kernels and the default model.
 

@@ -47,10 +47,7 @@ def exit_code(error: Exception) -> int:
 
 def printable(text: str) -> str:
     """Escape control characters and lone surrogates."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def describe(error: Exception) -> str:

@@ -12,9 +12,7 @@ from cmdgen.world.config import MINI_WORLD
 
 
 def evaluate(
-    options: Evaluation,
-    request: Annotated[Request, Only(("device",))],
-    say: Annotated[Say, Only(("as_json", "quiet"))],
+    options: Evaluation, request: Annotated[Request, Only(("device",))], say: Annotated[Say, Only(("as_json", "quiet"))]
 ) -> None:
     """Measure a model on what training never showed.
 

@@ -144,10 +144,7 @@ def _lay_out(rows: Rows, column: int, width: int) -> list[str]:
             # on one line
             notes = notes.replace(" ", "\xa0")
         filled = _fill(
-            meaning + bracket + notes,
-            width,
-            initial_indent=start.ljust(column),
-            subsequent_indent=" " * column,
+            meaning + bracket + notes, width, initial_indent=start.ljust(column), subsequent_indent=" " * column
         )
         lines.append(filled.replace("\xa0", " "))
     return lines

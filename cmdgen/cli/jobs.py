@@ -149,9 +149,7 @@ def _read_lines(file: IO[bytes]) -> Iterator[bytes | ValueError]:
         rest, size = text, len(text)
         while size > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
             if size > MAX_SKIPPED_BYTES:
-                yield ValueError(
-                    f"goes on for more than {MAX_SKIPPED_BYTES} bytes: nothing after it is read"
-                )
+                yield ValueError(f"goes on for more than {MAX_SKIPPED_BYTES} bytes: nothing after it is read")
                 return
             rest = file.readline(MAX_LINE_BYTES)
             size += len(rest)
@@ -178,9 +176,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return values
 
 
-def make_jobs(
-    entries: Iterable[Entry | None], request: Request, *, num: int
-) -> Iterator[Job | Refused | None]:
+def make_jobs(entries: Iterable[Entry | None], request: Request, *, num: int) -> Iterator[Job | Refused | None]:
     """Yield `num` jobs for each entry; `request` has the values that an entry does not set."""
     index = 1
     for entry in entries:

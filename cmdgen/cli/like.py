@@ -52,11 +52,7 @@ def recall(path: Path, metadata: Mapping[str, Any], request: Request, flags: set
     try:
         values, dropped = _translate(metadata), set(flags)
         # seeds that are the clip's own follow --seed
-        dropped |= {
-            name
-            for name in ("content_seed", "motion_seed")
-            if values.get(name) == values.get("seed")
-        }
+        dropped |= {name for name in ("content_seed", "motion_seed") if values.get(name) == values.get("seed")}
         if values.get("format") != target:
             dropped |= _ENCODING
         # a picture shows one frame of its clip
@@ -83,9 +79,7 @@ def recall(path: Path, metadata: Mapping[str, Any], request: Request, flags: set
         raise ValueError(f"{path}: {error}") from error
 
 
-def compare(
-    path: Path, metadata: Mapping[str, Any], pipeline: "StillPipeline", *, chosen: bool
-) -> Iterator[str]:
+def compare(path: Path, metadata: Mapping[str, Any], pipeline: "StillPipeline", *, chosen: bool) -> Iterator[str]:
     """Yield a note for each difference from when the file was made.
 
     Raises ValueError for other weights, unless the user has `chosen` the model.

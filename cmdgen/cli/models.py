@@ -105,14 +105,10 @@ def show(model: Annotated[str, _NAME], say: AsJson) -> None:
 class Init:
     """Options of `cmdgen models init`."""
 
-    preset: str = option(
-        MISSING, "Shape of the model.", choices=tuple(PRESETS), argument=True, metavar="PRESET"
-    )
+    preset: str = option(MISSING, "Shape of the model.", choices=tuple(PRESETS), argument=True, metavar="PRESET")
     output: Path = option(MISSING, "The folder to write.", flags=("--output", "-o"))
     seed: int = option(0, "Same seed, same weights.", low=0, high=2**63 - 1)
-    dtype: str = option(
-        "float16", "Type of the weights.", choices=("float32", "float16", "bfloat16")
-    )
+    dtype: str = option("float16", "Type of the weights.", choices=("float32", "float16", "bfloat16"))
 
     def __post_init__(self) -> None:
         read_fields(self)
@@ -139,9 +135,7 @@ def init(options: Init) -> None:
 
 
 @app.command(cls=Command)
-def pull(
-    repository: Annotated[str, _REPOSITORY], output: Annotated[Path | None, _COPY] = None
-) -> None:
+def pull(repository: Annotated[str, _REPOSITORY], output: Annotated[Path | None, _COPY] = None) -> None:
     """Download a model from the Hugging Face hub and print its folder.
 
     Takes configurations, tokenizer and safetensors files, into the hub's cache (HF_HOME). HF_TOKEN

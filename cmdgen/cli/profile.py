@@ -21,10 +21,7 @@ Rows = Sequence[dict[str, Any]]
 # what each mode measures, and the options that it reads
 MODES = {
     "paper": ("--paper counts the paper's own model", ()),
-    "decoding": (
-        "--decoding decodes with the paper's own model",
-        ("size", "runs", "device", "dtype"),
-    ),
+    "decoding": ("--decoding decodes with the paper's own model", ("size", "runs", "device", "dtype")),
     "suite": (
         "--suite measures ways to make one clip",
         ("model", "size", "steps", "runs", "device", "dtype", "compile"),
@@ -264,8 +261,7 @@ def _stage_lines(record: dict[str, Any]) -> list[str]:
     ]
     return [
         *(f"{title}, batch {record['batch']}", machine),
-        f"measured limits: matmul {matmul / per_matmul:.1f} {flops}FLOP/s, "
-        f"copy {copy / per_copy:.1f} {byte}B/s",
+        f"measured limits: matmul {matmul / per_matmul:.1f} {flops}FLOP/s, copy {copy / per_copy:.1f} {byte}B/s",
         *("", *table(zip(*cost, strict=True)), "", *table(zip(*work, strict=True)), ""),
         NOTES.format(**record),
     ]
@@ -332,12 +328,4 @@ def _paper_lines(tables: dict[str, Any]) -> list[str]:
     total = sum(tables["stages"].values())
     stages = [(stage, f"{x:.2f}", f"{x / total:.1%}") for stage, x in tables["stages"].items()]
     heading = "Where the operations of 50 steps are"
-    return [
-        *lines,
-        "",
-        heading,
-        "",
-        *table([("", "operations", "share"), *stages]),
-        "",
-        PAPER_NOTES,
-    ]
+    return [*lines, "", heading, "", *table([("", "operations", "share"), *stages]), "", PAPER_NOTES]

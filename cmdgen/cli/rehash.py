@@ -16,9 +16,7 @@ from cmdgen.files import read_text
 from cmdgen.request import Request
 from cmdgen.world.config import MINI_WORLD
 
-app = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Calibrate step rehash; compare it with fewer steps."
-)
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Calibrate step rehash; compare it with fewer steps.")
 
 # captions of the rendered world, where no others are given
 CAPTIONS = 6
@@ -60,9 +58,7 @@ def calibrate(
         if not 2 <= count <= MAX_STEPS:
             raise ValueError(f"{part} in {count} steps: between 2 and {MAX_STEPS} are searched")
     with on_the_way("ask for a smaller --batch or --size"), say.progress() as show:
-        measured = rehash.calibrate(
-            *(pipeline, plan, prompts), protect=options.protect, batch=options.batch, show=show
-        )
+        measured = rehash.calibrate(*(pipeline, plan, prompts), protect=options.protect, batch=options.batch, show=show)
     write_calibrations(target, name, measured)
     if options.plot is not None:
         draw_similarity(options.plot, measured, name)

@@ -80,9 +80,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
         raise ValueError("--skip-existing with random seeds in names finds nothing: give --seed")
     from cmdgen.pipelines.load import load_pipeline
 
-    pipeline = load_pipeline(
-        request.model, device=request.device, dtype=request.dtype, compile=request.compile
-    )
+    pipeline = load_pipeline(request.model, device=request.device, dtype=request.dtype, compile=request.compile)
     if not jobs.dry_run:
         if request.compile:
             say.note("the first step waits for the compiler, for minutes the first time")

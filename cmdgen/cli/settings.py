@@ -41,8 +41,7 @@ class Defaults:
 
     config: Path | None = option(
         None,
-        "Read default values of options from this TOML file: a table for each command, such as "
-        "[sample].",
+        "Read default values of options from this TOML file: a table for each command, such as [sample].",
         metavar="FILE",
         shown="config.toml in the folder that `cmdgen doctor` names",
         complete="file",

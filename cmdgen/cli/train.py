@@ -18,9 +18,7 @@ from cmdgen.options import option, options_of, read_fields
 from cmdgen.request import Request
 from cmdgen.training.config import DATA, PRESET, Shared, Start, build_model, recipe
 
-app = typer.Typer(
-    cls=Group, no_args_is_help=True, help="Train a model, stage by stage, in one folder."
-)
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Train a model, stage by stage, in one folder.")
 _SUMMARIES = {
     "vae": "Frames to latents and back, learned on single frames.",
     "autoencoder": "Clips of latents to content frame and motion latents, and back. Needs vae.",
@@ -89,9 +87,7 @@ for _stage, _help in _SUMMARIES.items():
     app.command(_stage, cls=Command, help=_HELP.format(_help, stage=_stage))(_command(_stage))
 
 
-def _train(
-    stage: str, start: Start, shared: Shared, settings: dict[str, Any], device_name: str, say: Say
-) -> None:
+def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], device_name: str, say: Say) -> None:
     started = time.monotonic()
     _check_gate(stage, start, shared)
 
@@ -154,9 +150,7 @@ class Export:
 
     run: Path = option(MISSING, "Folder of the run.", argument=True, metavar="RUN")
     target: Path = option(MISSING, "Folder to write.", argument=True, metavar="TARGET")
-    dtype: str = option(
-        "float16", "Type of the weights.", choices=("float32", "float16", "bfloat16")
-    )
+    dtype: str = option("float16", "Type of the weights.", choices=("float32", "float16", "bfloat16"))
 
     def __post_init__(self) -> None:
         read_fields(self)

@@ -30,7 +30,5 @@ class ClipSource(Protocol):
     def captions(self, indices: Indices, variant: int = 0) -> list[str]:
         """Return one caption each, fast; another variant may phrase it differently."""
 
-    def render(
-        self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0
-    ) -> Clips:
+    def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0) -> Clips:
         """(B,) -> clips of `size`, drawn or read."""

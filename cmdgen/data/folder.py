@@ -68,9 +68,7 @@ class Folder:
         texts = [self._captions[i] for i in torch.as_tensor(indices).tolist()]
         return [choices[variant % len(choices)] for choices in texts]
 
-    def render(
-        self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0
-    ) -> Clips:
+    def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0) -> Clips:
         """(B,) -> clips of `size` (height, width): the middle of every frame, resized."""
         chosen = [self._files[i] for i in torch.as_tensor(indices).tolist()]
         clips = torch.stack([_read(file, size, frames) for file in chosen])

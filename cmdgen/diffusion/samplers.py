@@ -116,10 +116,7 @@ def dpm_solver_pp(
         if previous is not None:
             earlier, earlier_log_snr = previous
             target = x0 + stride / (log_snr - earlier_log_snr) / 2 * (x0 - earlier)
-        x = (
-            math.sqrt((1 - after) / (1 - alpha)) * x
-            - math.sqrt(after) * math.expm1(-stride) * target
-        )
+        x = math.sqrt((1 - after) / (1 - alpha)) * x - math.sqrt(after) * math.expm1(-stride) * target
         previous = x0, log_snr
     return x
 
@@ -140,9 +137,7 @@ SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp}
 VISITED = {"ddim": timesteps, "ddpm": timesteps, "dpm++": solver_timesteps}
 
 
-def _walk(
-    config: NoiseConfig, visited: Tensor, end: float, on_step: OnStep
-) -> Iterator[tuple[int, float, float]]:
+def _walk(config: NoiseConfig, visited: Tensor, end: float, on_step: OnStep) -> Iterator[tuple[int, float, float]]:
     """(steps,) -> each timestep, its signal power, and the next one's, which is `end` at last."""
     steps = visited.tolist()
     powers = [*alphas_cumprod(config)[visited].tolist(), end]

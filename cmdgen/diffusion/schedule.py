@@ -56,9 +56,7 @@ def velocity(x0: Tensor, noise: Tensor, alpha: Tensor | float) -> Tensor:
     return signal * noise - deviation * x0
 
 
-def to_x0_eps(
-    prediction: Tensor, sample: Tensor, alpha: Tensor | float, prediction_type: str
-) -> tuple[Tensor, Tensor]:
+def to_x0_eps(prediction: Tensor, sample: Tensor, alpha: Tensor | float, prediction_type: str) -> tuple[Tensor, Tensor]:
     """(B, C, ...), (B, C, ...) -> clean sample, noise: what a prediction says of both."""
     signal, deviation = _amplitudes(alpha, sample)
     prediction = prediction.to(sample.dtype)
@@ -69,9 +67,7 @@ def to_x0_eps(
     return x0, signal * prediction + deviation * sample
 
 
-def ddim_weights(
-    alpha: float, after: float, prediction_type: str, *, sigma: float = 0.0
-) -> tuple[float, float]:
+def ddim_weights(alpha: float, after: float, prediction_type: str, *, sigma: float = 0.0) -> tuple[float, float]:
     """() -> keep, move: a DDIM step is `keep * sample + move * prediction`, and `sigma` of noise.
 
     Eq. 12 of Song et al. 2021 (arXiv:2010.02502), from signal power `alpha` to `after`.

@@ -44,10 +44,7 @@ def estimate(plan: Plan, dtype: torch.dtype, limits: Limits, *, batch: int = 1) 
         flops=sum(stage.flops for stage in work.values()),
         weights=work["load"].weight_bytes,
         activations=estimate_activations(plan, dtype, batch=batch),
-        seconds=sum(
-            max(stage.flops / speed, stage.bytes_read / limits.bytes_per_second)
-            for stage in work.values()
-        ),
+        seconds=sum(max(stage.flops / speed, stage.bytes_read / limits.bytes_per_second) for stage in work.values()),
     )
 
 
@@ -71,9 +68,7 @@ def find_fitting(pipeline: StillPipeline, request: Request, memory: int) -> Requ
     model = pipeline.plan(request).model
     multiple, least = model.size_multiple, 1 if model.motion is None else model.motion.patch
     for part in (1, 2, 4):
-        height, width = (
-            max(1, side // part // multiple) * multiple for side in (model.height, model.width)
-        )
+        height, width = (max(1, side // part // multiple) * multiple for side in (model.height, model.width))
         for share in (1, 2, 4) if model.frames > 1 else (1,):
             frames = max(1, model.frames // share // least) * least if share > 1 else model.frames
             smaller = replace(request, size=(height, width), frames=frames, max_memory=memory)

@@ -197,9 +197,7 @@ def _list_forwards(model: ModelConfig) -> dict[str, Forward]:
         "content": Forward(unet, lambda: unet(still, time, states)),
         "content time": Forward(unet, lambda: unet.project_time(time)),
         "content text": Forward(unet, lambda: unet.project_text(states)),
-        **_steps(
-            "content", CutUNet(unet), still, unet.project_time(time), *unet.project_text(states)
-        ),
+        **_steps("content", CutUNet(unet), still, unet.project_time(time), *unet.project_text(states)),
         "VAE decode": Forward(vae, lambda: vae.decode(still)),
     }
     if model.frames == 1 or not {"autoencoder", "motion"} <= networks.keys():
@@ -247,10 +245,7 @@ def list_uses(plan: Plan, *, batch: int = 1) -> dict[str, list[Use]]:
         texts = batch + branches - 1
         full = steps if plan.key_steps is None else len(getattr(plan.key_steps, part))
         # what all steps share: samples of the condition and of the timesteps
-        condition, samples, times = {
-            "content": ("text", texts, steps),
-            "motion": ("place", batch, steps * texts),
-        }[part]
+        condition, samples, times = {"content": ("text", texts, steps), "motion": ("place", batch, steps * texts)}[part]
         projections = ceil(steps / TIMESTEPS_TOGETHER)
         uses[part] = [
             Use(forwards[f"{part} step"], batch * branches * full, full),
@@ -272,9 +267,7 @@ def count_work(plan: Plan, dtype: torch.dtype, *, batch: int = 1) -> dict[str, W
     model = plan.model
     stages = list_uses(plan, batch=batch)
     loaded = [
-        tensor
-        for network in build_networks(model).values()
-        for tensor in network.state_dict(keep_vars=True).values()
+        tensor for network in build_networks(model).values() for tensor in network.state_dict(keep_vars=True).values()
     ]
     weights = sum(tensor.numel() for tensor in loaded) * dtype.itemsize
     # a still is RGB; of a video, the planes of colour have half the height and width
@@ -295,8 +288,7 @@ def _count_stage(uses: list[Use], dtype: torch.dtype) -> Work:
         weight_bytes=sum(tensor.numel() for tensor in read) * dtype.itemsize,
         forwards=sum(use.runs for use in uses if not use.shared),
         flops=sum(use.samples * use.forward.count.flops for use in uses),
-        bytes_read=sum(use.runs * sum(use.forward.count.reads.values()) for use in uses)
-        * dtype.itemsize,
+        bytes_read=sum(use.runs * sum(use.forward.count.reads.values()) for use in uses) * dtype.itemsize,
     )
 
 
@@ -328,8 +320,7 @@ def compare_with_paper(model: ModelConfig = CMD_SD21) -> dict[str, Any]:
     return {
         "model": model.name,
         "table_8": [
-            {"label": label, "published": published, **add_up(square, label)}
-            for label, published in TABLE_8.items()
+            {"label": label, "published": published, **add_up(square, label)} for label, published in TABLE_8.items()
         ],
         "table_9": [
             {

@@ -80,9 +80,7 @@ class Readings:
         """Return the per cent named correctly of each class that occurs."""
         hits, labels = torch.cat(self._hits[head]).double(), torch.cat(self._labels[head])
         names = getattr(self.probe.config, head)
-        return {
-            names[label]: 100 * float(hits[labels == label].mean()) for label in labels.unique()
-        }
+        return {names[label]: 100 * float(hits[labels == label].mean()) for label in labels.unique()}
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,7 @@ class Evaluator:
             done += len(rows)
             self.show(stage, done, len(indices))
 
-    def sample(
-        self, plan: Plan, rows: Tensor, seed: int, watch: Stopwatch | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, plan: Plan, rows: Tensor, seed: int, watch: Stopwatch | None = None) -> tuple[Tensor, Tensor]:
         """(B,) indices of clips -> uint8 (B, T, 3, H, W), (B, 3, H, W): of their captions."""
         captions = self.world.captions(rows)
         plans = [vary(plan, caption, seed + i) for i, caption in enumerate(captions)]
@@ -177,14 +173,10 @@ class Evaluator:
                 if target is None:
                     target, reason = mean + _ABOVE_MEAN_FRAME, f"mean frame + {_ABOVE_MEAN_FRAME:g}"
                 beside = {"mean frame": mean, "VAE": psnr["vae"]} if name != "vae" else {}
-                figures.append(
-                    Figure(key, f"{label} PSNR{where}", value, "dB", beside, target, reason=reason)
-                )
+                figures.append(Figure(key, f"{label} PSNR{where}", value, "dB", beside, target, reason=reason))
         return figures, rebuilt
 
-    def measure_generation(
-        self, options: Evaluation, rebuilt: Readings
-    ) -> tuple[list[Figure], dict[str, object]]:
+    def measure_generation(self, options: Evaluation, rebuilt: Readings) -> tuple[list[Figure], dict[str, object]]:
         """Read what the probe names, and how far its features are from those of real clips."""
         model, count = self.pipeline.config, options.clips
         indices = self.world.indices("test", 2 * count)
@@ -233,9 +225,7 @@ def load_evaluator(model: str, device: str, probe: Path | None = None, *, show: 
     pipeline = load_pipeline(model, device=device)
     folder = probe or PACKAGED
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no probe in {folder}: make one by `cmdgen eval --train-probe FOLDER`"
-        )
+        raise FileNotFoundError(f"no probe in {folder}: make one by `cmdgen eval --train-probe FOLDER`")
     if not isinstance(pipeline, CmdPipeline):
         raise ValueError(f"{pipeline.config.name} makes stills: videos alone are measured")
     reader = Probe.from_pretrained(folder).to(pipeline.device)

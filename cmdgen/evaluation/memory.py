@@ -29,9 +29,7 @@ def measure_memory(device: torch.device) -> Memory:
         # not Linux
         pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
         return Memory(pages * os.sysconf("SC_PAGE_SIZE") if pages else 0, None)
-    sizes = {
-        name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)
-    }
+    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)}
     total, free = sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"])
     for limit, used in _limits():
         total, free = min(total, limit), max(0, min(free, limit - used))

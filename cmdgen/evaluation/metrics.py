@@ -104,9 +104,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     unbiased covariances and no shrinkage. Finite sets bias it upwards: only equal sizes compare.
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(
-            f"feature sets {tuple(a.shape)} and {tuple(b.shape)} are not (N, D) and (M, D)"
-        )
+        raise ValueError(f"feature sets {tuple(a.shape)} and {tuple(b.shape)} are not (N, D) and (M, D)")
     if min(len(a), len(b)) < 2:
         raise ValueError(f"{min(len(a), len(b))} clips have no covariance, at least 2 do")
     a, b = a.double(), b.double()

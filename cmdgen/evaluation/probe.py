@@ -75,13 +75,9 @@ class Probe(Pretrained[ProbeConfig]):
         # keeps where things are: motion is a change of place
         self.place = nn.Sequential(*_block(frames(width, width // 4, 1)))
         cells = width // 4 * (config.size // 16) ** 2
-        self.time = nn.Sequential(
-            *_block(nn.Conv1d(cells, width, 1, bias=False)), *_block(times()), *_block(times())
-        )
+        self.time = nn.Sequential(*_block(nn.Conv1d(cells, width, 1, bias=False)), *_block(times()), *_block(times()))
         self.features = nn.Sequential(*_block(nn.Linear(4 * width, features)))
-        self.heads = nn.ModuleDict(
-            {head: nn.Linear(features, len(getattr(config, head))) for head in HEADS}
-        )
+        self.heads = nn.ModuleDict({head: nn.Linear(features, len(getattr(config, head))) for head in HEADS})
 
     def forward(self, frames: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(B, T, 3, H, W) in [0, 1] -> features (B, D), logits (B, classes) by head."""
@@ -140,20 +136,13 @@ def train_probe(
     generator = torch.Generator().manual_seed(config.seed)
     probe = Probe(ProbeConfig(world.subjects, world.motions, world.scenes, config.size))
     probe = probe.to(device).train()
-    optimizer = torch.optim.AdamW(
-        probe.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, config.steps, pct_start=0.2
-    )
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, config.steps, pct_start=0.2)
     indices = world.indices("train", config.steps * config.batch)
     for step, rows in enumerate(indices.split(config.batch)):
         clips = world.render(rows, (config.size, config.size), device=str(device))
         _, logits = probe(degrade(clips.frames.float() / 255, generator))
-        losses = [
-            F.cross_entropy(logits[head], clips.labels[head], label_smoothing=0.05)
-            for head in HEADS
-        ]
+        losses = [F.cross_entropy(logits[head], clips.labels[head], label_smoothing=0.05) for head in HEADS]
         optimizer.zero_grad(set_to_none=True)
         torch.stack(losses).sum().backward()
         optimizer.step()

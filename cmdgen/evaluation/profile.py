@@ -182,9 +182,7 @@ def full_steps(plan: Plan) -> tuple[int, int]:
     return len(plan.key_steps.content), len(plan.key_steps.motion)
 
 
-def profile(
-    load: Callable[[], StillPipeline], ways: Mapping[str, Way], *, runs: int, show: Show
-) -> dict[str, Any]:
+def profile(load: Callable[[], StillPipeline], ways: Mapping[str, Way], *, runs: int, show: Show) -> dict[str, Any]:
     """Make clips in each way, `runs` times after once to warm up.
 
     `load` gives the pipeline of each run. Returns the keys that `cmdgen profile --help` explains,
@@ -226,9 +224,7 @@ def profile(
     }
 
 
-def _describe_row(
-    way: Way, dtype: torch.dtype, limits: Limits, watches: list[Stopwatch]
-) -> dict[str, Any]:
+def _describe_row(way: Way, dtype: torch.dtype, limits: Limits, watches: list[Stopwatch]) -> dict[str, Any]:
     work = count_work(way.plan, dtype, batch=way.batch)
     counted = {stage: work[stage] for stage in way.stages or work}
 
@@ -239,8 +235,7 @@ def _describe_row(
 
     stages = {stage: describe(counted[stage], [stage], [stage]) for stage in counted}
     sums = {
-        name: sum(getattr(stage, name) for stage in counted.values())
-        for name in ("forwards", "flops", "bytes_read")
+        name: sum(getattr(stage, name) for stage in counted.values()) for name in ("forwards", "flops", "bytes_read")
     }
     timed = counted if way.encode == "never" else ["total"]
     model, (content, motion) = way.plan.model, full_steps(way.plan)
@@ -252,9 +247,7 @@ def _describe_row(
     }
 
 
-def describe_stage(
-    work: Work, seconds: Sequence[float], memory: Mapping[str, int], limits: Limits
-) -> dict[str, Any]:
+def describe_stage(work: Work, seconds: Sequence[float], memory: Mapping[str, int], limits: Limits) -> dict[str, Any]:
     """Return what one stage, or all of them, did and took; rates are those of the median run."""
     middle = median(seconds)
     flops, read = work.flops / middle, work.bytes_read / middle
@@ -320,8 +313,7 @@ def _peak(device: torch.device) -> Counter[str]:
     """Return the highest memory in bytes since it was forgotten; of a CPU, Linux alone can tell."""
     if device.type == "cuda":
         return Counter(
-            allocated=torch.cuda.max_memory_allocated(device),
-            reserved=torch.cuda.max_memory_reserved(device),
+            allocated=torch.cuda.max_memory_allocated(device), reserved=torch.cuda.max_memory_reserved(device)
         )
     if not os.access("/proc/self/clear_refs", os.W_OK):
         return Counter()

@@ -32,13 +32,7 @@ BUDGETS = (13, 9)
 
 @torch.inference_mode()
 def calibrate(
-    pipeline: StillPipeline,
-    plan: Plan,
-    prompts: Sequence[str],
-    *,
-    protect: float,
-    batch: int,
-    show: Show,
+    pipeline: StillPipeline, plan: Plan, prompts: Sequence[str], *, protect: float, batch: int, show: Show
 ) -> list[Calibration]:
     """Measure what step rehash of a plan's sampler and steps would change, for each network.
 
@@ -52,10 +46,7 @@ def calibrate(
             raise ValueError(f"{part} in {count} step has nothing to reuse: ask for 2 or more")
     if not prompts:
         raise ValueError("no prompts to calibrate on")
-    sums = {
-        part: Measurement(count, count_protected(part, count, protect))
-        for part, count in steps.items()
-    }
+    sums = {part: Measurement(count, count_protected(part, count, protect)) for part, count in steps.items()}
     starts = range(0, len(prompts), batch)
     done = dict.fromkeys(steps, 0)
 
@@ -78,9 +69,7 @@ def calibrate(
     return [sums[part].finish(part, model.sampler, len(prompts)) for part in sums]
 
 
-def _sample_motion(
-    pipeline: CmdPipeline, plans: list[Plan], text: Tensor, content: Tensor, predict: Predict
-) -> Tensor:
+def _sample_motion(pipeline: CmdPipeline, plans: list[Plan], text: Tensor, content: Tensor, predict: Predict) -> Tensor:
     """(B + 1, L, D), (B, C, h, w) -> (B, K, T, W' + H'): standardised, as the sampler makes it."""
     motion = pipeline.sample_motion(plans, text, content, Observer(), Inputs(), predict=predict)
     return pipeline.autoencoder.standardise(motion)
@@ -121,9 +110,7 @@ def compare_rehash(evaluator: Evaluator, options: Comparing) -> dict[str, Any]:
     Returns settings, and under "rows" the ways, the one that skips nothing first.
     """
     pipeline, clips, done = evaluator.pipeline, options.clips, 0
-    ways = [
-        Way(name, plan, Readings(evaluator.probe)) for name, plan in _list_ways(pipeline, options)
-    ]
+    ways = [Way(name, plan, Readings(evaluator.probe)) for name, plan in _list_ways(pipeline, options)]
     indices = evaluator.world.indices("test", clips)
     # the first clips of a process are slow, and those in which a way's graphs are captured
     for way in ways[: None if pipeline.uses_graphs else 1]:

@@ -42,9 +42,7 @@ class Figure:
         target = f"{'≥' if self.at == 'least' else '≤'} {_number(self.target, self.unit)}"
         if self.reason:
             target += f" ({self.reason})"
-        beside = ", ".join(
-            f"{name} {_number(value, self.unit).split()[0]}" for name, value in self.beside.items()
-        )
+        beside = ", ".join(f"{name} {_number(value, self.unit).split()[0]}" for name, value in self.beside.items())
         verdict = "met" if self.met else "missed"
         return self.label, _number(self.value, self.unit), beside, target, verdict
 

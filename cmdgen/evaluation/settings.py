@@ -43,9 +43,7 @@ class _Options:
 class Profiling(_Options):
     """Options of `cmdgen profile`."""
 
-    steps: int | None = option(
-        None, "Steps of both models.", low=1, shown="the model's own; 50 with --suite"
-    )
+    steps: int | None = option(None, "Steps of both models.", low=1, shown="the model's own; 50 with --suite")
     batch: int = _runs(1, "Clips at a time.")
     runs: int = _runs(5, "Runs to measure, after one to warm up.")
     trace: Path | None = _file("Write one more run as a trace for Chrome or Perfetto.")
@@ -71,9 +69,7 @@ class Evaluation(_Options):
     seed: int = _seed()
     probe: Path | None = option(None, "Folder of the probe.", shown="the packaged one")
     cost: bool = _evaluation(False, "Measure seconds and memory of a cold `sample`.")
-    train_probe: Path | None = _evaluation(
-        None, "Train a probe into this folder; takes minutes.", metavar="FOLDER"
-    )
+    train_probe: Path | None = _evaluation(None, "Train a probe into this folder; takes minutes.", metavar="FOLDER")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,9 +82,7 @@ class Calibrating(_Options):
     """Options of `cmdgen rehash calibrate`."""
 
     prompts: Path | None = _file("A prompt a line.", shown="captions of the rendered world")
-    output: Path | None = _file(
-        "File to write.", flags=("--output", "-o"), shown=f"{CALIBRATION} of the model"
-    )
+    output: Path | None = _file("File to write.", flags=("--output", "-o"), shown=f"{CALIBRATION} of the model")
     plot: Path | None = _file("Also draw the similarities as a PNG.")
     protect: float = _like("rehash_protect", flags=("--protect",))
     batch: int = _count(8, "Prompts at a time.")

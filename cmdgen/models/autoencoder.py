@@ -27,9 +27,7 @@ def axial_rotation(sizes: tuple[int, ...], head_dim: int, like: Tensor) -> Tenso
     share = head_dim // 2 // len(sizes)
     dtype = torch.promote_types(like.dtype, torch.float32)
     speeds = SLOWEST_ROTATION ** (torch.arange(share, dtype=dtype, device=like.device) / share)
-    grid = torch.cartesian_prod(
-        *(torch.arange(size, dtype=dtype, device=like.device) for size in sizes)
-    )
+    grid = torch.cartesian_prod(*(torch.arange(size, dtype=dtype, device=like.device) for size in sizes))
     angles = (grid.view(-1, len(sizes), 1) * speeds).flatten(1)
     angles = F.pad(angles, (0, head_dim // 2 - angles.shape[1]))
     return torch.polar(torch.ones_like(angles), angles)
@@ -123,9 +121,7 @@ class Unpatch(nn.Module):
     def forward(self, x: Tensor, rows: int) -> Tensor:
         """(T, B, N, D) -> (B, C, T, H, W) of N = rows * columns tokens."""
         patches = self.linear(x).unflatten(-1, (-1, self.bias.shape[0])) + self.bias
-        return rearrange(
-            patches, "t b (h w) (p q) c -> b c t (h p) (w q)", h=rows, p=self.patch, q=self.patch
-        )
+        return rearrange(patches, "t b (h w) (p q) c -> b c t (h p) (w q)", h=rows, p=self.patch, q=self.patch)
 
 
 class CmdAutoencoder(Pretrained[AutoencoderConfig]):
@@ -169,9 +165,7 @@ class CmdAutoencoder(Pretrained[AutoencoderConfig]):
         height, width = frames.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"frames {height}x{width} are not multiples of the patch {patch}")
-        return self.embed_frames(
-            rearrange(frames, "b c t (h p) (w q) -> t b (h w) (p q c)", p=patch, q=patch)
-        )
+        return self.embed_frames(rearrange(frames, "b c t (h p) (w q) -> t b (h w) (p q c)", p=patch, q=patch))
 
     def summarise(self, frames: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, T, H, W), (T, B, N, D) -> content (B, C, H, W), motion (B, K, T, W' + H')."""
@@ -193,9 +187,7 @@ class CmdAutoencoder(Pretrained[AutoencoderConfig]):
         logits = self.importance(tokens)
         weights = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=0)
         smooth = F.interpolate(
-            rearrange(weights, "t b (h w) 1 -> b t h w", h=rows),
-            scale_factor=self.config.patch,
-            mode="bilinear",
+            rearrange(weights, "t b (h w) 1 -> b t h w", h=rows), scale_factor=self.config.patch, mode="bilinear"
         )
         return smooth.unsqueeze(1)
 
@@ -214,12 +206,9 @@ class CmdAutoencoder(Pretrained[AutoencoderConfig]):
         rows, columns = (side // patch for side in content.shape[-2:])
         if motion.shape[-1] != columns + rows:
             raise ValueError(
-                f"motion of {motion.shape[-1]} positions does not fit the content frame's "
-                f"{columns} + {rows}"
+                f"motion of {motion.shape[-1]} positions does not fit the content frame's {columns} + {rows}"
             )
-        still = self.embed_content(
-            rearrange(content, "b c (h p) (w q) -> b h w (p q c)", p=patch, q=patch)
-        )
+        still = self.embed_content(rearrange(content, "b c (h p) (w q) -> b h w (p q c)", p=patch, q=patch))
         tokens = motion_tokens(
             still,
             motion,

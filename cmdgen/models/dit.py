@@ -28,16 +28,13 @@ def grid_positions(rows: int, columns: int, width: int, like: Tensor) -> Tensor:
     dtype = torch.promote_types(like.dtype, torch.float32)
     exponent = torch.arange(width // 4, dtype=dtype, device=like.device) / (width // 4)
     speeds = torch.exp(-math.log(10000) * exponent)
-    down, across = (
-        torch.arange(size, dtype=dtype, device=like.device)[:, None] * speeds
-        for size in (rows, columns)
-    )
+    down, across = (torch.arange(size, dtype=dtype, device=like.device)[:, None] * speeds for size in (rows, columns))
     angles = torch.stack(
         (down[:, None].expand(-1, columns, -1), across.expand(rows, -1, -1)), dim=2
     )  # (rows, columns, 2, width / 4)
-    return rearrange(
-        torch.stack((angles.sin(), angles.cos()), dim=3), "h w side part d -> (h w) (side part d)"
-    ).to(like.dtype)
+    return rearrange(torch.stack((angles.sin(), angles.cos()), dim=3), "h w side part d -> (h w) (side part d)").to(
+        like.dtype
+    )
 
 
 def to_patches(image: Tensor, patch: int) -> Tensor:
@@ -62,9 +59,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """(B, L, D), (B, 1, 6 D), which `modulation` made of the condition -> (B, L, D)."""
@@ -87,9 +82,7 @@ class DiT(Pretrained[DiTConfig]):
             raise ValueError(f"width {width} is not a multiple of heads {config.heads} and of 4")
         self.out_channels = config.in_channels * (2 if config.learned_sigma else 1)
         self.embed_sample = nn.Linear(config.patch**2 * config.in_channels, width)
-        self.embed_time = nn.Sequential(
-            nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        self.embed_time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         if config.text_width is not None:
             self.embed_text = nn.Linear(config.text_width, width)
         if config.num_classes is not None:
@@ -134,9 +127,7 @@ class DiT(Pretrained[DiTConfig]):
         ground = self.place(sample.shape[-2], sample.shape[-1], context=context, split=split)
         return self.denoise(sample, modulations, ground)
 
-    def modulations(
-        self, timestep: Tensor, *, text: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor:
+    def modulations(self, timestep: Tensor, *, text: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """(B,) -> (B, P): of all blocks and of the last layer; the rest is as in `forward`."""
         self._check("text", text, self.config.text_width)
         self._check("labels", labels, self.config.num_classes)
@@ -150,9 +141,7 @@ class DiT(Pretrained[DiTConfig]):
         layers = [*(block.get_submodule("modulation") for block in self.blocks)]
         return torch.cat([layer(condition) for layer in (*layers, self.final_modulation)], dim=-1)
 
-    def place(
-        self, height: int, width: int, *, context: Tensor | None = None, split: int | None = None
-    ) -> Tensor:
+    def place(self, height: int, width: int, *, context: Tensor | None = None, split: int | None = None) -> Tensor:
         """() -> (B or 1, L, D): the positions of a sample's tokens, then the tokens of its context.
 
         Height and width are those of the sample; the rest is as in `forward`.
@@ -209,9 +198,7 @@ class DiT(Pretrained[DiTConfig]):
         """() -> (rows * columns, D): positions in time and in the part, the part's kind."""
         patch = self.config.patch
         if split % patch or not 0 < split < columns * patch:
-            raise ValueError(
-                f"split {split} of {columns * patch} columns is not a multiple of the patch {patch}"
-            )
+            raise ValueError(f"split {split} of {columns * patch} columns is not a multiple of the patch {patch}")
         across = split // patch
         parts = [
             rearrange(self._positions(rows, size), "(h w) d -> h w d", h=rows) + kind

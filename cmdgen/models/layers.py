@@ -33,13 +33,7 @@ class Attention(nn.Module):
     """Multi-head attention of x over a context, or over itself, under diffusers' names."""
 
     def __init__(
-        self,
-        width: int,
-        context_width: int,
-        heads: int,
-        *,
-        bias: bool,
-        attend: Attend = softmax_attention,
+        self, width: int, context_width: int, heads: int, *, bias: bool, attend: Attend = softmax_attention
     ) -> None:
         super().__init__()
         if width % heads:
@@ -54,8 +48,7 @@ class Attention(nn.Module):
     def project(self, context: Tensor) -> KeysValues:
         """(B, M, D') -> keys and values of it, (B, N, M, D / N) x 2."""
         keys, values = (
-            rearrange(y, "b m (n d) -> b n m d", n=self.heads)
-            for y in (self.to_k(context), self.to_v(context))
+            rearrange(y, "b m (n d) -> b n m d", n=self.heads) for y in (self.to_k(context), self.to_v(context))
         )
         return keys, values
 
@@ -67,14 +60,10 @@ class Attention(nn.Module):
         return self.to_out[0](rearrange(out, "b n l d -> b l (n d)"))
 
 
-def normalise(
-    norm: nn.GroupNorm, x: Tensor, *, shift: Tensor | None = None, activation: str = "silu"
-) -> Tensor:
+def normalise(norm: nn.GroupNorm, x: Tensor, *, shift: Tensor | None = None, activation: str = "silu") -> Tensor:
     """(B, C, H, W), (B, C) -> (B, C, H, W): the activation of norm(x + shift)."""
     groups, eps = norm.num_groups, norm.eps
-    return group_norm_silu(
-        x, norm.weight, norm.bias, shift, groups=groups, eps=eps, activation=activation
-    )
+    return group_norm_silu(x, norm.weight, norm.bias, shift, groups=groups, eps=eps, activation=activation)
 
 
 class ResnetBlock(nn.Module):
@@ -83,9 +72,7 @@ class ResnetBlock(nn.Module):
     `time_emb_proj` is here for its name: who has the time embedding projects it to the shift.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, groups: int, eps: float, time_width: int = 0
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, time_width: int = 0) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -93,9 +80,7 @@ class ResnetBlock(nn.Module):
             self.time_emb_proj = nn.Linear(time_width, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        )
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B, C') -> (B, C', H, W)."""

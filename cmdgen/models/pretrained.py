@@ -36,9 +36,7 @@ class Pretrained(nn.Module, Generic[C]):
             model = build_empty(cls, config)
         except ValueError as error:
             raise ValueError(f"{config_path(folder, cls.config_type)}: {error}") from error
-        load_weights(
-            model, folder, cls.filename, dtype=dtype, device=device, rename=cls.rename_stored
-        )
+        load_weights(model, folder, cls.filename, dtype=dtype, device=device, rename=cls.rename_stored)
         return model.eval()
 
     def save_pretrained(self, folder: Folder, *, dtype: torch.dtype | None = None) -> None:

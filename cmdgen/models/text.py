@@ -35,9 +35,7 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, D)."""
-        return (
-            self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
-        )
+        return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
 
 
 class CausalAttention(nn.Module):

@@ -20,9 +20,7 @@ from cmdgen.schema import Folder
 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
 _SUFFIX = "</w>"
-_PIECES = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
+_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
@@ -45,9 +43,7 @@ class Tokenizer:
         self.vocab, self.merges, self.pad = vocab, merges, pad
         self.words = None if words is None else frozenset(words)
         self.bos_id, self.eos_id, self.pad_id = vocab[_BOS], vocab[_EOS], vocab[pad]
-        self._backend = _backend(
-            BPE(vocab, merges, end_of_word_suffix=_SUFFIX, unk_token=_EOS, fuse_unk=False)
-        )
+        self._backend = _backend(BPE(vocab, merges, end_of_word_suffix=_SUFFIX, unk_token=_EOS, fuse_unk=False))
         self._backend.add_special_tokens([_BOS, _EOS, pad])
 
     def __call__(self, texts: list[str], length: int) -> Tensor:
@@ -78,10 +74,7 @@ class Tokenizer:
         captions = list(captions)
         learner = _backend(BPE(end_of_word_suffix=_SUFFIX))
         trainer = BpeTrainer(
-            vocab_size=vocab_size,
-            initial_alphabet=alphabet,
-            end_of_word_suffix=_SUFFIX,
-            show_progress=False,
+            vocab_size=vocab_size, initial_alphabet=alphabet, end_of_word_suffix=_SUFFIX, show_progress=False
         )
         learner.train_from_iterator(captions, trainer)
         learned = json.loads(learner.to_str())["model"]["merges"][: vocab_size - len(base)]
@@ -102,9 +95,7 @@ class Tokenizer:
         else:
             path = folder / "tokenizer.json"
             model = read_json(path).get("model")
-            vocab, merges = (
-                (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else ({}, [])
-            )
+            vocab, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else ({}, [])
         record = folder / "words.json"
         words = read_json(record).get("words") if record.is_file() else None
         if words is not None and not _is_strings(words):

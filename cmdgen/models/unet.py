@@ -16,15 +16,7 @@ from torch import Tensor, nn
 
 from cmdgen.config import UNetConfig
 from cmdgen.models.attention import self_attention
-from cmdgen.models.layers import (
-    Attention,
-    Downsample,
-    KeysValues,
-    ResnetBlock,
-    Upsample,
-    normalise,
-    timestep_embedding,
-)
+from cmdgen.models.layers import Attention, Downsample, KeysValues, ResnetBlock, Upsample, normalise, timestep_embedding
 from cmdgen.models.pretrained import Pretrained
 
 _EPS = 1e-5
@@ -72,9 +64,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         # diffusers has a dropout between the two
-        self.net = nn.ModuleList(
-            [GatedLinear(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)]
-        )
+        self.net = nn.ModuleList([GatedLinear(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -110,8 +100,7 @@ class SpatialTransformer(nn.Module):
         # the same map either way: Stable Diffusion 1 stores it as a 1x1 convolution, 2 as a matrix
         linear = config.use_linear_projection
         self.proj_in, self.proj_out = (
-            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-            for _ in range(2)
+            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1) for _ in range(2)
         )
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, config)])
 
@@ -127,18 +116,12 @@ class SpatialTransformer(nn.Module):
 class Stage(nn.Module):
     """The layers at one resolution: residual blocks, each with attention where `heads` > 0."""
 
-    def __init__(
-        self, in_channels: tuple[int, ...], channels: int, heads: int, config: UNetConfig
-    ) -> None:
+    def __init__(self, in_channels: tuple[int, ...], channels: int, heads: int, config: UNetConfig) -> None:
         super().__init__()
         groups, time_width = config.norm_num_groups, 4 * config.block_out_channels[0]
-        self.resnets = nn.ModuleList(
-            ResnetBlock(before, channels, groups, _EPS, time_width) for before in in_channels
-        )
+        self.resnets = nn.ModuleList(ResnetBlock(before, channels, groups, _EPS, time_width) for before in in_channels)
         if heads:
-            self.attentions = nn.ModuleList(
-                SpatialTransformer(channels, heads, config) for _ in in_channels
-            )
+            self.attentions = nn.ModuleList(SpatialTransformer(channels, heads, config) for _ in in_channels)
 
     def layer(self, i: int, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
@@ -149,9 +132,7 @@ class Stage(nn.Module):
 class DownStage(Stage):
     """Layers, then halving except in the last stage; every intermediate result is a skip."""
 
-    def __init__(
-        self, inputs: tuple[int, ...], channels: int, heads: int, config: UNetConfig, *, last: bool
-    ) -> None:
+    def __init__(self, inputs: tuple[int, ...], channels: int, heads: int, config: UNetConfig, *, last: bool) -> None:
         super().__init__(inputs, channels, heads, config)
         self.downsamplers = nn.ModuleList([] if last else [Downsample(channels, padding=1)])
 
@@ -180,9 +161,7 @@ class MidStage(Stage):
 class UpStage(Stage):
     """Layers that each take one skip, then doubling except in the last stage."""
 
-    def __init__(
-        self, inputs: tuple[int, ...], channels: int, heads: int, config: UNetConfig, *, last: bool
-    ) -> None:
+    def __init__(self, inputs: tuple[int, ...], channels: int, heads: int, config: UNetConfig, *, last: bool) -> None:
         super().__init__(inputs, channels, heads, config)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(channels)])
 
@@ -261,8 +240,7 @@ class UNet(Pretrained[UNetConfig]):
         shifts = time.split([resnet.conv1.out_channels for resnet in resnets], dim=-1)
         pairs = zip(text[::2], text[1::2], strict=True)
         return Conditions(
-            shifts=dict(zip(resnets, shifts, strict=True)),
-            text=dict(zip(self._readers(), pairs, strict=True)),
+            shifts=dict(zip(resnets, shifts, strict=True)), text=dict(zip(self._readers(), pairs, strict=True))
         )
 
     def _stages(self) -> tuple[Any, ...]:

@@ -14,12 +14,7 @@ from cmdgen.models.layers import Attention, Downsample, KeysValues, ResnetBlock,
 from cmdgen.models.pretrained import Pretrained
 
 _EPS = 1e-6
-_OLD_NAMES = {
-    ".query.": ".to_q.",
-    ".key.": ".to_k.",
-    ".value.": ".to_v.",
-    ".proj_attn.": ".to_out.0.",
-}
+_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 class SpatialAttention(Attention):
@@ -42,9 +37,7 @@ class MidBlock(nn.Module):
     def __init__(self, channels: int, *, groups: int) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([SpatialAttention(channels, groups=groups)])
-        self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, groups, _EPS) for _ in range(2)
-        )
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, _EPS) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""

@@ -50,13 +50,7 @@ class Pipeline(ABC):
     """A model folder, ready to sample; its weights are read when first needed."""
 
     def __init__(
-        self,
-        folder: Path,
-        config: ModelConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        compile: bool = False,
+        self, folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, *, compile: bool = False
     ) -> None:
         self.folder, self.config = folder, config
         self.device, self.dtype = device, dtype
@@ -108,9 +102,7 @@ class Pipeline(ABC):
         return clips
 
     @abstractmethod
-    def make(
-        self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs
-    ) -> Made:
+    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
         """Sample and decode a batch; all weights are loaded."""
 
     def plan(self, request: Request, *, batch: int = 1) -> Plan:
@@ -125,9 +117,7 @@ class Pipeline(ABC):
             self._plans[key] = replace(
                 plan,
                 key_steps=choose_key_steps(request, plan.model, self.folder),
-                slices=choose_slices(
-                    Work(plan.model, self.dtype, batch), self.device, plan.max_memory
-                ),
+                slices=choose_slices(Work(plan.model, self.dtype, batch), self.device, plan.max_memory),
             )
         chosen = self._plans[key]
         return replace(plan, key_steps=chosen.key_steps, slices=chosen.slices)
@@ -228,9 +218,7 @@ class Pipeline(ABC):
             on_estimate=look,
         )
 
-    def noise(
-        self, part: str, shape: tuple[int, ...], seeds: Sequence[int]
-    ) -> tuple[Tensor, list[torch.Generator]]:
+    def noise(self, part: str, shape: tuple[int, ...], seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
         """() -> (B, *shape) float32, each from its seed's generator, and the generators."""
         generators = [seeded(part, seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=each) for each in generators])

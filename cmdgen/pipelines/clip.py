@@ -25,13 +25,7 @@ class Clip:
     # None for a still
     latents: Latents | None
 
-    def save(
-        self,
-        path: str | os.PathLike[str],
-        encoding: Encoding | None = None,
-        *,
-        overwrite: bool = False,
-    ) -> None:
+    def save(self, path: str | os.PathLike[str], encoding: Encoding | None = None, *, overwrite: bool = False) -> None:
         """Write the clip; without `encoding` the suffix chooses the format, as in `cmdgen sample`.
 
         Raises ValueError for what a format cannot hold, FileExistsError unless `overwrite`.

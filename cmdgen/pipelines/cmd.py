@@ -44,9 +44,7 @@ class CmdPipeline(StillPipeline):
         """Return the motion model, as `autoencoder`."""
         return self.part("motion")
 
-    def make(
-        self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs
-    ) -> Made:
+    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
         """Make clips; a clip of one frame is its content frame. See `Pipeline.make`."""
         if not plans[0].moves:
             return super().make(plans, observer, pixels, inputs)
@@ -100,8 +98,7 @@ class CmdPipeline(StillPipeline):
             """(S,) -> (S, texts, P)."""
             texts = pooled.repeat(len(timesteps), 1, 1)
             rows = motion.modulations(
-                timesteps.repeat_interleave(len(pooled)),
-                text=None if motion.config.text_width is None else texts,
+                timesteps.repeat_interleave(len(pooled)), text=None if motion.config.text_width is None else texts
             )
             return rows.unflatten(0, (-1, len(pooled)))
 
@@ -172,20 +169,13 @@ class CmdPipeline(StillPipeline):
                 observer.step("encode", done + len(some), count)
             latents = rearrange(torch.cat(parts), "t c h w -> 1 c t h w")
             halves = encode_clip(self.autoencoder, latents, slices)
-        content, motion = (
-            self.check_finite(half, "autoencoder")[0].float().cpu() for half in halves
-        )
+        content, motion = (self.check_finite(half, "autoencoder")[0].float().cpu() for half in halves)
         clip = {"frames": count, "size": size, "fps": model.fps}
         return Latents(content, motion, model.fps, {**self.identity, **clip, **(origin or {})})
 
     @torch.inference_mode()
     def decode(
-        self,
-        latents: Latents,
-        plan: Plan | None = None,
-        observer: Observer | None = None,
-        *,
-        pixels: Pixels = "rgb24",
+        self, latents: Latents, plan: Plan | None = None, observer: Observer | None = None, *, pixels: Pixels = "rgb24"
     ) -> Clip:
         """Return the clip of these latents, with their metadata; ValueError where they do not fit.
 

@@ -12,11 +12,7 @@ from cmdgen.store.parts import read_model
 
 
 def load_pipeline(
-    model: str | os.PathLike[str] = "mini",
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    compile: bool = False,
+    model: str | os.PathLike[str] = "mini", *, device: str = "auto", dtype: str = "auto", compile: bool = False
 ) -> StillPipeline:
     """Return the pipeline that a model calls for; reads its configuration, no weights.
 

@@ -46,9 +46,7 @@ class StillPipeline(Pipeline):
         """Return the VAE, as `text_encoder`."""
         return self.part("vae")
 
-    def make(
-        self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs
-    ) -> Made:
+    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
         """Make stills; see `Pipeline.make`."""
         decoder = self.decoder(plans[0], observer)
         with observer.stage("text"):
@@ -67,12 +65,7 @@ class StillPipeline(Pipeline):
         return self.text_encoder(ids.to(self.device)).last_hidden_state
 
     def sample_content(
-        self,
-        plans: Sequence[Plan],
-        text: Tensor,
-        observer: Observer,
-        inputs: Inputs,
-        predict: Predict | None = None,
+        self, plans: Sequence[Plan], text: Tensor, observer: Observer, inputs: Inputs, predict: Predict | None = None
     ) -> Tensor:
         """(B + 1, L, D) -> (B, C, h, w): content frames, scaled latents, in float32.
 
@@ -114,12 +107,7 @@ class StillPipeline(Pipeline):
             guidance=model.guidance,
         )
         content = self.denoise(
-            what,
-            denoise,
-            (positive, negative),
-            plan,
-            observer,
-            look if observer.estimates else None,
+            what, denoise, (positive, negative), plan, observer, look if observer.estimates else None
         )
         return self.check_finite(content, "unet")
 
@@ -177,6 +165,4 @@ class StillPipeline(Pipeline):
         predicts = recognise_prediction(predict, noise, self.config.noise)
         if predicts not in (expected, None):
             path = self.folder / "scheduler" / "scheduler_config.json"
-            raise ValueError(
-                f"{path}: prediction_type is {expected}, but unet/ predicts {predicts}: correct it"
-            )
+            raise ValueError(f"{path}: prediction_type is {expected}, but unet/ predicts {predicts}: correct it")

@@ -125,9 +125,7 @@ def read_licence(folder: Path) -> str | None:
     return "".join(letter for letter in licence if letter.isprintable())[:80] or None
 
 
-def create_model(
-    model: ModelConfig, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16
-) -> None:
+def create_model(model: ModelConfig, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16) -> None:
     """Write a whole model folder with random weights, those that training starts from.
 
     Parts are drawn in float32 and written one after the other: `dtype` changes precision alone,
@@ -164,8 +162,7 @@ def _describe_network(place: Path, name: str, config: Any) -> Network:
     paths = weight_paths(place, network.filename)
     if not paths[0].is_file() and any(place.glob("*.bin")):
         raise ValueError(
-            f"{place}: the weights are pickled, and reading those could run any code: "
-            f"expected {network.filename}"
+            f"{place}: the weights are pickled, and reading those could run any code: expected {network.filename}"
         )
     matched = match_weights(expected, place, network.filename, network.rename_stored)
     dtypes = set()
@@ -206,10 +203,7 @@ def _train_tokenizer(config: TextConfig) -> Tokenizer:
     learned = Tokenizer.train(chain.from_iterable(wordings), config.vocab_size)
     shift = config.eos_token_id - learned.eos_id
     special = learned.bos_id, learned.eos_id
-    vocab = {
-        token: number + shift if number in special else number
-        for token, number in learned.vocab.items()
-    }
+    vocab = {token: number + shift if number in special else number for token, number in learned.vocab.items()}
     assert len(set(vocab.values())) == len(vocab), "two tokens have one id"
     # no record of words: these weights have seen none
     return Tokenizer(vocab, learned.merges)

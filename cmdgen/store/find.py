@@ -16,16 +16,13 @@ def find_model(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name in PRESETS:
-        raise ValueError(
-            f"{name} is a preset, its weights are random: cmdgen models init {name} -o DIR"
-        )
+        raise ValueError(f"{name} is a preset, its weights are random: cmdgen models init {name} -o DIR")
     # after the cheap answers: it imports the hub's client
     from cmdgen.store.hub import cached_folder
 
     folder = cached_folder(name)
     if folder is None:
         raise FileNotFoundError(
-            f"unknown model {name!r}: expected a folder, OWNER/NAME that was pulled, or one of "
-            "cmdgen models list"
+            f"unknown model {name!r}: expected a folder, OWNER/NAME that was pulled, or one of cmdgen models list"
         )
     return folder

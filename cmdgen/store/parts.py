@@ -11,15 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmdgen.config import (
-    AutoencoderConfig,
-    DiTConfig,
-    ModelConfig,
-    NoiseConfig,
-    TextConfig,
-    UNetConfig,
-    VaeConfig,
-)
+from cmdgen.config import AutoencoderConfig, DiTConfig, ModelConfig, NoiseConfig, TextConfig, UNetConfig, VaeConfig
 from cmdgen.files import read_json, write_json
 from cmdgen.schema import Folder, check_fields, check_value, read_config, write_config
 
@@ -55,20 +47,11 @@ class Part:
 _ROWS = (
     Part("scheduler", "noise", NoiseConfig, opens="diffusers.DDIMScheduler"),
     Part("tokenizer", stage="content", opens="transformers.CLIPTokenizer"),
-    Part(
-        "text_encoder",
-        "text",
-        TextConfig,
-        "text.ClipTextModel",
-        "content",
-        "transformers.CLIPTextModel",
-    ),
+    Part("text_encoder", "text", TextConfig, "text.ClipTextModel", "content", "transformers.CLIPTextModel"),
     Part("unet", "content", UNetConfig, "unet.UNet", "content", "diffusers.UNet2DConditionModel"),
     Part("transformer", "content", DiTConfig, "dit.DiT"),
     Part("vae", "vae", VaeConfig, "vae.KlVae", "vae", "diffusers.AutoencoderKL"),
-    Part(
-        "autoencoder", "autoencoder", AutoencoderConfig, "autoencoder.CmdAutoencoder", "autoencoder"
-    ),
+    Part("autoencoder", "autoencoder", AutoencoderConfig, "autoencoder.CmdAutoencoder", "autoencoder"),
     Part("motion", "motion", DiTConfig, "dit.DiT", "motion"),
 )
 PARTS = {part.name: part for part in _ROWS}
@@ -96,11 +79,7 @@ _SAMPLING = [
 
 
 def load_part(
-    folder: Folder,
-    name: str,
-    *,
-    dtype: "torch.dtype | None" = None,
-    device: "torch.device | str" = "cpu",
+    folder: Folder, name: str, *, dtype: "torch.dtype | None" = None, device: "torch.device | str" = "cpu"
 ) -> Any:
     """Read one network of a model; ValueError names the file that is wrong."""
     return PARTS[name].network.from_pretrained(Path(folder) / name, dtype=dtype, device=device)
@@ -169,9 +148,7 @@ def check_agreement(folder: Folder, configs: Mapping[str, Any]) -> None:
         got = getattr(configs.get(name), key, None)
         expected = getattr(configs.get(other), other_key, None)
         if None not in (got, expected) and got != expected:
-            raise ValueError(
-                f"{folder}: {key} of {name}/ is {got}, but {other_key} of {other}/ is {expected}"
-            )
+            raise ValueError(f"{folder}: {key} of {name}/ is {got}, but {other_key} of {other}/ is {expected}")
 
 
 def write_model_index(folder: Folder, model: ModelConfig) -> None:
@@ -190,9 +167,7 @@ def write_model_index(folder: Folder, model: ModelConfig) -> None:
     write_json(Path(folder) / "model_index.json", data)
 
 
-def _describe_stills(
-    folder: Path, content: UNetConfig | DiTConfig, vae: VaeConfig | None
-) -> dict[str, Any]:
+def _describe_stills(folder: Path, content: UNetConfig | DiTConfig, vae: VaeConfig | None) -> dict[str, Any]:
     """Return what Stable Diffusion's folder does not say: one frame, of the size of training."""
     side = content.sample_size if isinstance(content, UNetConfig) else 0
     side *= 1 if vae is None else vae.stride

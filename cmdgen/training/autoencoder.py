@@ -69,10 +69,7 @@ class AutoencoderStage(Stage):
             "z_saturated": float((motion.abs() > 0.95).float().mean()),
             "z_std": float(motion.std()),
         }
-        for name, decoded in {
-            "": self.codec.decode(output),
-            "_mean_frame": self.mean_frame,
-        }.items():
+        for name, decoded in {"": self.codec.decode(output), "_mean_frame": self.mean_frame}.items():
             device = decoded.device
             pair = decoded.float() / 255, self.frames.to(device).float() / 255
             figures[f"psnr{name}"] = psnr(*pair)

@@ -37,13 +37,9 @@ class Start:
     """Where a stage is trained, and what it starts from."""
 
     folder: Path = option(MISSING, "Folder of the run, for all stages.", flags=("--output", "-o"))
-    clips: int | None = _none(
-        "Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world"
-    )
+    clips: int | None = _none("Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world")
     init: Path | None = _none("Model folder to start from, such as a Stable Diffusion.")
-    restart: bool = option(
-        False, "Forget this stage's checkpoint.", flags=("--restart/--no-restart",)
-    )
+    restart: bool = option(False, "Forget this stage's checkpoint.", flags=("--restart/--no-restart",))
     threads: int | None = _none("CPU threads.", low=1, group=MACHINE)
 
     def __post_init__(self) -> None:
@@ -58,23 +54,15 @@ class Shared:
 
     preset: str | None = _none("Model to build.", choices=tuple(PRESETS), shown=PRESET)
     data: str | None = _none(
-        f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.",
-        complete="world",
-        shown=DATA,
+        f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.", complete="world", shown=DATA
     )
     size: Size | None = _none(
-        "Frame size.",
-        metavar="WIDTHxHEIGHT",
-        shown="the preset's",
-        read=parse_size,
-        write=write_size,
+        "Frame size.", metavar="WIDTHxHEIGHT", shown="the preset's", read=parse_size, write=write_size
     )
     frames: int | None = _none("Frames of a clip.", low=1, shown="the preset's")
     latents: Path | None = _none("Latents of `cmdgen data precompute` for these clips and VAE.")
     attention: str | None = _none(
-        "softmax, or gated: linear where tokens > threshold * head width.",
-        choices=ATTENTIONS,
-        shown="softmax",
+        "softmax, or gated: linear where tokens > threshold * head width.", choices=ATTENTIONS, shown="softmax"
     )
     attention_threshold: float | None = _none("Threshold of gated attention.", low=0, shown="2.0")
     attention_features: int | None = _none("Features of gated attention.", low=1, shown="256")
@@ -140,9 +128,7 @@ class TrainConfig:
     )
     precision: str = _learning("auto", "auto (bf16 on a GPU), bf16 or fp32.", choices=PRECISIONS)
     seed: int = _learning(0, "Seed of weights, order and noise.", low=0, high=MAX_SEED)
-    save_seconds: float = _keeping(
-        300.0, "Seconds between checkpoints.", low=0, flags=("--save-every",)
-    )
+    save_seconds: float = _keeping(300.0, "Seconds between checkpoints.", low=0, flags=("--save-every",))
     log_steps: int = _keeping(20, "Steps between log lines.", low=1, flags=("--log-every",))
     evaluate_steps: int = _keeping(
         500, "Steps between evaluations and sample sheets.", low=1, flags=("--evaluate-every",)
@@ -152,9 +138,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         read_fields(self)
         if self.batch % self.accumulate:
-            raise ValueError(
-                f"batch {self.batch} is not a multiple of accumulate {self.accumulate}"
-            )
+            raise ValueError(f"batch {self.batch} is not a multiple of accumulate {self.accumulate}")
         for name, decays in {"betas": self.betas, "ema": (self.ema,)}.items():
             for decay in decays:
                 if not 0 <= decay < 1:
@@ -194,18 +178,14 @@ class AutoencoderLoss(Loss):
     l1: float = _weight(1.0, "Weight of the absolute error beside the squared one.")
     moving: float = _weight(6.0, "Extra weight of a value's distance from the clip's mean frame.")
     motion_l2: float = _weight(1e-4, "Weight of the mean square of unbounded motion latents.")
-    content_pull: float = _weight(
-        0.0, "Weight of the content frame's distance from the clip's middle frame."
-    )
+    content_pull: float = _weight(0.0, "Weight of the content frame's distance from the clip's middle frame.")
 
 
 @dataclass(frozen=True)
 class DenoisingLoss(Loss):
     """Settings of a denoiser's objective."""
 
-    min_snr: float = _weight(
-        5.0, "Gamma of min-SNR weights, unless a variance is learned; 0: plain mean."
-    )
+    min_snr: float = _weight(5.0, "Gamma of min-SNR weights, unless a variance is learned; 0: plain mean.")
     text_dropout: float = _weight(0.1, "Share of captions left empty, for guidance.", high=1)
 
 
@@ -245,10 +225,7 @@ class Recipe(NamedTuple):
 
     def replaced(self, values: Mapping[str, Any]) -> "Recipe":
         """Return the recipe with those of `values`, by field name, that are not None."""
-        train, loss = (
-            {name: value for name in vars(part) if (value := values.get(name)) is not None}
-            for part in self
-        )
+        train, loss = ({name: value for name in vars(part) if (value := values.get(name)) is not None} for part in self)
         return Recipe(replace(self.train, **train), replace(self.loss, **loss))
 
 
@@ -272,16 +249,7 @@ _PAPER = TrainConfig(
 _PAPER_RECIPES = {
     # as many steps as PVDM's, its ancestor; the paper says no more than a week on eight GPUs
     "autoencoder": Recipe(
-        replace(
-            _PAPER,
-            steps=250_000,
-            batch=24,
-            accumulate=12,
-            lr=1e-5,
-            betas=(0.5, 0.9),
-            ema=0.0,
-            clip_norm=math.inf,
-        ),
+        replace(_PAPER, steps=250_000, batch=24, accumulate=12, lr=1e-5, betas=(0.5, 0.9), ema=0.0, clip_norm=math.inf),
         AutoencoderLoss(l1=0.0, moving=0.0, motion_l2=0.0),
     ),
     # eps-MSE or, of a learned variance, MSE and bound; a share of dropped texts is DiT's of classes

@@ -70,8 +70,7 @@ class Run:
             return place
         if initial is None:
             raise ValueError(
-                f"{self.folder} has no {part}/ yet: first run"
-                f" `cmdgen train {PARTS[part].stage} -o {self.folder}`"
+                f"{self.folder} has no {part}/ yet: first run `cmdgen train {PARTS[part].stage} -o {self.folder}`"
             )
         # Stable Diffusion's folders hold the same weights in other formats too
         others = shutil.ignore_patterns("*.bin", "*.msgpack", "*.onnx*")

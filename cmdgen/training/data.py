@@ -62,9 +62,7 @@ def open_source(name: str) -> tuple[ClipSource, str]:
     return folder, folder.key
 
 
-def open_data(
-    name: str, clips: int | None, model: ModelConfig, device: torch.device
-) -> TrainingData:
+def open_data(name: str, clips: int | None, model: ModelConfig, device: torch.device) -> TrainingData:
     """Open a source at a model's size; None: all clips of a folder, and CLIPS of a world."""
     source, key = open_source(name)
     if clips is None:

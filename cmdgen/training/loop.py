@@ -112,10 +112,7 @@ class _State:
         matrices = [parameter for parameter in parameters if parameter.ndim > 1]
         vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
         self.parameters = parameters
-        groups = [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.ema = Ema(stage.modules, config.ema)
         run.state.mkdir(parents=True, exist_ok=True)
@@ -128,9 +125,7 @@ class _State:
         lr, parts = learning_rate(self.config, self.step), self.config.accumulate
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batch = {
-            name: tensor.to(self.run.device) for name, tensor in self.stage.batch(self.step).items()
-        }
+        batch = {name: tensor.to(self.run.device) for name, tensor in self.stage.batch(self.step).items()}
         self._add("lr", torch.tensor(lr))
         for part in range(parts):
             chunk = {name: tensor.chunk(parts)[part] for name, tensor in batch.items()}
@@ -192,8 +187,7 @@ class _State:
         data = json.loads(state["data"])
         if data != [self.config.batch, self.config.seed]:
             raise ValueError(
-                f"{self.checkpoint} was trained with batch {data[0]} and seed {data[1]}:"
-                " repeat them, or use --restart"
+                f"{self.checkpoint} was trained with batch {data[0]} and seed {data[1]}: repeat them, or use --restart"
             )
         try:
             for name, module in self.stage.modules.items():

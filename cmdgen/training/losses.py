@@ -43,9 +43,7 @@ def min_snr_weights(alpha: Tensor, prediction_type: str, gamma: float) -> Tensor
     return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
 
 
-def variational_bound(
-    x0: Tensor, noisy: Tensor, output: Tensor, timestep: Tensor, alphas: Tensor
-) -> Tensor:
+def variational_bound(x0: Tensor, noisy: Tensor, output: Tensor, timestep: Tensor, alphas: Tensor) -> Tensor:
     """(B, C, ...) x2, (B, 2C, ...), (B,), (1000,) -> (B,): bits per dimension of a reverse step.
 
     The second half of the output interpolates the log variance between the posterior's and beta's
@@ -65,14 +63,10 @@ def variational_bound(
     logvar = fraction * high + (1 - fraction) * low
     alpha = alphas[timestep].float().view(shape)
     weight_x0 = (before.sqrt() * beta / (1 - alphas))[timestep].float().view(shape)
-    weight_noisy = (
-        ((alphas / before).sqrt() * (1 - before) / (1 - alphas))[timestep].float().view(shape)
-    )
+    weight_noisy = ((alphas / before).sqrt() * (1 - before) / (1 - alphas))[timestep].float().view(shape)
     predicted_x0 = (noisy - (1 - alpha).sqrt() * epsilon) / alpha.sqrt()
     difference = weight_x0 * (x0 - predicted_x0)
-    divergence = 0.5 * (
-        logvar - low - 1 + (low - logvar).exp() + difference.square() * (-logvar).exp()
-    )
+    divergence = 0.5 * (logvar - low - 1 + (low - logvar).exp() + difference.square() * (-logvar).exp())
     mean = weight_x0 * predicted_x0 + weight_noisy * noisy
     likelihood = -_log_bin(x0, mean, 0.5 * logvar)
     first = (timestep == 0).view(shape)

@@ -26,10 +26,7 @@ class Order:
         positions = torch.arange(step * batch, (step + 1) * batch)
         passes, offsets = positions // self.count, positions % self.count
         return torch.cat(
-            [
-                _shuffle(self.count, self.seed, number)[offsets[passes == number]]
-                for number in passes.unique().tolist()
-            ]
+            [_shuffle(self.count, self.seed, number)[offsets[passes == number]] for number in passes.unique().tolist()]
         )
 
 

@@ -8,14 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from cmdgen.models import autoencoder, dit, layers, text, unet, vae
 
 # they hold most activations, and none contains another
-BLOCKS = (
-    layers.ResnetBlock,
-    unet.SpatialTransformer,
-    vae.SpatialAttention,
-    text.Layer,
-    dit.Block,
-    autoencoder.Block,
-)
+BLOCKS = (layers.ResnetBlock, unet.SpatialTransformer, vae.SpatialAttention, text.Layer, dit.Block, autoencoder.Block)
 
 
 def recompute_blocks(module: nn.Module) -> None:

@@ -37,10 +37,7 @@ def settle(folder: Path, shared: Shared) -> Shared:
     values = shared.to_json()
     for name, value in values.items():
         if previous.get(name, value) != value:
-            raise ValueError(
-                f"{folder} was started with {name} {previous[name]}, not {value}: use another"
-                " folder"
-            )
+            raise ValueError(f"{folder} was started with {name} {previous[name]}, not {value}: use another folder")
     return Shared(**({"preset": PRESET, "data": DATA} | previous | values))
 
 
@@ -84,6 +81,4 @@ def _check_init(init: Path, model: ModelConfig) -> None:
         for name in sorted(shared_fields(part)):
             got, expected = getattr(initial, name), getattr(config, name)
             if got != expected:
-                raise ValueError(
-                    f"{init / part}: {name} is {got}, preset {model.name} has {expected}"
-                )
+                raise ValueError(f"{init / part}: {name} is {got}, preset {model.name} has {expected}")

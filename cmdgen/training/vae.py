@@ -29,9 +29,7 @@ class VaeStage(Stage):
         if run.model.vae is None:
             raise ValueError(f"preset {run.model.name} works on pixels: it has no VAE to train")
         if run.config.batch % FRAMES:
-            raise ValueError(
-                f"batch {run.config.batch} is not a multiple of the {FRAMES} frames of a clip"
-            )
+            raise ValueError(f"batch {run.config.batch} is not a multiple of the {FRAMES} frames of a clip")
         assert isinstance(run.loss, VaeLoss)
         self.run, self.weights, seed = run, run.loss, run.config.seed
         self.vae: KlVae = run.build("vae")

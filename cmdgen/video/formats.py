@@ -80,9 +80,7 @@ def _to_yuv420p(matrix: str) -> str:
 
 # tagged as well as converted: players else guess the matrix from the size of the frame
 _TAGS = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709,setsar=1"
-_BT709 = (
-    "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv -pix_fmt yuv420p"
-)
+_BT709 = "-colorspace bt709 -color_primaries bt709 -color_trc bt709 -color_range tv -pix_fmt yuv420p"
 # leaves out when a file was made, and by which version of ffmpeg
 _PLAIN = "-fflags +bitexact -flags:v +bitexact"
 # one palette for the clip and an ordered dither: what stands still does not flicker. Pillow's best
@@ -175,13 +173,9 @@ class Encoding:
         if kind.even and self.codec_used != "ffv1" and (height % 2 or width % 2):
             raise ValueError(f"size {width}x{height} is odd: {kind.name} needs even sides")
         if not 1 <= min(size) <= max(size) <= kind.max_side:
-            raise ValueError(
-                f"size {width}x{height}: sides of {kind.name} are from 1 to {kind.max_side}"
-            )
+            raise ValueError(f"size {width}x{height}: sides of {kind.name} are from 1 to {kind.max_side}")
         if not 0 < fps <= kind.max_fps:
-            raise ValueError(
-                f"fps {fps:g} is not above 0 and at most {kind.max_fps:g}, as {kind.name} needs it"
-            )
+            raise ValueError(f"fps {fps:g} is not above 0 and at most {kind.max_fps:g}, as {kind.name} needs it")
 
     def choose_arguments(self, pixels: Pixels, *, streams: bool) -> list[str]:
         """Return the arguments with which ffmpeg writes frames handed over as `pixels`."""
@@ -246,9 +240,7 @@ def _find_by_name(target: str) -> Format:
         return FORMATS["frames"]
     by_suffix = {suffix: kind for kind in FORMATS.values() for suffix in kind.suffixes}
     if suffix not in by_suffix:
-        raise ValueError(
-            f"{target}: the name must end in {', '.join(by_suffix)} or %04d.png, or give a format"
-        )
+        raise ValueError(f"{target}: the name must end in {', '.join(by_suffix)} or %04d.png, or give a format")
     return by_suffix[suffix]
 
 
@@ -271,10 +263,7 @@ def parse_pattern(target: str | Path) -> re.Pattern[str]:
         raise ValueError(f"{target}: the name of frames needs one number in it, such as %04d.png")
     if path.suffix.lower() != ".png":
         raise ValueError(f"{target}: the name of frames must end in .png, such as %04d.png")
-    names = (
-        rf"(\d{{{digits},}})" if piece in numbers else re.escape(piece.replace("%%", "%"))
-        for piece in pieces
-    )
+    names = (rf"(\d{{{digits},}})" if piece in numbers else re.escape(piece.replace("%%", "%")) for piece in pieces)
     return re.compile("".join(names), re.ASCII)
 
 

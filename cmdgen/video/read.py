@@ -41,13 +41,9 @@ MOST_MEMORY = 2**32
 MOST_SECONDS = 120
 
 # containers that hold all that they show: a playlist names other files, and addresses
-_CONTAINERS = (
-    "mov,matroska,avi,flv,mpeg,mpegvideo,mpegts,ogg,asf,ivf,nut,yuv4mpegpipe,h264,hevc,obu,m4v,dv"
-)
+_CONTAINERS = "mov,matroska,avi,flv,mpeg,mpegvideo,mpegts,ogg,asf,ivf,nut,yuv4mpegpipe,h264,hevc,obu,m4v,dv"
 # how picture files begin, by their formats
-_PICTURES = re.compile(
-    rb"(?P<png>\x89PNG)|(?P<gif>GIF8)|(?P<webp>RIFF.{4}WEBP)|(?P<jpeg>\xff\xd8\xff)", re.DOTALL
-)
+_PICTURES = re.compile(rb"(?P<png>\x89PNG)|(?P<gif>GIF8)|(?P<webp>RIFF.{4}WEBP)|(?P<jpeg>\xff\xd8\xff)", re.DOTALL)
 # what Pillow raises on its way through a broken file
 _BROKEN = (
     *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
@@ -85,9 +81,7 @@ class Source:
         return ", ".join((f"{self.width}x{self.height}", *rate, *length))
 
 
-def read_clip(
-    path: File, *, frames: int, size: tuple[int, int], fps: float | None
-) -> tuple[np.ndarray, Source]:
+def read_clip(path: File, *, frames: int, size: tuple[int, int], fps: float | None) -> tuple[np.ndarray, Source]:
     """A video, picture or sequence (%04d.png) -> uint8 (T, H, W, 3) from its start, and its source.
 
     Each frame is what the file shows in the middle of its time, resized by `fit`; with `fps` None,
@@ -133,9 +127,7 @@ def fit(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 @contextmanager
-def _open(
-    path: File, fps: float | None, limit: int | None
-) -> Iterator[tuple[Iterator[np.ndarray], Source]]:
+def _open(path: File, fps: float | None, limit: int | None) -> Iterator[tuple[Iterator[np.ndarray], Source]]:
     """Give the frames of a file, at `fps` unless None, and what is known of it in the end."""
     files, source = _find_files(path), Source()
     try:
@@ -211,9 +203,7 @@ def _at_times(shown: _Shown, fps: float | None) -> Generator[np.ndarray, None, N
             number += 1
 
 
-def _video(
-    file: Path, fps: float | None, limit: int | None, source: Source
-) -> Generator[np.ndarray, None, None]:
+def _video(file: Path, fps: float | None, limit: int | None, source: Source) -> Generator[np.ndarray, None, None]:
     """Give the frames of a video as ffmpeg decodes them."""
     rate = []
     if fps is not None:

@@ -27,14 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from cmdgen.files import kept, move_file, read_json
 from cmdgen.video.ffmpeg import run_ffmpeg
-from cmdgen.video.formats import (
-    STDOUT,
-    Encoding,
-    Pixels,
-    choose_encoding,
-    list_frames,
-    name_sidecar,
-)
+from cmdgen.video.formats import STDOUT, Encoding, Pixels, choose_encoding, list_frames, name_sidecar
 
 Target = str | os.PathLike[str]
 Metadata = Mapping[str, object] | None
@@ -138,12 +131,7 @@ def list_taken(target: Path, encoding: Encoding) -> list[Path]:
 
 
 def write_still(
-    target: Target,
-    frame: np.ndarray,
-    metadata: Metadata,
-    encoding: Encoding | None = None,
-    *,
-    overwrite: bool = False,
+    target: Target, frame: np.ndarray, metadata: Metadata, encoding: Encoding | None = None, *, overwrite: bool = False
 ) -> None:
     """uint8 (H, W, 3) -> a PNG with `metadata` as JSON in its text field "comment".
 
@@ -207,8 +195,7 @@ class Writer:
     def __call__(self, frames: np.ndarray) -> None:
         if frames.dtype != np.uint8 or frames.shape[1:] != self.shape:
             raise ValueError(
-                f"frames are {frames.dtype} {frames.shape}, expected uint8 "
-                f"(N, {', '.join(map(str, self.shape))})"
+                f"frames are {frames.dtype} {frames.shape}, expected uint8 (N, {', '.join(map(str, self.shape))})"
             )
         if len(frames):
             self.check()

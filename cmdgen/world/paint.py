@@ -211,9 +211,7 @@ def planet(canvas: Canvas, down: float, radius: float, colours: Colours) -> Pain
     return picture, (across**2 + below**2 < 1).float()
 
 
-def peaks(
-    canvas: Canvas, foot: float, gap: float, height: float, colours: Colours, cap: str | None = None
-) -> Painted:
+def peaks(canvas: Canvas, foot: float, gap: float, height: float, colours: Colours, cap: str | None = None) -> Painted:
     """Paint a range of mountains lit from the left, with snow on their upper third."""
 
     def mountain(middle: float) -> tuple[Tensor, Tensor]:
@@ -232,9 +230,7 @@ def peaks(
     return canvas.stack(map(mountain, canvas.spread(gap)))
 
 
-def skyline(
-    canvas: Canvas, foot: float, gap: float, height: float, wall: str, window: str
-) -> Painted:
+def skyline(canvas: Canvas, foot: float, gap: float, height: float, wall: str, window: str) -> Painted:
     """Paint houses in a row with large windows, some of them lit."""
 
     def house(middle: float) -> tuple[Tensor, Tensor]:
@@ -252,9 +248,7 @@ def skyline(
     return canvas.stack(map(house, canvas.spread(gap)))
 
 
-def trees(
-    canvas: Canvas, foot: float, gap: float, height: float, colours: Colours, round_crown: bool
-) -> Painted:
+def trees(canvas: Canvas, foot: float, gap: float, height: float, colours: Colours, round_crown: bool) -> Painted:
     """Paint a row of trees, firs or round ones, on brown trunks."""
 
     def tree(middle: float) -> tuple[Tensor, Tensor]:
@@ -273,9 +267,7 @@ def trees(
     return canvas.stack(map(tree, canvas.spread(gap)))
 
 
-def beams(
-    canvas: Canvas, gap: float, colour: str, strength: float, slant: float, fade: float = 1.0
-) -> Painted:
+def beams(canvas: Canvas, gap: float, colour: str, strength: float, slant: float, fade: float = 1.0) -> Painted:
     """Paint soft slanted rays of light from above that are gone at the height `fade`."""
     wave = canvas.outline(((gap, 1.0, 0.2), (0.6 * gap, 0.5, 0.7)), slant)
     cover = strength * smooth(wave, 0.0, 1.3) * (1 - smooth(canvas.y, 0.2 * fade, fade))

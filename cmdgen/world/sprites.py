@@ -32,9 +32,7 @@ class Sprites:
 
 
 @lru_cache(maxsize=8)
-def load_sprites(
-    subjects: tuple[Subject, ...], kind: str, font: str | None, device: str
-) -> Sprites:
+def load_sprites(subjects: tuple[Subject, ...], kind: str, font: str | None, device: str) -> Sprites:
     """Draw the pictures of subjects, "emoji" or "shapes".
 
     FileNotFoundError says where to get the font; without `font` it is where fonts usually are.

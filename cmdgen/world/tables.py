@@ -163,9 +163,7 @@ def _read_layer(row: dict[str, Any], where: str) -> Layer:
     return Layer(bound, **_read_arguments(Layer, own, where, bound))
 
 
-def _read_arguments(
-    function: Callable[..., Any], table: dict[str, Any], where: str, *first: Any
-) -> dict[str, Any]:
+def _read_arguments(function: Callable[..., Any], table: dict[str, Any], where: str, *first: Any) -> dict[str, Any]:
     """Read the arguments of `function` after the first ones."""
     try:
         inspect.signature(function).bind(*first, **table)

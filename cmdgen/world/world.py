@@ -148,9 +148,7 @@ class World:
             text = f"{pick(list(self._tables.sizes.values())[grade].words, word)} {text}"
         return text
 
-    def render(
-        self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0
-    ) -> Clips:
+    def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0) -> Clips:
         """(B,) -> clips of `size` (height, width)."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         specs = self.specs(indices)

@@ -153,9 +153,7 @@ def flops(sizes: Sizes, *, backward: bool) -> int:
     return (12 if backward else 4) * 2 * math.prod(sizes)
 
 
-def caller(
-    op: Op, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], *, backward: bool
-) -> Callable[[], object]:
+def caller(op: Op, run: Callable[..., Tensor], inputs: tuple[Tensor, ...], *, backward: bool) -> Callable[[], object]:
     """Return the call that is timed: forward, or forward and backward."""
     if not backward:
         return lambda: run(*inputs)
@@ -164,9 +162,7 @@ def caller(
     return lambda: torch.autograd.grad(run(*leaves, *rest), leaves, upstream)
 
 
-def _check(
-    bench: Bench, op: Op, sizes: Sizes, *, backward: bool
-) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+def _check(bench: Bench, op: Op, sizes: Sizes, *, backward: bool) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
     """() -> a row without times, and the inputs. It counts if the op's kernel runs and is right."""
     inputs = op.inputs(sizes, bench.dtype, bench.device)
     found = errors(op, inputs, backward=backward)
@@ -176,9 +172,7 @@ def _check(
     return row | {"counts": worst.agrees and row["obstacle"] is None}, inputs
 
 
-def measure(
-    bench: Bench, name: str, preset: str, place: str, sizes: Sizes, *, backward: bool
-) -> dict[str, Any]:
+def measure(bench: Bench, name: str, preset: str, place: str, sizes: Sizes, *, backward: bool) -> dict[str, Any]:
     """Measure a row of the table of ops."""
     op = NAMED[name]
     row, inputs = _check(bench, op, sizes, backward=backward)
@@ -236,9 +230,7 @@ def summarise(rows: list[dict[str, Any]], batch: int) -> dict[str, Any]:
         "geometric_mean_over_compiled": statistics.geometric_mean(gains) if gains else None,
         "wrong": [_name(row) for row in rows if not row["parity"]],
         "slower_than_compiled": [_name(r) for r in rows if (r["over_compiled"] or 1) < 1],
-        "below_80_percent_of_copy": [
-            _name(row) for row in bound if batch >= BATCH and row["percent"] < 80
-        ],
+        "below_80_percent_of_copy": [_name(row) for row in bound if batch >= BATCH and row["percent"] < 80],
     }
 
 

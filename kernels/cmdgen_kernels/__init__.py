@@ -6,11 +6,4 @@ from cmdgen_kernels.group_norm_silu import group_norm_silu
 from cmdgen_kernels.guided_ddim_step import guided_ddim_step
 from cmdgen_kernels.motion import motion_latents, motion_tokens
 
-__all__ = [
-    "content_frame",
-    "gated_attention",
-    "group_norm_silu",
-    "guided_ddim_step",
-    "motion_latents",
-    "motion_tokens",
-]
+__all__ = ["content_frame", "gated_attention", "group_norm_silu", "guided_ddim_step", "motion_latents", "motion_tokens"]

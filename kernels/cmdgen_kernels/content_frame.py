@@ -132,9 +132,7 @@ def _planes(x: Tensor) -> Tensor:
     return x.contiguous().flatten(3)
 
 
-def _arguments(
-    frames: Tensor, logits: Tensor
-) -> tuple[Tensor, Tensor, list[int], int, dict[str, int]]:
+def _arguments(frames: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, list[int], int, dict[str, int]]:
     """(B, C, T, H, W) x 2 -> their planes, sizes and strides, number of blocks, launch options.
 
     Each thread holds 16 bytes of every frame in a block, so that T stays in registers.
@@ -167,9 +165,7 @@ class ContentFrame(torch.autograd.Function):
             ctx.save_for_backward(frames, logits, saved)
         if content.numel():
             frames, logits, sizes, blocks, options = _arguments(frames, logits)
-            _content_frame_fwd_kernel[(blocks,)](
-                frames, logits, content, *saved, *sizes, SAVE=save, **options
-            )
+            _content_frame_fwd_kernel[(blocks,)](frames, logits, content, *saved, *sizes, SAVE=save, **options)
         return content
 
     @staticmethod
@@ -199,10 +195,7 @@ def content_frame(frames: Tensor, logits: Tensor) -> Tensor:
     where the shapes differ.
     """
     if frames.dim() != 5 or frames.shape != logits.shape:
-        raise ValueError(
-            f"frames {tuple(frames.shape)} and logits {tuple(logits.shape)} are not both "
-            "(B, C, T, H, W)"
-        )
+        raise ValueError(f"frames {tuple(frames.shape)} and logits {tuple(logits.shape)} are not both (B, C, T, H, W)")
     if content_frame_obstacle(frames, logits) is not None:
         return content_frame_reference(frames, logits)
     return ContentFrame.apply(frames, logits, torch.is_grad_enabled())

@@ -35,9 +35,7 @@ WIDEST = 256
 WIDE_ROOM = 160 * 1024
 
 
-def orthogonal_features(
-    features: int, width: int, *, generator: torch.Generator | None = None
-) -> Tensor:
+def orthogonal_features(features: int, width: int, *, generator: torch.Generator | None = None) -> Tensor:
     """() -> (M, D) float32: rows as long as Gaussian ones, orthogonal in blocks of D.
 
     Sec. 2.4 of arXiv:2009.14794. The sign of R's diagonal makes Q uniform among rotations.
@@ -469,9 +467,7 @@ class LinearAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, projection: Tensor, grad_enabled: bool
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, projection: Tensor, grad_enabled: bool) -> Tensor:
         """(B, N, L, D) x 3, (M, D) -> (B, N, L, D)."""
         batch, heads, length, width = q.shape
         q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
@@ -540,9 +536,7 @@ class LinearAttention(torch.autograd.Function):
         return *(x.transpose(1, 2) for x in (grad_q, grad_k, grad_v)), None, None
 
 
-def gated_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, threshold: float = 2.0
-) -> Tensor:
+def gated_attention_reference(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, threshold: float = 2.0) -> Tensor:
     """(B, N, L, D) x 3, (M, D) -> (B, N, L, D): the definition of `gated_attention`."""
     if q.shape[2] > threshold * q.shape[3]:
         return linear_attention_reference(q, k, v, projection)
@@ -567,9 +561,7 @@ def gated_attention_obstacle(
     return reason
 
 
-def gated_attention(
-    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, threshold: float = 2.0
-) -> Tensor:
+def gated_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, threshold: float = 2.0) -> Tensor:
     """(B, N, L, D) x 3, (M, D) -> (B, N, L, D): FAVOR+ where L > threshold * D, else softmax.
 
     Self-attention, not causal; differentiable in q, k and v. `projection` is `orthogonal_features`,

@@ -118,9 +118,9 @@ def _group_norm_silu_partial_kernel(
     for start in range(first, last, BLOCK_P):
         n_tiles += 1.0
         m_p = (start + o_p < last)[:, None]
-        b_x = tl.load(
-            x_ptr + (start + o_p)[:, None] * C + o_c[None, :], mask=m_p & m_c[None, :], other=0.0
-        ).to(tl.float32)
+        b_x = tl.load(x_ptr + (start + o_p)[:, None] * C + o_c[None, :], mask=m_p & m_c[None, :], other=0.0).to(
+            tl.float32
+        )
         b_delta = tl.where(m_p, b_x - b_mean, 0.0)
         b_mean += b_delta * (1.0 / n_tiles)
         b_square += b_delta * (b_x - b_mean)
@@ -191,15 +191,7 @@ def _group_norm_silu_combine_kernel(
 
 @triton.jit
 def _group_norm_silu_apply_kernel(
-    x_ptr,
-    scale_ptr,
-    offset_ptr,
-    out_ptr,
-    C,
-    P,
-    SILU: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x_ptr, scale_ptr, offset_ptr, out_ptr, C, P, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     # one program: BLOCK_P positions of BLOCK_C channels of one sample
     i_row, o_c = program(C, BLOCK_C)
@@ -218,14 +210,7 @@ def _group_norm_silu_apply_kernel(
 
 
 def _launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    shift: Tensor | None,
-    *,
-    groups: int,
-    eps: float,
-    silu: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, *, groups: int, eps: float, silu: bool
 ) -> Tensor:
     """(B, C, H, W), (C), (C), (B, C) -> (B, C, H, W), both channels_last."""
     out = torch.empty_like(x, memory_format=torch.channels_last)
@@ -272,9 +257,7 @@ def _launch(
     return out
 
 
-def group_norm_silu_obstacle(
-    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None
-) -> str | None:
+def group_norm_silu_obstacle(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> str | None:
     """Say why `group_norm_silu` runs the reference for these tensors; None where it does not."""
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is not channels_last"
@@ -311,6 +294,4 @@ def group_norm_silu(
     if group_norm_silu_obstacle(x, weight, bias, shift) is None:
         silu = activation == "silu"
         return _launch(x, weight, bias, shift, groups=groups, eps=eps, silu=silu)
-    return group_norm_silu_reference(
-        x, weight, bias, shift, groups=groups, eps=eps, activation=activation
-    )
+    return group_norm_silu_reference(x, weight, bias, shift, groups=groups, eps=eps, activation=activation)

@@ -15,9 +15,7 @@ from cmdgen_kernels.dispatch import inference_obstacle
 from cmdgen_kernels.language import power_of_two, program, tl, triton
 
 
-def guided_ddim_step_reference(
-    sample: Tensor, output: Tensor, *, guidance: float, keep: float, move: float
-) -> Tensor:
+def guided_ddim_step_reference(sample: Tensor, output: Tensor, *, guidance: float, keep: float, move: float) -> Tensor:
     """(B, C, ...), (2 B, C or 2 C, ...) -> (B, C, ...): the definition, in the sample's dtype."""
     negative, positive = output[:, : sample.shape[1]].to(sample.dtype).chunk(2)
     return keep * sample + move * (negative + guidance * (positive - negative))
@@ -69,9 +67,7 @@ def guided_ddim_step_obstacle(sample: Tensor, output: Tensor) -> str | None:
     return inference_obstacle(sample, output)
 
 
-def guided_ddim_step(
-    sample: Tensor, output: Tensor, *, guidance: float, keep: float, move: float
-) -> Tensor:
+def guided_ddim_step(sample: Tensor, output: Tensor, *, guidance: float, keep: float, move: float) -> Tensor:
     """(B, C, ...), (2 B, C or 2 C, ...) -> (B, C, ...): the next sample, in this one's dtype.
 
     `output` comes from the network, the negative branch first; of 2 C channels the first C are the

@@ -42,13 +42,7 @@ MOST_CHANNELS = 16
 
 
 def motion_latents_reference(
-    u: Tensor,
-    weight_w: Tensor,
-    bias_w: Tensor,
-    weight_h: Tensor,
-    bias_h: Tensor,
-    *,
-    activation: str = "tanh",
+    u: Tensor, weight_w: Tensor, bias_w: Tensor, weight_h: Tensor, bias_h: Tensor, *, activation: str = "tanh"
 ) -> Tensor:
     """(B, T, H, W, D), (K, D), (K,), (K, D), (K,) -> (B, K, T, W + H): the definition."""
     wide = torch.promote_types(u.dtype, torch.float32)
@@ -62,12 +56,7 @@ def motion_latents_reference(
 
 
 def motion_tokens_reference(
-    content: Tensor,
-    motion: Tensor,
-    weight_w: Tensor,
-    bias_w: Tensor,
-    weight_h: Tensor,
-    bias_h: Tensor,
+    content: Tensor, motion: Tensor, weight_w: Tensor, bias_w: Tensor, weight_h: Tensor, bias_h: Tensor
 ) -> Tensor:
     """(B, H, W, D), (B, K, T, W + H), (D, K), (D,), (D, K), (D,) -> (B, T, H, W, D)."""
     wide = torch.promote_types(content.dtype, torch.float32)
@@ -341,9 +330,7 @@ def _latents(
         sizes = count, frames, width, length, *counts, n_d * splits, n_d * n_w
         block_p = min(16, power_of_two(n_d * max(splits, n_w)))
         options = {"K": latents, "TANH": tanh, "BLOCK_P": block_p, "BLOCK_N": 64, "num_warps": 2}
-        _motion_combine_kernel[(triton.cdiv(count, 64),)](
-            partial, *biases, motion, *sizes, **options
-        )
+        _motion_combine_kernel[(triton.cdiv(count, 64),)](partial, *biases, motion, *sizes, **options)
     return motion, columns, rows
 
 
@@ -365,9 +352,7 @@ def _tokens_options(batch: int, size: tuple[int, int, int, int], itemsize: int) 
     }
 
 
-def _tokens(
-    content: Tensor, motion: Tensor, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor]
-) -> Tensor:
+def _tokens(content: Tensor, motion: Tensor, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor]) -> Tensor:
     """(B, H, W, D), (B, K, T, W + H), (K, D) x 2, (D,) x 2 -> (B, T, H, W, D).
 
     A view of memory in which time comes first.
@@ -390,9 +375,7 @@ def _tokens(
     return tokens.transpose(0, 1)
 
 
-def _weight_gradients(
-    motion: Tensor, columns: Tensor, rows: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _weight_gradients(motion: Tensor, columns: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(B, K, T, W + H), sums as `_latents` saves them -> (K, D) x 2."""
     columns, rows = columns.sum(dim=0), rows.sum(dim=0)
     across, down = motion.float().split((columns.shape[2], rows.shape[2]), dim=3)
@@ -448,9 +431,7 @@ class MotionLatents(torch.autograd.Function):
         grad = grad.double()
         if ctx.tanh:
             grad = grad / motion.double().cosh().square()
-        grad_bias_w, grad_bias_h = (
-            part.sum(dim=(0, 2, 3)) for part in grad.split((width, height), dim=3)
-        )
+        grad_bias_w, grad_bias_h = (part.sum(dim=(0, 2, 3)) for part in grad.split((width, height), dim=3))
         # the mean of a column is over its height, that of a row over its width
         counts = grad.new_full((width + height,), width)
         counts[:width] = height
@@ -472,13 +453,7 @@ class MotionTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        content: Tensor,
-        motion: Tensor,
-        weight_w: Tensor,
-        bias_w: Tensor,
-        weight_h: Tensor,
-        bias_h: Tensor,
+        ctx: Any, content: Tensor, motion: Tensor, weight_w: Tensor, bias_w: Tensor, weight_h: Tensor, bias_h: Tensor
     ) -> Tensor:
         """(B, H, W, D), (B, K, T, W + H), (D, K), (D,), (D, K), (D,) -> (B, T, H, W, D)."""
         ctx.save_for_backward(motion, weight_w, weight_h)
@@ -499,9 +474,7 @@ class MotionTokens(torch.autograd.Function):
             return grad_content, None, None, None, None, None
         trained = any(ctx.needs_input_grad[2:])
         weights = weight_w.T, weight_h.T
-        grad_motion, columns, rows = _latents(
-            grad, weights, (None, None), save=trained, dtype=motion.dtype
-        )
+        grad_motion, columns, rows = _latents(grad, weights, (None, None), save=trained, dtype=motion.dtype)
         if not trained:
             return grad_content, grad_motion, None, None, None, None
         grad_w, grad_h = _weight_gradients(motion, columns, rows, weight_w.dtype)
@@ -518,13 +491,7 @@ def motion_latents_obstacle(u: Tensor, weight_w: Tensor, *others: Tensor) -> str
 
 
 def motion_latents(
-    u: Tensor,
-    weight_w: Tensor,
-    bias_w: Tensor,
-    weight_h: Tensor,
-    bias_h: Tensor,
-    *,
-    activation: str = "tanh",
+    u: Tensor, weight_w: Tensor, bias_w: Tensor, weight_h: Tensor, bias_h: Tensor, *, activation: str = "tanh"
 ) -> Tensor:
     """(B, T, H, W, D), (K, D), (K,), (K, D), (K,) -> (B, K, T, W + H): the columns, then the rows.
 
@@ -538,9 +505,7 @@ def motion_latents(
     latents = weight_w.shape[0]
     _check_projections((weight_w, bias_w, weight_h, bias_h), (latents, u.shape[-1]), "(K, D)")
     if motion_latents_obstacle(u, weight_w, bias_w, weight_h, bias_h) is not None:
-        return motion_latents_reference(
-            u, weight_w, bias_w, weight_h, bias_h, activation=activation
-        )
+        return motion_latents_reference(u, weight_w, bias_w, weight_h, bias_h, activation=activation)
     tanh, grad_enabled = activation == "tanh", torch.is_grad_enabled()
     return MotionLatents.apply(u, weight_w, bias_w, weight_h, bias_h, tanh, grad_enabled)
 
@@ -553,12 +518,7 @@ def motion_tokens_obstacle(content: Tensor, motion: Tensor, *others: Tensor) -> 
 
 
 def motion_tokens(
-    content: Tensor,
-    motion: Tensor,
-    weight_w: Tensor,
-    bias_w: Tensor,
-    weight_h: Tensor,
-    bias_h: Tensor,
+    content: Tensor, motion: Tensor, weight_w: Tensor, bias_w: Tensor, weight_h: Tensor, bias_h: Tensor
 ) -> Tensor:
     """(B, H, W, D), (B, K, T, W + H), (D, K), (D,), (D, K), (D,) -> (B, T, H, W, D).
 
@@ -568,8 +528,7 @@ def motion_tokens(
     """
     if content.dim() != 4 or motion.dim() != 4:
         raise ValueError(
-            f"content {tuple(content.shape)} and motion {tuple(motion.shape)} are not "
-            "(B, H, W, D) and (B, K, T, W + H)"
+            f"content {tuple(content.shape)} and motion {tuple(motion.shape)} are not (B, H, W, D) and (B, K, T, W + H)"
         )
     batch, height, width, channels = content.shape
     if motion.shape[0] != batch or motion.shape[3] != width + height:
@@ -587,6 +546,4 @@ def _check_projections(tensors: tuple[Tensor, ...], shape: tuple[int, int], lett
     for name, tensor in zip(("weight_w", "bias_w", "weight_h", "bias_h"), tensors, strict=True):
         expected = shape if name.startswith("weight") else shape[:1]
         if tensor.shape != expected:
-            raise ValueError(
-                f"{name} {tuple(tensor.shape)} is not {expected}: weights are {letters}"
-            )
+            raise ValueError(f"{name} {tuple(tensor.shape)} is not {expected}: weights are {letters}")

@@ -39,9 +39,7 @@ class Op:
     # how many of the inputs, from the first, a kernel has a gradient for
     leaves: int = 0
 
-    def inputs(
-        self, sizes: Sizes, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> tuple[Tensor, ...]:
+    def inputs(self, sizes: Sizes, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         """`sizes` as `draw` takes them -> tensors of torch's global random numbers."""
         return self.draw(sizes, torch.empty(0, dtype=dtype, device=device))
 
@@ -68,9 +66,7 @@ class Error(NamedTuple):
         return math.isfinite(self.size) and self.size <= self.allowed
 
 
-def _op(
-    function: Callable[..., Tensor], draw: Draw, small: Sizes, *, leaves: int = 0, **settings: float
-) -> Op:
+def _op(function: Callable[..., Tensor], draw: Draw, small: Sizes, *, leaves: int = 0, **settings: float) -> Op:
     """Find `x_reference` and `x_obstacle` beside an op `x`; bind its `settings`."""
     name, beside = function.__name__, vars(sys.modules[function.__module__])
     run, reference = (partial(f, **settings) for f in (function, beside[f"{name}_reference"]))
@@ -151,11 +147,7 @@ def errors(op: Op, inputs: tuple[Tensor, ...], *, backward: bool = False) -> lis
 
 
 def compare(
-    run: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    inputs: tuple[Tensor, ...],
-    *,
-    leaves: int,
+    run: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: tuple[Tensor, ...], *, leaves: int
 ) -> list[Error]:
     """Compute the errors of the output and of the gradients of the first `leaves` inputs."""
     plain = results(reference, inputs, leaves)
@@ -173,11 +165,7 @@ def compare(
 
 
 def results(
-    run: Callable[..., Tensor],
-    inputs: tuple[Tensor, ...],
-    leaves: int,
-    *,
-    dtype: torch.dtype | None = None,
+    run: Callable[..., Tensor], inputs: tuple[Tensor, ...], leaves: int, *, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
     """Return the output, then the gradients of its product with noise in the first `leaves` inputs.
 

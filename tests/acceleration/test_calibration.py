@@ -50,19 +50,11 @@ def measure(sampler: str, protected: int) -> tuple[Line, Calibration]:
     done = []
     final = measurement.add(
         network,
-        lambda predict: SAMPLERS[sampler](
-            predict, noise, NoiseConfig(), steps=STEPS, generators=seeded()
-        ),
+        lambda predict: SAMPLERS[sampler](predict, noise, NoiseConfig(), steps=STEPS, generators=seeded()),
         lambda: done.append(1),
     )
     assert len(done) == measurement.runs
-    plain = SAMPLERS[sampler](
-        lambda x, t: network.run(x, t)[0],
-        noise,
-        NoiseConfig(),
-        steps=STEPS,
-        generators=seeded(),
-    )
+    plain = SAMPLERS[sampler](lambda x, t: network.run(x, t)[0], noise, NoiseConfig(), steps=STEPS, generators=seeded())
     assert torch.equal(final, plain)
     return network, measurement.finish("content", sampler, 3)
 
@@ -150,12 +142,7 @@ def test_files_of_other_cuts_still_load(calibrations, tmp_path: Path) -> None:
     content, other, motion = data["calibrations"]
     # as version 0.1 wrote them
     others = [content | {"cut": cut, "prompts": 1} for cut in ("resnet", "attention")]
-    entries = [
-        content | {"cut": "layer"},
-        *others,
-        other | {"cut": "layer"},
-        motion | {"cut": None},
-    ]
+    entries = [content | {"cut": "layer"}, *others, other | {"cut": "layer"}, motion | {"cut": None}]
     path.write_text(json.dumps({"model": "mini", "calibrations": entries}))
     found = read_calibrations(path, "mini")
     assert sorted(found, key=str) == sorted(calibrations, key=str)

@@ -16,9 +16,7 @@ from cmdgen.pipelines.load import load_pipeline
 POOLS: dict[object, Tensor] = {}
 
 
-def capture_on_cpu(
-    function: Callable[..., object], inputs: list[Tensor], pool: object
-) -> Callable[[], object]:
+def capture_on_cpu(function: Callable[..., object], inputs: list[Tensor], pool: object) -> Callable[[], object]:
     """As a graph does at worst: it reads the same inputs, and overwrites all of its pool."""
     memory = POOLS.setdefault(pool, torch.empty(10**6))
 
@@ -87,9 +85,7 @@ def test_every_call_has_its_own_inputs_and_every_shape_its_own_graph(monkeypatch
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize(
-    "asked", [{}, {"guidance": 1.0}, {"rehash": 3, "rehash_policy": "uniform"}]
-)
+@pytest.mark.parametrize("asked", [{}, {"guidance": 1.0}, {"rehash": 3, "rehash_policy": "uniform"}])
 def test_inputs_have_one_order_in_memory_so_that_they_are_one_copy(
     monkeypatch, tiny_model, sampler: str, asked: dict[str, object]
 ) -> None:

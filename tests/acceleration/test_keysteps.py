@@ -5,13 +5,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from cmdgen.acceleration.keysteps import (
-    by_similarity,
-    by_threshold,
-    count_protected,
-    minimax,
-    uniform,
-)
+from cmdgen.acceleration.keysteps import by_similarity, by_threshold, count_protected, minimax, uniform
 
 
 def falling(steps: int, loss: float) -> list[list[float]]:
@@ -102,9 +96,7 @@ def test_uniform_is_even_after_what_is_protected(
 
 @pytest.mark.parametrize("levels", [None, 3])
 @pytest.mark.parametrize(("steps", "protected"), [(6, 1), (7, 2), (8, 1)])
-def test_minimax_is_the_best_of_all_schedules(
-    steps: int, protected: int, levels: int | None
-) -> None:
+def test_minimax_is_the_best_of_all_schedules(steps: int, protected: int, levels: int | None) -> None:
     def lengths(errors: list[list[float]], keys: tuple[int, ...]) -> list[float]:
         ends = (*keys[1:], steps)
         return sorted((errors[i][j] for i, j in zip(keys, ends, strict=True)), reverse=True)

@@ -22,14 +22,10 @@ CPU = torch.device("cpu")
 assert MINI.autoencoder is not None and MINI.vae is not None and CMD_SD21.autoencoder is not None
 # depth takes time and no memory
 WIDE_MINI = replace(MINI, height=128, width=192, autoencoder=replace(MINI.autoencoder, depth=1))
-PAPER = replace(
-    CMD_SD21, height=512, width=1024, autoencoder=replace(CMD_SD21.autoencoder, depth=1)
-)
+PAPER = replace(CMD_SD21, height=512, width=1024, autoencoder=replace(CMD_SD21.autoencoder, depth=1))
 GATED = replace(
     WIDE_MINI,
-    autoencoder=replace(
-        WIDE_MINI.autoencoder, attention="gated", attention_features=64, attention_threshold=2.0
-    ),
+    autoencoder=replace(WIDE_MINI.autoencoder, attention="gated", attention_features=64, attention_threshold=2.0),
 )
 
 
@@ -45,9 +41,7 @@ def measure(work: Work, slices: Slices) -> tuple[int, int]:
         autoencoder, vae = autoencoder.to(dtype), vae.to(dtype)
     clip = torch.randn(batch, channels, model.frames, height, width, dtype=dtype)
     positions = width // patch + height // patch
-    motion = torch.randn(
-        batch, model.autoencoder.motion_channels, model.frames, positions, dtype=dtype
-    )
+    motion = torch.randn(batch, model.autoencoder.motion_channels, model.frames, positions, dtype=dtype)
 
     def decode() -> None:
         latents = clip.transpose(1, 2).flatten(0, 1).clone(), clip.clone()
@@ -64,9 +58,7 @@ def measure(work: Work, slices: Slices) -> tuple[int, int]:
 
     if work.verb == "decode":
         content = clip[:, :, 0].contiguous()
-        return peak_bytes(decode), peak_bytes(
-            partial(decode_clip, autoencoder, content, motion, slices)
-        )
+        return peak_bytes(decode), peak_bytes(partial(decode_clip, autoencoder, content, motion, slices))
     return peak_bytes(encode), peak_bytes(lambda: encode_clip(autoencoder, clip.clone(), slices))
 
 
@@ -124,14 +116,10 @@ def test_paper_size_fits_in_half_of_whole_clips_and_frames(verb: str, share: flo
     assert choose_slices(work, CPU, 4 * 10**9).strips == choose_slices(work, CPU).strips == 1
 
 
-@pytest.mark.parametrize(
-    "model", [MINI, replace(MINI, height=32, width=96), replace(MINI, frames=1)]
-)
+@pytest.mark.parametrize("model", [MINI, replace(MINI, height=32, width=96), replace(MINI, frames=1)])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("verb", ["decode", "encode"])
-def test_every_limit_is_kept_or_refused_with_the_least_that_will_do(
-    model: ModelConfig, batch: int, verb: str
-) -> None:
+def test_every_limit_is_kept_or_refused_with_the_least_that_will_do(model: ModelConfig, batch: int, verb: str) -> None:
     work = Work(model, torch.float32, batch, verb)
     choose: Callable[[int | None], Slices] = partial(choose_slices, work, CPU)
     fastest = choose(None)

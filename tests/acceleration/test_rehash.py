@@ -25,8 +25,7 @@ UNETS = {
 }
 TIMESTEP = torch.tensor([7, 7])
 TEXT, CONTEXT = (
-    torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-    for shape in ((2, 5, 12), (2, 4, 8, 16))
+    torch.randn(*shape, generator=torch.Generator().manual_seed(1)) for shape in ((2, 5, 12), (2, 4, 8, 16))
 )
 MOTION = DiTConfig(width=32, depth=3, heads=2, text_width=12, context_channels=4, context_patch=4)
 
@@ -49,10 +48,7 @@ def cut_dit() -> tuple[Network, nn.Module, tuple[Tensor, ...]]:
     return CutDiT(dit), dit, (torch.randn(2, 8, 4, 12), modulations, ground)
 
 
-NETWORKS = {
-    **{name: (cut_unet, name) for name in UNETS},
-    "motion": (cut_dit,),
-}
+NETWORKS = {**{name: (cut_unet, name) for name in UNETS}, "motion": (cut_dit,)}
 
 
 @pytest.fixture(params=NETWORKS.values(), ids=NETWORKS)
@@ -125,8 +121,7 @@ def test_one_feature_is_all_that_is_kept(network) -> None:
 def count_calls(module: nn.Module, run) -> Counter[str]:
     calls: Counter[str] = Counter()
     hooks = [
-        part.register_forward_hook(lambda *_, name=name: calls.update([name]))
-        for name, part in module.named_modules()
+        part.register_forward_hook(lambda *_, name=name: calls.update([name])) for name, part in module.named_modules()
     ]
     run()
     for hook in hooks:

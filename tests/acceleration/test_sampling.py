@@ -151,9 +151,7 @@ def sample(cmdgen, tiny_model: Path):
     return run
 
 
-def test_sample_says_which_steps_were_full_and_the_video_knows(
-    sample, calibration: Path, tmp_path: Path
-) -> None:
+def test_sample_says_which_steps_were_full_and_the_video_knows(sample, calibration: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     code, out, err = sample(path, "--rehash", 4, "--rehash-file", calibration)
     assert (code, out) == (0, f"{path}\n"), err
@@ -178,10 +176,7 @@ def test_sample_says_which_steps_were_full_and_the_video_knows(
         (["--rehash", "4"], "make one by cmdgen rehash calibrate, or ask for policy uniform"),
         (["--rehash", "7"], "rehash 7 is not between 1 and the 6 steps"),
         (["--rehash", "1", "--rehash-policy", "uniform"], "rehash 1: of 6 steps between 2 and 6"),
-        (
-            ["--rehash", "3", "--rehash-protect", "0.5", "--rehash-policy", "uniform"],
-            "the first 3 always do",
-        ),
+        (["--rehash", "3", "--rehash-protect", "0.5", "--rehash-policy", "uniform"], "the first 3 always do"),
         (["--rehash", "4", "--rehash-file", "none.json"], "none.json: No such file"),
         (["--rehash-file", "none.json"], "say how many steps run in full with --rehash N"),
         (
@@ -199,9 +194,7 @@ def test_what_cannot_be_is_said_before_weights_are_read(
     assert not list(tmp_path.iterdir())
 
 
-def test_calibrate_writes_a_file_that_sample_reads_and_draws_it(
-    cmdgen, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_calibrate_writes_a_file_that_sample_reads_and_draws_it(cmdgen, tiny_model: Path, tmp_path: Path) -> None:
     prompts, path, plot = (tmp_path / name for name in ("prompts.txt", "a.json", "a.png"))
     prompts.write_text("a dog\n\na red car driving\n")
     arguments = ("rehash", "calibrate", "--model", tiny_model, "--prompts", prompts, "-o", path)
@@ -243,16 +236,12 @@ def test_calibrate_says_what_is_wrong_before_it_measures(
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("\n")
     Path("other.json").write_text('{"model": "other", "calibrations": []}')
-    code, out, err = cmdgen(
-        "rehash", "calibrate", "--model", tiny_model, "-o", "a.json", *arguments
-    )
+    code, out, err = cmdgen("rehash", "calibrate", "--model", tiny_model, "-o", "a.json", *arguments)
     assert (code, out) in ((2, ""), (3, "")) and says in err and err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "other.json"]
 
 
-def test_a_calibration_of_no_numbers_is_refused_and_not_written(
-    cmdgen, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_calibration_of_no_numbers_is_refused_and_not_written(cmdgen, tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "tiny")
     path = tmp_path / "tiny" / "unet" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)

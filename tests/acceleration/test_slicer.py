@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmdgen.acceleration.slicer import (
-    Moments,
-    decode_clip,
-    decode_pictures,
-    encode_clip,
-    encode_pictures,
-)
+from cmdgen.acceleration.slicer import Moments, decode_clip, decode_pictures, encode_clip, encode_pictures
 from cmdgen.config import AutoencoderConfig, VaeConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
@@ -42,14 +36,10 @@ def vae() -> KlVae:
 # whole, one at a time, and slices of which the last is smaller and that are of two clips
 @pytest.mark.parametrize(("frames", "positions"), [(10, 30), (1, 1), (3, 4), (7, 29)])
 @torch.no_grad()
-def test_sliced_autoencoder_equals_the_whole(
-    frames: int, positions: int, importance: str, attention: str
-) -> None:
+def test_sliced_autoencoder_equals_the_whole(frames: int, positions: int, importance: str, attention: str) -> None:
     torch.manual_seed(0)
     # at this threshold rows of 15 tokens are long: spatial attention is linear, temporal is not
-    config = replace(
-        AUTOENCODER, importance=importance, attention=attention, attention_threshold=1.0
-    )
+    config = replace(AUTOENCODER, importance=importance, attention=attention, attention_threshold=1.0)
     model = CmdAutoencoder(config).double()
     clips = torch.randn(2, 3, 5, 6, 10, dtype=torch.float64)
     before = clips.clone()
@@ -67,13 +57,8 @@ def test_a_group_sees_slices_and_never_the_whole() -> None:
     model = CmdAutoencoder(AUTOENCODER).double()
     shapes: dict[str, set[tuple[int, ...]]] = {"time": set(), "space": set(), "feed": set()}
     for block in model.decoder:
-        for name, layer in (
-            *(("time", block.time), ("space", block.space)),
-            ("feed", block.feed_forward),
-        ):
-            layer.register_forward_pre_hook(
-                lambda _, given, name=name: shapes[name].add(tuple(given[0].shape))
-            )
+        for name, layer in (*(("time", block.time), ("space", block.space)), ("feed", block.feed_forward)):
+            layer.register_forward_pre_hook(lambda _, given, name=name: shapes[name].add(tuple(given[0].shape)))
     content, motion = model.encode(torch.randn(2, 3, 5, 6, 10, dtype=torch.float64))
     for seen in shapes.values():
         seen.clear()
@@ -126,10 +111,7 @@ def test_strips_are_encoded_as_exactly_as_the_whole_under_autocast(vae: KlVae) -
     single = KlVae(VAE)
     single.load_state_dict(vae.state_dict())
     with torch.autocast("cpu", torch.bfloat16):
-        errors = [
-            (encode_pictures(single, pictures.float(), strips).double() - exact).norm()
-            for strips in (1, 4)
-        ]
+        errors = [(encode_pictures(single, pictures.float(), strips).double() - exact).norm() for strips in (1, 4)]
     assert 0 < errors[1] <= 1.2 * errors[0]
 
 
@@ -140,10 +122,7 @@ def test_strips_are_as_exact_as_the_whole_in_half_precision(vae: KlVae) -> None:
     half = KlVae(VAE)
     half.load_state_dict(vae.state_dict())
     half = half.bfloat16()
-    errors = [
-        (decode_pictures(half, latents.bfloat16(), strips).double() - exact).norm()
-        for strips in (1, 4)
-    ]
+    errors = [(decode_pictures(half, latents.bfloat16(), strips).double() - exact).norm() for strips in (1, 4)]
     assert errors[1] <= 1.2 * errors[0]
 
 

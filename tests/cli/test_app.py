@@ -42,11 +42,7 @@ def ends_with(cmdgen, monkeypatch: pytest.MonkeyPatch):
         (FileNotFoundError("no probe in x"), 3, "no probe in x"),
         (ConnectionError("the hub cannot be reached"), 3, "the hub cannot be reached"),
         (PermissionError(13, "Permission denied", "a.txt"), 1, "a.txt: Permission denied"),
-        (
-            EncoderError("a.mp4 was not written: No space left"),
-            5,
-            "a.mp4 was not written: No space",
-        ),
+        (EncoderError("a.mp4 was not written: No space left"), 5, "a.mp4 was not written: No space"),
         (MemoryError(), 4, "MemoryError"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
     ],
@@ -82,9 +78,7 @@ def test_a_command_that_asks_for_a_code_gets_it(ends_with) -> None:
         (("data", "precompute", "-o", "x", "--vae", "none"), "vae none is no model folder"),
     ],
 )
-def test_what_is_not_there_is_one_line_and_leaves_nothing(
-    cmdgen, monkeypatch, tmp_path, arguments, says
-) -> None:
+def test_what_is_not_there_is_one_line_and_leaves_nothing(cmdgen, monkeypatch, tmp_path, arguments, says) -> None:
     monkeypatch.chdir(tmp_path)
     result = cmdgen(*arguments)
     assert (result.code, result.out) == (3, "")
@@ -111,10 +105,7 @@ def spawn(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A shell's command line, `cmdgen` in it this package's."""
     start = f'cmdgen() {{ "{sys.executable}" -m cmdgen "$@"; }}\n'
     return subprocess.run(
-        ["bash", "-c", start + command],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
+        ["bash", "-c", start + command], capture_output=True, text=True, env={**os.environ, **environment}
     )
 
 

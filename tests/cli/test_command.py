@@ -43,9 +43,7 @@ def make(cmdgen, monkeypatch):
 
     @app.command(cls=Command)
     @expand
-    def make(
-        fields: Fields, other: Annotated[Other, Only(("taken",))], plain: bool = False
-    ) -> None:
+    def make(fields: Fields, other: Annotated[Other, Only(("taken",))], plain: bool = False) -> None:
         """Make it."""
         got.append((fields, other, plain))
 

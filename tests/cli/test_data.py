@@ -15,9 +15,7 @@ def preview(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[obj
     return end.value.code, *capsys.readouterr()
 
 
-def test_a_sheet_has_a_row_for_each_clip(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sheet_has_a_row_for_each_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
         frames = np.full((16, 32, 48, 3), 60 * (number + 1), np.uint8)
         write_video(tmp_path / f"{number}.mp4", frames, 8, {})

@@ -63,10 +63,7 @@ def test_a_video_is_taken_apart_and_put_together(cmdgen, tiny_model, video, tmp_
     written = read_latents(file)
     model = load_pipeline(tiny_model)
     assert written.fps == 8
-    assert written.metadata["source"] == {
-        "file": "clip.mkv",
-        "sha256": hashlib.sha256(video.read_bytes()).hexdigest(),
-    }
+    assert written.metadata["source"] == {"file": "clip.mkv", "sha256": hashlib.sha256(video.read_bytes()).hexdigest()}
     with Image.open(still) as image:
         assert np.array_equal(np.asarray(image), model.decode_still(written.content))
     assert read_metadata(still) == written.metadata

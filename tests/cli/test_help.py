@@ -23,9 +23,7 @@ def commands(command: Any, context: typer.Context) -> list[tuple[Any, typer.Cont
 
 COMMANDS = {
     context.command_path: (command, context)
-    for command, context in commands(
-        get_command(app), typer.Context(get_command(app), info_name="cmdgen")
-    )
+    for command, context in commands(get_command(app), typer.Context(get_command(app), info_name="cmdgen"))
 }
 
 
@@ -57,13 +55,7 @@ def test_commands_are_grouped_before_examples_and_exit_codes(help_of) -> None:
 
 def test_options_are_grouped_and_those_of_other_stages_are_not_there(help_of) -> None:
     shown = help_of("train", "content")
-    for title in (
-        "Options",
-        "Learning",
-        "Model and machine",
-        "Checkpoints and logs",
-        "What is learned",
-    ):
+    for title in ("Options", "Learning", "Model and machine", "Checkpoints and logs", "What is learned"):
         assert f"\n{title}:\n" in shown
     learning = shown.partition("\nLearning:\n")[2].partition("\n\n")[0]
     assert "  --lr X " in learning and "--device" not in learning

@@ -231,9 +231,7 @@ def test_a_picture_moves_and_a_clip_of_it_is_made_again(sample, video, tmp_path)
         (("--content-from", "W"), 1, "not latents of cmdgen"),
     ],
 )
-def test_what_cannot_be_given_is_one_line(
-    sample, video, latents, tiny_model, tmp_path, options, code, says
-):
+def test_what_cannot_be_given_is_one_line(sample, video, latents, tiny_model, tmp_path, options, code, says):
     weights = tiny_model / "vae" / "diffusion_pytorch_model.safetensors"
     names = {"V": video, "L": latents, "W": weights}
     path = tmp_path / "a.mp4"

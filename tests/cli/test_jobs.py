@@ -63,10 +63,7 @@ def test_a_line_is_a_prompt_or_an_object_or_skipped():
         (b'{"seed": 1}', "has no prompt"),
         (b"a \xff cat", "is not valid UTF-8"),
         (b"\xff\xfea\0c\0a\0t\0", "is not valid UTF-8"),
-        (
-            b"a" * (MAX_LINE_BYTES + 9),
-            f"has {MAX_LINE_BYTES + 10} bytes, more than {MAX_LINE_BYTES}",
-        ),
+        (b"a" * (MAX_LINE_BYTES + 9), f"has {MAX_LINE_BYTES + 10} bytes, more than {MAX_LINE_BYTES}"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_wrong_with_it_alone(line, says):
@@ -107,9 +104,7 @@ def test_a_line_that_never_ends_takes_little_memory_and_ends_the_file():
     assert source.given < MAX_SKIPPED_BYTES + 4 * MAX_LINE_BYTES
 
 
-@given(
-    st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode(errors="replace"))
-)
+@given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode(errors="replace")))
 def test_any_bytes_are_entries_or_errors_in_a_line(data):
     for entry in read(data):
         assert isinstance(entry.values, dict) or "\n" not in str(entry.values)
@@ -222,8 +217,7 @@ def test_every_option_of_a_job_is_one_of_the_command():
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["a 🐕‍🦺 swims", "قطة تطير", "cafe\u0301", "\u202eabc\u202c", "日本語", "a" * MAX_TEXT_BYTES],
+    "text", ["a 🐕‍🦺 swims", "قطة تطير", "cafe\u0301", "\u202eabc\u202c", "日本語", "a" * MAX_TEXT_BYTES]
 )
 def test_text_of_any_script_stays_as_it_is(text):
     assert check_text("prompt", text) == text
@@ -296,7 +290,5 @@ def test_those_that_are_alike_are_made_together_in_order():
     one, two, three, other = job(1, seed=1), job(2, seed=2), job(3, seed=1), job(4, steps=3)
     refused, kept = Refused(9, 9, ValueError("no")), replace(one, exists=True)
     assert list(group([one, two, three, other], 2)) == [[one, two], [three], [other]]
-    assert list(group([one, refused, two, kept, kept, three], 8)) == [
-        *([one], refused, [two], [kept], [kept], [three])
-    ]
+    assert list(group([one, refused, two, kept, kept, three], 8)) == [*([one], refused, [two], [kept], [kept], [three])]
     assert list(group([one, None, None, two, three], 8)) == [[one], [two, three]]

@@ -42,9 +42,7 @@ def test_video_is_sixteen_frames_of_h264_at_the_size_of_the_model(videos, clips)
         assert read_metadata(path)["prompt"] == prompt
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path)]
         about = subprocess.run(command, capture_output=True, text=True).stderr
-        assert re.search(
-            rf"Video: h264 .*yuv420p.* {mini.width}x{mini.height}.* {mini.fps} fps", about
-        )
+        assert re.search(rf"Video: h264 .*yuv420p.* {mini.width}x{mini.height}.* {mini.fps} fps", about)
 
 
 def test_video_moves(clips):

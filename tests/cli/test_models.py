@@ -72,9 +72,7 @@ def test_init_writes_a_folder_once_that_show_knows(models, tmp_path: Path) -> No
         (("pull", "../x"), "'../x' is no repository: expected OWNER/NAME"),
     ],
 )
-def test_what_is_impossible_is_one_line(
-    models, monkeypatch, tmp_path, arguments, message: str
-) -> None:
+def test_what_is_impossible_is_one_line(models, monkeypatch, tmp_path, arguments, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = models(*arguments)
     assert (code, out) == (2, "")

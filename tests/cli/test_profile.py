@@ -91,9 +91,7 @@ def test_every_stage_and_the_total_are_measured(profile, tiny_model, tmp_path):
         assert stage["share_of_matmul"] == pytest.approx(stage["flops_per_second"] / matmul)
         assert stage["share_of_copy"] == pytest.approx(stage["bytes_per_second"] / copy)
     total = report["total"]
-    assert total["seconds"]["slowest"] > sum(
-        s["seconds"]["fastest"] for s in report["stages"].values()
-    )
+    assert total["seconds"]["slowest"] > sum(s["seconds"]["fastest"] for s in report["stages"].values())
 
     pipeline = load_pipeline(tiny_model)
     plan = pipeline.plan(Request(steps=3, motion_steps=3, size=(16, 32)), batch=2)
@@ -198,9 +196,7 @@ def test_the_tables_of_a_large_model_fit_a_screen(profile, tiny_model, monkeypat
     assert max(map(len, lines)) <= 120
     assert lines[2] == "measured limits: matmul 700.0 TFLOP/s, copy 4000.0 GB/s"
     rows = cells(lines)
-    assert rows[0][:-1] == [
-        *("stage", "seconds", "fastest-slowest", "share", "allocated GB", "reserved GB")
-    ]
+    assert rows[0][:-1] == [*("stage", "seconds", "fastest-slowest", "share", "allocated GB", "reserved GB")]
     assert [rows[2][:-1], rows[4][:-1]] == [
         ["content", "100.0000", "90.0000-110.0000", "76.9%", "41.50", "60.00"],
         ["total", "130.0000", "117.0000-143.0000", "100.0%", "41.50", "60.00"],
@@ -208,10 +204,7 @@ def test_the_tables_of_a_large_model_fit_a_screen(profile, tiny_model, monkeypat
     # a quarter of the longest bar
     assert [len(row[-1]) for row in rows[2:5]] == [25, 6, 0]
     assert [row[1:] for row in (rows[5], rows[7], rows[8])] == [
-        [
-            *("parameters M", "weights MB", "forwards", "TFLOP", "GFLOP/s", "of matmul"),
-            *("read GB", "GB/s", "of copy"),
-        ],
+        [*("parameters M", "weights MB", "forwards", "TFLOP", "GFLOP/s", "of matmul"), *("read GB", "GB/s", "of copy")],
         # two bytes for each parameter and forward: 1731.8 GB in 100 s, of 4 TB/s
         ["865.9", "1731.8", "1000", "185.0", "1849.5", "0.3%", "1731.8", "17.32", "0.4%"],
         ["49.5", "99.0", "17", "86.7", "3466.5", "0.5%", "1.7", "0.07", "0.0%"],
@@ -263,9 +256,7 @@ def test_a_damaged_model_fails_in_one_line_that_names_the_file(profile, tiny_mod
         (("--trace", "no/such/folder/trace.json"), "not the name of a file"),
     ],
 )
-def test_what_is_impossible_is_one_line_before_anything_runs(
-    profile, monkeypatch, tmp_path, arguments, message
-):
+def test_what_is_impossible_is_one_line_before_anything_runs(profile, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
     code, out, err = profile(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -294,10 +285,7 @@ def test_ways_to_decode_stand_side_by_side(profile, monkeypatch):
     code, out, _ = profile("--decoding", "--size", "128x128")
     assert code == 0 and out.startswith("cmd-sd21, 16 frames of 128x128\n")
     code, _, err = profile("--decoding", "--steps", 3)
-    assert (code, err) == (
-        2,
-        "error: --decoding decodes with the paper's own model: --steps has no use there\n",
-    )
+    assert (code, err) == (2, "error: --decoding decodes with the paper's own model: --steps has no use there\n")
 
 
 def test_ways_to_make_a_clip_stand_side_by_side(profile, tiny_model):
@@ -382,7 +370,4 @@ def test_the_table_of_ways_fits_a_screen(profile, tiny_model, monkeypatch):
     ]
     assert found[2][:5] == ["rehash 25", "25 + 25", "0.800", "0.720-0.880", "5.00"]
     # 92 TFLOP in 50 steps of 8 ms
-    assert (
-        "UNet step, guidance 7.5, of prompt to file: 8.00 ms, 230.0 TFLOP/s, 32.9% of matmul"
-        in lines
-    )
+    assert "UNet step, guidance 7.5, of prompt to file: 8.00 ms, 230.0 TFLOP/s, 32.9% of matmul" in lines

@@ -171,9 +171,7 @@ def test_words_never_seen_and_a_prompt_too_long_are_noted_in_a_line_each(sample,
         ([], "PROMPT"),
     ],
 )
-def test_bad_input_is_one_line_before_any_weights_load(
-    cmdgen, broken_model, tmp_path, arguments, says
-):
+def test_bad_input_is_one_line_before_any_weights_load(cmdgen, broken_model, tmp_path, arguments, says):
     (tmp_path / "folder.mp4").mkdir()
     output = tmp_path / "out.mp4"
     if "-o" in arguments:
@@ -233,12 +231,8 @@ def start(tiny_model, *arguments: object, **pipes) -> subprocess.Popen:
     return subprocess.Popen([str(argument) for argument in command], **streams, **pipes)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-def test_interrupted_run_ends_at_once_and_leaves_no_file(
-    sample, tmp_path, monkeypatch, number, code
-):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_interrupted_run_ends_at_once_and_leaves_no_file(sample, tmp_path, monkeypatch, number, code):
     monkeypatch.setattr(CmdPipeline, "sample_motion", lambda *_: os.kill(os.getpid(), number))
     handlers = {name: signal.signal(name, signal.SIG_DFL) for name in (number, signal.SIGINT)}
     try:
@@ -292,9 +286,7 @@ def raw(path) -> np.ndarray:
     return np.fromfile(path, np.uint8).reshape(-1, 32, 48, 3)
 
 
-def test_lines_of_a_file_are_made_in_order_and_those_that_cannot_be_are_named(
-    jobs, sample, tmp_path
-):
+def test_lines_of_a_file_are_made_in_order_and_those_that_cannot_be_are_named(jobs, sample, tmp_path):
     file = jobs(
         *("# three of them", "a dog swimming", '{"prompt": "a car", "steps": "1"}', ""),
         '{"prompt": "a red car driving", "steps": 1, "seed": 5, "output": "car.mp4"}',
@@ -304,9 +296,7 @@ def test_lines_of_a_file_are_made_in_order_and_those_that_cannot_be_are_named(
     result = sample("-f", file, "-o", output, "--seed", 3, "--json")
     assert result.code == 6
     records = [json.loads(line) for line in result.out.splitlines()]
-    assert [(record["index"], record["line"]) for record in records] == [
-        *((1, 2), (2, 3), (3, 5), (4, 6), (5, 7))
-    ]
+    assert [(record["index"], record["line"]) for record in records] == [*((1, 2), (2, 3), (3, 5), (4, 6), (5, 7))]
     files = ["01-a-dog-swimming-3.mp4", "car.mp4", "05-two-birds-3.mp4"]
     made = [record for record in records if "error" not in record]
     assert [record["output"] for record in made] == [str(tmp_path / name) for name in files]
@@ -357,9 +347,7 @@ def test_clips_of_a_batch_are_as_they_would_be_alone(jobs, sample, tmp_path):
     # in order, so those that differ in steps part the others
     assert calls == [3, 1, 2, 2]
     for index in range(1, 9):
-        alone, together = (
-            raw(tmp_path / f"{how}-{index}.rgb").astype(int) for how in ("alone", "batch")
-        )
+        alone, together = (raw(tmp_path / f"{how}-{index}.rgb").astype(int) for how in ("alone", "batch"))
         # rounding of larger matrix products
         assert np.abs(alone - together).max() <= 1
         if index % 2:
@@ -386,9 +374,7 @@ def test_two_clips_of_one_name_are_refused_before_any_is_made(jobs, refused, tmp
     options = ("-f", file, "-o")
     result = refused(*options, tmp_path / "{slug}.mp4")
     assert (result.code, result.out) == (2, "")
-    assert re.fullmatch(
-        r"error: line 3: .*a-dog\.mp4 is the name of a clip of line 1 already: .*\n", result.err
-    )
+    assert re.fullmatch(r"error: line 3: .*a-dog\.mp4 is the name of a clip of line 1 already: .*\n", result.err)
     result = refused("a dog", "--num", 2, "-o", "a.mp4")
     assert (result.code, result.out) == (2, "")
 
@@ -438,8 +424,7 @@ def test_names_from_prompts_stay_in_their_folder(jobs, sample, tmp_path):
     result = sample("-f", file, "-o", folder / "{slug}.rgb")
     assert result.code == 0
     assert names(folder) == sorted(
-        f"{name}.rgb"
-        for name in ("dog", "etc-passwd", "a" * 60, "clip", "con-", "the-seed", "a-b-c-d")
+        f"{name}.rgb" for name in ("dog", "etc-passwd", "a" * 60, "clip", "con-", "the-seed", "a-b-c-d")
     )
     assert names(tmp_path) == ["in", "jobs.txt"]
 
@@ -604,9 +589,7 @@ def test_like_makes_it_again_and_flags_win(sample, tmp_path):
     assert read_metadata(tmp_path / "d.png")["frames"] == 1
 
 
-def test_what_a_file_does_not_say_was_the_default_whatever_the_users_file_says(
-    cmdgen, jobs, tiny_model, tmp_path
-):
+def test_what_a_file_does_not_say_was_the_default_whatever_the_users_file_says(cmdgen, jobs, tiny_model, tmp_path):
     config = tmp_path / "config.toml"
     config.write_text(
         '[sample]\nseed = 5\ncontent_seed = 6\nnegative = "a car"\nguidance_interval = "0.1-1"\n'
@@ -733,9 +716,7 @@ def test_dry_run_says_what_would_be_made_and_reads_no_weights(jobs, refused, tmp
     result = refused(*options)
     assert (result.code, result.err) == (0, "")
     first, full, second, _, total = result.out.splitlines()
-    assert first == (
-        f"{tmp_path / '1.mp4'}  seed 5, 4 x 48x32, 8 frames a second, 2 + 2 steps of dpm++"
-    )
+    assert first == (f"{tmp_path / '1.mp4'}  seed 5, 4 x 48x32, 8 frames a second, 2 + 2 steps of dpm++")
     assert second.startswith(f"{tmp_path / '2.mp4'}  ")
     assert full.strip() == "rehash: 2 + 2 of them in full"
     assert re.match(r"tiny on cpu in float32: about [\d,]+ MB of weights and activations", total)

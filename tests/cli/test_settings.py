@@ -76,9 +76,7 @@ def test_a_file_sets_what_no_flag_says(cmdgen, given, tmp_path) -> None:
     assert (given["long_name"], given["count"]) == ("deep", 1)
 
 
-def test_the_file_in_its_usual_place_is_read_unless_told_not_to(
-    cmdgen, given, monkeypatch, tmp_path
-) -> None:
+def test_the_file_in_its_usual_place_is_read_unless_told_not_to(cmdgen, given, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert cmdgen("say").code == 0
     assert {name: given[name] for name in OWN} == OWN
@@ -131,9 +129,7 @@ def test_help_shows_the_defaults_that_apply(cmdgen, tmp_path) -> None:
         ("[say]\nlong-name = '\udcff'", "not readable as TOML ("),
     ],
 )
-def test_what_is_wrong_is_one_line_that_names_file_and_key(
-    cmdgen, given, tmp_path, text, says
-) -> None:
+def test_what_is_wrong_is_one_line_that_names_file_and_key(cmdgen, given, tmp_path, text, says) -> None:
     config = tmp_path / "c.toml"
     config.write_bytes(text.encode(errors="surrogateescape"))
     result = cmdgen("--config", config, "say")

@@ -57,9 +57,7 @@ def test_learned_variance_comes_from_the_positive_branch() -> None:
 
 
 def test_guidance_combines_in_the_precision_of_the_sample() -> None:
-    guided = guide(
-        lambda x, t, text: text[:, :, None, None].bfloat16(), 7.5, (POSITIVE,), (NEGATIVE,)
-    )(X[:, :3], T)
+    guided = guide(lambda x, t, text: text[:, :, None, None].bfloat16(), 7.5, (POSITIVE,), (NEGATIVE,))(X[:, :3], T)
     assert guided.dtype == torch.float32 and guided[0, 0, 0, 0] == -1 + 7.5 * 3
 
 

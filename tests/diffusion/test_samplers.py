@@ -96,9 +96,7 @@ def test_stochastic_samplers_reach_the_gaussian(config: NoiseConfig, eta: float 
 
 
 def test_second_order_converges_faster_than_first() -> None:
-    first, second = (
-        errors(name, MOTION, 10)[1] / errors(name, MOTION, 40)[1] for name in ("ddim", "dpm++")
-    )
+    first, second = (errors(name, MOTION, 10)[1] / errors(name, MOTION, 40)[1] for name in ("ddim", "dpm++"))
     assert 3 < first < 5
     assert second > 12
 
@@ -156,9 +154,7 @@ def scheduler_of(name: str, config: NoiseConfig) -> Scheduler:
     ],
 )
 @pytest.mark.parametrize("steps", [1, 2, 10, 25, 50])
-def test_every_sample_on_the_way_is_that_of_diffusers(
-    name: str, config: NoiseConfig, steps: int
-) -> None:
+def test_every_sample_on_the_way_is_that_of_diffusers(name: str, config: NoiseConfig, steps: int) -> None:
     scheduler = scheduler_of(name, config)
     denoise = network if name == "ddpm learned" else half
     noise = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
@@ -192,9 +188,7 @@ def test_every_sample_on_the_way_is_that_of_diffusers(
 @pytest.mark.parametrize("steps", [3, 7, 30, 333])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("one", [False, True])
-def test_leading_ddim_is_that_of_diffusers_in_any_number_of_steps(
-    steps: int, offset: int, one: bool
-) -> None:
+def test_leading_ddim_is_that_of_diffusers_in_any_number_of_steps(steps: int, offset: int, one: bool) -> None:
     """With our powers in place of their float32 ones, what is left is the update, in float64."""
     config = replace(STABLE_DIFFUSION, steps_offset=offset, set_alpha_to_one=one)
     scheduler = scheduler_of("ddim", config)
@@ -232,9 +226,7 @@ def test_ddim_guides_as_guidance_does(predict: Denoise, eta: float) -> None:
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("steps", [1, 7, 64, 1000])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_denoiser_is_called_once_for_each_timestep_known_beforehand(
-    name: str, steps: int, spacing: str
-) -> None:
+def test_a_denoiser_is_called_once_for_each_timestep_known_beforehand(name: str, steps: int, spacing: str) -> None:
     config = replace(STABLE_DIFFUSION, timestep_spacing=spacing)
     called: list[list[int]] = []
 
@@ -251,9 +243,7 @@ def test_samplers_report_each_step_and_leave_the_noise_alone(name: str) -> None:
     noise = torch.randn(1, 2, 3, 3)
     before = noise.clone()
     reports: list[tuple[int, int]] = []
-    SAMPLERS[name](
-        half, noise, MINI, steps=5, on_step=lambda done, total: reports.append((done, total))
-    )
+    SAMPLERS[name](half, noise, MINI, steps=5, on_step=lambda done, total: reports.append((done, total)))
     assert reports == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
     assert torch.equal(noise, before)
 
@@ -272,9 +262,7 @@ def test_samples_keep_the_precision_of_the_noise(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_one_generator_state_gives_one_sample(name: str) -> None:
     noise = torch.randn(2, 4, 3, 3)
-    first, second = (
-        SAMPLERS[name](network, noise, MOTION, steps=6, generators=seeded(3, 4)) for _ in range(2)
-    )
+    first, second = (SAMPLERS[name](network, noise, MOTION, steps=6, generators=seeded(3, 4)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -298,9 +286,7 @@ def test_a_batch_is_its_samples_one_by_one(name: str, settings: dict[str, float]
 @pytest.mark.parametrize("sampler", [ddim, dpm_solver_pp])
 def test_deterministic_samplers_ignore_the_learned_variance(sampler: Sampler) -> None:
     noise = torch.randn(2, 4, 3, 3)
-    assert torch.equal(
-        sampler(network, noise, MOTION, steps=6), sampler(half, noise, MOTION, steps=6)
-    )
+    assert torch.equal(sampler(network, noise, MOTION, steps=6), sampler(half, noise, MOTION, steps=6))
 
 
 def test_one_step_of_a_perfect_denoiser_is_the_clean_sample() -> None:
@@ -314,9 +300,7 @@ def test_one_step_of_a_perfect_denoiser_is_the_clean_sample() -> None:
 
 @pytest.mark.parametrize("config", [STABLE_DIFFUSION, MOTION, MINI])
 @pytest.mark.parametrize("name", NAMES)
-def test_estimates_of_a_perfect_denoiser_are_the_clean_sample(
-    name: str, config: NoiseConfig
-) -> None:
+def test_estimates_of_a_perfect_denoiser_are_the_clean_sample(name: str, config: NoiseConfig) -> None:
     powers = alphas_cumprod(config)
     clean = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -340,13 +324,7 @@ def test_ddim_with_noise_shows_its_estimate_before_that_is_added(eta: float) -> 
     optimal = gaussian_denoiser(STABLE_DIFFUSION)
     estimates: list[Tensor] = []
     noise = torch.randn(1, 1, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ddim(
-        *(optimal, noise, STABLE_DIFFUSION),
-        steps=3,
-        eta=eta,
-        generators=seeded(0),
-        on_estimate=estimates.append,
-    )
+    ddim(*(optimal, noise, STABLE_DIFFUSION), steps=3, eta=eta, generators=seeded(0), on_estimate=estimates.append)
     # the first one knows the noise alone
     first = int(timesteps(STABLE_DIFFUSION, 3)[0])
     alpha = float(alphas_cumprod(STABLE_DIFFUSION)[first])

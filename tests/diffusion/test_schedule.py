@@ -120,10 +120,7 @@ def test_both_parametrisations_give_back_the_sample_and_the_noise() -> None:
     x0, noise = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
     alpha = torch.tensor([0.9, 0.3, 0.01], dtype=torch.float64)
     sample = add_noise(x0, noise, alpha)
-    for prediction, name in (
-        (noise, "epsilon"),
-        (velocity(x0, noise, alpha), "v_prediction"),
-    ):
+    for prediction, name in ((noise, "epsilon"), (velocity(x0, noise, alpha), "v_prediction")):
         torch.testing.assert_close(to_x0_eps(prediction, sample, alpha, name), (x0, noise))
     one = add_noise(x0[1:2], noise[1:2], 0.3)
     torch.testing.assert_close(sample[1:2], one)

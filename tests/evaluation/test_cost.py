@@ -19,9 +19,7 @@ def test_cost_of_a_command_that_fails_is_its_error() -> None:
         measure_cost("sample", "", "-o", "out.mp4")
 
 
-def test_cost_report_has_all_three_figures(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cost_report_has_all_three_figures(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "HELP_RUNS", 1)
     report = report_cost(str(tiny_model))
     keys = {figure.key for figure in report.figures}

@@ -7,14 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, DiTConfig
-from cmdgen.evaluation.flops import (
-    TABLE_8,
-    TABLE_9,
-    compare_with_paper,
-    count,
-    count_work,
-    list_forwards,
-)
+from cmdgen.evaluation.flops import TABLE_8, TABLE_9, compare_with_paper, count, count_work, list_forwards
 from cmdgen.models.dit import DiT
 from cmdgen.request import Request, resolve
 from cmdgen.weights import build_empty
@@ -76,14 +69,11 @@ def test_a_forward_takes_the_known_multiply_adds(model, width, name, giga, publi
 
 
 @pytest.mark.parametrize(
-    ("depth", "width", "heads", "giga"),
-    [(12, 768, 12, 23.01), (24, 1024, 16, 80.71), (28, 1152, 16, 118.64)],
+    ("depth", "width", "heads", "giga"), [(12, 768, 12, 23.01), (24, 1024, 16, 80.71), (28, 1152, 16, 118.64)]
 )
 def test_dit_takes_what_its_paper_says(depth, width, heads, giga):
     # Table 4 of Peebles & Xie 2023: 256 tokens, class-conditional
-    config = DiTConfig(
-        *(4, 2, width, depth, heads), text_width=None, num_classes=1000, context_channels=None
-    )
+    config = DiTConfig(*(4, 2, width, depth, heads), text_width=None, num_classes=1000, context_channels=None)
     model = build_empty(DiT, config)
     labels = torch.empty(1, dtype=torch.long, device="meta")
     counted = count(lambda: model(meta(1, 4, 32, 32), meta(1), labels=labels))
@@ -100,9 +90,7 @@ def test_tables_8_and_9_are_the_papers(tables):
     for entry in tables["table_8"]:
         # the paper gives two digits
         assert round(entry["ours"], 2) == entry["published"]
-    assert [entry["label"] for entry in tables["table_9"]] == [
-        f"{steps} steps" for steps in TABLE_9
-    ]
+    assert [entry["label"] for entry in tables["table_9"]] == [f"{steps} steps" for steps in TABLE_9]
     for entry in tables["table_9"]:
         assert entry["ours"] == pytest.approx(entry["published"], rel=1e-3)
 
@@ -222,7 +210,7 @@ def test_known_models_read_their_known_parameters():
     counted = count_work(stable, FLOAT)
     sampled = {stage: work for stage, work in counted.items() if work.flops}
     assert {stage: work.parameters for stage, work in sampled.items()} == {
-        **{"text": 123_060_480, "content": 859_520_964, "VAE decode": 49_490_199},
+        **{"text": 123_060_480, "content": 859_520_964, "VAE decode": 49_490_199}
     }
     assert counted["text"].bytes_read == 4 * (123_060_480 - (49408 - 77) * 768)
     assert [work.forwards for work in sampled.values()] == [1, 50, 1]

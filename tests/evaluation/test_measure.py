@@ -49,9 +49,7 @@ def test_eval_prints_every_figure_as_json(tiny_model: Path, probe_folder: Path) 
     assert frechet["target"] == pytest.approx(0.5 * frechet["beside"]["frozen"])
 
 
-def test_eval_without_generated_clips_measures_reconstruction(
-    tiny_model: Path, probe_folder: Path
-) -> None:
+def test_eval_without_generated_clips_measures_reconstruction(tiny_model: Path, probe_folder: Path) -> None:
     arguments = ["eval", str(tiny_model), "--clips", "0", "--reconstructed", "2"]
     result = CliRunner().invoke(app, [*arguments, "--probe", str(probe_folder)])
     rows = [line for line in result.stdout.splitlines() if "PSNR" in line and line[0] == "|"]

@@ -53,19 +53,14 @@ def test_psnr_names_shapes_that_differ() -> None:
 def test_frechet_distance_of_diagonal_gaussians_has_the_closed_form() -> None:
     means = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([0.0, 1.0, 0.5]).double()
     sigmas = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([2.0, 0.5, 3.0]).double()
-    a, b = (
-        gaussian_rows(mean, torch.diag(sigma)) for mean, sigma in zip(means, sigmas, strict=True)
-    )
+    a, b = (gaussian_rows(mean, torch.diag(sigma)) for mean, sigma in zip(means, sigmas, strict=True))
     expected = float((means[0] - means[1]).square().sum() + (sigmas[0] - sigmas[1]).square().sum())
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_of_gaussians_that_do_not_commute() -> None:
     # in two dimensions tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)) for the product M of the covariances
-    roots = (
-        torch.tensor([[2.0, 0.0], [1.0, 1.0]]).double(),
-        torch.tensor([[1.0, 0.7], [0, 1]]).double(),
-    )
+    roots = (torch.tensor([[2.0, 0.0], [1.0, 1.0]]).double(), torch.tensor([[1.0, 0.7], [0, 1]]).double())
     a, b = (gaussian_rows(torch.zeros(2).double(), root) for root in roots)
     covariances = [root @ root.mT for root in roots]
     product = covariances[0] @ covariances[1]

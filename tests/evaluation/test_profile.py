@@ -46,8 +46,7 @@ def count_calls(pipeline) -> Iterator[dict[str, Counter[int]]]:
 
 # 4 + 4 steps: guidance of the content is 3, of the motion off
 @pytest.mark.parametrize(
-    ("name", "branches", "full"),
-    [("paper", 1, 4), ("clip", 2, 4), ("rehash_half", 2, 2), ("rehash_quarter", 2, 2)],
+    ("name", "branches", "full"), [("paper", 1, 4), ("clip", 2, 4), ("rehash_half", 2, 2), ("rehash_quarter", 2, 2)]
 )
 def test_a_row_runs_its_steps_and_branches(pipeline, name, branches, full):
     way = plan_suite(pipeline, SMALL)[name]
@@ -61,9 +60,7 @@ def test_a_row_runs_its_steps_and_branches(pipeline, name, branches, full):
     }
 
 
-@pytest.mark.parametrize(
-    ("steps", "full"), [(3, [2, 2]), (4, [2, 2]), (20, [10, 5]), (None, [25, 13])]
-)
+@pytest.mark.parametrize(("steps", "full"), [(3, [2, 2]), (4, [2, 2]), (20, [10, 5]), (None, [25, 13])])
 def test_as_many_steps_are_full_in_proportion(pipeline, steps, full):
     ways = plan_suite(pipeline, Request(steps=steps))
     found = [full_steps(ways[name].plan) for name in ("rehash_half", "rehash_quarter")]
@@ -100,10 +97,7 @@ def test_the_paper_counts_its_stages_and_a_user_waits_for_the_file(pipeline, mon
     done = []
     with count_calls(pipeline) as calls:
         record = profile(
-            lambda: pipeline,
-            plan_suite(pipeline, SMALL),
-            runs=RUNS,
-            show=lambda _, *some: done.append(some),
+            lambda: pipeline, plan_suite(pipeline, SMALL), runs=RUNS, show=lambda _, *some: done.append(some)
         )
     assert done == [(i, 4 * (1 + RUNS)) for i in range(4 * (1 + RUNS) + 1)]
     # one run more than is measured
@@ -187,9 +181,7 @@ def test_a_stage_that_is_entered_again_adds_its_time_and_keeps_its_peak():
 def test_the_steps_of_diffusers_beside_ours_are_the_same_work(tiny_model, quick_limits):
     script = runpy.run_path(str(Path(__file__).parents[1] / "compare_diffusers.py"))
     request = Request(model=str(tiny_model), device="cpu", sampler="ddim", steps=3, frames=1)
-    title, _, _, header, _, *rows, _, _, _ = script["compare"](
-        request, Namespace(runs=2, compile=None)
-    )
+    title, _, _, header, _, *rows, _, _, _ = script["compare"](request, Namespace(runs=2, compile=None))
     assert title == "tiny, 3 steps of ddim at 48x32, guidance 3"
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in (header, *rows)]
     ours, theirs = (dict(zip(cells[0], row, strict=True)) for row in cells[1:])

@@ -54,7 +54,5 @@ def test_table_lines_up_and_says_what_was_missed() -> None:
 
 
 def test_neither_the_command_nor_the_cost_imports_torch() -> None:
-    code = (
-        "import sys, cmdgen.cli.evaluate, cmdgen.evaluation.cost; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys, cmdgen.cli.evaluate, cmdgen.evaluation.cost; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

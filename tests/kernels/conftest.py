@@ -50,10 +50,7 @@ def assert_parity() -> Callable[..., None]:
     """
 
     def check(
-        op: Callable[..., Tensor],
-        reference: Callable[..., Tensor],
-        *inputs: Tensor,
-        gradients: bool = True,
+        op: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor, gradients: bool = True
     ) -> None:
         results = compare(op, reference, inputs, leaves=len(inputs) if gradients else 0)
         for i, error in enumerate(results):

@@ -20,11 +20,7 @@ STREAMS = {
     "_guided_ddim_step_fwd_kernel",
 }
 # and these have nothing to move that much of: sums and latents, thousandths of the whole
-COMBINE = {
-    "_motion_combine_kernel",
-    "_group_norm_silu_combine_kernel",
-    "_summary_combine_kernel",
-}
+COMBINE = {"_motion_combine_kernel", "_group_norm_silu_combine_kernel", "_summary_combine_kernel"}
 # these read a lot and write sums
 SUMS = {"_group_norm_silu_partial_kernel", "_motion_sums_kernel"}
 PRODUCTS = {
@@ -48,10 +44,7 @@ def built():
 
     with ThreadPoolExecutor() as pool:
         answers = list(pool.map(ask, ARCHITECTURES))
-    return {
-        "kernels": answers[0]["kernels"],
-        "compiled": [row for answer in answers for row in answer["compiled"]],
-    }
+    return {"kernels": answers[0]["kernels"], "compiled": [row for answer in answers for row in answer["compiled"]]}
 
 
 def failing(rows, wrong):
@@ -82,10 +75,7 @@ def test_shared_memory_is_within_the_limit(built):
 def test_memory_is_moved_sixteen_bytes_at_a_time(built):
     rows = [row for row in built["compiled"] if "x" in row["case"]]
     streams = [row for row in rows if row["kernel"] in STREAMS]
-    assert not failing(
-        streams,
-        lambda row: row["wide_loads"] < row["loads"] or row["wide_stores"] < row["stores"],
-    )
+    assert not failing(streams, lambda row: row["wide_loads"] < row["loads"] or row["wide_stores"] < row["stores"])
     others = [row for row in rows if row["kernel"] not in COMBINE]
     assert not failing(others, lambda row: not row["wide_loads"])
     assert not failing(others, lambda row: not row["wide_stores"] and row["kernel"] not in SUMS)

@@ -56,10 +56,7 @@ def test_cases_are_the_presets_own_sizes():
             stride = config.vae.stride
             height, width = config.height // stride, config.width // stride
             tokens = height // config.autoencoder.patch, width // config.autoencoder.patch
-            motion = (
-                *(config.frames, *tokens),
-                *(config.autoencoder.width, config.autoencoder.motion_channels),
-            )
+            motion = (*(config.frames, *tokens), *(config.autoencoder.width, config.autoencoder.motion_channels))
             channels = config.autoencoder.channels
             assert isinstance(config.content, UNetConfig)
             expected = {
@@ -67,9 +64,7 @@ def test_cases_are_the_presets_own_sizes():
                 ("motion_latents", "tokens"): motion,
                 ("motion_tokens", "tokens"): motion,
                 ("guided_ddim_step", "latents"): (channels, height, width),
-                ("group_norm_silu", "UNet, level 0"): (
-                    *(config.content.block_out_channels[0], height, width),
-                ),
+                ("group_norm_silu", "UNet, level 0"): (*(config.content.block_out_channels[0], height, width),),
                 ("group_norm_silu", "VAE, last level"): (
                     *(config.vae.block_out_channels[0], config.height, config.width),
                 ),
@@ -78,8 +73,7 @@ def test_cases_are_the_presets_own_sizes():
 
 
 @pytest.mark.parametrize(
-    ("name", "backward"),
-    [(name, False) for name in TINY] + [(op.name, True) for op in samples.OPS if op.leaves],
+    ("name", "backward"), [(name, False) for name in TINY] + [(op.name, True) for op in samples.OPS if op.leaves]
 )
 def test_a_row_holds_parity_times_rate_and_speed_ups(name, backward):
     row = measure(name, backward=backward)
@@ -160,9 +154,7 @@ def test_attention_is_set_beside_softmax_attention():
 
 def test_a_run_measures_what_is_asked_for_and_says_it(monkeypatch):
     monkeypatch.setattr(bench, "PRESETS", ("mini", "cmd-sd21"))
-    monkeypatch.setattr(
-        bench, "CASES", [(name, "here", TINY[name][1:], TINY[name][1:]) for name in TINY]
-    )
+    monkeypatch.setattr(bench, "CASES", [(name, "here", TINY[name][1:], TINY[name][1:]) for name in TINY])
     monkeypatch.setattr(bench, "LENGTHS", (20, 30))
     monkeypatch.setattr(bench, "ATTENTION", (1, 2, 16, 16))
     said = []
@@ -182,8 +174,6 @@ def test_a_run_measures_what_is_asked_for_and_says_it(monkeypatch):
 def test_without_a_gpu_there_is_nothing_to_time():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--json"], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, SCRIPT, "--json"], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "there is no GPU here: nothing to time\n"

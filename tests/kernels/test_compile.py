@@ -23,9 +23,7 @@ UNET = UNetConfig(
     attention="gated",
     attention_features=24,
 )
-AUTOENCODER = AutoencoderConfig(
-    channels=3, width=16, heads=2, depth=1, attention="gated", attention_features=24
-)
+AUTOENCODER = AutoencoderConfig(channels=3, width=16, heads=2, depth=1, attention="gated", attention_features=24)
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +75,6 @@ def test_no_kernel_breaks_the_graph_on_a_gpu():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    traced = {
-        kernel for op in result["traced"].values() for graph in op.values() for kernel in graph
-    }
+    traced = {kernel for op in result["traced"].values() for graph in op.values() for kernel in graph}
     # its numbers change with every step: dynamo would compile each
     assert set(result["kernels"]) - traced == {"_guided_ddim_step_fwd_kernel"}

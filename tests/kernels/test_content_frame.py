@@ -12,8 +12,7 @@ def inputs(shape, dtype, device, *, scale=2.0, seed=0):
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [(1, 3, 16, 8, 16), (5, 1, 7, 9, 5), (2, 4, 1, 6, 3), (1, 2, 128, 4, 4), (1, 1, 9, 40, 53)],
+    "shape", [(1, 3, 16, 8, 16), (5, 1, 7, 9, 5), (2, 4, 1, 6, 3), (1, 2, 128, 4, 4), (1, 1, 9, 40, 53)]
 )
 def test_content_frame_and_its_gradients_match_the_reference(shape, dtype, device, assert_parity):
     frames, logits = inputs(shape, dtype, device)
@@ -33,9 +32,7 @@ def test_strided_inputs(dtype, device, assert_parity):
 def test_content_frame_of_a_constant_video_is_the_frame(dtype, device):
     frames, logits = inputs((2, 3, 6, 5, 7), dtype, device, scale=30.0)
     still = frames[:, :, :1].expand(-1, -1, 6, -1, -1)
-    torch.testing.assert_close(
-        content_frame(still, logits), frames[:, :, 0], rtol=2 * torch.finfo(dtype).eps, atol=0
-    )
+    torch.testing.assert_close(content_frame(still, logits), frames[:, :, 0], rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_equal_logits_give_the_mean_frame(device, assert_parity):

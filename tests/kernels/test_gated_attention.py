@@ -95,9 +95,7 @@ def test_features_estimate_the_softmax_kernel_without_bias():
     generator = torch.Generator().manual_seed(1)
     x, y = 0.25 * torch.randn(2, 16, generator=generator, dtype=torch.float64)
     # blocks of 16 rows are draws of their own
-    draws = (
-        orthogonal_features(16 * 40_000, 16, generator=generator).double().unflatten(0, (-1, 16))
-    )
+    draws = orthogonal_features(16 * 40_000, 16, generator=generator).double().unflatten(0, (-1, 16))
     exact = math.exp(x @ y)
     products = torch.exp(draws @ (x + y) - (x @ x + y @ y) / 2).mean(dim=1)
     error = 4 * float(products.std()) / len(draws) ** 0.5
@@ -112,8 +110,7 @@ def test_error_falls_with_the_square_root_of_the_number_of_features():
     def error(features):
         draws = orthogonal_features(features * 60, 16, generator=generator).double()
         squares = [
-            (linear_attention_reference(q, k, v, draw) - exact).square().mean()
-            for draw in draws.split(features)
+            (linear_attention_reference(q, k, v, draw) - exact).square().mean() for draw in draws.split(features)
         ]
         return float(torch.stack(squares).mean()) ** 0.5
 
@@ -141,8 +138,7 @@ def test_the_gate_is_strict_and_asks_for_shapes_alone(device):
     for tokens, threshold in ((many, 2.0), (one, 0.0)):
         assert gated_attention_obstacle(*tokens, projection, threshold=threshold) is None
         torch.testing.assert_close(
-            gated_attention(*tokens, projection, threshold=threshold),
-            linear_attention_reference(*tokens, projection),
+            gated_attention(*tokens, projection, threshold=threshold), linear_attention_reference(*tokens, projection)
         )
     for tokens, threshold in ((few, 2.0), (many, math.inf)):
         reason = gated_attention_obstacle(*tokens, projection, threshold=threshold)

@@ -17,9 +17,7 @@ def inputs(shape, dtype, device, *, mean=1.0, seed=0):
     """x channels_last, weight, bias, shift."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) + mean
-    weight, bias, shift = (
-        torch.randn(size, generator=generator) for size in (shape[1], shape[1], shape[:2])
-    )
+    weight, bias, shift = (torch.randn(size, generator=generator) for size in (shape[1], shape[1], shape[:2]))
     x = x.to(device, dtype).contiguous(memory_format=torch.channels_last)
     return x, weight.to(device, dtype), bias.to(device, dtype), shift.to(device, dtype)
 

@@ -30,9 +30,7 @@ def check(assert_parity):
     return partial(assert_parity, partial(op, **STEP), reference, gradients=False)
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 4, 8, 16), (5, 8, 16, 33), (2, 3, 7, 5), (1, 1, 1, 1), (2, 4, 3, 5, 7), (3, 6)]
-)
+@pytest.mark.parametrize("shape", [(1, 4, 8, 16), (5, 8, 16, 33), (2, 3, 7, 5), (1, 1, 1, 1), (2, 4, 3, 5, 7), (3, 6)])
 @pytest.mark.parametrize("doubled", [False, True])
 def test_guided_ddim_step_matches_the_reference(shape, doubled, dtype, device, check):
     channels = 2 * shape[1] if doubled else None
@@ -87,10 +85,6 @@ def test_the_reference_runs_where_a_gradient_is_wanted(device):
 def test_shapes_that_do_not_agree_are_refused(device):
     sample, output = inputs((2, 4, 6, 6), torch.float32, device)
     message = r"sample \(2, 4, 6, 6\) and output \({}\) are not \(B, C, ...\)"
-    for wrong, shape in (
-        (output[:3], "3, 4, 6, 6"),
-        (output[:, :3], "4, 3, 6, 6"),
-        (output[..., :5], "4, 4, 6, 5"),
-    ):
+    for wrong, shape in ((output[:3], "3, 4, 6, 6"), (output[:, :3], "4, 3, 6, 6"), (output[..., :5], "4, 4, 6, 5")):
         with pytest.raises(ValueError, match=message.format(shape)):
             guided_ddim_step(sample, wrong, **STEP)

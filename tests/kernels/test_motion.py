@@ -46,17 +46,12 @@ def tokens_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> li
 
 
 def with_activation(activation: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    return (
-        partial(motion_latents, activation=activation),
-        partial(motion_latents_reference, activation=activation),
-    )
+    return (partial(motion_latents, activation=activation), partial(motion_latents_reference, activation=activation))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", ["tanh", "linear"])
-def test_motion_latents_and_gradients_match_the_reference(
-    shape, activation, dtype, device, assert_parity
-):
+def test_motion_latents_and_gradients_match_the_reference(shape, activation, dtype, device, assert_parity):
     assert_parity(*with_activation(activation), *latents_inputs(shape, dtype, device))
 
 
@@ -68,9 +63,7 @@ def test_motion_tokens_and_gradients_match_the_reference(shape, dtype, device, a
 def test_motion_latents_are_the_same_where_no_gradient_is_asked_for(dtype, device):
     inputs = latents_inputs((2, 3, 4, 5, 16, 4), dtype, device)
     trained = motion_latents(inputs[0].clone().requires_grad_(), *inputs[1:])
-    torch.testing.assert_close(
-        motion_latents(*inputs), trained.detach(), rtol=4 * torch.finfo(dtype).eps, atol=0
-    )
+    torch.testing.assert_close(motion_latents(*inputs), trained.detach(), rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_strided_inputs(dtype, device, assert_parity):
@@ -146,9 +139,7 @@ def test_the_ops_without_biases_and_content_are_adjoint(device):
     (motion,) = randoms((2, 4, 3, 9), seed=1)
     motion = motion.to(device)
     zeros, still = torch.zeros(24, device=device), torch.zeros(2, 4, 5, 24, device=device)
-    latents = motion_latents(
-        u, 4 * weight_w, zeros[:4], 5 * weight_h, zeros[:4], activation="linear"
-    )
+    latents = motion_latents(u, 4 * weight_w, zeros[:4], 5 * weight_h, zeros[:4], activation="linear")
     tokens = motion_tokens(still, motion, weight_w.T, zeros, weight_h.T, zeros)
     torch.testing.assert_close((latents * motion).sum(), (u * tokens).sum(), rtol=1e-5, atol=1e-3)
 
@@ -170,18 +161,12 @@ def test_more_channels_than_the_kernels_hold_take_the_reference(device, assert_p
 
 
 def test_an_empty_batch_gives_an_empty_result(device):
-    assert motion_latents(*latents_inputs((0, 2, 3, 4, 16, 2), torch.float32, device)).shape == (
-        *(0, 2, 2, 7),
-    )
-    assert motion_tokens(*tokens_inputs((0, 2, 3, 4, 16, 2), torch.float32, device)).shape == (
-        *(0, 2, 3, 4, 16),
-    )
+    assert motion_latents(*latents_inputs((0, 2, 3, 4, 16, 2), torch.float32, device)).shape == (*(0, 2, 2, 7),)
+    assert motion_tokens(*tokens_inputs((0, 2, 3, 4, 16, 2), torch.float32, device)).shape == (*(0, 2, 3, 4, 16),)
 
 
 def test_inputs_that_do_not_fit_are_refused(device):
-    u, weight_w, bias_w, weight_h, bias_h = latents_inputs(
-        (1, 2, 3, 4, 16, 2), torch.float32, device
-    )
+    u, weight_w, bias_w, weight_h, bias_h = latents_inputs((1, 2, 3, 4, 16, 2), torch.float32, device)
     with pytest.raises(ValueError, match="activation 'relu' is not one of tanh, linear"):
         motion_latents(u, weight_w, bias_w, weight_h, bias_h, activation="relu")
     with pytest.raises(ValueError, match=r"u \(2, 3, 4, 16\) is not \(B, T, H, W, D\)"):

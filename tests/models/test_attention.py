@@ -87,9 +87,7 @@ def test_gated_attention_module_uses_its_own_features():
 
 
 def test_attention_that_is_not_known_is_refused(tmp_path):
-    with pytest.raises(
-        ValueError, match="attention 'fast' is not supported, expected one of softmax, gated"
-    ):
+    with pytest.raises(ValueError, match="attention 'fast' is not supported, expected one of softmax, gated"):
         UNet(replace(UNET, attention="fast"))
     UNet(replace(UNET, **GATE)).save_pretrained(tmp_path)
     config = tmp_path / "config.json"

@@ -74,10 +74,7 @@ def test_content_frame_equals_its_definition() -> None:
     logits = torch.stack(
         [
             F.conv_transpose2d(
-                F.conv2d(frame, kernel, model.embed_frames.bias, stride=2),
-                up,
-                model.importance.bias,
-                stride=2,
+                F.conv2d(frame, kernel, model.embed_frames.bias, stride=2), up, model.importance.bias, stride=2
             )
             for frame in x.unbind(2)
         ],
@@ -149,8 +146,7 @@ def test_sizes_that_do_not_fit_are_rejected() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"heads": 5}, {"width": 22, "heads": 22}, {"importance": "x"}, {"motion_activation": "x"}],
+    "change", [{"heads": 5}, {"width": 22, "heads": 22}, {"importance": "x"}, {"motion_activation": "x"}]
 )
 def test_impossible_configurations_are_rejected(change: dict[str, int | str]) -> None:
     with pytest.raises(ValueError):

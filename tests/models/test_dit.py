@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, DiTConfig, ModelConfig
 from cmdgen.models.dit import DiT, grid_positions
 
-MOTION = DiTConfig(
-    in_channels=5, width=24, depth=2, heads=2, text_width=7, context_channels=3, context_patch=4
-)
+MOTION = DiTConfig(in_channels=5, width=24, depth=2, heads=2, text_width=7, context_channels=3, context_patch=4)
 IMAGE = replace(MOTION, in_channels=3, text_width=None, context_channels=None, num_classes=6)
 
 SAMPLE = torch.randn(2, 5, 4, 10, generator=torch.Generator().manual_seed(1))
@@ -40,9 +38,7 @@ def predict(model: DiT, sample: Tensor = SAMPLE, split: int = 6, **changed: Tens
     ("depth", "width", "heads", "millions"),
     [(12, 384, 6, 32.6), (12, 768, 12, 129.8), (24, 1024, 16, 457.1), (28, 1152, 16, 674.0)],
 )
-def test_papers_sizes_have_their_parameter_counts(
-    depth: int, width: int, heads: int, millions: float
-) -> None:
+def test_papers_sizes_have_their_parameter_counts(depth: int, width: int, heads: int, millions: float) -> None:
     with torch.device("meta"):
         model = DiT(DiTConfig(depth=depth, width=width, heads=heads, text_width=None))
     count = sum(parameter.numel() for parameter in model.parameters())

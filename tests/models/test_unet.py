@@ -13,11 +13,7 @@ from cmdgen.models.unet import UNet
 
 assert isinstance(CMD_SD21.content, UNetConfig) and isinstance(MINI.content, UNetConfig)
 TINY = UNetConfig(
-    sample_size=16,
-    block_out_channels=(8, 16, 16, 24),
-    cross_attention_dim=20,
-    norm_num_groups=4,
-    attention_head_dim=2,
+    sample_size=16, block_out_channels=(8, 16, 16, 24), cross_attention_dim=20, norm_num_groups=4, attention_head_dim=2
 )
 TINY_SD21 = replace(TINY, attention_head_dim=(1, 2, 4, 4), use_linear_projection=True)
 TINY_MINI = replace(
@@ -46,16 +42,12 @@ def assert_same(ours: UNet, theirs: UNet2DConditionModel, size: tuple[int, int] 
     text = torch.randn(2, 7, 20, generator=generator)
     t = torch.tensor([3, 981])
     with torch.no_grad():
-        torch.testing.assert_close(
-            ours(sample, t, text), theirs(sample, t, text).sample, rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(ours(sample, t, text), theirs(sample, t, text).sample, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (13, 18)])
 @pytest.mark.parametrize("config", [TINY, TINY_SD21, TINY_MINI])
-def test_weights_go_both_ways_and_give_the_same_numbers(
-    config: UNetConfig, size: tuple[int, int]
-) -> None:
+def test_weights_go_both_ways_and_give_the_same_numbers(config: UNetConfig, size: tuple[int, int]) -> None:
     ours, theirs = UNet(config), peer(config)
     ours.load_state_dict(theirs.state_dict())
     assert_same(ours, theirs, size)
@@ -63,8 +55,7 @@ def test_weights_go_both_ways_and_give_the_same_numbers(
 
 
 @pytest.mark.parametrize(
-    ("config", "parameters"),
-    [(UNetConfig(), 859_520_964), (CMD_SD21.content, 865_910_724), (MINI.content, None)],
+    ("config", "parameters"), [(UNetConfig(), 859_520_964), (CMD_SD21.content, 865_910_724), (MINI.content, None)]
 )
 def test_names_shapes_and_count_of_the_presets(config: UNetConfig, parameters: int | None) -> None:
     with torch.device("meta"):

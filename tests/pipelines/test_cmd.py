@@ -110,9 +110,7 @@ def test_a_unet_that_predicts_otherwise_than_its_schedule_says_is_refused(tmp_pa
     else:
         with pytest.raises(ValueError) as error:
             model.sample(PROMPT)
-        assert str(error.value) == (
-            f"{path}: prediction_type is epsilon, but unet/ predicts v_prediction: correct it"
-        )
+        assert str(error.value) == (f"{path}: prediction_type is epsilon, but unet/ predicts v_prediction: correct it")
 
 
 def test_same_seed_gives_the_same_frames_and_another_seed_others(model, tiny_model):
@@ -215,9 +213,7 @@ GUIDED = {"guidance": 3.0, "motion_guidance": 2.0}
         GUIDED | {"rehash": 4, "rehash_policy": "uniform", "guidance_interval": (0.3, 1.0)},
     ],
 )
-def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(
-    exact, monkeypatch, sampler, asked, reads_text
-):
+def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(exact, monkeypatch, sampler, asked, reads_text):
     # the timesteps come in two parts
     monkeypatch.setattr(base, "TIMESTEPS_TOGETHER", 5)
     unet, dit = exact.unet, exact.motion
@@ -229,8 +225,7 @@ def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(
         monkeypatch.setitem(exact._parts, "motion", dit)
     options = {"sampler": sampler, "steps": 9, "motion_steps": 9, "negative": "a car", **asked}
     plans = [
-        exact.plan(Request(prompt=prompt, seed=seed, **options))
-        for prompt, seed in ((PROMPT, 1), ("two birds", 2))
+        exact.plan(Request(prompt=prompt, seed=seed, **options)) for prompt, seed in ((PROMPT, 1), ("two birds", 2))
     ]
     own, plan = plans[0].model, plans[0].key_steps
     seeds = [1, 2]
@@ -245,8 +240,7 @@ def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(
 
     def slowly(part, cut, way, steps, shape, scale, noise, positive, negative):
         network = GraphedNetwork(
-            run=lambda *given: cut.run(*way(*given)),
-            resume=lambda feature, *given: cut.resume(feature, *way(*given)),
+            run=lambda *given: cut.run(*way(*given)), resume=lambda feature, *given: cut.resume(feature, *way(*given))
         )
         interval = own.guidance_interval and tuple(1000 * end for end in own.guidance_interval)
         start, generators = exact.noise(part, shape, seeds)
@@ -349,10 +343,7 @@ def test_frames_are_handed_on_as_they_are_decoded(model, sampler):
     parts: dict[int, list[np.ndarray]] = {}
     watch = Watch(
         step=lambda stage, done, total: events.append((stage, done)),
-        frames=lambda clip, frames: (
-            events.append(("frames", clip)),
-            parts.setdefault(clip, []).append(frames.copy()),
-        ),
+        frames=lambda clip, frames: (events.append(("frames", clip)), parts.setdefault(clip, []).append(frames.copy())),
     )
     clips = make(model, [PROMPT, "a red car driving"], [1, 2], watch, **options)
     for i, clip in enumerate(clips):
@@ -364,10 +355,7 @@ def test_frames_are_handed_on_as_they_are_decoded(model, sampler):
 
 def test_a_still_is_handed_on_too(model):
     parts: list[np.ndarray] = []
-    watch = Watch(
-        content=lambda clip, picture: parts.append(picture),
-        frames=lambda clip, frames: parts.append(frames),
-    )
+    watch = Watch(content=lambda clip, picture: parts.append(picture), frames=lambda clip, frames: parts.append(frames))
     [still] = make(model, [PROMPT], [0], watch, frames=1)
     assert len(parts) == 2
     assert np.array_equal(parts[0], still.content) and np.array_equal(parts[1], still.frames)
@@ -379,10 +367,7 @@ def test_content_is_shown_before_the_motion_is_sampled(model, sampler):
     pictures: dict[int, np.ndarray] = {}
     watch = Watch(
         step=lambda stage, done, total: events.append(stage),
-        content=lambda clip, picture: (
-            events.append(clip),
-            pictures.setdefault(clip, picture.copy()),
-        ),
+        content=lambda clip, picture: (events.append(clip), pictures.setdefault(clip, picture.copy())),
     )
     clips = make(model, [PROMPT, "a red car driving"], [1, 2], watch, sampler=sampler)
     order = ["load", "content", 0, 1, "motion", "decode"]
@@ -407,9 +392,7 @@ class Event:
 
 
 @pytest.mark.parametrize(("asked", "shown_after"), [(1, 0), (2, 1), (9, 2)])
-def test_content_that_is_late_is_shown_once_and_before_its_frames(
-    model, monkeypatch, asked, shown_after
-):
+def test_content_that_is_late_is_shown_once_and_before_its_frames(model, monkeypatch, asked, shown_after):
     expected = model.sample(PROMPT)
 
     def start_late(make, given, on_ready, *, stream):
@@ -452,9 +435,7 @@ def test_frames_are_planes_where_these_are_asked_for(model, sampler, frames):
     parts: dict[int, list[np.ndarray]] = {0: [], 1: []}
     watch = Watch(frames=lambda clip, frames: parts[clip].append(frames.copy()))
     clips = make(model, prompts, seeds, watch, pixels="yuv420p", **options)
-    for i, (clip, rgb) in enumerate(
-        zip(clips, make(model, prompts, seeds, **options), strict=True)
-    ):
+    for i, (clip, rgb) in enumerate(zip(clips, make(model, prompts, seeds, **options), strict=True)):
         assert (clip.pixels, rgb.pixels) == ("yuv420p", "rgb24")
         assert clip.frames.shape == (frames, 48, 48) and clip.frames.dtype == np.uint8
         assert np.array_equal(np.concatenate(parts[i]), clip.frames)
@@ -603,17 +584,13 @@ def test_a_still_is_not_encoded_as_a_clip(model, clip):
 
 
 @pytest.mark.parametrize("verb", ["encode", "decode"])
-def test_a_model_of_stills_is_refused_where_motion_is_needed(
-    tiny_model, tmp_path, clip, cmdgen, verb
-):
+def test_a_model_of_stills_is_refused_where_motion_is_needed(tiny_model, tmp_path, clip, cmdgen, verb):
     folder = tmp_path / "still"
     shutil.copytree(tiny_model, folder)
     for part in ("autoencoder", "motion"):
         shutil.rmtree(folder / part)
     index = folder / "model_index.json"
-    index.write_text(
-        json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "cmdgen"})
-    )
+    index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "cmdgen"}))
     source = tmp_path / f"clip.{'mp4' if verb == 'encode' else 'safetensors'}"
     output = tmp_path / f"out.{'mp4' if verb == 'decode' else 'safetensors'}"
     clip.save(source)

@@ -70,9 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize(
-    ("sampler", "scheduler"), [("ddim", DDIMScheduler), ("dpm++", DPMSolverMultistepScheduler)]
-)
+@pytest.mark.parametrize(("sampler", "scheduler"), [("ddim", DDIMScheduler), ("dpm++", DPMSolverMultistepScheduler)])
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
 def test_a_sample_is_that_of_diffusers_from_the_same_latents(
     folder: Path, sampler: str, scheduler: type, guidance: float
@@ -119,9 +117,7 @@ def test_what_it_is_is_read_from_the_folder(folder: Path) -> None:
         resolve(Request(frames=16), model)
 
 
-def test_a_folder_of_ours_that_lacks_its_motion_is_not_taken_for_one(
-    tiny_model: Path, tmp_path: Path
-) -> None:
+def test_a_folder_of_ours_that_lacks_its_motion_is_not_taken_for_one(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "tiny")
     shutil.rmtree(tmp_path / "tiny" / "motion")
     with pytest.raises(ValueError, match=r"motion/config\.json: No such file"):

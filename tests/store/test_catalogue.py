@@ -12,14 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from cmdgen.config import (
-    CMD_SD15,
-    CMD_SD21,
-    CMD_UCF,
-    MINI,
-    PRESETS,
-    packaged_models,
-)
+from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, MINI, PRESETS, packaged_models
 from cmdgen.files import write_json
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
@@ -40,17 +33,13 @@ def small(model):
         else replace(model.content, width=16, depth=1, heads=1),
         vae=model.vae and replace(model.vae, block_out_channels=(32, 32, 32, 32)),
         autoencoder=replace(model.autoencoder, width=16, heads=2, depth=1),
-        motion=replace(
-            model.motion, width=16, heads=1, depth=1, text_width=32 if model.text else None
-        ),
+        motion=replace(model.motion, width=16, heads=1, depth=1, text_width=32 if model.text else None),
     )
 
 
 SD15 = replace(small(CMD_SD15), text=replace(CMD_SD15.text, num_hidden_layers=1, hidden_size=768))
 SD15 = replace(
-    SD15,
-    content=replace(SD15.content, cross_attention_dim=768),
-    motion=replace(SD15.motion, text_width=768),
+    SD15, content=replace(SD15.content, cross_attention_dim=768), motion=replace(SD15.motion, text_width=768)
 )
 
 
@@ -102,9 +91,7 @@ def test_the_packaged_model_is_described_as_its_card_says() -> None:
     assert describe_preset(MINI).parameters == mini.parameters
 
 
-def test_parts_of_stable_diffusion_fit_though_their_files_differ_in_what_does_not_matter(
-    tmp_path: Path,
-) -> None:
+def test_parts_of_stable_diffusion_fit_though_their_files_differ_in_what_does_not_matter(tmp_path: Path) -> None:
     # as the file of the original says: a legacy end token, another size
     text = replace(CMD_SD15.text, eos_token_id=2)
     vae = replace(CMD_SD15.vae, sample_size=256)
@@ -218,9 +205,7 @@ def test_the_tokenizer_of_a_random_model_ends_texts_where_clips_does(tmp_path: P
     assert tokenizer([text], 30)[0, : len(ids)].tolist() == ids
 
 
-def test_a_folder_that_is_there_is_left_alone_and_a_failure_leaves_none(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_a_folder_that_is_there_is_left_alone_and_a_failure_leaves_none(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "taken").mkdir()
     with pytest.raises(ValueError, match="taken exists already: give another folder"):
         create_model(MINI, tmp_path / "taken")

@@ -137,10 +137,7 @@ def test_of_a_stock_repository_one_form_of_each_weight_is_chosen() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "index",
-    ["model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"],
-)
+@pytest.mark.parametrize("index", ["model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"])
 def test_shards_of_a_variant_are_chosen_with_their_index(index: str) -> None:
     shards = [f"text_encoder/model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
     names = ["model_index.json", "text_encoder/config.json", f"text_encoder/{index}", *shards]
@@ -174,9 +171,7 @@ def test_a_repository_may_have_a_revision() -> None:
             parse_name(wrong)
 
 
-def test_a_pulled_model_is_usable_later_without_the_hub(
-    hub, models, monkeypatch, tiny_model, tmp_path
-) -> None:
+def test_a_pulled_model_is_usable_later_without_the_hub(hub, models, monkeypatch, tiny_model, tmp_path) -> None:
     hub.folder = tmp_path / "repository"
     shutil.copytree(tiny_model, hub.folder)
     (hub.folder / "README.md").write_text("---\nlicense: other\nlicense_name: acme-1\n---\n")
@@ -237,9 +232,7 @@ def test_a_pulled_model_is_usable_later_without_the_hub(
         ("acme/model", {"status": 418}, 3, "HUB answers with status 418; acme/model is not in"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(
-    hub, models, tiny_model, tmp_path, name, refusal, code, message
-) -> None:
+def test_what_the_hub_refuses_is_one_line(hub, models, tiny_model, tmp_path, name, refusal, code, message) -> None:
     hub.folder = tiny_model
     for key, value in refusal.items():
         setattr(hub, key, value)
@@ -249,9 +242,7 @@ def test_what_the_hub_refuses_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_cannot_be_built_is_refused_before_its_weights_come(
-    hub, models, tiny_model, tmp_path
-) -> None:
+def test_a_model_that_cannot_be_built_is_refused_before_its_weights_come(hub, models, tiny_model, tmp_path) -> None:
     hub.folder = tmp_path / "repository"
     shutil.copytree(tiny_model, hub.folder)
     path = hub.folder / "unet" / "config.json"

@@ -20,14 +20,7 @@ from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
 from cmdgen.schema import write_config
 from cmdgen.store.find import find_model
-from cmdgen.store.parts import (
-    NETWORKS,
-    PARTS,
-    network_configs,
-    read_model,
-    shared_fields,
-    write_model_index,
-)
+from cmdgen.store.parts import NETWORKS, PARTS, network_configs, read_model, shared_fields, write_model_index
 
 TINY = VaeConfig(block_out_channels=(4, 8), norm_num_groups=2, layers_per_block=1)
 
@@ -51,9 +44,7 @@ def test_a_model_is_read_as_it_was_written(model: ModelConfig, tmp_path: Path) -
 
 def test_diffusers_opens_a_whole_model_as_stable_diffusion(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["a dog"], 600)
-    text = replace(
-        MINI.text, vocab_size=600, hidden_size=16, intermediate_size=16, num_hidden_layers=1
-    )
+    text = replace(MINI.text, vocab_size=600, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
     content = replace(
         MINI.content,
         in_channels=4,
@@ -151,9 +142,7 @@ def descriptions(tiny_model: Path) -> dict[str, dict[str, Any]]:
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)
 @given(data=st.data())
 def test_any_description_is_a_model_or_one_line(
-    descriptions: dict[str, dict[str, Any]],
-    tmp_path_factory: pytest.TempPathFactory,
-    data: st.DataObject,
+    descriptions: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     changed = copy.deepcopy(descriptions)
     for _ in range(data.draw(st.integers(1, 3))):

@@ -47,9 +47,7 @@ def test_a_gated_run_is_gated_in_all_its_parts(train, tmp_path: Path) -> None:
     for stage, part in {"autoencoder": "autoencoder", "content": "unet"}.items():
         assert train(stage, "--steps", 1).code == 0
         config = json.loads((tmp_path / "run" / part / "config.json").read_text())
-        assert [config[f"attention{key}"] for key in ("", "_threshold", "_features")] == [
-            *("gated", 1.5, 8)
-        ]
+        assert [config[f"attention{key}"] for key in ("", "_threshold", "_features")] == [*("gated", 1.5, 8)]
     other = train("content", "--attention", "softmax")
     assert other.code == 2
     assert "was started with attention gated, not softmax" in other.err
@@ -139,9 +137,7 @@ def test_a_run_cut_short_by_the_clock_says_where_the_learning_rate_is(train) -> 
     cut = ("--final-lr", 0.1, "--minutes", 1e-9)
     result = train("vae", "--steps", 900, *cut)
     assert result.code == 0
-    assert re.search(
-        r"note: the learning rate, [\d.e-]+ by now, falls until step 900: the same", result.err
-    )
+    assert re.search(r"note: the learning rate, [\d.e-]+ by now, falls until step 900: the same", result.err)
     quiet = train("vae", "--quiet", "--steps", 901, *cut)
     assert (quiet.code, quiet.err) == (0, "")
 

@@ -48,9 +48,7 @@ class LinearStage(Stage):
         torch.save(self.model.state_dict(), folder / "model.pt")
 
 
-def fit(
-    folder: Path, config: TrainConfig = CONFIG, stage: LinearStage | None = None
-) -> LinearStage:
+def fit(folder: Path, config: TrainConfig = CONFIG, stage: LinearStage | None = None) -> LinearStage:
     stage, cpu, model = stage or LinearStage(), torch.device("cpu"), tiny_config()
     data = open_data("mini", 1, model, cpu)
     train(stage, Run("linear", Start(folder), Shared(), config, Loss(), model, data, cpu))
@@ -86,9 +84,7 @@ def test_kill_loses_at_most_the_steps_since_the_checkpoint(tmp_path: Path) -> No
 
 def test_the_optimizer_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
     fit(tmp_path, replace(CONFIG, steps=1, betas=(0.5, 0.75), weight_decay=0.125))
-    matrices, vectors = checkpoint.load_checkpoint(state(tmp_path) / "checkpoint.pt")["optimizer"][
-        "param_groups"
-    ]
+    matrices, vectors = checkpoint.load_checkpoint(state(tmp_path) / "checkpoint.pt")["optimizer"]["param_groups"]
     assert matrices["betas"] == vectors["betas"] == (0.5, 0.75)
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.125, 0.0)
 
@@ -100,9 +96,7 @@ def test_log_forgets_what_the_checkpoint_does_not_know(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 2, "loss": 1}\n'
 
 
-def test_checkpoint_that_fails_half_way_leaves_the_former_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checkpoint_that_fails_half_way_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save_checkpoint(path, {"step": 1})
 

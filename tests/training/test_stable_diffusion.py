@@ -65,12 +65,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_three_stages_and_precomputed_latents_make_a_whole_model(
-    cmdgen: Run,
-    stock: Path,
-    videos: Path,
-    encoded: list[int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cmdgen: Run, stock: Path, videos: Path, encoded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recomputed: list[object] = []
     checkpoint = recompute.checkpoint
@@ -120,12 +115,7 @@ def test_three_stages_and_precomputed_latents_make_a_whole_model(
 
 
 def test_interrupted_precompute_goes_on_where_it_was(
-    cmdgen: Run,
-    stock: Path,
-    videos: Path,
-    encoded: list[int],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cmdgen: Run, stock: Path, videos: Path, encoded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encode = KlVae.to_latents
 
@@ -179,9 +169,7 @@ def test_precompute_within_a_budget_gives_the_same_latents(
         torch.testing.assert_close(ours, load_file(path)["latents"], rtol=2e-3, atol=2e-3)
 
 
-def test_what_does_not_fit_is_one_line(
-    cmdgen: Run, stock: Path, videos: Path, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_is_one_line(cmdgen: Run, stock: Path, videos: Path, tmp_path: Path) -> None:
     train = ("-o", tmp_path / "run", "--preset", "cmd-sd21", "--data", videos)
 
     def refuse(stage: str, *options: object) -> str:
@@ -192,17 +180,13 @@ def test_what_does_not_fit_is_one_line(
 
     # mini's text is 128 wide, this preset's 16
     mini = Path(__file__).parents[2] / "cmdgen/assets/mini"
-    assert "text_encoder: hidden_size is 128, preset cmd-sd21 has 16" in refuse(
-        "autoencoder", "--init", mini
-    )
+    assert "text_encoder: hidden_size is 128, preset cmd-sd21 has 16" in refuse("autoencoder", "--init", mini)
     shutil.rmtree(stock / "scheduler")
     message = refuse("autoencoder", "--init", stock)
     assert "has unet/ but no scheduler/: whether its UNet predicts noise or velocity" in message
 
 
-def test_frozen_text_must_come_from_somewhere(
-    cmdgen: Run, stock: Path, videos: Path, tmp_path: Path
-) -> None:
+def test_frozen_text_must_come_from_somewhere(cmdgen: Run, stock: Path, videos: Path, tmp_path: Path) -> None:
     few = ("--steps", 1, "--batch", 2, "--accumulate", 1)
     train = ("-o", tmp_path / "run", "--preset", "cmd-sd21", "--data", videos, *few)
     assert cmdgen("train", "autoencoder", *train, "--init", stock).code == 0

@@ -25,13 +25,7 @@ PARTS = {"vae": "vae", "autoencoder": "autoencoder", "content": "unet", "motion"
 
 
 def run(
-    folder: Path,
-    stage: str,
-    steps: int = 2,
-    *,
-    init: Path | None = None,
-    restart: bool = False,
-    learned: bool = False,
+    folder: Path, stage: str, steps: int = 2, *, init: Path | None = None, restart: bool = False, learned: bool = False
 ) -> int:
     model, cpu = tiny_config(), torch.device("cpu")
     model = replace(model, motion=replace(model.motion, learned_sigma=learned))
@@ -47,9 +41,7 @@ def records(folder: Path, stage: str) -> list[dict[str, float]]:
 
 
 def curve(folder: Path, stage: str) -> list[Any]:
-    return [
-        (r["step"], r["loss"], r["grad"], r["lr"]) for r in records(folder, stage) if "loss" in r
-    ]
+    return [(r["step"], r["loss"], r["grad"], r["lr"]) for r in records(folder, stage) if "loss" in r]
 
 
 def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
@@ -82,9 +74,7 @@ def test_scale_of_latents_and_of_motion_are_measured(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", LOSSES)
-def test_resumed_training_equals_training_at_once(
-    stage: str, trained: Path, tmp_path: Path
-) -> None:
+def test_resumed_training_equals_training_at_once(stage: str, trained: Path, tmp_path: Path) -> None:
     once, resumed = tmp_path / "once", tmp_path / "resumed"
     for folder in (once, resumed):
         shutil.copytree(trained, folder)
@@ -113,9 +103,7 @@ def test_missing_stage_names_the_command_that_makes_it(tmp_path: Path) -> None:
 
 def test_init_provides_the_parts_that_the_run_lacks(trained: Path, tmp_path: Path) -> None:
     run(tmp_path, "autoencoder", init=trained)
-    assert (tmp_path / "vae" / "config.json").read_bytes() == (
-        trained / "vae" / "config.json"
-    ).read_bytes()
+    assert (tmp_path / "vae" / "config.json").read_bytes() == (trained / "vae" / "config.json").read_bytes()
 
 
 def test_stages_of_a_run_share_what_the_first_was_told(trained: Path) -> None:
@@ -130,8 +118,6 @@ def test_export_is_the_model_alone_in_half_precision(trained: Path, tmp_path: Pa
     (trained / "rehash.json").unlink()
     assert (tmp_path / "tiny" / "rehash.json").read_text() == "{}"
     assert not (tmp_path / "tiny" / "training").exists()
-    assert all(
-        tensor.dtype == torch.float16 for tensor in weights(tmp_path / "tiny", "vae").values()
-    )
+    assert all(tensor.dtype == torch.float16 for tensor in weights(tmp_path / "tiny", "vae").values())
     assert "tokenizer/words.json" in sizes
     load_pipeline(tmp_path / "tiny").sample("a cat")

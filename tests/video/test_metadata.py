@@ -167,14 +167,8 @@ def test_what_is_no_file_is_one_line(tmp_path):
 # neither has halves of letters
 TEXT = st.text(max_size=20)
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | TEXT,
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text("ab\n=\\"), inner, max_size=4)
-    ),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("ab\n=\\"), inner, max_size=4),
     max_leaves=10,
 )
 
@@ -204,9 +198,7 @@ def test_a_damaged_file_has_metadata_or_is_one_line(tmp_path_factory, written, n
     ours = json.dumps({"seed": 1})
     made = {
         "a.png": lambda: png_with(ours),
-        "a.safetensors": lambda: safetensors(
-            json.dumps({"__metadata__": {"comment": ours}}).encode()
-        ),
+        "a.safetensors": lambda: safetensors(json.dumps({"__metadata__": {"comment": ours}}).encode()),
     }
     data = bytearray(made[name]() if name in made else written(name, 2, 16, 16))
     for place, value in changes:

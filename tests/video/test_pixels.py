@@ -50,10 +50,7 @@ def waves(height: int, width: int) -> Tensor:
     t = torch.arange(3)[:, None, None] / 16
     y, x = torch.arange(height)[:, None] / 16, torch.arange(width) / 16
     pixels = torch.stack(
-        torch.broadcast_tensors(
-            torch.sin(x + t + 0 * y), torch.cos(y - t + 0 * x), torch.sin(x + y)
-        ),
-        1,
+        torch.broadcast_tensors(torch.sin(x + t + 0 * y), torch.cos(y - t + 0 * x), torch.sin(x + y)), 1
     ).contiguous()
     pixels[:, :, height // 4 : height // 2, 7:19] = torch.tensor([0.9, -0.8, -0.7])[:, None, None]
     return pixels
@@ -103,9 +100,7 @@ def test_pictures_come_back_no_worse_than_by_ffmpeg(make) -> None:
     pixels = make(64, 96)
     exact = ((pixels.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).double().numpy()
     theirs = convert_by_ffmpeg(to_rgb24(pixels).numpy())
-    errors = [
-        ((decode_by_ffmpeg(each) - exact) ** 2).mean() for each in (to_yuv420p(pixels), theirs)
-    ]
+    errors = [((decode_by_ffmpeg(each) - exact) ** 2).mean() for each in (to_yuv420p(pixels), theirs)]
     assert errors[0] <= 1.001 * errors[1]
 
 

@@ -69,9 +69,7 @@ def test_reading_stops_after_max_frames(tmp_path, written):
     ],
 )
 @pytest.mark.parametrize("name", ["a.mkv", "a.apng"])
-def test_frames_are_those_shown_in_the_middle_of_their_time(
-    tmp_path, lossless, name, fps, expected
-):
+def test_frames_are_those_shown_in_the_middle_of_their_time(tmp_path, lossless, name, fps, expected):
     if name == "a.mkv":
         (tmp_path / name).write_bytes(lossless(20))
     else:
@@ -101,9 +99,7 @@ def test_a_variable_rate_goes_by_timestamps(tmp_path, ffmpeg, lossless):
     (tmp_path / "a.mkv").write_bytes(lossless(6))
     # 2 frames at 8 a second, the others at 2
     times = "setpts='if(lt(N,2),N/8,2/8+(N-2)/2)/TB'"
-    ffmpeg(
-        "-i", "a.mkv", "-vf", times, "-fps_mode", "vfr", "-c:v", "ffv1", "b.mkv", folder=tmp_path
-    )
+    ffmpeg("-i", "a.mkv", "-vf", times, "-fps_mode", "vfr", "-c:v", "ffv1", "b.mkv", folder=tmp_path)
     assert clip_of(tmp_path / "b.mkv", 8, 8) == [0, 1, 2, 2, 2, 2, 3, 3]
 
 
@@ -257,10 +253,7 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mkv\n#EXT-X-END
 def test_what_is_no_video_is_one_line(tmp_path, lossless, name, content, says):
     (tmp_path / "other.mkv").write_bytes(lossless(3))
     (tmp_path / name).write_bytes(content)
-    for reading in (
-        lambda path: read_video(path),
-        lambda path: read_clip(path, frames=4, size=(16, 16), fps=8),
-    ):
+    for reading in (lambda path: read_video(path), lambda path: read_clip(path, frames=4, size=(16, 16), fps=8)):
         with pytest.raises(ValueError, match=rf"{name} {says}") as caught:
             reading(tmp_path / name)
         assert "\n" not in str(caught.value)

@@ -47,9 +47,7 @@ def test_frames_come_back_at_their_size_and_rate(tmp_path, colours, name):
         ("a.mkv", "ffv1", r"ffv1, bgr0\(pc, gbr"),
     ],
 )
-def test_a_codec_is_what_ffmpeg_reads_with_its_colours(
-    tmp_path, colours, ffmpeg, name, codec, described
-):
+def test_a_codec_is_what_ffmpeg_reads_with_its_colours(tmp_path, colours, ffmpeg, name, codec, described):
     write_video(tmp_path / name, colours(4, 64, 64), 8, None, choose_encoding(name, codec=codec))
     assert re.search(rf"Video: {described}", ffmpeg("-i", tmp_path / name).stderr.decode())
     back, _ = read_video(tmp_path / name)
@@ -238,10 +236,7 @@ def test_frames_written_one_after_another_are_the_same_video(tmp_path, colours):
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "%d.png"])
 def test_error_between_frames_ends_the_encoder_and_leaves_nothing(tmp_path, colours, error, name):
     how = choose_encoding(name, sidecar=True)
-    with (
-        pytest.raises(error, match="sampling"),
-        open_video(tmp_path / name, (48, 80), 8, {}, how) as take,
-    ):
+    with pytest.raises(error, match="sampling"), open_video(tmp_path / name, (48, 80), 8, {}, how) as take:
         take(colours(4))
         raise error("sampling")
     assert not list(tmp_path.iterdir())

@@ -12,11 +12,7 @@ DISCS = {"paint": "discs", "gap": 0.2, "rows": [0, 1], "radii": [0.1, 0.2], "col
 
 
 def test_a_formula_is_arithmetic_over_time_and_draws() -> None:
-    path = {
-        "arc": "fraction(2 * t + u)",
-        "up": "4 * arc * (1 - arc) ** 2",
-        "angle": "-ease(t) + wave(t)",
-    }
+    path = {"arc": "fraction(2 * t + u)", "up": "4 * arc * (1 - arc) ** 2", "angle": "-ease(t) + wave(t)"}
     results = evaluate(path, TIME, DRAWN)
     arc = (2 * TIME + DRAWN[0]) % 1
     assert torch.equal(results["up"], 4 * arc * (1 - arc) ** 2)  # type: ignore[arg-type]
@@ -25,9 +21,7 @@ def test_a_formula_is_arithmetic_over_time_and_draws() -> None:
     assert torch.allclose(results["angle"], expected)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "formula", ["w", "open(t)", "t.shape", "t[0]", "t if u else v", "t / u", "abs(t, u)", "'t'"]
-)
+@pytest.mark.parametrize("formula", ["w", "open(t)", "t.shape", "t[0]", "t if u else v", "t / u", "abs(t, u)", "'t'"])
 def test_a_formula_is_nothing_else(formula: str) -> None:
     with pytest.raises(ValueError, match="is not part of a formula"):
         evaluate({"up": formula}, TIME, DRAWN)

@@ -50,9 +50,7 @@ def test_the_world_is_as_large_as_promised() -> None:
 
 # caption, mean level of red, green and blue, and mean change of a pixel from frame to frame
 CLIPS = {
-    "a small purple chicken and a red panda are wobbling next to a lake of lava": (
-        *(104.35, 45.38, 44.62, 5.475),
-    ),
+    "a small purple chicken and a red panda are wobbling next to a lake of lava": (*(104.35, 45.38, 44.62, 5.475),),
     "a camera panning left past a moped on a lawn": (150.99, 201.61, 145.45, 9.045),
     "a speedboat plunging": (87.89, 160.57, 190.56, 11.85),
 }
@@ -115,9 +113,7 @@ def test_training_never_shows_a_held_out_combination(config: WorldConfig) -> Non
     world = World(config)
     train, test = world.indices("train", 5000), world.indices("test", 500)
     specs = world.specs(test)
-    held_out = set(
-        zip(specs.subject.tolist(), specs.motion.tolist(), specs.scene.tolist(), strict=True)
-    )
+    held_out = set(zip(specs.subject.tolist(), specs.motion.tolist(), specs.scene.tolist(), strict=True))
     assert len(train) == 5000 and len(test) == 500
     assert not held_out & combinations(world, train)
 
@@ -130,11 +126,7 @@ def test_every_motion_subject_and_scene_of_mini_is_tested_and_a_dog_may_swim() -
     assert specs.scene.unique().numel() == len(world.scenes)
     dog = tuple(
         names.index(name)
-        for names, name in (
-            (world.subjects, "dog"),
-            (world.motions, "swimming"),
-            (world.scenes, "ocean"),
-        )
+        for names, name in ((world.subjects, "dog"), (world.motions, "swimming"), (world.scenes, "ocean"))
     )
     assert dog in combinations(world, world.indices("train", 3000))
 
