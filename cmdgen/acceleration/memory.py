@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmdgen.acceleration.slicer import decode_clip, decode_pictures, encode_clip, encode_pictures
 from cmdgen.config import ModelConfig
-from cmdgen.models.autoencoder import CmdAutoencoder
+from cmdgen.models.autoencoder import MOST_ROWS, CmdAutoencoder
 from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
 from cmdgen.video.pixels import to_rgb24, to_unit
@@ -208,6 +208,7 @@ def _fastest_slices(work: Work, device: torch.device) -> Slices:
         values = model.height * model.width * model.vae.block_out_channels[0]
         while 2 * pictures <= min(frames, MAP_VALUES // values):
             pictures *= 2
+    positions = min(positions, MOST_ROWS)
     if device.type in SLICE_BYTES:
         length = SLICE_BYTES[device.type] // (model.autoencoder.width * work.dtype.itemsize)
         frames = min(frames, max(1, length // tokens))

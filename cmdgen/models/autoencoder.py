@@ -16,6 +16,9 @@ from cmdgen_kernels import content_frame, motion_latents, motion_tokens
 
 # an axis has tens of positions: slower rotations than this would tell nothing apart
 SLOWEST_ROTATION = 1 / 100
+# rows of attention over time in one call: CUDA's attention kernels fail from 65,536 on, and their gradient
+# counts in 32 bits the bytes of 8 heads
+MOST_ROWS = 2**15
 
 
 def axial_rotation(sizes: tuple[int, ...], head_dim: int, like: Tensor) -> Tensor:
@@ -96,7 +99,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, time_rotation: Tensor, space_rotation: Tensor) -> Tensor:
         """(T, B, N, D) -> (T, B, N, D)."""
         shape = x.shape
-        x = self.mix_time(x.flatten(1, 2), time_rotation).view(shape)
+        parts = [self.mix_time(part, time_rotation) for part in x.flatten(1, 2).split(MOST_ROWS, dim=1)]
+        x = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(shape)
         return self.mix_space(x.flatten(0, 1), space_rotation).view(shape)
 
     def mix_time(self, x: Tensor, rotation: Tensor) -> Tensor:

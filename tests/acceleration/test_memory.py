@@ -143,6 +143,9 @@ def test_without_a_limit_frames_are_whole_and_a_gpu_is_given_whole_clips() -> No
     assert (on_cpu.pictures, on_cpu.strips) == (2, 1)
     on_gpu = choose_slices(Work(PAPER, torch.bfloat16, 2), torch.device("cuda"))
     assert on_gpu == Slices(frames=32, positions=2 * 2048, pictures=2)
+    # CUDA's attention fails where it has 65,536 rows or more, a row for each position
+    many = choose_slices(Work(PAPER, torch.bfloat16, 32), torch.device("cuda"))
+    assert many == Slices(frames=512, positions=32768, pictures=32)
     # small frames in one go
     assert choose_slices(Work(MINI, torch.float32), CPU).pictures == 8
 

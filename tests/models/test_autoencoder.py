@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmdgen.config import AutoencoderConfig
+from cmdgen.models import autoencoder
 from cmdgen.models.autoencoder import CmdAutoencoder, Unpatch, axial_rotation, rotate
 from cmdgen_kernels.gated_attention import softmax_attention
 
@@ -40,6 +41,13 @@ def test_any_length_and_rectangle_goes_through(frames: int, height: int, width: 
     assert content.shape == (2, 3, height, width)
     assert motion.shape == (2, 5, frames, width // 2 + height // 2)
     assert model.decode(content, motion).shape == x.shape
+
+
+def test_attention_over_time_in_several_calls_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build(), clip()
+    whole = model.decode(*model.encode(x))
+    monkeypatch.setattr(autoencoder, "MOST_ROWS", 7)
+    torch.testing.assert_close(model.decode(*model.encode(x)), whole, rtol=1e-12, atol=1e-12)
 
 
 def test_smooth_importance_is_one_map_that_sums_to_one_over_time() -> None:
