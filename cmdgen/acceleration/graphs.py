@@ -9,7 +9,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
+
+from cmdgen_kernels.gated_attention import ATTENTION_LIBRARIES
 
 # of a denoiser: its output, or its output and a feature
 Out = TypeVar("Out", Tensor, tuple[Tensor, Tensor])
@@ -18,6 +20,8 @@ Pool = Callable[[], Any]
 
 # runs before a capture: libraries choose algorithms and allocate workspaces in the first ones
 _WARM_UP = 3
+# sets of shapes whose graphs a function keeps: a clip needs two
+_MOST_CAPTURES = 4
 
 
 class Graphed(Generic[Out]):
@@ -38,10 +42,15 @@ class Graphed(Generic[Out]):
     def __call__(self, *tensors: Tensor) -> Out:
         """Return what the function would."""
         key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        if key not in self.captures:
+        if key in self.captures:
+            inputs, replay = self.captures.pop(key)
+        else:
             inputs = [tensor.clone() for tensor in tensors]
-            self.captures[key] = inputs, capture(self.function, inputs, self.pool)
-        inputs, replay = self.captures[key]
+            replay = capture(self.function, inputs, self.pool)
+        # the last that was used stands last
+        self.captures[key] = inputs, replay
+        if len(self.captures) > _MOST_CAPTURES:
+            del self.captures[next(iter(self.captures))]
         torch._foreach_copy_(inputs, list(tensors))
         output = replay()
         if isinstance(output, Tensor):
@@ -59,20 +68,28 @@ class GraphedNetwork(NamedTuple):
 
 @contextmanager
 def fastest_libraries(device: torch.device) -> Iterator[None]:
-    """Launch kernels on this device within the block, attention by the best of its libraries.
+    """Launch kernels on this device within the block, attention by flash attention where it can.
 
-    cuDNN's comes first on Hopper and what followed it, flash attention on what was before.
+    `softmax_attention` asks for cuDNN's where that pays.
     """
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.device(device):
-        best = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-        if torch.cuda.get_device_capability() < (9, 0):
-            best.reverse()
-        others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel([*best, *others], set_priority=True):
+    with torch.cuda.device(device), sdpa_kernel(ATTENTION_LIBRARIES, set_priority=True):
+        yield
+
+
+@contextmanager
+def record(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
+    """Record the block's work on the stream's device; an error in the block is what is raised."""
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             yield
+    except RuntimeError as error:
+        # ending a capture that has failed fails as well, without saying why
+        if isinstance(error.__context__, RuntimeError):
+            raise error.__context__ from None
+        raise
 
 
 def capture(function: Callable[..., Out], inputs: list[Tensor], pool: Pool) -> Callable[[], Out]:
@@ -87,7 +104,7 @@ def capture(function: Callable[..., Out], inputs: list[Tensor], pool: Pool) -> C
             function(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool()):
+    with record(graph, pool(), side):
         output = function(*inputs)
 
     def replay() -> Out:

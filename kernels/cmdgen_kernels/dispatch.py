@@ -63,9 +63,8 @@ def machine_obstacle(device: torch.device) -> str | None:
     index = current if device.index is None else device.index
     if index != current:
         return f"Triton launches on the current device, cuda:{current}, not on cuda:{index}"
-    capability = _capability(index)
-    if capability < OLDEST:
-        return "compute capability {}.{} is below {}.{}".format(*capability, *OLDEST)
+    if capability(device) < OLDEST:
+        return "compute capability {}.{} is below {}.{}".format(*capability(device), *OLDEST)
     if not _compiler():
         return "no C compiler or no Python.h, which Triton needs: install gcc and python3-dev"
     return None
@@ -77,16 +76,13 @@ def shared_memory(device: torch.device) -> int:
     return int(gpu.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
-for _function in (machine_obstacle, shared_memory):
-    # like torch.compiler.assume_constant_result, which would import Triton and all of dynamo
-    _function.__dict__["_dynamo_marked_constant"] = True
-
 _capabilities: dict[int, tuple[int, int]] = {}
 _compilers: list[bool] = []
 
 
-def _capability(index: int) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
     """Return a GPU's compute capability; each query costs microseconds, so the answer is kept."""
+    index = torch.cuda.current_device() if device.index is None else device.index
     if index not in _capabilities:
         _capabilities[index] = torch.cuda.get_device_capability(index)
     return _capabilities[index]
@@ -99,3 +95,8 @@ def _compiler() -> bool:
         header = Path(sysconfig.get_paths(scheme="posix_prefix")["include"], "Python.h")
         _compilers.append(any(name and shutil.which(name) for name in names) and header.exists())
     return _compilers[0]
+
+
+for _function in (machine_obstacle, shared_memory, capability):
+    # like torch.compiler.assume_constant_result, which would import Triton and all of dynamo
+    _function.__dict__["_dynamo_marked_constant"] = True

@@ -25,14 +25,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmdgen_kernels.dispatch import obstacle, shared_memory
+from cmdgen_kernels.dispatch import capability, obstacle, shared_memory
 from cmdgen_kernels.language import power_of_two, program, tl, triton
 
 # wider heads do not fit the registers
 WIDEST = 256
 # bytes of shared memory for heads wider than 128: compute capabilities 8.0 and 9.0 have them
 WIDE_ROOM = 160 * 1024
+# on a GPU, the first that can: cuDNN's is not among them, see `is_long`
+ATTENTION_LIBRARIES = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# tokens from which cuDNN's attention is worth its plans
+CUDNN_TOKENS = 2048
 
 
 def orthogonal_features(features: int, width: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -53,7 +58,21 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # float32 30:13 ms at L = 16, 29:29 at 64, 115:202 at 512; bfloat16 141:14, 88:20, 111:111
     if q.device.type == "cpu" and is_short(q):
         return plain_attention(q, k, v)
+    if is_long(q, k):
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *ATTENTION_LIBRARIES], set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def is_long(q: Tensor, k: Tensor) -> bool:
+    """Return whether cuDNN's attention pays on a GPU: from Hopper on, for many tokens.
+
+    It makes a plan for each shape, which takes tenths of a second in every process. Gradients are
+    left to flash attention: NaN has been reported of cuDNN's.
+    """
+    if q.device.type != "cuda" or min(q.shape[-2], k.shape[-2]) < CUDNN_TOKENS or torch.is_grad_enabled():
+        return False
+    return capability(q.device) >= (9, 0)
 
 
 def is_short(q: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Captured functions give what the functions give; capture itself needs a GPU."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -82,6 +83,37 @@ def test_every_call_has_its_own_inputs_and_every_shape_its_own_graph(monkeypatch
     assert [shapes[0] for shapes in captured] == [(2, 3), (2, 5)]
     graphed(torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 1))
     assert len(captured) == 3
+
+
+def test_only_graphs_of_the_last_few_shapes_are_kept(monkeypatch) -> None:
+    captured = []
+
+    def capture(function, inputs, pool):
+        captured.append(len(inputs[0]))
+        return capture_on_cpu(function, inputs, pool)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    graphed = Graphed(torch.sin, "a pool")
+    for size in (1, 2, 3, 4, 1, 5, 1, 3, 2):
+        graphed(torch.ones(size))
+    # 5 drops 2, which was not used for longest
+    assert captured == [1, 2, 3, 4, 5, 2]
+    assert len(graphed.captures) == 4
+
+
+def test_an_error_in_a_capture_is_not_hidden_by_the_end_of_the_capture(monkeypatch) -> None:
+    @contextmanager
+    def graph(*_, **__):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"), graphs.record(None, None, None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="previous error"), graphs.record(None, None, None):
+        pass
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -1,13 +1,16 @@
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cmdgen_kernels import gated_attention
 from cmdgen_kernels.gated_attention import (
     gated_attention_obstacle,
     gated_attention_reference,
+    is_long,
     linear_attention_reference,
     orthogonal_features,
     softmax_attention,
@@ -153,3 +156,18 @@ def test_what_cannot_be_is_refused(device):
         gated_attention(q, k, v, projection[:, :8])
     with pytest.raises(ValueError, match=r"k \(1, 1, 7, 16\)"):
         gated_attention(q, k[:, :, :7], v, projection)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "newest", "long"),
+    [(2048, 2048, 9, True), (2047, 2047, 9, False), (8192, 77, 9, False), (8192, 8192, 8, False)],
+)
+def test_cudnn_attends_among_many_tokens_on_hopper_alone(monkeypatch, tokens, keys, newest, long) -> None:
+    monkeypatch.setattr(sys.modules["cmdgen_kernels.gated_attention"], "capability", lambda device: (newest, 0))
+    # a tensor of a GPU without one: shapes alone
+    with FakeTensorMode(), torch.no_grad():
+        q, k = (torch.empty(1, 1, count, 64, device="cuda") for count in (tokens, keys))
+        assert is_long(q, k) == long
+        with torch.enable_grad():
+            assert not is_long(q, k)
+        assert not is_long(torch.empty(1, 1, 4096, 64), torch.empty(1, 1, 4096, 64))
