@@ -7,6 +7,7 @@ alone), a loss, an evaluation, a sheet of samples and how to export itself.
 import json
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,6 +101,30 @@ def train(stage: Stage, run: Run) -> int:
     return state.step
 
 
+class _Batches:
+    """The stage's batches on a device; for a GPU the next one is made while a step runs."""
+
+    def __init__(self, stage: Stage, device: torch.device) -> None:
+        self.stage, self.device = stage, device
+        self.worker = ThreadPoolExecutor(1) if device.type == "cuda" else None
+        self.next: tuple[int, Future[Batch]] | None = None
+
+    def take(self, step: int) -> Batch:
+        """Return the batch of a step, its copy to the GPU perhaps still under way."""
+        if self.worker is None:
+            return {name: tensor.to(self.device) for name, tensor in self.stage.batch(step).items()}
+        if self.next is None or self.next[0] != step:
+            self.next = step, self.worker.submit(self._pin, step)
+        pinned = self.next[1].result()
+        self.next = step + 1, self.worker.submit(self._pin, step + 1)
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in pinned.items()}
+
+    def _pin(self, step: int) -> Batch:
+        # a thread has a current device of its own
+        with torch.cuda.device(self.device):
+            return {name: t.pin_memory() if t.is_cpu else t for name, t in self.stage.batch(step).items()}
+
+
 class _State:
     """Weights, optimiser, averages and running figures at a step: what a checkpoint holds."""
 
@@ -115,6 +140,7 @@ class _State:
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.ema = Ema(stage.modules, config.ema)
+        self.batches = _Batches(stage, run.device)
         run.state.mkdir(parents=True, exist_ok=True)
         self.checkpoint = run.state / "checkpoint.pt"
         if self.checkpoint.exists():
@@ -125,7 +151,7 @@ class _State:
         lr, parts = learning_rate(self.config, self.step), self.config.accumulate
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batch = {name: tensor.to(self.run.device) for name, tensor in self.stage.batch(self.step).items()}
+        batch = self.batches.take(self.step)
         self._add("lr", torch.tensor(lr))
         for part in range(parts):
             chunk = {name: tensor.chunk(parts)[part] for name, tensor in batch.items()}

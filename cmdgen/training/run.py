@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.config import ModelConfig, NoiseConfig
 from cmdgen.files import read_json, write_json
 from cmdgen.schema import read_config
@@ -59,13 +60,14 @@ def run_stage(run: Run) -> int:
         run = replace(run, model=replace(run.model, noise=noise))
     # fresh weights follow from the seed
     torch.manual_seed(run.config.seed)
-    stage = BUILD[run.stage](run)
-    write_json(run.folder / "training" / "run.json", run.shared.to_json())
-    write_model_index(run.folder, run.model)
-    if run.config.gradient_checkpointing:
-        for module in stage.modules.values():
-            recompute_blocks(module)
-    return train(stage, run)
+    with fastest_libraries(run.device):
+        stage = BUILD[run.stage](run)
+        write_json(run.folder / "training" / "run.json", run.shared.to_json())
+        write_model_index(run.folder, run.model)
+        if run.config.gradient_checkpointing:
+            for module in stage.modules.values():
+                recompute_blocks(module)
+        return train(stage, run)
 
 
 def _check_init(init: Path, model: ModelConfig) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmdgen.training import checkpoint
+from cmdgen.training import checkpoint, loop
 from cmdgen.training.config import Loss, Shared, Start, TrainConfig
 from cmdgen.training.context import Run
 from cmdgen.training.data import open_data
@@ -80,6 +81,18 @@ def test_kill_loses_at_most_the_steps_since_the_checkpoint(tmp_path: Path) -> No
     continued = fit(tmp_path / "killed", config)
     assert torch.equal(continued.model.weight, expected.model.weight)
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
+
+
+def test_batches_made_ahead_are_those_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = LinearStage(fail_at=6)
+    monkeypatch.setattr(loop._Batches, "_pin", lambda self, step: self.stage.batch(step))
+    batches = loop._Batches(stage, torch.device("cpu"))
+    batches.worker = ThreadPoolExecutor(1)
+    # a run that goes on begins anywhere
+    for step in (3, 4, 0, 1, 5):
+        assert torch.equal(batches.take(step)["x"], stage.batch(step)["x"])
+    with pytest.raises(KeyboardInterrupt):
+        batches.take(6)
 
 
 def test_the_optimizer_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
