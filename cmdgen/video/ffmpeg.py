@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from threading import Thread
 from typing import IO
 
-from imageio_ffmpeg import get_ffmpeg_exe
-
 # bytes of what ffmpeg says that are kept
 MOST_SAID = 2**23
 
@@ -21,6 +19,9 @@ def run_ffmpeg(
 
     The block ends with the process, which is killed if the block fails.
     """
+    # most commands and formats do without ffmpeg
+    from imageio_ffmpeg import get_ffmpeg_exe
+
     said = bytearray()
     # in a session of its own: Ctrl-C reaches us alone, and we clean up
     with subprocess.Popen(
