@@ -25,14 +25,21 @@ PARTS = {"vae": "vae", "autoencoder": "autoencoder", "content": "unet", "motion"
 
 
 def run(
-    folder: Path, stage: str, steps: int = 2, *, init: Path | None = None, restart: bool = False, learned: bool = False
+    folder: Path,
+    stage: str,
+    steps: int = 2,
+    *,
+    init: Path | None = None,
+    restart: bool = False,
+    learned: bool = False,
+    device: str = "cpu",
 ) -> int:
-    model, cpu = tiny_config(), torch.device("cpu")
+    model, place = tiny_config(), torch.device(device)
     model = replace(model, motion=replace(model.motion, learned_sigma=learned))
-    data = open_data("shapes", 10, model, cpu)
+    data = open_data("shapes", 10, model, place)
     start, config = Start(folder, init=init, restart=restart), replace(CONFIG, steps=steps)
     shared = Shared("mini", "world")
-    return run_stage(Run(stage, start, shared, config, LOSSES[stage](), model, data, cpu))
+    return run_stage(Run(stage, start, shared, config, LOSSES[stage](), model, data, place))
 
 
 def records(folder: Path, stage: str) -> list[dict[str, float]]:
@@ -65,6 +72,18 @@ def test_four_stages_give_a_folder_that_samples(trained: Path) -> None:
         assert sheet.read_bytes().startswith(b"\x89PNG")
     last = records(trained, "autoencoder")[-1]
     assert {"psnr", "psnr_subject", "psnr_mean_frame", "psnr_subject_mean_frame"} <= last.keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", LOSSES)
+def test_a_gpu_trains_as_a_cpu_does(stage: str, trained: Path, tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        shutil.copytree(trained, tmp_path / device)
+        run(tmp_path / device, stage, restart=True, device=device)
+    expected, steps = curve(tmp_path / "cpu", stage), curve(tmp_path / "cuda", stage)
+    # a GPU computes in bfloat16
+    for (_, loss, grad, lr), step in zip(expected, steps, strict=True):
+        assert step[1:] == (pytest.approx(loss, rel=0.05), pytest.approx(grad, rel=0.2), lr)
 
 
 def test_scale_of_latents_and_of_motion_are_measured(trained: Path) -> None:
