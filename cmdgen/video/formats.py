@@ -36,7 +36,7 @@ _H265 = ("-c:v", "libx265", "-x265-params", "log-level=error", "-tag:v", "hvc1")
 
 CODECS: Mapping[str, Codec] = MappingProxyType(
     {
-        # of 16 frames of 512x1024, 0.25 s of CPU time where the default preset takes 0.60, in as many bytes, 0.1 dB apart
+        # 0.25 s of CPU time where the default preset takes 0.60 for 16 frames of 512x1024, with equal sizes
         "h264": Codec(("-c:v", "libx264", "-preset", "veryfast"), 16, 51),
         # x265 logs to stderr what is no error; Apple's players want the tag hvc1
         "hevc": Codec(_H265, 18, 51),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cmdgen.video import ffmpeg, read
+from cmdgen.video import read
 from cmdgen.video.formats import Encoding
 from cmdgen.video.read import fit, read_clip, read_video
 from tests.videos import write_video
@@ -327,7 +327,7 @@ def test_what_takes_too_long_is_given_up(tmp_path, monkeypatch):
     slow = tmp_path / "slow"
     slow.write_text("#!/bin/sh\nexec sleep 60\n")
     slow.chmod(0o755)
-    monkeypatch.setattr(ffmpeg, "get_ffmpeg_exe", lambda: str(slow))
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(slow))
     monkeypatch.setattr(read, "MOST_SECONDS", 0.2)
     (tmp_path / "a.mp4").write_bytes(b"\0" * 100)
     with pytest.raises(ValueError, match=r"a\.mp4 takes longer than 0\.2 seconds"):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from cmdgen.video import ffmpeg
 from cmdgen.video.formats import Encoding, choose_encoding
 from cmdgen.video.read import read_metadata, read_video
 from cmdgen.video.write import EncoderError, check_output, open_video, write_still
@@ -255,7 +254,7 @@ def test_encoder_that_fails_on_the_way_is_one_line_and_stops_the_making(tmp_path
     broken = tmp_path / "ffmpeg"
     broken.write_text("#!/bin/sh\nread line\necho first >&2\necho no codec >&2\nexit 3\n")
     broken.chmod(0o755)
-    monkeypatch.setattr(ffmpeg, "get_ffmpeg_exe", lambda: str(broken))
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(broken))
     made = 0
     with (
         pytest.raises(EncoderError, match=r"a\.mp4 was not written: no codec$") as caught,
