@@ -12,8 +12,9 @@ from operator import or_
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as record
@@ -26,9 +27,6 @@ from cmdgen.pipelines.observer import Observer
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request
 from cmdgen.video.write import open_video
-
-if TYPE_CHECKING:
-    import numpy as np
 
 PROMPT = "a corgi swimming"
 # a machine's limits are those of the product of two square matrices, and of copying a buffer that
@@ -93,7 +91,7 @@ class Stopwatch(Observer):
 
     device: torch.device
     # takes frames as soon as they are decoded
-    write: "Callable[[np.ndarray], None] | None" = None
+    write: Callable[[np.ndarray], None] | None = None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     # "resident" on a CPU, "allocated" and "reserved" on a GPU; empty where that cannot be told
     memory: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -109,7 +107,7 @@ class Stopwatch(Observer):
         self.seconds[name] += time.perf_counter() - started
         self.memory[name] |= _peak(self.device)
 
-    def frames(self, clip: int, frames: "np.ndarray") -> None:
+    def frames(self, clip: int, frames: np.ndarray) -> None:
         """Write frames, if they go anywhere."""
         if self.write is not None:
             self.write(frames)

@@ -10,16 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    CacheNotFound,
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, errors
 
 from cmdgen.config import CALIBRATION
 from cmdgen.files import create_folder
@@ -86,7 +77,7 @@ def find_cached() -> list[Snapshot]:
     """List the revisions in the local cache of models in diffusers' layout, usable or not."""
     try:
         info = huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE)
-    except (CacheNotFound, RuntimeError):
+    except (errors.CacheNotFound, RuntimeError):
         # RuntimeError: there is no home directory
         return []
     snapshots = [
@@ -122,7 +113,7 @@ def pull(name: str) -> Path:
     api = huggingface_hub.HfApi(library_name="cmdgen")
     try:
         info = api.model_info(repo, revision=revision)
-    except (HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         reason = _explain(error, repo, revision)
         if not isinstance(reason, ConnectionError):
             raise reason from error
@@ -137,7 +128,7 @@ def pull(name: str) -> Path:
         described = api.snapshot_download(repo, revision=revision, allow_patterns=small)
         check_folder(Path(described))
         return Path(api.snapshot_download(repo, revision=revision, allow_patterns=files))
-    except (HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         raise _explain(error, repo, revision) from error
 
 
@@ -154,15 +145,15 @@ def _explain(error: Exception, repo: str, revision: str) -> OSError:
     gated = f"accept its terms at {hub}/{repo}, then set HF_TOKEN to a token of that account"
     private = f"{repo} is not at {hub}, or is private and HF_TOKEN does not open it"
     reasons: dict[type[Exception], OSError] = {
-        GatedRepoError: PermissionError(f"{repo} is gated: {gated}"),
-        RevisionNotFoundError: FileNotFoundError(f"{repo} has no revision {revision!r}"),
-        RepositoryNotFoundError: FileNotFoundError(private),
-        OfflineModeIsEnabled: ConnectionError("HF_HUB_OFFLINE is set"),
+        errors.GatedRepoError: PermissionError(f"{repo} is gated: {gated}"),
+        errors.RevisionNotFoundError: FileNotFoundError(f"{repo} has no revision {revision!r}"),
+        errors.RepositoryNotFoundError: FileNotFoundError(private),
+        errors.OfflineModeIsEnabled: ConnectionError("HF_HUB_OFFLINE is set"),
     }
     for kind, reason in reasons.items():
         if isinstance(error, kind):
             return reason
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
             return PermissionError(f"HF_TOKEN is not accepted for {repo} (status {status})")

@@ -10,14 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cmdgen_kernels import (
-    content_frame,
-    gated_attention,
-    group_norm_silu,
-    guided_ddim_step,
-    motion_latents,
-    motion_tokens,
-)
+import cmdgen_kernels as ops
 from cmdgen_kernels.gated_attention import orthogonal_features
 
 Sizes = tuple[int, ...]
@@ -130,14 +123,14 @@ def _guided_ddim_step(sizes: Sizes, like: Tensor) -> tuple[Tensor, ...]:
 
 
 OPS = (
-    _op(content_frame, _content_frame, (2, 3, 5, 9, 7), leaves=2),
-    _op(motion_latents, _motion_latents, (2, 3, 5, 9, 40, 4), leaves=5),
-    _op(motion_tokens, _motion_tokens, (2, 3, 5, 9, 40, 4), leaves=6),
+    _op(ops.content_frame, _content_frame, (2, 3, 5, 9, 7), leaves=2),
+    _op(ops.motion_latents, _motion_latents, (2, 3, 5, 9, 40, 4), leaves=5),
+    _op(ops.motion_tokens, _motion_tokens, (2, 3, 5, 9, 40, 4), leaves=6),
     # always through the random features
-    _op(gated_attention, _gated_attention, (2, 3, 77, 24, 48), leaves=3, threshold=0),
-    _op(group_norm_silu, _group_norm_silu, (1, 96, 111, 99), groups=32, eps=1e-5),
+    _op(ops.gated_attention, _gated_attention, (2, 3, 77, 24, 48), leaves=3, threshold=0),
+    _op(ops.group_norm_silu, _group_norm_silu, (1, 96, 111, 99), groups=32, eps=1e-5),
     # the step of a text-to-image model halfway through
-    _op(guided_ddim_step, _guided_ddim_step, (3, 4, 9, 7), guidance=7.5, keep=1.02, move=-0.05),
+    _op(ops.guided_ddim_step, _guided_ddim_step, (3, 4, 9, 7), guidance=7.5, keep=1.02, move=-0.05),
 )
 
 
