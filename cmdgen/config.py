@@ -166,6 +166,16 @@ class ModelConfig:
         return self.height, self.width
 
     @property
+    def stride(self) -> int:
+        """Pixels along one side of a latent position; 1 without a VAE."""
+        return 1 if self.vae is None else self.vae.stride
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Return (height, width) of the latents."""
+        return self.height // self.stride, self.width // self.stride
+
+    @property
     def size_multiple(self) -> int:
         """What height and width must be multiples of, for every patch and stride on the way."""
         if isinstance(self.content, DiTConfig):
@@ -176,7 +186,7 @@ class ModelConfig:
         if self.autoencoder is not None and self.motion is not None:
             motion = self.autoencoder.patch * self.motion.patch
             latent = math.lcm(content, motion, self.motion.context_patch)
-        return latent * (1 if self.vae is None else self.vae.stride)
+        return latent * self.stride
 
 
 CMD_SD15 = ModelConfig(

@@ -69,8 +69,7 @@ def latent_shapes(model: ModelConfig) -> tuple[Shape, Shape]:
     autoencoder = model.autoencoder
     if autoencoder is None:
         raise ValueError(f"{model.name} has no autoencoder: it makes stills and knows no motion")
-    stride = 1 if model.vae is None else model.vae.stride
-    height, width = model.height // stride, model.width // stride
+    height, width = model.latent_size
     positions = width // autoencoder.patch + height // autoencoder.patch
     motion = autoencoder.motion_channels, model.frames, positions
     return (autoencoder.channels, height, width), motion
@@ -81,8 +80,7 @@ def fit_model(model: ModelConfig, content: Shape, motion: Shape) -> ModelConfig:
     latent_shapes(model)
     if motion[1] < 2:
         raise ValueError(f"motion of {motion[1]} frame: a clip has 2 or more")
-    stride = 1 if model.vae is None else model.vae.stride
-    size = content[1] * stride, content[2] * stride
+    size = content[1] * model.stride, content[2] * model.stride
     fitted = resolve(Request(frames=motion[1], size=size), model).model
     check_fit(fitted, content, motion)
     return fitted

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from cmdgen.acceleration.calibration import Calibration
 from cmdgen.files import replace_with
 
-# dark to bright, so that it reads in grey too: the least similar to the most
-_COLOURS = ((24, 14, 66), (38, 84, 132), (40, 152, 128), (148, 204, 74), (252, 238, 120))
+# so that it reads in grey too: the least similar to the most
+DARK, MIDDLE, BRIGHT = "#180e42", "#289880", "#fcee78"
 _SIDE, _MARGIN = 480, 64
 
 
@@ -24,7 +24,8 @@ def draw_similarity(path: Path, calibrations: Sequence[Calibration], title: str)
         values = np.array(each.similarity_map())
         low, high = values.min(), values[~np.eye(each.steps, dtype=bool)].max()
         # the diagonal is 1 whatever is measured
-        cells = Image.fromarray(colour((values - low).clip(0) / max(high - low, 1e-6)))
+        shares = ((values - low) / max(high - low, 1e-6)).clip(0, 1)
+        cells = ImageOps.colorize(Image.fromarray((255 * shares).round().astype(np.uint8)), DARK, BRIGHT, MIDDLE)
         image.paste(cells.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (left, _MARGIN))
         name = f"{title}: {each.part}, {each.sampler}, steps 0 to {each.steps - 1}"
         draw.text((left, _MARGIN // 2), name, "black", font)
@@ -32,10 +33,3 @@ def draw_similarity(path: Path, calibrations: Sequence[Calibration], title: str)
         draw.text((left, _SIDE + _MARGIN * 5 // 4), scale, "black", font)
     with replace_with(path) as temporary:
         image.save(temporary, format="PNG")
-
-
-def colour(share: np.ndarray) -> np.ndarray:
-    """(...) in [0, 1] -> uint8 (..., 3); what is beyond is clipped."""
-    stops = np.linspace(0, 1, len(_COLOURS))
-    channels = [np.interp(share, stops, channel) for channel in zip(*_COLOURS, strict=True)]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmdgen.acceleration.slicer import decode_clip, decode_pictures, encode_clip, encode_pictures
 from cmdgen.config import ModelConfig
+from cmdgen.latents import latent_shapes
 from cmdgen.models.autoencoder import MOST_ROWS, CmdAutoencoder
 from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
@@ -95,12 +96,6 @@ class Work:
     verb: str = "decode"
 
     @cached_property
-    def latent_size(self) -> tuple[int, int]:
-        """Return height and width of the latents, which are pixels where there is no VAE."""
-        stride = 1 if self.model.vae is None else self.model.vae.stride
-        return self.model.height // stride, self.model.width // stride
-
-    @cached_property
     def vae(self) -> KlVae | None:
         """Build the VAE, without residual blocks that hold the same as those before them."""
         if self.model.vae is None:
@@ -132,7 +127,7 @@ class Work:
         """() -> (B, T, C, h, w)."""
         vae, autoencoder = self.model.vae, self.model.autoencoder
         channels = vae.latent_channels if vae else autoencoder.channels if autoencoder else 3
-        return self.empty(self.batch, self.model.frames, channels, *self.latent_size)
+        return self.empty(self.batch, self.model.frames, channels, *self.model.latent_size)
 
 
 # a network's operators in these slices
@@ -158,10 +153,7 @@ def run_autoencoder(work: Work, slices: Slices) -> None:
     if work.verb == "encode":
         encode_clip(work.autoencoder, work.latents().transpose(1, 2), slices)
         return
-    config = work.autoencoder.config
-    content = work.empty(work.batch, config.channels, *work.latent_size)
-    positions = sum(side // config.patch for side in work.latent_size)
-    motion = work.empty(work.batch, config.motion_channels, work.model.frames, positions)
+    content, motion = (work.empty(work.batch, *shape) for shape in latent_shapes(work.model))
     decode_clip(work.autoencoder, content, motion, slices)
 
 
@@ -179,7 +171,7 @@ def choose_slices(work: Work, device: torch.device, max_memory: int | None = Non
     Without a limit, return the fastest slices, and count nothing. Raises ValueError where the
     smallest slices hold more.
     """
-    slices, (rows, _) = _fastest_slices(work, device), work.latent_size
+    slices, (rows, _) = _fastest_slices(work, device), work.model.latent_size
     if max_memory is None:
         return slices
     for run in work.runs:
@@ -198,7 +190,7 @@ def choose_slices(work: Work, device: torch.device, max_memory: int | None = Non
 
 def _fastest_slices(work: Work, device: torch.device) -> Slices:
     """Return whole clips, a frame of each through the VAE; on a CPU, what its caches hold."""
-    model, (height, width) = work.model, work.latent_size
+    model, (height, width) = work.model, work.model.latent_size
     frames, pictures = work.batch * model.frames, work.batch
     if model.frames == 1 or model.autoencoder is None:
         return Slices(frames, positions=1, pictures=pictures)

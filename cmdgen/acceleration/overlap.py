@@ -59,12 +59,11 @@ def fetch(parts: Iterable[Tensor]) -> Iterator[Tensor]:
     stream: torch.cuda.Stream | None = None
     previous: Pending | None = None
     for part in parts:
-        if stream is None and part.device.type == "cuda":
-            stream = torch.cuda.Stream(part.device)
-        current = start(lambda part: part, part, lambda _: None, stream=stream)
-        if stream is None:
-            yield current.result
+        if part.device.type == "cpu":
+            yield part
             continue
+        stream = stream or torch.cuda.Stream(part.device)
+        current = start(lambda part: part, part, lambda _: None, stream=stream)
         # the GPU has its work for this part: time to wait for the part before it
         if previous is not None:
             yield previous.finish()

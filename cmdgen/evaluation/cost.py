@@ -5,11 +5,11 @@ measuring process has to be the small one.
 """
 
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import median
+from subprocess import DEVNULL, PIPE, Popen
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -29,9 +29,7 @@ def measure_cost(*arguments: str) -> Cost:
     """Run `cmdgen ARGUMENTS` in a new process; ValueError with its last line if it fails."""
     command = [sys.executable, "-m", "cmdgen", *arguments]
     started = time.perf_counter()
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
+    with Popen(command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE) as process:
         assert process.stderr is not None
         errors = process.stderr.read().decode(errors="replace").strip()
         # the usage of this child and of those it waited for, such as the video encoder
@@ -54,15 +52,13 @@ def report_cost(model: str, prompt: str = "a corgi swimming") -> Report:
     helps = [measure_cost("--help").seconds for _ in range(HELP_RUNS)]
     spread = {"fastest": min(helps), "slowest": max(helps)}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # key, label, value, unit, beside, target
-    rows: list[tuple[str, str, float, str, dict[str, float], float]] = [
-        ("sample_seconds", "cmdgen sample, cold", sample.seconds, "s", {}, 15),
-        ("sample_memory", "its peak resident memory", sample.megabytes, "MB", {}, 2000),
-        ("help_seconds", "cmdgen --help", median(helps), "s", spread, 0.5),
-    ]
     return Report(
         title=f"Cost of {model} on {cores} CPU cores",
-        figures=[Figure(*row, "most") for row in rows],
+        figures=[
+            Figure("sample_seconds", "cmdgen sample, cold", sample.seconds, "s", {}, 15, "most"),
+            Figure("sample_memory", "its peak resident memory", sample.megabytes, "MB", {}, 2000, "most"),
+            Figure("help_seconds", "cmdgen --help", median(helps), "s", spread, 0.5, "most"),
+        ],
         notes=[
             "Seconds from the start of a new process to its end, file on disk; targets: 2 cores.",
             f"--help is the median of {HELP_RUNS} runs.",

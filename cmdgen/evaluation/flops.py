@@ -25,8 +25,7 @@ from cmdgen.config import CMD_SD21, ModelConfig
 from cmdgen.latents import latent_shapes
 from cmdgen.pipelines.base import TIMESTEPS_TOGETHER
 from cmdgen.request import Plan, Request, resolve
-from cmdgen.store.parts import NETWORKS, network_configs
-from cmdgen.weights import build_empty
+from cmdgen.store.parts import build_part, network_configs
 
 # what the tables count in
 TERA = 10**12
@@ -162,12 +161,7 @@ def build_networks(model: ModelConfig) -> dict[str, Any]:
     configs = network_configs(model)
     if not {"text_encoder", "unet", "vae"} <= configs.keys():
         raise ValueError(f"{model.name} makes no video from text: it has no text, UNet or VAE")
-    return _build_networks(tuple(configs.items()))
-
-
-@lru_cache(maxsize=2)
-def _build_networks(configs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    return {name: build_empty(NETWORKS[name].network, config) for name, config in configs}
+    return {name: build_part(name, config) for name, config in configs.items()}
 
 
 def list_forwards(model: ModelConfig) -> dict[str, Forward]:
@@ -190,8 +184,7 @@ def _list_forwards(model: ModelConfig) -> dict[str, Forward]:
     length = text.config.max_position_embeddings
     ids, time = empty(1, length, dtype=torch.long), empty(1)
     states = empty(1, length, text.config.hidden_size)
-    sides = [side // vae.config.stride for side in (model.height, model.width)]
-    still = empty(1, vae.config.latent_channels, *sides)
+    still = empty(1, vae.config.latent_channels, *model.latent_size)
     forwards = {
         "text": Forward(text, lambda: text(ids)),
         "content": Forward(unet, lambda: unet(still, time, states)),
@@ -205,7 +198,7 @@ def _list_forwards(model: ModelConfig) -> dict[str, Forward]:
     autoencoder, dit = networks["autoencoder"], networks["motion"]
     clip = still.unsqueeze(2).expand(-1, -1, model.frames, -1, -1)
     motion = empty(1, *latent_shapes(model)[1])
-    ground = {"context": still, "split": sides[1] // autoencoder.config.patch}
+    ground = {"context": still, "split": model.latent_size[1] // autoencoder.config.patch}
     condition = {"text": None if dit.config.text_width is None else states}
     modulate = partial(dit.modulations, time, **condition)
     place = partial(dit.place, *motion.shape[-2:], **ground)

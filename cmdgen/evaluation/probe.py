@@ -129,7 +129,7 @@ def train_probe(
     config: ProbeTraining = ProbeTraining(),
     *,
     device: torch.device,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[int, int], None] = lambda *_: None,
 ) -> Probe:
     """Learn from `steps * batch` clips of the training split, each seen once."""
     torch.manual_seed(config.seed)
@@ -147,6 +147,5 @@ def train_probe(
         torch.stack(losses).sum().backward()
         optimizer.step()
         schedule.step()
-        if on_step is not None:
-            on_step(step + 1, config.steps)
+        on_step(step + 1, config.steps)
     return probe.eval()

@@ -5,9 +5,7 @@ Configurations and the headers of weight files are read, weights never are.
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from cmdgen.config import PRESETS, ModelConfig, TextConfig
 from cmdgen.files import create_folder
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.schema import read_config
-from cmdgen.store.parts import NETWORKS, PARTS, network_configs, read_index, write_model_index
-from cmdgen.weights import FLOATS, build_empty, match_weights, open_weights, weight_paths
+from cmdgen.store.parts import NETWORKS, PARTS, build_part, network_configs, read_index, write_model_index
+from cmdgen.weights import FLOATS, match_weights, open_weights, weight_paths
 from cmdgen.world.config import WORLD
 from cmdgen.world.world import World
 
@@ -70,7 +68,7 @@ def describe_preset(model: ModelConfig, *, dtype: torch.dtype = torch.float16) -
     """Describe the parts of a preset, counted on the meta device."""
     parts = []
     for name, config in network_configs(model).items():
-        count = _count(_build(name, config))
+        count = _count(build_part(name, config))
         size = count * dtype.itemsize
         parts.append(Network(name, count, size, _name(dtype), _presets(name, config)))
     return Model(model.name, None, None, tuple(parts))
@@ -102,7 +100,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has none of the parts {', '.join(NETWORKS)}")
     for name, config in networks.items():
         try:
-            _build(name, config)
+            build_part(name, config)
         except ValueError as error:
             raise ValueError(f"{folder / name / 'config.json'}: {error}") from error
     return networks
@@ -158,13 +156,13 @@ Written by `cmdgen models init {name} --seed {seed} --dtype {dtype}`.
 
 
 def _describe_network(place: Path, name: str, config: Any) -> Network:
-    network, expected = PARTS[name].network, _build(name, config)
+    network, expected = PARTS[name].network, build_part(name, config)
     paths = weight_paths(place, network.filename)
     if not paths[0].is_file() and any(place.glob("*.bin")):
         raise ValueError(
             f"{place}: the weights are pickled, and reading those could run any code: expected {network.filename}"
         )
-    matched = match_weights(expected, place, network.filename, network.rename_stored)
+    matched = match_weights(expected.state_dict(), place, network.filename, network.rename_stored)
     dtypes = set()
     for path, names in matched.items():
         with open_weights(path) as file:
@@ -174,25 +172,19 @@ def _describe_network(place: Path, name: str, config: Any) -> Network:
     return Network(name, _count(expected), size, dtype, _presets(name, config))
 
 
-@cache
-def _build(name: str, config: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a network on the meta device."""
-    return build_empty(PARTS[name].network, config).state_dict()
-
-
-def _count(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors.values())
+def _count(network: torch.nn.Module) -> int:
+    return sum(tensor.numel() for tensor in network.state_dict().values())
 
 
 def _presets(name: str, config: Any) -> tuple[str, ...]:
     """Return the presets that have a part of this configuration."""
     others = {preset: network_configs(model).get(name) for preset, model in PRESETS.items()}
-    return tuple(preset for preset, other in others.items() if other and _fits(config, other))
-
-
-def _fits(config: Any, other: Any) -> bool:
-    free = {key: getattr(other, key) for key in _FREE if hasattr(other, key)}
-    return bool(replace(config, **free) == other)
+    free = [key for key in _FREE if hasattr(config, key)]
+    return tuple(
+        preset
+        for preset, other in others.items()
+        if other and replace(config, **{key: getattr(other, key) for key in free}) == other
+    )
 
 
 def _train_tokenizer(config: TextConfig) -> Tokenizer:

@@ -7,6 +7,7 @@ of models is a row. Never imports torch before it builds or reads a network.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,14 @@ def load_part(
 ) -> Any:
     """Read one network of a model; ValueError names the file that is wrong."""
     return PARTS[name].network.from_pretrained(Path(folder) / name, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=16)
+def build_part(name: str, config: Any) -> Any:
+    """Build one network of a model on the meta device."""
+    from cmdgen.weights import build_empty
+
+    return build_empty(PARTS[name].network, config)
 
 
 def hash_weights(folder: Folder) -> str:

@@ -19,6 +19,7 @@ Range = tuple[float, float]
 # right of the middle, down, radius and colour
 Sun = tuple[float, float, float, str]
 Colours = tuple[str, str]
+Palette = tuple[str, ...]
 
 
 def rgb(code: str) -> Tensor:
@@ -172,13 +173,7 @@ def clouds(
 
 
 def discs(
-    canvas: Canvas,
-    gap: float,
-    rows: Range,
-    radii: Range,
-    colours: tuple[str, ...],
-    soft: float = 0.5,
-    tall: float = 1.0,
+    canvas: Canvas, gap: float, rows: Range, radii: Range, colours: Palette, soft: float = 0.5, tall: float = 1.0
 ) -> Painted:
     """Paint scattered soft things, `tall` times as high as wide: stars, flowers, flakes, drops."""
     cover = canvas.zeros()

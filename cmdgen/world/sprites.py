@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
 from cmdgen.world.tables import Subject
-
-if TYPE_CHECKING:
-    from PIL.ImageFont import FreeTypeFont
 
 # side of a sprite in the atlas, its smallest copy, and the only size that the font can be drawn at
 _SIDE = 128
@@ -51,9 +49,7 @@ def load_sprites(subjects: tuple[Subject, ...], kind: str, font: str | None, dev
 
 
 @cache
-def _open_font(path: str | None) -> "FreeTypeFont":
-    from PIL import ImageFont
-
+def _open_font(path: str | None) -> ImageFont.FreeTypeFont:
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"font {path} does not exist")
     try:
@@ -68,9 +64,6 @@ def _open_font(path: str | None) -> "FreeTypeFont":
 @cache
 def _draw_glyph(glyph: str, font: str | None) -> Tensor:
     """-> (4, 128, 128) premultiplied."""
-    import numpy as np
-    from PIL import Image, ImageDraw
-
     page = Image.new("RGBA", (192, 192))
     ImageDraw.Draw(page).text((20, 20), glyph, font=_open_font(font), embedded_color=True)
     box = page.getbbox()

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from safetensors.torch import load_file, save_file
 
 from cmdgen.acceleration.calibration import PARTS, read_calibrations, write_calibrations
-from cmdgen.acceleration.chart import colour
+from cmdgen.acceleration.chart import BRIGHT
 from cmdgen.acceleration.keysteps import minimax
 from cmdgen.config import POLICIES, SAMPLERS
 from cmdgen.evaluation import measure
@@ -210,7 +210,7 @@ def test_calibrate_writes_a_file_that_sample_reads_and_draws_it(cmdgen, tiny_mod
     with Image.open(plot) as image:
         pixels = np.asarray(image.convert("RGB"))
     # two maps beside each other: the diagonal is the brightest colour, and there is ink around
-    brightest = (pixels == colour(np.array(1.0))).all(axis=-1)
+    brightest = (pixels == ImageColor.getrgb(BRIGHT)).all(axis=-1)
     left, right = np.split(brightest, 2, axis=1)
     for half in (left, right):
         assert half[64 + 80, 64 + 80] and half[64 + 240, 64 + 240] and half[64 + 400, 64 + 400]
