@@ -7,7 +7,7 @@ allocator keeps for later.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial, reduce
 from itertools import zip_longest
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cmdgen.acceleration.slicer import decode_clip, decode_pictures, encode_clip, encode_pictures
 from cmdgen.config import ModelConfig
@@ -58,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
         # torch keeps the Python object of a storage for as long as the storage lives
         given, held = (
             {id(storage): storage for storage in map(Tensor.untyped_storage, _tensors(values))}
-            for values in ((*args, *kwargs.values()), (result,))
+            for values in ((args, kwargs), result)
         )
         for key in held.keys() - given.keys():
             self._add(size := held[key].nbytes())
@@ -241,7 +242,7 @@ _STAND_INS: dict[object, Callable[..., object]] = {
 
 def _evaluate(function: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator; on the meta device without its shape function where there is another way."""
-    tensors = list(_tensors(args))
+    tensors = _tensors(args)
     device = tensors[0].device if tensors else kwargs.get("device")
     if device is None or device.type != "meta":
         return function(*args, **kwargs)
@@ -264,9 +265,5 @@ def _join(parts: list[Tensor], dim: int) -> Tensor:
     return F.pad(first, padding)
 
 
-def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+def _tensors(values: object) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]

@@ -259,9 +259,7 @@ def count_work(plan: Plan, dtype: torch.dtype, *, batch: int = 1) -> dict[str, W
     """Count the work of each stage, from reading the weights to the encoded files."""
     model = plan.model
     stages = list_uses(plan, batch=batch)
-    loaded = [
-        tensor for network in build_networks(model).values() for tensor in network.state_dict(keep_vars=True).values()
-    ]
+    loaded = nn.ModuleDict(build_networks(model)).state_dict(keep_vars=True).values()
     weights = sum(tensor.numel() for tensor in loaded) * dtype.itemsize
     # a still is RGB; of a video, the planes of colour have half the height and width
     numbers = model.height * model.width * 3 // (2 if plan.moves else 1)

@@ -30,7 +30,7 @@ from cmdgen.world.world import World
 _PSNR_TARGETS = {"vae_psnr": 30.0, "vae_psnr_subject": 24.0, "autoencoder_psnr": 27.0}
 _ABOVE_MEAN_FRAME = 5.0
 # of whole frames, and of the subject alone
-_PLACES = (("", ""), ("_subject", " in the subject"))
+_PLACES = {"": "", "_subject": " in the subject"}
 # per cent of generated clips
 _NAMED_TARGETS = {"subject": 70.0, "motion": 60.0, "scene": 85.0}
 # what "well below frozen" is taken to mean
@@ -142,7 +142,7 @@ class Evaluator:
     def measure_reconstruction(self, options: Evaluation) -> tuple[list[Figure], Readings]:
         """Measure PSNR of VAE, CMD autoencoder and mean frame; show the probe what CMD rebuilds."""
         pipeline, model = self.pipeline, self.pipeline.config
-        errors = [defaultdict[str, SquaredError](SquaredError) for _ in _PLACES]
+        errors = defaultdict[tuple[str, str], SquaredError](SquaredError)
         rebuilt = Readings(self.probe)
         indices = self.world.indices("test", options.reconstructed)
         for _, rows in self.batches("rebuild", indices, options.batch):
@@ -160,19 +160,19 @@ class Evaluator:
                 "mean frame": real.mean(1, keepdim=True).expand_as(real),
             }
             for name, prediction in predictions.items():
-                for error, mask in zip(errors, (None, clips.mask), strict=True):
-                    error[name].add(prediction, real, mask)
+                for place, mask in zip(_PLACES, (None, clips.mask), strict=True):
+                    errors[name, place].add(prediction, real, mask)
             levels = (predictions["autoencoder"] * 255).round().to(torch.uint8)
             rebuilt.add(levels, clips.labels)
         figures = []
         for name, label in (("vae", "VAE"), ("autoencoder", "CMD autoencoder")):
-            for error, (suffix, where) in zip(errors, _PLACES, strict=True):
-                psnr = {made_by: squared.psnr() for made_by, squared in error.items()}
-                key, value, mean = f"{name}_psnr{suffix}", psnr.pop(name), psnr["mean frame"]
+            for place, where in _PLACES.items():
+                key, mean = f"{name}_psnr{place}", errors["mean frame", place].psnr()
                 target, reason = _PSNR_TARGETS.get(key), ""
                 if target is None:
                     target, reason = mean + _ABOVE_MEAN_FRAME, f"mean frame + {_ABOVE_MEAN_FRAME:g}"
-                beside = {"mean frame": mean, "VAE": psnr["vae"]} if name != "vae" else {}
+                beside = {"mean frame": mean, "VAE": errors["vae", place].psnr()} if name != "vae" else {}
+                value = errors[name, place].psnr()
                 figures.append(Figure(key, f"{label} PSNR{where}", value, "dB", beside, target, reason=reason))
         return figures, rebuilt
 
@@ -190,24 +190,18 @@ class Evaluator:
             frames, content = self.sample(plan, rows, options.seed + done)
             generated.add(frames, labels)
             frozen.add(repeat(content, "b c h w -> b t c h w", t=model.frames), labels)
-        figures = [
-            Figure(
-                *(f"named_{head}", f"{head} named correctly", generated.accuracy(head), "%"),
-                {"real": real.accuracy(head), "autoencoder": rebuilt.accuracy(head)},
-                _NAMED_TARGETS[head],
-            )
-            for head in HEADS
-        ]
+        figures = []
+        for head, target in _NAMED_TARGETS.items():
+            beside = {"real": real.accuracy(head), "autoencoder": rebuilt.accuracy(head)}
+            value = generated.accuracy(head)
+            figures.append(Figure(f"named_{head}", f"{head} named correctly", value, "%", beside, target))
         distances = {
             name: frechet_distance(readings.features(), reference.features())
             for name, readings in (("generated", generated), ("real", real), ("frozen", frozen))
         }
-        figures.append(
-            Figure(
-                *("frechet", "Frechet distance to real", distances.pop("generated"), "", distances),
-                *(_OF_FROZEN * distances["frozen"], "most", f"{_OF_FROZEN:g} of frozen"),
-            )
-        )
+        value, target = distances.pop("generated"), _OF_FROZEN * distances["frozen"]
+        reason = f"{_OF_FROZEN:g} of frozen"
+        figures.append(Figure("frechet", "Frechet distance to real", value, "", distances, target, "most", reason))
         return figures, {
             "named_by_class": {head: generated.by_name(head) for head in HEADS},
             "named_of_frozen": {head: frozen.accuracy(head) for head in HEADS},

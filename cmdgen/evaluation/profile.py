@@ -91,7 +91,7 @@ class Stopwatch(Observer):
 
     device: torch.device
     # takes frames as soon as they are decoded
-    write: Callable[[np.ndarray], None] | None = None
+    write: Callable[[np.ndarray], object] = lambda frames: None
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     # "resident" on a CPU, "allocated" and "reserved" on a GPU; empty where that cannot be told
     memory: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -109,8 +109,7 @@ class Stopwatch(Observer):
 
     def frames(self, clip: int, frames: np.ndarray) -> None:
         """Write frames, if they go anywhere."""
-        if self.write is not None:
-            self.write(frames)
+        self.write(frames)
 
 
 class Tracer(Observer):

@@ -82,12 +82,11 @@ class Way:
     name: str
     plan: Plan
     readings: Readings
+    # of "all" and of each stage, summed over batches
+    watch: Stopwatch
     # to the frames of the way that skips nothing
     error: SquaredError = field(default_factory=SquaredError)
     ssim: list[Tensor] = field(default_factory=list)
-    # of both samplers, and of everything
-    sampler_seconds: float = 0.0
-    seconds: float = 0.0
 
     def to_dict(self, clips: int) -> dict[str, Any]:
         """Return the row of this way: per cent named correctly, dB, seconds for each clip."""
@@ -99,8 +98,8 @@ class Way:
             "named": {head: self.readings.accuracy(head) for head in HEADS},
             "psnr": psnr if math.isfinite(psnr) else None,
             "ssim": float(torch.cat(self.ssim).mean()) if self.ssim else None,
-            "sampler_seconds": self.sampler_seconds / clips,
-            "seconds": self.seconds / clips,
+            "sampler_seconds": sum(self.watch.seconds[part] for part in PARTS) / clips,
+            "seconds": self.watch.seconds["all"] / clips,
         }
 
 
@@ -110,7 +109,7 @@ def compare_rehash(evaluator: Evaluator, options: Comparing) -> dict[str, Any]:
     Returns settings, and under "rows" the ways, the one that skips nothing first.
     """
     pipeline, clips, done = evaluator.pipeline, options.clips, 0
-    ways = [Way(name, plan, Readings(evaluator.probe)) for name, plan in _list_ways(pipeline, options)]
+    ways = _list_ways(evaluator, options)
     indices = evaluator.world.indices("test", clips)
     # the first clips of a process are slow, and those in which a way's graphs are captured
     for way in ways[: None if pipeline.uses_graphs else 1]:
@@ -121,11 +120,8 @@ def compare_rehash(evaluator: Evaluator, options: Comparing) -> dict[str, Any]:
         reference: Tensor | None = None
         # one after the other in each batch: what else the machine does, it does to all of them
         for way in ways:
-            watch = Stopwatch(pipeline.device)
-            with watch.stage("all"):
-                frames, _ = evaluator.sample(way.plan, rows, seed, watch)
-            way.seconds += watch.seconds["all"]
-            way.sampler_seconds += sum(watch.seconds[part] for part in PARTS)
+            with way.watch.stage("all"):
+                frames, _ = evaluator.sample(way.plan, rows, seed, way.watch)
             way.readings.add(frames, labels)
             values = (frames.float() / 255).flatten(0, 1)
             if reference is None:
@@ -146,15 +142,16 @@ def compare_rehash(evaluator: Evaluator, options: Comparing) -> dict[str, Any]:
     }
 
 
-def _list_ways(pipeline: CmdPipeline, options: Comparing) -> list[tuple[str, Plan]]:
-    """Return the name and the plan of each way; the first skips nothing."""
-    ways = [("all steps", Request())]
+def _list_ways(evaluator: Evaluator, options: Comparing) -> list[Way]:
+    """Return all ways, without measurements; the first skips nothing."""
+    pipeline, ways = evaluator.pipeline, [("all steps", Request())]
     for budget in options.full or BUDGETS:
         rehash = Request(rehash=budget, rehash_policy="uniform", rehash_protect=options.protect)
         content, motion = full_steps(pipeline.plan(rehash))
         ways.append(("fewer steps", Request(steps=content, motion_steps=motion)))
         ways += [(f"rehash {policy}", replace(rehash, rehash_policy=policy)) for policy in POLICIES]
-    return [(name, pipeline.plan(request, batch=options.batch)) for name, request in ways]
+    plans = [(name, pipeline.plan(request, batch=options.batch)) for name, request in ways]
+    return [Way(name, plan, Readings(evaluator.probe), Stopwatch(pipeline.device)) for name, plan in plans]
 
 
 def list_lines(comparison: dict[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ Range = tuple[float, float]
 Sun = tuple[float, float, float, str]
 Colours = tuple[str, str]
 Palette = tuple[str, ...]
+Rows = tuple[float, ...]
 
 
 def rgb(code: str) -> Tensor:
@@ -148,12 +149,7 @@ def land(
 
 
 def clouds(
-    canvas: Canvas,
-    rows: tuple[float, ...],
-    gap: float,
-    size: float,
-    colours: Colours = ("ffffff", "c4dcf2"),
-    opacity: float = 0.95,
+    canvas: Canvas, rows: Rows, gap: float, size: float, colours: Colours = ("ffffff", "c4dcf2"), opacity: float = 0.95
 ) -> Painted:
     """Paint puffy clouds with flat feet, one line of them for each height in `rows`."""
     cover, body = canvas.zeros(), canvas.zeros()

@@ -14,7 +14,8 @@ import cmdgen_kernels as ops
 from cmdgen_kernels.gated_attention import orthogonal_features
 
 Sizes = tuple[int, ...]
-Draw = Callable[[Sizes, Tensor], tuple[Tensor, ...]]
+Noise = Callable[..., Tensor]
+Draw = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Op:
     run: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     obstacle: Callable[..., str | None]
-    # takes sizes, and a tensor that has the dtype and the device
+    # takes what makes noise of a shape, then sizes
     draw: Draw
     # sizes for `draw` that no block divides and that take a moment
     small: Sizes
@@ -34,7 +35,7 @@ class Op:
 
     def inputs(self, sizes: Sizes, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         """`sizes` as `draw` takes them -> tensors of torch's global random numbers."""
-        return self.draw(sizes, torch.empty(0, dtype=dtype, device=device))
+        return self.draw(lambda *shape: torch.empty(shape, dtype=dtype, device=device).normal_(), *sizes)
 
 
 # units in the last place of the largest value that a float32 result may always err by. Sums in
@@ -70,56 +71,43 @@ def _op(function: Callable[..., Tensor], draw: Draw, small: Sizes, *, leaves: in
     return Op(name, run, reference, obstacle, draw, small, leaves)
 
 
-def _noise(like: Tensor, *shape: int) -> Tensor:
-    return like.new_empty(shape).normal_()
+def _content_frame(noise: Noise, *sizes: int) -> tuple[Tensor, ...]:
+    """B, C, T, H, W -> frames, logits."""
+    return noise(*sizes), noise(*sizes)
 
 
-def _content_frame(sizes: Sizes, like: Tensor) -> tuple[Tensor, ...]:
-    """(B, C, T, H, W) -> frames, logits."""
-    return _noise(like, *sizes), _noise(like, *sizes)
-
-
-def _projections(rows: int, columns: int, like: Tensor) -> tuple[Tensor, ...]:
+def _projections(noise: Noise, rows: int, columns: int) -> tuple[Tensor, ...]:
     """() -> weight_w, bias_w, weight_h, bias_h."""
-    weights = (_noise(like, rows, columns) / columns**0.5 for _ in range(2))
-    return tuple(tensor for weight in weights for tensor in (weight, _noise(like, rows)))
+    weights = (noise(rows, columns) / columns**0.5 for _ in range(2))
+    return tuple(tensor for weight in weights for tensor in (weight, noise(rows)))
 
 
-def _motion_latents(sizes: Sizes, like: Tensor) -> tuple[Tensor, ...]:
-    """(B, T, H, W, D, K) -> u, time first in memory as the autoencoder has it; projections."""
-    batch, frames, height, width, channels, latents = sizes
-    u = _noise(like, frames, batch, height, width, channels).transpose(0, 1)
-    return u, *_projections(latents, channels, like)
+def _motion_latents(noise: Noise, b: int, t: int, h: int, w: int, d: int, k: int) -> tuple[Tensor, ...]:
+    """B, T, H, W, D, K -> u, time first in memory as the autoencoder has it; projections."""
+    return noise(t, b, h, w, d).transpose(0, 1), *_projections(noise, k, d)
 
 
-def _motion_tokens(sizes: Sizes, like: Tensor) -> tuple[Tensor, ...]:
-    """(B, T, H, W, D, K) -> content, motion, projections."""
-    batch, frames, height, width, channels, latents = sizes
-    content = _noise(like, batch, height, width, channels)
-    motion = _noise(like, batch, latents, frames, width + height)
-    return content, motion, *_projections(channels, latents, like)
+def _motion_tokens(noise: Noise, b: int, t: int, h: int, w: int, d: int, k: int) -> tuple[Tensor, ...]:
+    """B, T, H, W, D, K -> content, motion, projections."""
+    return noise(b, h, w, d), noise(b, k, t, w + h), *_projections(noise, d, k)
 
 
-def _gated_attention(sizes: Sizes, like: Tensor) -> tuple[Tensor, ...]:
-    """(B, N, L, D, M) -> q and k, small as random features want them, v; the projection."""
-    batch, heads, length, width, features = sizes
+def _gated_attention(noise: Noise, b: int, n: int, l: int, d: int, m: int) -> tuple[Tensor, ...]:  # noqa: E741
+    """B, N, L, D, M -> q and k, small as random features want them, v; the projection."""
     # in memory as a linear layer leaves them
-    q, k, v = (_noise(like, batch, length, heads, width).transpose(1, 2) for _ in range(3))
-    return q / 2, k / 2, v, orthogonal_features(features, width).to(like)
+    q, k, v = (noise(b, l, n, d).transpose(1, 2) for _ in range(3))
+    return q / 2, k / 2, v, orthogonal_features(m, d).to(q)
 
 
-def _group_norm_silu(sizes: Sizes, like: Tensor) -> tuple[Tensor, ...]:
-    """(B, C, H, W) -> x in channels_last, weight, bias, shift."""
-    x = _noise(like, *sizes).contiguous(memory_format=torch.channels_last)
-    channels = sizes[1]
-    return x, _noise(like, channels), _noise(like, channels), _noise(like, *sizes[:2])
+def _group_norm_silu(noise: Noise, b: int, c: int, h: int, w: int) -> tuple[Tensor, ...]:
+    """B, C, H, W -> x in channels_last, weight, bias, shift."""
+    return noise(b, c, h, w).contiguous(memory_format=torch.channels_last), noise(c), noise(c), noise(b, c)
 
 
-def _guided_ddim_step(sizes: Sizes, like: Tensor) -> tuple[Tensor, ...]:
-    """(B, C, H, W) -> the sample, in float32 at least; the network's output, in channels_last."""
-    output = _noise(like, 2 * sizes[0], *sizes[1:]).contiguous(memory_format=torch.channels_last)
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return torch.randn_like(output[: sizes[0]], dtype=wide), output
+def _guided_ddim_step(noise: Noise, b: int, *sizes: int) -> tuple[Tensor, ...]:
+    """B, C, H, W -> the sample, in float32 at least; the network's output, in channels_last."""
+    output = noise(2 * b, *sizes).contiguous(memory_format=torch.channels_last)
+    return torch.randn_like(output[:b], dtype=torch.promote_types(output.dtype, torch.float32)), output
 
 
 OPS = (
