@@ -10,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from cmdgen_kernels.gated_attention import ATTENTION_LIBRARIES
 
@@ -52,11 +53,8 @@ class Graphed(Generic[Out]):
         if len(self.captures) > _MOST_CAPTURES:
             del self.captures[next(iter(self.captures))]
         torch._foreach_copy_(inputs, list(tensors))
-        output = replay()
-        if isinstance(output, Tensor):
-            return output.clone()
-        first, second = output
-        return first.clone(), second.clone()
+        output: Out = tree_map(Tensor.clone, replay())
+        return output
 
 
 class GraphedNetwork(NamedTuple):

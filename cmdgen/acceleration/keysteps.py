@@ -46,8 +46,6 @@ def by_similarity(similarity: Map, budget: int, *, protected: int = 1) -> tuple[
     """
     steps = len(similarity)
     _check_budget(steps, budget, protected)
-    if budget == steps:
-        return tuple(range(steps))
     # below all that occur, a threshold leaves the fewest steps
     values = sorted({-math.inf, *(similarity[i][j] for i in range(steps) for j in range(i))})
 
