@@ -3,8 +3,7 @@
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,20 +14,9 @@ from cmdgen_kernels.language import INSTALLED, LOADED
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OLDEST = (8, 0)
 
-# Triton's interpreter is thousands of times slower than PyTorch: only tests turn it on
+# whether kernels take tensors of a CPU: only tests set it, with TRITON_INTERPRET=1 before the import,
+# as Triton's interpreter is thousands of times slower than PyTorch
 _interpreting = False
-
-
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """Send CPU tensors through the kernels. TRITON_INTERPRET=1 must have been set at import."""
-    global _interpreting
-    assert os.environ.get("TRITON_INTERPRET") == "1", "TRITON_INTERPRET=1 is not set"
-    before, _interpreting = _interpreting, True
-    try:
-        yield
-    finally:
-        _interpreting = before
 
 
 def obstacle(*tensors: Tensor) -> str | None:
@@ -77,7 +65,6 @@ def shared_memory(device: torch.device) -> int:
 
 
 _capabilities: dict[int, tuple[int, int]] = {}
-_compilers: list[bool] = []
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -88,13 +75,12 @@ def capability(device: torch.device) -> tuple[int, int]:
     return _capabilities[index]
 
 
+@cache
 def _compiler() -> bool:
     """Return whether Triton will find a C compiler and Python's header; looks once."""
-    if not _compilers:
-        names = (os.environ.get("CC"), "gcc", "clang")
-        header = Path(sysconfig.get_paths(scheme="posix_prefix")["include"], "Python.h")
-        _compilers.append(any(name and shutil.which(name) for name in names) and header.exists())
-    return _compilers[0]
+    names = (os.environ.get("CC"), "gcc", "clang")
+    header = Path(sysconfig.get_paths(scheme="posix_prefix")["include"], "Python.h")
+    return any(name and shutil.which(name) for name in names) and header.exists()
 
 
 for _function in (machine_obstacle, shared_memory, capability):
