@@ -313,15 +313,14 @@ def _read_comment(file: Path) -> str | bytes:
     return re.sub(rb"\\(.)", rb"\1", tag.findall(text)[0], flags=re.DOTALL)
 
 
-def _read_head(file: Path) -> bytes:
+def _read_head(file: Path, size: int = MOST_HEAD) -> bytes:
     with file.open("rb") as stream:
-        return stream.read(MOST_HEAD)
+        return stream.read(size)
 
 
 def _picture_format(file: Path) -> str:
     """Return the format of a picture file by how it begins; empty where it is none."""
-    with file.open("rb") as stream:
-        start = _PICTURES.match(stream.read(12))
+    start = _PICTURES.match(_read_head(file, 12))
     return start.lastgroup or "" if start else ""
 
 

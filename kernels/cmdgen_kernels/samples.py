@@ -92,10 +92,10 @@ def _motion_tokens(noise: Noise, b: int, t: int, h: int, w: int, d: int, k: int)
     return noise(b, h, w, d), noise(b, k, t, w + h), *_projections(noise, d, k)
 
 
-def _gated_attention(noise: Noise, b: int, n: int, l: int, d: int, m: int) -> tuple[Tensor, ...]:  # noqa: E741
+def _gated_attention(noise: Noise, b: int, n: int, length: int, d: int, m: int) -> tuple[Tensor, ...]:
     """B, N, L, D, M -> q and k, small as random features want them, v; the projection."""
     # in memory as a linear layer leaves them
-    q, k, v = (noise(b, l, n, d).transpose(1, 2) for _ in range(3))
+    q, k, v = (noise(b, length, n, d).transpose(1, 2) for _ in range(3))
     return q / 2, k / 2, v, orthogonal_features(m, d).to(q)
 
 
