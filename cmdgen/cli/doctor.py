@@ -1,6 +1,5 @@
 """`cmdgen doctor`: what this machine has, what runs on it and how, and whether it works."""
 
-import json
 import platform
 import re
 import subprocess
@@ -27,9 +26,8 @@ if TYPE_CHECKING:
 MODEL, PROMPT = "mini", "a dog swimming in the ocean"
 # mean difference of pixel values, 0-255, that rounding may make between two devices
 TOLERANCE = 2.0
-
-# a record of the report, and its line
-Result = tuple[dict[str, Any], str]
+# behind the values of a record, in the text
+_UNITS = {"memory": " GiB", "free": " GiB", "bytes": " bytes", "seconds": " s", "apart": " of 255 from the CPU's clip"}
 
 
 def doctor(
@@ -64,8 +62,8 @@ def doctor(
         "triton": next((each.version for each in distributions(name="triton")), None),
         "system": platform.platform(),
     }
-    names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    devices = {name: _describe_device(torch.device(name)) for name in names}
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    devices = {str(each): _describe_device(each) for each in (torch.device("cpu"), *gpus)}
     checks = {
         "ffmpeg": _try(_check_ffmpeg),
         "config": _try(_check_config, context),
@@ -73,21 +71,13 @@ def doctor(
         "model": _try(_check_model, device),
     }
     ops = {op.name: _check_op(op, device) for op in samples.OPS}
-    if say.as_json:
-        report: dict[str, Any] = dict(facts)
-        report["devices"] = [record for record, _ in devices.values()]
-        report["device"] = str(device)
-        report |= {name: record for name, (record, _) in checks.items()}
-        report["ops"] = {name: record for name, (record, _) in ops.items()}
-        typer.echo(json.dumps(report, indent=2))
-    else:
-        lines = {name: fact or "not installed" for name, fact in facts.items()}
-        lines |= {name: line for name, (_, line) in devices.items()}
-        lines["runs on"] = str(device)
-        lines |= {name: line for name, (_, line) in {**checks, **ops}.items()}
-        typer.echo("\n".join(f"{name:18}{line}" for name, line in lines.items()))
-    broken = ", ".join(name for name, (record, _) in checks.items() if "error" in record)
-    wrong = ", ".join(name for name, (record, _) in ops.items() if record["agrees"] is False)
+    rows = {**facts, **devices, "runs on": str(device), **checks}
+    lines = {name: _show(value) for name, value in rows.items()} | {name: _show_op(op) for name, op in ops.items()}
+    listed = [{"device": name, **record} for name, record in devices.items()]
+    report = {**facts, "devices": listed, "device": str(device), **checks, "ops": ops}
+    say.result("\n".join(f"{name:18}{line}" for name, line in lines.items()), report)
+    broken = ", ".join(name for name, record in checks.items() if "error" in record)
+    wrong = ", ".join(name for name, record in ops.items() if record["agrees"] is False)
     faults = [f"broken: {broken}"] if broken else []
     if wrong:
         faults.append(f"not what the definition gives, on {device}: {wrong}")
@@ -95,38 +85,50 @@ def doctor(
         raise Failure("; ".join(faults))
 
 
-def _describe_device(device: "torch.device") -> Result:
+def _show(value: Any) -> str:
+    """Return a fact, or a record of facts, as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, dict):
+        return "none" if value is None else str(value)
+    if "error" in value:
+        return f"broken: {value['error']}"
+    return ", ".join(f"{name} {_show(fact)}{_UNITS.get(name, '')}" for name, fact in value.items())
+
+
+def _show_op(op: dict[str, Any]) -> str:
+    if op["agrees"] is None:
+        return f"reference: {op['reason']}"
+    if "reason" in op:
+        return f"kernel, fails: {op['reason']}"
+    return f"kernel, {'agrees' if op['agrees'] else 'does not agree'} with the reference (error {op['error']:.1e})"
+
+
+def _describe_device(device: "torch.device") -> dict[str, Any]:
     """Return memory in GiB, and threads or the GPU's name and compute capability."""
     import torch
 
     from cmdgen.evaluation.memory import measure_memory
 
-    record: dict[str, Any] = {"device": str(device)}
+    record: dict[str, Any] = {"threads": torch.get_num_threads()}
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        record.update(name=gpu.name, capability=f"{gpu.major}.{gpu.minor}")
-        kind = f"{gpu.name}, compute capability {record['capability']}"
-    else:
-        record["threads"] = torch.get_num_threads()
-        kind = f"{record['threads']} threads"
+        record = {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}"}
     total, free = measure_memory(device)
-    record["memory"] = round(total / 2**30, 1)
-    record["free"] = None if free is None else round(free / 2**30, 1)
-    line = f"{kind}, {record['memory']} GiB"
-    return record, line if free is None else f"{line}, {record['free']} free"
+    return record | {"memory": round(total / 2**30, 1), "free": None if free is None else round(free / 2**30, 1)}
 
 
-def _try(check: Callable[..., str], *arguments: Any) -> Result:
-    """Run a check, which fills in its record and returns its line."""
+def _try(check: Callable[..., None], *arguments: Any) -> dict[str, Any]:
+    """Return the record of a check, which fills it in as far as it comes."""
     record: dict[str, Any] = {}
     try:
-        return record, check(record, *arguments)
+        check(record, *arguments)
     except (RuntimeError, OSError, ValueError, MemoryError, subprocess.SubprocessError) as error:
         record["error"] = describe(error)
-        return record, f"broken: {record['error']}"
+    return record
 
 
-def _check_ffmpeg(record: dict[str, Any]) -> str:
+def _check_ffmpeg(record: dict[str, Any]) -> None:
     from imageio_ffmpeg import get_ffmpeg_exe
 
     def ask(*arguments: str) -> str:
@@ -135,34 +137,26 @@ def _check_ffmpeg(record: dict[str, Any]) -> str:
         return done.stdout
 
     record["path"] = path = get_ffmpeg_exe()
-    record["version"] = version = ask("-version").split()[2]
+    record["version"] = ask("-version").split()[2]
     encoders = set(re.findall(r"^ V\S{5} (\S+)", ask("-encoders"), re.MULTILINE))
     # a codec's first two arguments are -c:v and its encoder
-    codecs = {name: codec.arguments[1] in encoders for name, codec in CODECS.items()}
-    record["codecs"] = codecs
-    if not codecs["h264"]:
+    record["codecs"] = {name: codec.arguments[1] in encoders for name, codec in CODECS.items()}
+    if not record["codecs"]["h264"]:
         raise ValueError("it cannot encode h264")
-    missing = [name for name in codecs if not codecs[name]]
-    without = f", without {', '.join(missing)}" if missing else ""
-    return f"{version} with {', '.join(name for name in codecs if codecs[name])}{without}; {path}"
 
 
-def _check_config(record: dict[str, Any], context: typer.Context) -> str:
+def _check_config(record: dict[str, Any], context: typer.Context) -> None:
     root = context.find_root()
     name = root.params["config"] or config_path()
-    if name is None:
-        record.update(path=None, exists=False)
-        return "no home directory"
-    path = Path(name)
-    record.update(path=str(path), exists=path.exists())
-    if not record["exists"]:
-        return f"{path} (there is none)"
-    if not root.params["no_config"]:
-        read_settings(path, root.command)
-    return str(path)
+    record |= {"path": name and str(name), "exists": False}
+    # without a home directory there is none
+    if name is not None and Path(name).exists():
+        record["exists"] = True
+        if not root.params["no_config"]:
+            read_settings(Path(name), root.command)
 
 
-def _check_cache(record: dict[str, Any]) -> str:
+def _check_cache(record: dict[str, Any]) -> None:
     """Count the models in the hub's cache, and the bytes of all that is in it."""
     from huggingface_hub import constants
 
@@ -170,11 +164,10 @@ def _check_cache(record: dict[str, Any]) -> str:
 
     folder = Path(constants.HF_HUB_CACHE)
     size = sum(file.stat().st_size for file in folder.glob("*/blobs/*") if file.is_file())
-    record.update(folder=str(folder), models=len(find_cached()), bytes=size)
-    return f"{folder} ({record['models']} models, {size / 2**30:.1f} GiB)"
+    record |= {"folder": str(folder), "models": len(find_cached()), "bytes": size}
 
 
-def _check_model(record: dict[str, Any], device: "torch.device") -> str:
+def _check_model(record: dict[str, Any], device: "torch.device") -> None:
     """Make a clip in one step of each model, on a GPU also on the CPU."""
     import numpy as np
 
@@ -193,19 +186,16 @@ def _check_model(record: dict[str, Any], device: "torch.device") -> str:
     start = time.monotonic()
     frames = sample(str(device))
     record["seconds"] = round(time.monotonic() - start, 2)
-    line = f"{MODEL} makes a clip in one step, {record['seconds']} s"
     if not frames.std():
         raise ValueError("its clip is of one colour")
-    if device.type == "cpu":
-        return line
-    difference = float(np.abs(frames.astype(float) - sample("cpu")).mean())
-    record["apart"] = round(difference, 3)
-    if difference > TOLERANCE:
-        raise ValueError(f"its clip is {difference:.1f} of 255 from the CPU's")
-    return f"{line}, {record['apart']:g} of 255 from the CPU's clip"
+    if device.type != "cpu":
+        difference = float(np.abs(frames.astype(float) - sample("cpu")).mean())
+        record["apart"] = round(difference, 3)
+        if difference > TOLERANCE:
+            raise ValueError(f"its clip is {difference:.1f} of 255 from the CPU's")
 
 
-def _check_op(op: "Op", device: "torch.device") -> Result:
+def _check_op(op: "Op", device: "torch.device") -> dict[str, Any]:
     """Find out what an op runs as, why not as a kernel, and whether the kernel is right."""
     import torch
 
@@ -216,13 +206,9 @@ def _check_op(op: "Op", device: "torch.device") -> Result:
     inputs = op.inputs(op.small, torch.float32, device)
     reason = op.obstacle(*inputs)
     if reason is not None:
-        return {"runs": "reference", "reason": reason, "agrees": None}, f"reference: {reason}"
-    record: dict[str, Any] = {"runs": "kernel"}
+        return {"runs": "reference", "reason": reason, "agrees": None}
     try:
         (error,) = errors(op, inputs)
     except (RuntimeError, OSError, subprocess.SubprocessError) as failure:
-        record.update(reason=describe(failure), agrees=False)
-        return record, f"kernel, fails: {record['reason']}"
-    record.update(error=error.size, allowed=error.allowed, agrees=error.agrees)
-    verdict = "agrees" if error.agrees else "does not agree"
-    return record, f"kernel, {verdict} with the reference (error {error.size:.1e})"
+        return {"runs": "kernel", "reason": describe(failure), "agrees": False}
+    return {"runs": "kernel", "error": error.size, "allowed": error.allowed, "agrees": error.agrees}
