@@ -78,6 +78,12 @@ def read_text(described: Option, value: Any) -> Any:
     return read_value(described, value)
 
 
+def list_flags(context: typer.Context) -> list[str]:
+    """Return the options that come from the command line, not from defaults or settings."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source and source.name in ("COMMANDLINE", "ENVIRONMENT")]
+
+
 def expand(function: Callable[..., None]) -> Callable[..., None]:
     """Return a command with one option for each field of the dataclasses that `function` takes.
 

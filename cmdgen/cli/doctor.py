@@ -27,7 +27,7 @@ MODEL, PROMPT = "mini", "a dog swimming in the ocean"
 # mean difference of pixel values, 0-255, that rounding may make between two devices
 TOLERANCE = 2.0
 # behind the values of a record, in the text
-_UNITS = {"memory": " GiB", "free": " GiB", "bytes": " bytes", "seconds": " s", "apart": " of 255 from the CPU's clip"}
+_UNITS = {"memory": " GiB", "free": " GiB", "seconds": " s", "apart": " of 255 from the CPU's clip"}
 
 
 def doctor(

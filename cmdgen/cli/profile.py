@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cmdgen.cli.command import Only
+from cmdgen.cli.command import Only, list_flags
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.progress import Say
 from cmdgen.config import CMD_SD21
@@ -31,44 +31,24 @@ PAPER_SIZE = 512, 1024
 # characters of the longest bar
 BAR = 25
 
-NOTES = """\
-- Seconds: the median of {runs} runs after one to warm up; the total includes gaps between stages.
-- Memory: the highest; resident is the process's, allocated and reserved are PyTorch's on the GPU.
-- Parameters, weights: of the half of a network that runs; of load and total, of all networks.
-- Read: the weights once for each forward (of the token table, the rows of one prompt), the frames
-  to encode; no activations. Weights that stay in a cache can pass the limit.
-- Limits: the fastest of a few products of square matrices in this dtype, and of copies of more than
-  caches hold (read + write), before and after the runs."""
-
-DECODING_NOTES = """\
-- Whole: the clip through the autoencoder at once, single frames through the VAE. Default: the
-  slices of a run without --max-memory. Least: those of 40 % of the whole's memory.
-- A slice has so many frames or positions in the autoencoder, pictures in the VAE, cut in strips.
-- Memory: tensors beside the weights at once; live: counted on the shapes of the same run; allocated
-  and reserved: PyTorch's on the GPU, reserved with the weights.
-- Seconds: the least of the runs; of the VAE, those of its first slice times their number."""
-
 SUITE_LABELS = {
     "paper": "the paper's count",
     "clip": "prompt to file",
     "rehash_half": "rehash {full_steps}",
     "rehash_quarter": "rehash {full_steps}",
 }
-SUITE_NOTES = """\
-- One process, weights loaded; the median of {runs} clips after one to warm up.
-- The paper's count: no guidance; text, content, motion and frame decode, no VAE and no file.
-- Prompt to file: the model's guidance, VAE, mp4 on disk. Rehash: the same, with so many steps in
-  full, chosen uniformly.
-- ms/step: the content stage by all of its steps, full or skipped, with the sampler between them.
-- Rates: two operations for each multiply-add of what runs, in all those seconds. Matmul: the
-  fastest of a few products of square matrices in this dtype, before and after.
-- Memory: the highest; resident is the process's, allocated and reserved are PyTorch's on the GPU,
-  with what earlier rows keep, such as captured graphs."""
-
-PAPER_NOTES = """\
-- So counted: multiply-adds, without attention's products of queries with keys and of weights with
-  values; Table 9 without guidance, text encoder and VAE, the autoencoder there and back.
-- Operations: two for each multiply-add, attention's too; in Table 9 of all that sampling runs."""
+# in the tables, the title and the unit or form of what a key of `to_json` holds
+COLUMNS = {
+    "parameters": ("parameters", ""),
+    "weight_bytes": ("weights", "B"),
+    "forwards": ("forwards", "{}"),
+    "flops": ("", "FLOP"),
+    "flops_per_second": ("", "FLOP/s"),
+    "share_of_matmul": ("of matmul", "{:.1%}"),
+    "bytes_read": ("read", "B"),
+    "bytes_per_second": ("", "B/s"),
+    "share_of_copy": ("of copy", "{:.1%}"),
+}
 
 
 def profile(
@@ -87,7 +67,7 @@ def profile(
       cmdgen profile --steps 10 --trace trace.json --json > profile.json
       cmdgen profile --paper
     """
-    flags = _list_flags(context)
+    flags = list_flags(context)
     for name, (what, used) in MODES.items():
         if getattr(options, name):
             for flag in flags:
@@ -96,23 +76,19 @@ def profile(
     if options.paper:
         from cmdgen.evaluation.flops import compare_with_paper
 
-        tables = compare_with_paper()
-        say.result("\n".join(_paper_lines(tables)), tables)
+        record: Any = compare_with_paper()
+        lines = _paper_lines(record)
     elif options.decoding:
-        _decode(request, options.runs if "runs" in flags else 1, say)
+        lines, record = _decode(request, options.runs if "runs" in flags else 1, say)
     elif request.compile and not options.suite:
         raise ValueError("--compile has a use with --suite alone")
     else:
-        _measure(request, options, say)
+        record = _measure(request, options, say)
+        lines = (_suite_lines if options.suite else _stage_lines)(record)
+    say.result("\n".join([*lines, "", "`cmdgen profile --help` explains the figures."]), record)
 
 
-def _list_flags(context: typer.Context) -> list[str]:
-    """Return the options that the command line has."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-
-
-def _measure(request: Request, options: Profiling, say: Say) -> None:
+def _measure(request: Request, options: Profiling, say: Say) -> dict[str, Any]:
     """Measure clips: one row, whose weights are read for each run, or those of the suite."""
     from cmdgen.evaluation.profile import Way, plan_suite, profile, trace
     from cmdgen.pipelines.load import load_pipeline
@@ -130,11 +106,10 @@ def _measure(request: Request, options: Profiling, say: Say) -> None:
         profiled = profile(again, ways, runs=options.runs, show=show)
         if options.trace is not None:
             trace(load(), ways["clip"], options.trace)
-    record = to_json(profiled)
-    say.result("\n".join((_suite_lines if options.suite else _stage_lines)(record)), record)
+    return to_json(profiled)
 
 
-def _decode(request: Request, runs: int, say: Say) -> None:
+def _decode(request: Request, runs: int, say: Say) -> tuple[list[str], list[dict[str, Any]]]:
     from cmdgen.evaluation.decoding import compare_decoding
     from cmdgen.pipelines.device import choose_device, choose_dtype
 
@@ -143,10 +118,8 @@ def _decode(request: Request, runs: int, say: Say) -> None:
     dtype = choose_dtype(request.dtype, device)
     with on_the_way("ask for a smaller --size"), say.progress() as show:
         ways = compare_decoding(model, device, dtype, runs=runs, show=show)
-    entries: Any = list(ways.values())
     title = f"{model.name}, {model.frames} frames of {model.width}x{model.height}"
-    lines = [title, "", *table(_decoding_rows(ways)), "", DECODING_NOTES]
-    say.result("\n".join(lines), entries)
+    return [title, "", *table(_decoding_rows(ways))], list(ways.values())
 
 
 def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
@@ -155,29 +128,41 @@ def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
       device, dtype, torch
       compile                         whether the networks were compiled
       motion_steps, motion_guidance   null for stills, which have no motion
-      matmul_flops_per_second         measured: a product of square matrices
-      copy_bytes_per_second           measured: a large copy, read + written
+      matmul_flops_per_second         measured before and after the runs: the
+                                      fastest of a few products of square
+                                      matrices in this dtype
+      copy_bytes_per_second           the same of copies of more than caches
+                                      hold, read + written
       stages                          an object for each stage that ran: load,
                                       text, content, motion, frame decode,
                                       VAE decode, video encode
-      total                           the same object of a whole run
+      total                           the same object of a whole run, with the
+                                      gaps between stages
     Of each stage and of total:
-      parameters, weight_bytes        of what runs; of load and total: of all
+      parameters, weight_bytes        of the half of a network that runs; of
+                                      load and total: of all networks
       forwards                        of its network; in total: of all of them
       flops                           two for each multiply-add
-      bytes_read                      the weights, once for each forward; of
+      bytes_read                      the weights, once for each forward, of the
+                                      token table the rows of one prompt; of
                                       load once; of video encode the frames;
                                       activations are not counted
       seconds                         {median, fastest, slowest} of the runs
+                                      after one to warm up
       flops_per_second, bytes_per_second   in the median run
-      share_of_matmul, share_of_copy       of the measured limits, 1 is all
-      memory_bytes                    highest: {resident} on a CPU, {} where
-                                      that cannot be told, {allocated,
-                                      reserved} on a GPU
+      share_of_matmul, share_of_copy       of the measured limits, 1 is all;
+                                      weights that stay in a cache can pass it
+      memory_bytes                    highest: {resident}, the process's, on a
+                                      CPU, {} where that cannot be told,
+                                      {allocated, reserved}, PyTorch's, on a GPU
 
-    With --suite, instead of stages and total:
+    With --suite, in one process with the weights loaded, instead of stages and
+    total:
       rows                            an object for each way to make a clip:
-                                      paper, clip, rehash_half, rehash_quarter
+                                      paper (no guidance, no VAE, no file), clip
+                                      (the model's guidance, VAE, mp4 on disk),
+                                      rehash_half, rehash_quarter (the same, full
+                                      steps chosen uniformly)
       unet_step                       of clip: {seconds, flops_per_second,
                                       share_of_matmul} of a step of the UNet
     Each of the rows has stages, the keys of total, and:
@@ -185,8 +170,26 @@ def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
       guidance, motion_guidance       1 is off
       seconds                         of paper: of its stages, no others; else
                                       from the prompt to the file on disk
-      content_step_seconds            the content stage by all of its steps
+      content_step_seconds            the content stage by all of its steps, full
+                                      or skipped, with the sampler between them
       flops                           of what runs, skipped steps too
+      memory_bytes                    with what earlier rows keep, such as
+                                      captured graphs
+
+    With --decoding, a list of ways to decode: whole (the clip through the
+    autoencoder at once, single frames through the VAE), default (the slices of
+    a run without --max-memory), least (the slices of 40 % of whole's memory).
+    A slice has so many frames or positions in the autoencoder, and pictures in
+    the VAE, cut in strips. Memory is that of tensors beside the weights: live,
+    counted on the shapes of the same run, or PyTorch's on a GPU, reserved with
+    the weights. Seconds are the least of the runs; of the VAE, those of its
+    first slice times their number.
+
+    With --paper, ours are counted as the paper's: multiply-adds, without
+    attention's products of queries with keys and of weights with values;
+    Table 9 without guidance, text encoder and VAE, the autoencoder there and
+    back. Operations are two for each multiply-add, attention's too; in Table 9
+    of all that sampling runs.
     """
     rows = profiled["rows"]
     clip = rows["clip"]
@@ -219,12 +222,11 @@ def _seconds(rows: Rows, digits: int) -> list[list[str]]:
     ]
 
 
-def _values(rows: Rows, name: str, unit: str, title: str = "") -> list[str]:
-    return column(title, unit, [row[name] for row in rows])
-
-
-def _shares(rows: Rows, name: str, title: str) -> list[str]:
-    return [title, *(f"{row[name]:.1%}" if row[name] else "" for row in rows)]
+def _column(rows: Rows, key: str) -> list[str]:
+    (title, form), values = COLUMNS[key], [row[key] for row in rows]
+    if "{" in form:
+        return [title, *(form.format(value) if value else "" for value in values)]
+    return column(title, form, values)
 
 
 def _memory(rows: Rows) -> list[list[str]]:
@@ -247,23 +249,11 @@ def _stage_lines(record: dict[str, Any]) -> list[str]:
         *_memory(rows),
         ["time", *("█" * round(BAR * each / longest) for each in seconds[:-1]), ""],
     ]
-    work = [
-        names,
-        _values(rows, "parameters", "", "parameters"),
-        _values(rows, "weight_bytes", "B", "weights"),
-        ["forwards", *(str(row["forwards"] or "") for row in rows)],
-        _values(rows, "flops", "FLOP"),
-        _values(rows, "flops_per_second", "FLOP/s"),
-        _shares(rows, "share_of_matmul", "of matmul"),
-        _values(rows, "bytes_read", "B", "read"),
-        _values(rows, "bytes_per_second", "B/s"),
-        _shares(rows, "share_of_copy", "of copy"),
-    ]
+    work = [names, *(_column(rows, key) for key in COLUMNS)]
     return [
         *(f"{title}, batch {record['batch']}", machine),
         f"measured limits: matmul {matmul / per_matmul:.1f} {flops}FLOP/s, copy {copy / per_copy:.1f} {byte}B/s",
-        *("", *table(zip(*cost, strict=True)), "", *table(zip(*work, strict=True)), ""),
-        NOTES.format(**record),
+        *("", *table(zip(*cost, strict=True)), "", *table(zip(*work, strict=True))),
     ]
 
 
@@ -277,8 +267,7 @@ def _suite_lines(record: dict[str, Any]) -> list[str]:
         ["full", *("{full_steps} + {full_motion_steps}".format(**row) for row in rows)],
         *_seconds(rows, 3),
         ["ms/step", *(f"{1000 * row['content_step_seconds']:.2f}" for row in rows)],
-        _values(rows, "flops_per_second", "FLOP/s"),
-        _shares(rows, "share_of_matmul", "of matmul"),
+        *(_column(rows, key) for key in ("flops_per_second", "share_of_matmul")),
         *_memory(rows),
     ]
     return [
@@ -288,7 +277,6 @@ def _suite_lines(record: dict[str, Any]) -> list[str]:
         f"UNet step, guidance {record['guidance']:g}, of prompt to file: "
         f"{1000 * step['seconds']:.2f} ms, {step['flops_per_second'] / factor:.1f} {prefix}FLOP/s, "
         f"{step['share_of_matmul']:.1%} of matmul",
-        *("", SUITE_NOTES.format(**record)),
     ]
 
 
@@ -328,4 +316,4 @@ def _paper_lines(tables: dict[str, Any]) -> list[str]:
     total = sum(tables["stages"].values())
     stages = [(stage, f"{x:.2f}", f"{x / total:.1%}") for stage, x in tables["stages"].items()]
     heading = "Where the operations of 50 steps are"
-    return [*lines, "", heading, "", *table([("", "operations", "share"), *stages]), "", PAPER_NOTES]
+    return [*lines, "", heading, "", *table([("", "operations", "share"), *stages])]

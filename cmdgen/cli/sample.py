@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cmdgen.cli.batch import Batch, Batching
+from cmdgen.cli.command import list_flags
 from cmdgen.cli.inputs import InputFiles
 from cmdgen.cli.jobs import STILL, Entry, Job, Refused, make_jobs, open_entries
 from cmdgen.cli.like import compare, read_recorded, recall
@@ -54,7 +55,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     files = InputFiles(request)
     if jobs.like is not None:
         recorded = read_recorded(jobs.like)
-        flags = _flags(context)
+        flags = set(list_flags(context)) & options_of(Request).keys()
         request = recall(jobs.like, recorded, request, flags)
         files.check_like(recorded, jobs.like, say)
     elif jobs.file is not None and request.prompt is not None:
@@ -99,13 +100,6 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
         print_forecast(checked, batch)
     else:
         batch.run(checked)
-
-
-def _flags(context: typer.Context) -> set[str]:
-    """Return the options that come from the command line, not from defaults or settings."""
-    sources = ((name, context.get_parameter_source(name)) for name in options_of(Request))
-    kinds = ("COMMANDLINE", "ENVIRONMENT")
-    return {name for name, source in sources if source is not None and source.name in kinds}
 
 
 def _hash(pipeline: "StillPipeline") -> None:
