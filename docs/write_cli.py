@@ -1,4 +1,4 @@
-"""The page of all commands: `python -m cmdgen.cli.docs` rewrites docs/cli.md in place."""
+"""The page of all commands: `python docs/write_cli.py` rewrites docs/cli.md in place."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from cmdgen.cli.help import describe
 
 # columns of the help, whatever the terminal's width is
 _WIDTH = 88
-PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+PAGE = Path(__file__).parent / "cli.md"
 
 
 def write_page(page: str) -> str:
