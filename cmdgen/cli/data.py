@@ -11,7 +11,7 @@ from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
 from cmdgen.files import replace_with
-from cmdgen.options import Size, option, parse_size, read_fields, write_size
+from cmdgen.options import Size, option, parse_size, write_size
 from cmdgen.request import MACHINE, Request
 from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
@@ -34,7 +34,6 @@ class Sheet:
     split: str = option("train", "train, or test: held out.", choices=("train", "test"))
 
     def __post_init__(self) -> None:
-        read_fields(self)
         if not all(16 <= side <= 1024 for side in self.size):
             raise ValueError(f"size {write_size(self.size)}: both sides must be between 16 and 1024")
         folder = self.output.absolute().parent
@@ -79,7 +78,6 @@ class Latents:
     threads: int | None = option(None, "CPU threads.", low=1, group=MACHINE)
 
     def __post_init__(self) -> None:
-        read_fields(self)
         if not (self.vae / "vae").is_dir():
             raise FileNotFoundError(f"vae {self.vae} is no model folder: it has no vae/")
 

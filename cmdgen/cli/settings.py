@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperOption
 
 from cmdgen.cli.command import read_text
-from cmdgen.options import option, read_fields
+from cmdgen.options import option
 
 # bytes; what a person writes is far smaller
 _LARGEST = 2**20
@@ -49,7 +49,6 @@ class Defaults:
     no_config: bool = option(False, "Read no such file.")
 
     def __post_init__(self) -> None:
-        read_fields(self)
         if self.no_config and self.config is not None:
             raise ValueError("--config and --no-config contradict each other: give one")
 

@@ -14,7 +14,7 @@ from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import Say
 from cmdgen.cli.stop import Stop
 from cmdgen.config import PRESETS
-from cmdgen.options import option, options_of, read_fields
+from cmdgen.options import option, options_of
 from cmdgen.request import Request
 from cmdgen.training.config import DATA, PRESET, Shared, Start, build_model, recipe
 
@@ -151,9 +151,6 @@ class Export:
     run: Path = option(MISSING, "Folder of the run.", argument=True, metavar="RUN")
     target: Path = option(MISSING, "Folder to write.", argument=True, metavar="TARGET")
     dtype: str = option("float16", "Type of the weights.", choices=("float32", "float16", "bfloat16"))
-
-    def __post_init__(self) -> None:
-        read_fields(self)
 
 
 @app.command(cls=Command)
