@@ -1,6 +1,5 @@
 """`cmdgen models`: the models there are, what they consist of, where to get more."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import Say
 from cmdgen.config import PRESETS, packaged_models
-from cmdgen.options import option, read_fields
+from cmdgen.options import option
 from cmdgen.store.find import find_model
 
 if TYPE_CHECKING:
@@ -52,9 +51,6 @@ def list_models(say: AsJson) -> None:
         except ValueError as error:
             # a broken model must not hide the others
             rows.append({"kind": "cached", "name": name, "error": describe(error)})
-    if say.as_json:
-        typer.echo(json.dumps(rows, indent=2))
-        return
     cells = [("", "", "parameters", "size", "")]
     for row in rows:
         if "error" in row:
@@ -63,7 +59,7 @@ def list_models(say: AsJson) -> None:
             place = row["folder"] or f"cmdgen models init {row['name']} -o DIR"
             numbers = f"{row['parameters'] / 1e6:.1f} M", _size(row["bytes"])
             cells.append((row["kind"], row["name"], *numbers, place))
-    _print_columns(cells, right=(2, 3))
+    say.result("\n".join(_align(cells, right=(2, 3))), rows)
 
 
 @app.command(cls=Command)
@@ -86,22 +82,19 @@ def show(model: Annotated[str, _NAME], say: AsJson) -> None:
     else:
         described = _describe_files(find_model(model), model)
         place, licence = str(described.folder), described.licence or "not stated"
-    if say.as_json:
-        parts = [{**vars(part), "presets": list(part.presets)} for part in described.parts]
-        record = {**_record(described), "licence": described.licence, "parts": parts}
-        typer.echo(json.dumps(record, indent=2))
-        return
-    typer.echo(f"{'model':16}{described.name}\n{'where':16}{place}\n{'licence':16}{licence}")
-    typer.echo(f"{'fits':16}{', '.join(described.presets) or 'no preset as a whole'}\n")
+    fits = ", ".join(described.presets) or "no preset as a whole"
+    facts = {"model": described.name, "where": place, "licence": licence, "fits": fits}
     cells = [("", "parameters", "size", "", "fits")]
     for part in described.parts:
         fits = ", ".join(part.presets) or "no preset"
         cells.append((part.name, f"{part.parameters:,}", _size(part.bytes), part.dtype, fits))
     cells.append(("total", f"{described.parameters:,}", _size(described.bytes), "", ""))
-    _print_columns(cells, right=(1, 2))
+    lines = [*(f"{name:16}{fact}" for name, fact in facts.items()), "", *_align(cells, right=(1, 2))]
+    record = _record(described) | {"licence": described.licence, "parts": [vars(part) for part in described.parts]}
+    say.result("\n".join(lines), record)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Init:
     """Options of `cmdgen models init`."""
 
@@ -109,9 +102,6 @@ class Init:
     output: Path = option(MISSING, "The folder to write.", flags=("--output", "-o"))
     seed: int = option(0, "Same seed, same weights.", low=0, high=2**63 - 1)
     dtype: str = option("float16", "Type of the weights.", choices=("float32", "float16", "bfloat16"))
-
-    def __post_init__(self) -> None:
-        read_fields(self)
 
 
 @app.command(cls=Command)
@@ -169,25 +159,18 @@ def _describe_files(folder: Path, name: str) -> "Model":
 
 
 def _record(model: "Model") -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "folder": None if model.folder is None else str(model.folder),
-        "parameters": model.parameters,
-        "bytes": model.bytes,
-        "presets": list(model.presets),
-    }
+    sums = {name: getattr(model, name) for name in ("parameters", "bytes", "presets")}
+    return {"name": model.name, "folder": None if model.folder is None else str(model.folder), **sums}
 
 
 def _size(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
-def _print_columns(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> None:
-    """Print cells in aligned columns; the columns in `right` are aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        typer.echo("  ".join(cells).rstrip())
+def _align(rows: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
+    """Return lines of cells in aligned columns; the columns in `right` are aligned to the right."""
+    columns = []
+    for i, cells in enumerate(zip(*rows, strict=True)):
+        align, width = str.rjust if i in right else str.ljust, max(map(len, cells))
+        columns.append([align(cell, width) for cell in cells])
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]

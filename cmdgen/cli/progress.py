@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 
 from cmdgen.cli.errors import printable
-from cmdgen.options import option, read_fields
+from cmdgen.options import option
 from cmdgen.pipelines.observer import Observer
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ class Say:
     _console: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        read_fields(self)
         # where one is a default from the user's file, the other must be able to win
         self.quiet = self.quiet and not self.verbose
 
@@ -85,8 +84,8 @@ class Say:
             # no markup, and not wrapped at the terminal's width
             self._console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
-    def result(self, text: object, record: Mapping[str, Any]) -> None:
-        """Print one line on stdout: the record with --json, else the text."""
+    def result(self, text: object, record: Mapping[str, Any] | Sequence[Any]) -> None:
+        """Print on stdout: the record as one line of JSON with --json, else the text."""
         if self.as_json:
             # a file's name may hold lone surrogates: they become escapes of JSON
             line = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")
