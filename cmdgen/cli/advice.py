@@ -1,15 +1,11 @@
 """Advice where memory ran out."""
 
-from typing import TYPE_CHECKING
-
 from cmdgen.options import write_size
+from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Request
 
-if TYPE_CHECKING:
-    from cmdgen.pipelines.still import StillPipeline
 
-
-def advise(pipeline: "StillPipeline", request: Request, batch: int) -> str:
+def advise(pipeline: StillPipeline, request: Request, batch: int) -> str:
     """Return what would fit instead, for `within_memory`."""
     from cmdgen.evaluation.estimate import estimate_activations, find_fitting
     from cmdgen.evaluation.memory import measure_memory

@@ -6,25 +6,23 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from cmdgen.cli.advice import advise
 from cmdgen.cli.errors import MEMORY, PARTIAL, USAGE, Failure, exit_code, on_the_way
 from cmdgen.cli.inputs import InputFiles
-from cmdgen.cli.jobs import LATENTS, STILL, Job, Refused
+from cmdgen.cli.jobs import LATENTS, STILL, Batching, Job, Refused
 from cmdgen.cli.progress import Bars, Say, Show
-from cmdgen.options import Size, option, write_size
+from cmdgen.options import Size, write_size
+from cmdgen.pipelines.clip import Clip, Inputs
+from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, shared_settings
 from cmdgen.video.formats import STDOUT, Encoding
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from cmdgen.pipelines.clip import Clip, Inputs
-    from cmdgen.pipelines.still import StillPipeline
-    from cmdgen.video.write import Writer
+from cmdgen.video.write import Writer, check_output, list_taken, open_video, write_still
 
 # formats whose frames can follow one another without an end: clips of one size are one stream
 STREAMS = ("y4m", "raw", "mp4")
@@ -32,31 +30,6 @@ STREAMS = ("y4m", "raw", "mp4")
 PREVIEW_SHARE = 0.1
 # notes that are remembered, so that each is printed once: a pipe may never end
 _MAX_NOTES = 1000
-
-_jobs = partial(option, group="Several clips")
-_count = partial(_jobs, 1, metavar="N", low=1)
-_path = partial(_jobs, None, metavar="FILE", complete="file")
-
-
-@dataclass(frozen=True)
-class Batching:
-    """Options of `cmdgen sample` that hold for all jobs."""
-
-    file: str | None = _path(
-        "Read a prompt, or a JSON object of options, from each line; - is stdin.", flags=("--file", "-f")
-    )
-    num: int = _count("Clips of each prompt. Seeds count up from --seed.", high=100_000)
-    batch: int = _count("Clips per forward pass; only rounding differs.", high=1024)
-    overwrite: bool = _jobs(False, "Replace existing files.")
-    skip_existing: bool = _jobs(False, "Make only clips whose files do not exist yet.")
-    fail_fast: bool = _jobs(False, "Stop at the first error.")
-    like: Path | None = _path("Make this file's clip again, except for the options you change.")
-    preview: Path | None = _path("Rewrite this .png with the content frame while it is sampled.")
-    dry_run: bool = _jobs(False, "Check everything; estimate memory and time; make nothing.")
-
-    def __post_init__(self) -> None:
-        if self.overwrite and self.skip_existing:
-            raise ValueError("--overwrite and --skip-existing contradict each other: give one")
 
 
 def group(jobs: Iterable[Job | Refused | None], most: int) -> Iterator[list[Job] | Refused]:
@@ -86,7 +59,7 @@ def _share(job: Job) -> tuple[object, ...]:
 class Batch:
     """One model and the jobs that it makes."""
 
-    pipeline: "StillPipeline"
+    pipeline: StillPipeline
     options: Batching
     say: Say
     files: InputFiles
@@ -100,7 +73,7 @@ class Batch:
     targets: dict[str, tuple[int, int]] = field(default_factory=dict)
     # size, rate and encoding of the stream on stdout, if it has several clips
     shape: tuple[Size, int, Encoding] | None = None
-    writer: "Writer | None" = None
+    writer: Writer | None = None
     # while jobs are made
     stack: ExitStack = field(default_factory=ExitStack)
     show: Show = field(init=False)
@@ -119,8 +92,6 @@ class Batch:
         return [self._report(job) if isinstance(job, Refused) else job for job in checked]
 
     def _check(self, job: Job) -> Job | Refused:
-        from cmdgen.video.write import check_output, list_taken
-
         try:
             request = self.files.fit(job.request, self.pipeline.config)
             batch = min(self.options.batch, self.total or self.options.batch)
@@ -265,13 +236,11 @@ class Batch:
                     self.writer(clip.frames)
         return {file.job.index: file.error for file in files if file.error is not None}
 
-    def open(self, job: Job, inputs: "Inputs | None") -> "AbstractContextManager[Writer]":
+    def open(self, job: Job, inputs: Inputs | None) -> AbstractContextManager[Writer]:
         """Return a context that gives a writer of the job's frames; on stdout, of all jobs'.
 
         The metadata record how the clip is made, and its encoding where that is not the default.
         """
-        from cmdgen.video.write import open_video
-
         about, encoding, model = None, job.encoding, job.plan.model
         if encoding.metadata and (job.target != STDOUT or self.total == 1):
             chosen = {"crf": encoding.crf, "codec": encoding.codec, "loop": encoding.loop or None}
@@ -321,13 +290,13 @@ def _list_steps(steps: tuple[int, ...], total: int) -> str:
 class _File:
     """The file of one job; its errors are this job's alone."""
 
-    def __init__(self, batch: Batch, job: Job, inputs: "Inputs | None") -> None:
+    def __init__(self, batch: Batch, job: Job, inputs: Inputs | None) -> None:
         self.job, self.video = job, job.encoding.kind.video
         self.error: OSError | None = None
         self.parts = _write(batch, job, inputs)
         self.send(None)
 
-    def send(self, part: "np.ndarray | Clip | None") -> None:
+    def send(self, part: np.ndarray | Clip | None) -> None:
         """Write a part; after an error nothing is written any more."""
         try:
             self.parts.send(part)
@@ -335,7 +304,7 @@ class _File:
             self.error = self.error or end.value
 
 
-def _write(batch: Batch, job: Job, inputs: "Inputs | None") -> Generator[None, Any, OSError | None]:
+def _write(batch: Batch, job: Job, inputs: Inputs | None) -> Generator[None, Any, OSError | None]:
     """Write the parts that are sent; return the error, if any. No half-written file is left.
 
     The parts of a video are frames and, at their end, None; of any other file, it is the clip.
@@ -373,19 +342,17 @@ class _Writing(Bars):
         if stage != "load" and (self.batch.alone or sys.stderr.isatty()):
             self.show(stage, done, total)
 
-    def estimate(self, decode: Callable[[], "np.ndarray"]) -> None:
+    def estimate(self, decode: Callable[[], np.ndarray]) -> None:
         now = time.monotonic()
         if self.spent <= PREVIEW_SHARE * (now - self.started):
             self.content(0, decode())
             self.spent += time.monotonic() - now
 
-    def content(self, clip: int, picture: "np.ndarray") -> None:
-        from cmdgen.video.write import write_still
-
+    def content(self, clip: int, picture: np.ndarray) -> None:
         if self.preview is not None and clip == 0:
             write_still(self.preview, picture, None, Encoding(STILL), overwrite=True)
 
-    def frames(self, clip: int, frames: "np.ndarray") -> None:
+    def frames(self, clip: int, frames: np.ndarray) -> None:
         if self.files and self.files[clip].video:
             self.files[clip].send(frames)
         elif not self.files and clip == 0:

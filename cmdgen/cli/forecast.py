@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cmdgen.cli.batch import Batch, group
 from cmdgen.cli.errors import PARTIAL, Failure
 from cmdgen.cli.jobs import Job, Refused
+from cmdgen.evaluation.estimate import EFFICIENCY, Estimate, estimate
+from cmdgen.evaluation.profile import measure_limits
+from cmdgen.pipelines.device import dtype_name
+from cmdgen.request import shared_settings
 from cmdgen.video.formats import STDOUT
-
-if TYPE_CHECKING:
-    from cmdgen.evaluation.estimate import Estimate
 
 # values of a plan's model that the report has
 _SETTINGS = (
@@ -21,10 +22,6 @@ _SETTINGS = (
 
 def print_forecast(jobs: Iterable[Job | Refused | None], batch: Batch) -> None:
     """Print what would become of checked jobs; Failure where some could not be made."""
-    from cmdgen.evaluation.estimate import estimate
-    from cmdgen.evaluation.profile import measure_limits
-    from cmdgen.pipelines.device import dtype_name
-
     pipeline, say = batch.pipeline, batch.say
     limits = None
     estimates: dict[object, Estimate] = {}
@@ -39,8 +36,7 @@ def print_forecast(jobs: Iterable[Job | Refused | None], batch: Batch) -> None:
             records.append({**jobs_together[0].describe(), "skipped": True})
         else:
             count = len(jobs_together)
-            plan = replace(jobs_together[0].plan, prompt="", negative="", seed=0)
-            plan = replace(plan, content_seed=0, motion_seed=0)
+            plan = replace(shared_settings(jobs_together[0].plan), negative="")
             if (plan, count) not in estimates:
                 limits = limits or measure_limits(pipeline.device, pipeline.dtype)
                 estimates[plan, count] = estimate(plan, pipeline.dtype, limits, batch=count)
@@ -75,8 +71,6 @@ def _describe(job: Job) -> dict[str, Any]:
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:
-    from cmdgen.evaluation.estimate import EFFICIENCY
-
     for job in report["jobs"]:
         if "error" in job:
             continue

@@ -7,6 +7,7 @@ with # are skipped. An error in a line is an error of that job alone.
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 from reprlib import repr as short
@@ -19,6 +20,7 @@ from cmdgen.cli.errors import describe
 from cmdgen.cli.naming import check_inside, fill
 from cmdgen.files import parse_json
 from cmdgen.metadata import read_job
+from cmdgen.options import option
 from cmdgen.request import Plan, Request
 from cmdgen.video.formats import STDOUT, Encoding, choose_encoding
 
@@ -34,6 +36,32 @@ _PATIENCE = 0.05
 
 # the format of one picture, and of content frame and motion latents
 STILL, LATENTS = "png", "safetensors"
+
+
+_jobs = partial(option, group="Several clips")
+_count = partial(_jobs, 1, metavar="N", low=1)
+_path = partial(_jobs, None, metavar="FILE", complete="file")
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Options of `cmdgen sample` that hold for all jobs."""
+
+    file: str | None = _path(
+        "Read a prompt, or a JSON object of options, from each line; - is stdin.", flags=("--file", "-f")
+    )
+    num: int = _count("Clips of each prompt. Seeds count up from --seed.", high=100_000)
+    batch: int = _count("Clips per forward pass; only rounding differs.", high=1024)
+    overwrite: bool = _jobs(False, "Replace existing files.")
+    skip_existing: bool = _jobs(False, "Make only clips whose files do not exist yet.")
+    fail_fast: bool = _jobs(False, "Stop at the first error.")
+    like: Path | None = _path("Make this file's clip again, except for the options you change.")
+    preview: Path | None = _path("Rewrite this .png with the content frame while it is sampled.")
+    dry_run: bool = _jobs(False, "Check everything; estimate memory and time; make nothing.")
+
+    def __post_init__(self) -> None:
+        if self.overwrite and self.skip_existing:
+            raise ValueError("--overwrite and --skip-existing contradict each other: give one")
 
 
 class Entry(NamedTuple):

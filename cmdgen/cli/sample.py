@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from cmdgen.cli.batch import Batch, Batching
 from cmdgen.cli.command import list_flags
 from cmdgen.cli.inputs import InputFiles
-from cmdgen.cli.jobs import STILL, Entry, Job, Refused, make_jobs, open_entries
+from cmdgen.cli.jobs import STILL, Batching, Entry, Job, Refused, make_jobs, open_entries
 from cmdgen.cli.like import compare, read_recorded, recall
 from cmdgen.cli.naming import check_stdout, check_suffix, fields
 from cmdgen.cli.progress import Say
@@ -79,6 +78,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
             raise jobs_ahead[0].error
     if jobs.skip_existing and request.seed is None and not alone and "seed" in names:
         raise ValueError("--skip-existing with random seeds in names finds nothing: give --seed")
+    from cmdgen.cli.batch import Batch
     from cmdgen.pipelines.load import load_pipeline
 
     pipeline = load_pipeline(request.model, device=request.device, dtype=request.dtype, compile=request.compile)

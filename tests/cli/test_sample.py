@@ -488,7 +488,7 @@ def test_a_clip_that_cannot_be_written_harms_no_other(jobs, sample, tmp_path, mo
 
             yield full if "car" in target else put
 
-    monkeypatch.setattr(write, "open_video", fail_for_some)
+    monkeypatch.setattr("cmdgen.cli.batch.open_video", fail_for_some)
     file = jobs("a dog", "a car", "two birds")
     options = ("-f", file, "-o", tmp_path / "{slug}.rgb")
     result = sample(*options, "--batch", 3)
@@ -689,7 +689,7 @@ def test_preview_is_rewritten_while_sampling(sample, tiny_model, tmp_path, monke
         seen.append(frame)
         write_still(target, frame, *rest, **options)
 
-    monkeypatch.setattr(write, "write_still", watch)
+    monkeypatch.setattr("cmdgen.cli.batch.write_still", watch)
     monkeypatch.setattr("cmdgen.cli.batch.PREVIEW_SHARE", float("inf"))
     preview = tmp_path / "preview.png"
     options = (PROMPT, "--steps", 4, "--seed", 3, "-o")
