@@ -15,7 +15,7 @@ from cmdgen.options import Option, options_of, read_value
 # what Typer reads; all else it hands on as text, for `read_text`
 _TYPERS = (bool, tuple, list)
 # how --help names a value
-_METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
+_METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH", tuple: "X X", list: "N"}
 
 
 class Only(tuple[str, ...]):
@@ -24,9 +24,9 @@ class Only(tuple[str, ...]):
 
 def parameter(described: Option) -> Parameter:
     """Return one field as a parameter of a command, whose value is text or None for most types."""
-    name, value_type = described.name, cast(Any, str)
+    name, kind, value_type = described.name, str if described.read else described.kind, cast(Any, str)
     default = Parameter.empty if described.required else described.default
-    if described.kind in _TYPERS and described.read is None:
+    if kind in _TYPERS:
         value_type = described.type
     elif default not in (None, Parameter.empty):
         default = described.write(default)
@@ -34,7 +34,7 @@ def parameter(described: Option) -> Parameter:
     complete = complete_model if described.complete == "model" else one_of(words) if words else None
     settings: dict[str, Any] = {
         "help": _describe(described, words),
-        "metavar": described.metavar or ("NAME" if complete else _METAVARS.get(described.kind)),
+        "metavar": described.metavar or ("NAME" if complete else _METAVARS.get(kind)),
         "rich_help_panel": described.group,
         "autocompletion": complete,
         # Typer adds the default, or the one in the user's file; `cmdgen.cli.help` shows one of them

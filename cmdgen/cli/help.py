@@ -18,9 +18,6 @@ OPTIONS, COMMANDS = "Options", "Commands"
 EXAMPLES = "Examples"
 # columns: of a page at most, and of the names of options and commands
 _WIDTH, _NAMES = 80, 28
-# how the values of a type are named
-_VALUES = {"int": "N", "float": "X", "str": "TEXT", "path": "PATH"}
-_TYPE = re.compile(r"<(?:list\[)?([a-z,]+)\]?(?: range)?>(?:\.\.\.)?")
 _NOTES = re.compile(r"  \[([^]]*)\]")
 _fill = partial(textwrap.fill, break_on_hyphens=False, break_long_words=False)
 
@@ -108,18 +105,14 @@ def sections(command: Any, context: typer.Context) -> dict[str, Rows]:
         groups.setdefault(title, []).append((name, summary))
     for parameter in command.get_params(context):
         if record := parameter.get_help_record(context):
-            is_option = parameter.param_type_name == "option"
-            name = _TYPE.sub(_name_values if is_option else "", record[0]).rstrip()
-            own = OPTIONS if is_option else "Arguments"
+            own = OPTIONS if parameter.param_type_name == "option" else "Arguments"
             title = getattr(parameter, "rich_help_panel", None) or own
+            # Typer adds the type of an argument, which its name says
+            name, _, _ = record[0].partition(" <")
             groups.setdefault(title, []).append((name, _merge_notes(record[1])))
     if len(groups[OPTIONS]) == 1:
         groups[OPTIONS] = groups.pop(OPTIONS)
     return groups
-
-
-def _name_values(match: re.Match[str]) -> str:
-    return " ".join(_VALUES.get(each, each.upper()) for each in match[1].split(","))
 
 
 def _merge_notes(text: str) -> str:

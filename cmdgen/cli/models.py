@@ -28,7 +28,7 @@ _NAME = typer.Argument(
     help="A packaged model, a preset, a folder, or OWNER/NAME in the local cache.",
 )
 _REPOSITORY = typer.Argument(metavar="REPO[@REV]", help="OWNER/NAME on the Hugging Face hub.")
-_COPY = typer.Option("--output", "-o", help="A folder for a copy.  [default: the hub's cache]")
+_COPY = typer.Option("--output", "-o", metavar="PATH", help="A folder for a copy.  [default: the hub's cache]")
 
 
 @app.command("list", cls=Command)
