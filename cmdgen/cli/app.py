@@ -174,20 +174,17 @@ def _report(error: Exception) -> int:
     """Print what is wrong as one line on stderr, and return the exit code."""
     if isinstance(error, BrokenPipeError):
         return exit_code(error)
-    if not isinstance(error, typer.TyperException):
-        _complain(f"error: {describe(error)}")
-        return exit_code(error)
-    message = error.format_message()
-    # a group of commands without one prints its help: that is not an error
-    helps = type(error).__name__ == "NoArgsIsHelpError"
-    _complain(message if helps else f"error: {shorten(message)}")
-    return error.exit_code
-
-
-def _complain(text: str) -> None:
+    if isinstance(error, typer.TyperException):
+        text, code = error.format_message(), error.exit_code
+        # a group of commands without one prints its help: that is not an error
+        if type(error).__name__ != "NoArgsIsHelpError":
+            text = f"error: {shorten(text)}"
+    else:
+        text, code = f"error: {describe(error)}", exit_code(error)
     # stderr may be a broken pipe or a full disk as well
     with suppress(OSError):
         typer.echo("\n".join(map(printable, text.split("\n"))), err=True)
+    return code
 
 
 def _flush(code: int) -> int:

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -215,23 +215,20 @@ class Batch:
         Returns the errors of files by the jobs' indices.
         """
         self._note(jobs)
-        first, files = jobs[0], []
+        first = jobs[0]
         if not self.pipeline.loaded:
             # before a file is opened, whose metadata has the weights' hash
             self.pipeline.load(Bars(self.show))
         inputs = self.files.read(self.pipeline, first.plan, self.say)
         with ExitStack() as opened:
-            for job in jobs if first.target != STDOUT else ():
-                files.append(_File(self, job, inputs))
-                opened.enter_context(closing(files[-1].parts))
+            files = [_File(self, job, inputs, opened) for job in jobs if job.target != STDOUT]
             if not files and self.writer is None:
                 self.writer = self.stack.enter_context(self.open(first, inputs))
-            plans, pixels = [job.plan for job in jobs], first.encoding.pixels
-            observer = _Writing(self, files)
-            clips = self.pipeline.run(plans, observer, pixels=pixels, inputs=inputs)
+            plans = [job.plan for job in jobs]
+            clips = self.pipeline.run(plans, _Writing(self, files), pixels=first.encoding.pixels, inputs=inputs)
             for file, clip in zip(files, clips, strict=False):
                 file.send(None if file.video else clip)
-            if not files and self.writer is not None:
+            if self.writer is not None:
                 for clip in clips[1:]:
                     self.writer(clip.frames)
         return {file.job.index: file.error for file in files if file.error is not None}
@@ -290,10 +287,11 @@ def _list_steps(steps: tuple[int, ...], total: int) -> str:
 class _File:
     """The file of one job; its errors are this job's alone."""
 
-    def __init__(self, batch: Batch, job: Job, inputs: Inputs | None) -> None:
+    def __init__(self, batch: Batch, job: Job, inputs: Inputs | None, stack: ExitStack) -> None:
         self.job, self.video = job, job.encoding.kind.video
         self.error: OSError | None = None
         self.parts = _write(batch, job, inputs)
+        stack.callback(self.parts.close)
         self.send(None)
 
     def send(self, part: np.ndarray | Clip | None) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from cmdgen.cli.completion import WORDS, complete_model, one_of
 from cmdgen.options import Option, options_of, read_value
+from cmdgen.request import Request
 
 # what Typer reads; all else it hands on as text, for `read_text`
 _TYPERS = (bool, tuple, list)
@@ -20,6 +21,9 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH", tu
 
 class Only(tuple[str, ...]):
     """The fields of a dataclass that a command takes: `Annotated[Request, Only(("size",))]`."""
+
+
+Device = Annotated[Request, Only(("device",))]
 
 
 def parameter(described: Option) -> Parameter:

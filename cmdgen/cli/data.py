@@ -8,7 +8,7 @@ import typer
 
 from cmdgen.cli.command import Only, expand
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.progress import Say
+from cmdgen.cli.progress import Quiet
 from cmdgen.cli.stop import Stop
 from cmdgen.files import replace_with
 from cmdgen.options import Size, option, parse_size, write_size
@@ -90,7 +90,7 @@ def precompute(
     shared: Annotated[Shared, Only(("preset", "data", "size", "frames"))],
     train: Annotated[TrainConfig, Only(("precision",))],
     machine: Annotated[Request, Only(("device", "max_memory"))],
-    say: Annotated[Say, Only(("quiet",))],
+    say: Quiet,
 ) -> None:
     """Encode clips with a VAE, once for many runs, and print the folder.
 

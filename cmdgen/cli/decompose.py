@@ -12,7 +12,7 @@ from cmdgen.cli.command import Only
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.inputs import SMALLER, note_weights, read_input
 from cmdgen.cli.naming import check_stdout, check_suffix
-from cmdgen.cli.progress import Bars, Say
+from cmdgen.cli.progress import Bars, JsonOrQuiet, Say
 from cmdgen.options import option
 from cmdgen.request import Request
 from cmdgen.video.formats import FORMATS, STDOUT, Encoding, choose_encoding
@@ -30,7 +30,6 @@ Video = Annotated[Path, typer.Argument(metavar="VIDEO", help="Any video; a pictu
 LatentsFile = Annotated[Path, typer.Argument(metavar="LATENTS", help="A .safetensors of `cmdgen encode`.")]
 Content = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the content frame, to a .png.")]
 SideBySide = Annotated[bool, typer.Option("--side-by-side", help="Show the input and the content frame on the left.")]
-Quiet = Annotated[Say, Only(("quiet", "as_json"))]
 _MACHINE = ("model", "max_memory", "device", "dtype")
 Machine = Annotated[Request, Only(_MACHINE)]
 # the clip to take of a video, and the model
@@ -46,7 +45,7 @@ class Output:
     overwrite: bool = option(False, "Replace existing files.")
 
 
-def encode(video: Video, output: Output, request: Taken, say: Quiet, content: Content = None) -> None:
+def encode(video: Video, output: Output, request: Taken, say: JsonOrQuiet, content: Content = None) -> None:
     """Turn a video into content frame and motion latents.
 
     The .safetensors file holds both: content, the scaled VAE latents of one picture, and motion, as
@@ -74,7 +73,7 @@ def encode(video: Video, output: Output, request: Taken, say: Quiet, content: Co
     say.result(target, {**record, "tensors": shapes, "metadata": latents.metadata})
 
 
-def decode(latents: LatentsFile, output: Output, request: Machine, say: Quiet) -> None:
+def decode(latents: LatentsFile, output: Output, request: Machine, say: JsonOrQuiet) -> None:
     """Turn a content frame and motion latents into a video.
 
     The video's path goes to stdout.
@@ -107,7 +106,9 @@ def decode(latents: LatentsFile, output: Output, request: Machine, say: Quiet) -
     _report(output, halves.metadata, say)
 
 
-def reconstruct(video: Video, output: Output, request: Taken, say: Quiet, side_by_side: SideBySide = False) -> None:
+def reconstruct(
+    video: Video, output: Output, request: Taken, say: JsonOrQuiet, side_by_side: SideBySide = False
+) -> None:
     """Encode a video, decode it and compare.
 
     This shows what a content frame and motion latents can hold.

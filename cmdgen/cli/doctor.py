@@ -6,16 +6,15 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cmdgen import __version__
-from cmdgen.cli.command import Only
+from cmdgen.cli.command import Device
 from cmdgen.cli.errors import Failure, describe
-from cmdgen.cli.progress import Say
+from cmdgen.cli.progress import AsJson
 from cmdgen.cli.settings import config_path, read_settings
-from cmdgen.request import Request
 from cmdgen.video.formats import CODECS
 
 if TYPE_CHECKING:
@@ -30,9 +29,7 @@ TOLERANCE = 2.0
 _UNITS = {"memory": " GiB", "free": " GiB", "seconds": " s", "apart": " of 255 from the CPU's clip"}
 
 
-def doctor(
-    context: typer.Context, machine: Annotated[Request, Only(("device",))], say: Annotated[Say, Only(("as_json",))]
-) -> None:
+def doctor(context: typer.Context, machine: Device, say: AsJson) -> None:
     """Check devices, ffmpeg, kernels and the default model.
 
     Where an op runs as a kernel, its result is compared with its definition in plain PyTorch. The

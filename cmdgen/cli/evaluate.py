@@ -1,19 +1,14 @@
 """`cmdgen eval`: how good a model is and what it costs, as a table or as JSON."""
 
 from functools import partial
-from typing import Annotated
 
-from cmdgen.cli.command import Only
-from cmdgen.cli.progress import Say
-from cmdgen.evaluation.report import Report
+from cmdgen.cli.command import Device
+from cmdgen.cli.progress import JsonOrQuiet
 from cmdgen.evaluation.settings import Evaluation
-from cmdgen.request import Request
 from cmdgen.world.config import MINI_WORLD
 
 
-def evaluate(
-    options: Evaluation, request: Annotated[Request, Only(("device",))], say: Annotated[Say, Only(("as_json", "quiet"))]
-) -> None:
+def evaluate(options: Evaluation, request: Device, say: JsonOrQuiet) -> None:
     """Measure a model on what training never showed.
 
     These are held-out combinations of subject, motion and scene of the rendered world. The report
@@ -40,13 +35,8 @@ def evaluate(
         say.result(options.train_probe, {"output": str(options.train_probe)})
         return
     else:
-        report = _measure(options, request, say)
+        from cmdgen.evaluation.measure import load_evaluator
+
+        with say.progress() as show:
+            report = load_evaluator(options.model, request.device, options.probe, show=show).evaluate(options)
     say.result(report.to_markdown(), report.to_dict())
-
-
-def _measure(options: Evaluation, request: Request, say: Say) -> Report:
-    from cmdgen.evaluation.measure import load_evaluator
-
-    with say.progress() as show:
-        evaluator = load_evaluator(options.model, request.device, options.probe, show=show)
-        return evaluator.evaluate(options)

@@ -6,14 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from cmdgen.cli.command import Only
 from cmdgen.cli.errors import Failure, describe, printable
-from cmdgen.cli.progress import Say
+from cmdgen.cli.progress import AsJson
 
 _FILE = typer.Argument(metavar="FILE", help="A video, picture or latents that cmdgen wrote.")
 
 
-def inspect(file: Annotated[Path, _FILE], say: Annotated[Say, Only(("as_json",))]) -> None:
+def inspect(file: Annotated[Path, _FILE], say: AsJson) -> None:
     """Print how a file was made: model, prompt, options.
 
     Of latents, it also prints the shapes of the two tensors.

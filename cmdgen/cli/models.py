@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cmdgen.cli.command import Only, expand
+from cmdgen.cli.command import expand
 from cmdgen.cli.completion import complete_model, one_of
 from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.progress import Say
+from cmdgen.cli.progress import AsJson
 from cmdgen.config import PRESETS, packaged_models
 from cmdgen.options import option
 from cmdgen.store.find import find_model
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="List, describe, pull and create models.")
 
-AsJson = Annotated[Say, Only(("as_json",))]
 _NAME = typer.Argument(
     metavar="NAME|DIR",
     autocompletion=lambda incomplete: complete_model(incomplete) + one_of(PRESETS)(incomplete),

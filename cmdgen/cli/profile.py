@@ -10,7 +10,7 @@ import typer
 
 from cmdgen.cli.command import Only, list_flags
 from cmdgen.cli.errors import on_the_way
-from cmdgen.cli.progress import Say
+from cmdgen.cli.progress import JsonOrQuiet, Say
 from cmdgen.config import CMD_SD21
 from cmdgen.evaluation.report import column, scale, table
 from cmdgen.evaluation.settings import Profiling
@@ -55,7 +55,7 @@ def profile(
     context: typer.Context,
     options: Profiling,
     request: Annotated[Request, Only(("size", "model", "device", "dtype", "compile"))],
-    say: Annotated[Say, Only(("as_json", "quiet"))],
+    say: JsonOrQuiet,
 ) -> None:
     """Measure the stages of sampling: time, memory, work.
 

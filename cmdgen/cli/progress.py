@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
+from cmdgen.cli.command import Only
 from cmdgen.cli.errors import printable
 from cmdgen.options import option
 from cmdgen.pipelines.observer import Observer
@@ -111,6 +112,12 @@ class Say:
                     yield show
             finally:
                 self._console = None
+
+
+# what commands take of it
+AsJson = Annotated[Say, Only(("as_json",))]
+Quiet = Annotated[Say, Only(("quiet",))]
+JsonOrQuiet = Annotated[Say, Only(("as_json", "quiet"))]
 
 
 def _open_terminal() -> "Console | None":

@@ -9,7 +9,7 @@ import typer
 from cmdgen.cli.command import Only, expand
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.progress import Say
+from cmdgen.cli.progress import JsonOrQuiet, Quiet
 from cmdgen.config import CALIBRATION
 from cmdgen.evaluation.settings import Calibrating, Comparing, check_writable
 from cmdgen.files import read_text
@@ -26,9 +26,7 @@ _SAMPLING = ("steps", "motion_steps", "sampler", "size")
 @app.command(cls=Command)
 @expand
 def calibrate(
-    options: Calibrating,
-    request: Annotated[Request, Only((*_SAMPLING, "model", "device", "dtype"))],
-    say: Annotated[Say, Only(("quiet",))],
+    options: Calibrating, request: Annotated[Request, Only((*_SAMPLING, "model", "device", "dtype"))], say: Quiet
 ) -> None:
     """Measure which steps can reuse the features of others.
 
@@ -67,11 +65,7 @@ def calibrate(
 
 @app.command(cls=Command)
 @expand
-def compare(
-    options: Comparing,
-    request: Annotated[Request, Only(("model", "device"))],
-    say: Annotated[Say, Only(("as_json", "quiet"))],
-) -> None:
+def compare(options: Comparing, request: Annotated[Request, Only(("model", "device"))], say: JsonOrQuiet) -> None:
     """Compare step rehash, by each policy, with fewer steps at the same number of full steps.
 
     Measures what the packaged probe names in clips of held-out captions, how close the frames are

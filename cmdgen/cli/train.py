@@ -4,18 +4,17 @@ import time
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from cmdgen.cli.command import Only, expand
+from cmdgen.cli.command import Device, expand
 from cmdgen.cli.errors import Failure, describe, within_memory
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.progress import Say
+from cmdgen.cli.progress import Quiet, Say
 from cmdgen.cli.stop import Stop
 from cmdgen.config import PRESETS
 from cmdgen.options import option, options_of
-from cmdgen.request import Request
 from cmdgen.training.config import DATA, PRESET, Shared, Start, build_model, recipe
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Train a model, stage by stage, in one folder.")
@@ -70,14 +69,7 @@ def _show(value: object) -> str:
 def _command(stage: str) -> Callable[..., None]:
     settings_type: Any = _settings(stage)
 
-    def command(
-        *,
-        start: Start,
-        shared: Shared,
-        settings: settings_type,
-        request: Annotated[Request, Only(("device",))],
-        say: Annotated[Say, Only(("quiet",))],
-    ) -> None:
+    def command(start: Start, shared: Shared, settings: settings_type, request: Device, say: Quiet) -> None:
         _train(stage, start, shared, vars(settings), request.device, say)
 
     return expand(command)
