@@ -7,8 +7,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -34,25 +35,20 @@ _MAX_NOTES = 1000
 
 def group(jobs: Iterable[Job | Refused | None], most: int) -> Iterator[list[Job] | Refused]:
     """Yield jobs in order, those together that can be one forward; None ends a group early."""
-    together: list[Job] = []
-    for job in jobs:
-        if together and not (isinstance(job, Job) and _share(job) == _share(together[0])):
-            yield together
-            together = []
-        if isinstance(job, Refused):
-            yield job
-        elif job is not None:
-            together.append(job)
-        if together and (len(together) == most or together[0].exists):
-            yield together
-            together = []
-    if together:
-        yield together
+    for kind, alike in groupby(jobs, _share):
+        if isinstance(kind, Refused):
+            yield kind
+        elif kind is not None:
+            while together := list(islice(alike, 1 if isinstance(kind, Job) else most)):
+                # no job is None or Refused where their kind is neither
+                yield cast(list[Job], together)
 
 
-def _share(job: Job) -> tuple[object, ...]:
-    """Return what jobs of one forward have in common."""
-    return job.exists, job.target == STDOUT, job.encoding.pixels, shared_settings(job.plan)
+def _share(job: Job | Refused | None) -> object:
+    """Return what jobs of one forward have in common, of others themselves."""
+    if not isinstance(job, Job) or job.exists:
+        return job
+    return job.target == STDOUT, job.encoding.pixels, shared_settings(job.plan)
 
 
 @dataclass

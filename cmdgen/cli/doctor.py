@@ -73,13 +73,12 @@ def doctor(context: typer.Context, machine: Device, say: AsJson) -> None:
     listed = [{"device": name, **record} for name, record in devices.items()]
     report = {**facts, "devices": listed, "device": str(device), **checks, "ops": ops}
     say.result("\n".join(f"{name:18}{line}" for name, line in lines.items()), report)
-    broken = ", ".join(name for name, record in checks.items() if "error" in record)
-    wrong = ", ".join(name for name, record in ops.items() if record["agrees"] is False)
-    faults = [f"broken: {broken}"] if broken else []
-    if wrong:
-        faults.append(f"not what the definition gives, on {device}: {wrong}")
-    if faults:
-        raise Failure("; ".join(faults))
+    faults = {
+        "broken": [name for name, record in checks.items() if "error" in record],
+        f"not what the definition gives, on {device}": [name for name, op in ops.items() if op["agrees"] is False],
+    }
+    if any(faults.values()):
+        raise Failure("; ".join(f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names))
 
 
 def _show(value: Any) -> str:
