@@ -169,6 +169,10 @@ def write_size(size: Size) -> str:
     return f"{size[1]}x{size[0]}"
 
 
+# the settings of an option for a size
+SIZE: dict[str, Any] = {"metavar": "WIDTHxHEIGHT", "read": parse_size, "write": write_size}
+
+
 def parse_memory(text: str) -> int:
     """Return the bytes of a number with its unit, such as 4GB."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Z]{1,3})", text.upper())

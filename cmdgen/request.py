@@ -16,7 +16,7 @@ from reprlib import repr as short
 from typing import TypeVar
 
 from cmdgen.config import POLICIES, SAMPLERS, ModelConfig
-from cmdgen.options import Size, option, parse_memory, parse_size, read_fields, write_size
+from cmdgen.options import SIZE, Size, option, parse_memory, read_fields, write_size
 
 # groups of options
 WHAT, INPUTS, HOW = "What is made", "Inputs instead of samples", "How it is sampled"
@@ -75,7 +75,6 @@ _how = partial(option, None, group=HOW, per_job=True, shown=MODELS_OWN)
 _faster = partial(option, group=FASTER, per_job=True)
 _file = partial(option, group=FILE, per_job=True)
 _machine = partial(option, group=MACHINE)
-_SIZE = {"read": parse_size, "write": write_size, "metavar": "WIDTHxHEIGHT"}
 _INTERVAL = {"read": parse_interval, "write": "{0[0]}-{0[1]}".format, "metavar": "LOW-HIGH"}
 _REHASH = {"read": parse_rehash, "write": write_rehash, "metavar": "N|STEPS|off"}
 _MEMORY = {"read": parse_memory, "write": "{}B".format, "metavar": "SIZE"}
@@ -90,9 +89,7 @@ class Request:
     a value. `resolve` checks the fields together, against a model. Raises ValueError in one line.
     """
 
-    prompt: str | None = _what(
-        None, "What the video shows; read from stdin if missing.", argument=True, metavar="PROMPT"
-    )
+    prompt: str | None = _what(None, "What the video shows; read from stdin if missing.", argument=True)
     output: str | None = _what(
         None,
         "File to write. Its suffix chooses the format; .png is a still; - is stdout. {index}, "
@@ -104,7 +101,7 @@ class Request:
     motion_seed: int | None = _seed("Seed of the motion.", shown="--seed")
     negative: str = _what("", "Negative prompt: guidance leads away from it.", shown="none")
     frames: int | None = _what(None, "Length of the video. 1 is a still, the content frame.", low=1, shown=MODELS_OWN)
-    size: Size | None = _what(None, "Size of the video.", shown=MODELS_OWN, **_SIZE)
+    size: Size | None = _what(None, "Size of the video.", shown=MODELS_OWN, **SIZE)
     fps: int | None = _what(None, "Frames per second.", low=1, shown=MODELS_OWN)
 
     content_from: Path | None = _input(

@@ -1,5 +1,7 @@
 """Advice where memory ran out."""
 
+from contextlib import suppress
+
 from cmdgen.options import write_size
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Request
@@ -14,17 +16,14 @@ def advise(pipeline: StillPipeline, request: Request, batch: int) -> str:
         return f"the weights of {pipeline.config.name} do not fit: try --dtype bfloat16"
     plan = pipeline.plan(request, batch=batch)
     needed = estimate_activations(plan, pipeline.dtype, batch=batch)
-    free: int | None
-    try:
+    free: int | None = None
+    # of a GPU whose memory is short that cannot be told either
+    with suppress(RuntimeError):
         free = measure_memory(pipeline.device).free
-    except RuntimeError:
-        # of a GPU whose memory is short that cannot be told either
-        free = None
     model = plan.model
-    size = write_size((model.height, model.width))
-    clip = f"{model.frames} frames of {size}" if plan.moves else f"a still of {size}"
+    length = f"{model.frames} frames" if plan.moves else "a still"
     several = f"{batch} clips of " if batch > 1 else ""
-    start = f"about {needed / 1e6:,.0f} MB beside the weights for {several}{clip}"
+    start = f"about {needed / 1e6:,.0f} MB beside the weights for {several}{length} of {write_size(model.size)}"
     if free is not None:
         start += f", {free / 1e6:,.0f} MB free"
     # whatever was free, as much as this was not
@@ -35,7 +34,7 @@ def advise(pipeline: StillPipeline, request: Request, batch: int) -> str:
     if fitting is None:
         return f"{start}: a quarter of its frames and sides would not fit either"
     options = ["--batch 1"] if batch > 1 else []
-    if fitting.size is not None and fitting.size != (model.height, model.width):
+    if fitting.size is not None and fitting.size != model.size:
         options.append(f"--size {write_size(fitting.size)}")
     if fitting.frames != model.frames:
         options.append(f"--frames {fitting.frames}")

@@ -11,7 +11,7 @@ from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import Quiet
 from cmdgen.cli.stop import Stop
 from cmdgen.files import replace_with
-from cmdgen.options import Size, option, parse_size, write_size
+from cmdgen.options import SIZE, Size, option, write_size
 from cmdgen.request import MACHINE, Request
 from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
@@ -30,7 +30,7 @@ class Sheet:
     data: str = option("world", f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.", complete="world")
     count: int = option(12, "Clips, one a row.", low=1, high=200)
     columns: int = option(8, "Frames of each clip.", low=1, high=16)
-    size: Size = option((128, 128), "Size of a frame.", metavar="WIDTHxHEIGHT", read=parse_size, write=write_size)
+    size: Size = option((128, 128), "Size of a frame.", **SIZE)
     split: str = option("train", "train, or test: held out.", choices=("train", "test"))
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import MISSING, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,14 +33,13 @@ _MACHINE = ("model", "max_memory", "device", "dtype")
 Machine = Annotated[Request, Only(_MACHINE)]
 # the clip to take of a video, and the model
 Taken = Annotated[Request, Only(("frames", "size", "fps", *_MACHINE))]
-_output = partial(option, flags=("--output", "-o"), metavar="FILE", complete="file")
 
 
 @dataclass(frozen=True)
 class Output:
     """Where the result goes."""
 
-    output: str = _output(MISSING, "File to write.")
+    output: str = option(MISSING, "File to write.", flags=("--output", "-o"), metavar="FILE", complete="file")
     overwrite: bool = option(False, "Replace existing files.")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
+from functools import cache, partial
 from typing import Any
 
 from cmdgen.cli.batch import Batch, group
@@ -23,8 +24,8 @@ _SETTINGS = (
 def print_forecast(jobs: Iterable[Job | Refused | None], batch: Batch) -> None:
     """Print what would become of checked jobs; Failure where some could not be made."""
     pipeline, say = batch.pipeline, batch.say
-    limits = None
-    estimates: dict[object, Estimate] = {}
+    limits = cache(partial(measure_limits, pipeline.device, pipeline.dtype))
+    foresee = cache(lambda plan, batch: estimate(plan, pipeline.dtype, limits(), batch=batch))
     groups: list[Estimate] = []
     records: list[dict[str, Any]] = []
     for jobs_together in group(jobs, batch.options.batch):
@@ -35,12 +36,8 @@ def print_forecast(jobs: Iterable[Job | Refused | None], batch: Batch) -> None:
         elif jobs_together[0].exists:
             records.append({**jobs_together[0].describe(), "skipped": True})
         else:
-            count = len(jobs_together)
             plan = replace(shared_settings(jobs_together[0].plan), negative="")
-            if (plan, count) not in estimates:
-                limits = limits or measure_limits(pipeline.device, pipeline.dtype)
-                estimates[plan, count] = estimate(plan, pipeline.dtype, limits, batch=count)
-            groups.append(estimates[plan, count])
+            groups.append(foresee(plan, len(jobs_together)))
             records += map(_describe, jobs_together)
     report: dict[str, Any] = {
         **{"model": pipeline.config.name, "folder": str(pipeline.folder)},

@@ -97,7 +97,7 @@ def show(model: Annotated[str, _NAME], say: AsJson) -> None:
 class Init:
     """Options of `cmdgen models init`."""
 
-    preset: str = option(MISSING, "Shape of the model.", choices=tuple(PRESETS), argument=True, metavar="PRESET")
+    preset: str = option(MISSING, "Shape of the model.", choices=tuple(PRESETS), argument=True)
     output: Path = option(MISSING, "The folder to write.", flags=("--output", "-o"))
     seed: int = option(0, "Same seed, same weights.", low=0, high=2**63 - 1)
     dtype: str = option("float16", "Type of the weights.", choices=("float32", "float16", "bfloat16"))

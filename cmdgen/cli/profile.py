@@ -20,23 +20,16 @@ from cmdgen.request import Request, resolve
 Rows = Sequence[dict[str, Any]]
 # what each mode measures, and the options that it reads
 MODES = {
-    "paper": ("--paper counts the paper's own model", ()),
-    "decoding": ("--decoding decodes with the paper's own model", ("size", "runs", "device", "dtype")),
-    "suite": (
-        "--suite measures ways to make one clip",
-        ("model", "size", "steps", "runs", "device", "dtype", "compile"),
-    ),
+    "paper": ("--paper counts the paper's own model", ""),
+    "decoding": ("--decoding decodes with the paper's own model", "size runs device dtype"),
+    "suite": ("--suite measures ways to make one clip", "model size steps runs device dtype compile"),
 }
 PAPER_SIZE = 512, 1024
 # characters of the longest bar
 BAR = 25
 
-SUITE_LABELS = {
-    "paper": "the paper's count",
-    "clip": "prompt to file",
-    "rehash_half": "rehash {full_steps}",
-    "rehash_quarter": "rehash {full_steps}",
-}
+# rows of the suite; the others are with step rehash
+SUITE_LABELS = {"paper": "the paper's count", "clip": "prompt to file"}
 # in the tables, the title and the unit or form of what a key of `to_json` holds
 COLUMNS = {
     "parameters": ("parameters", ""),
@@ -71,7 +64,7 @@ def profile(
     for name, (what, used) in MODES.items():
         if getattr(options, name):
             for flag in flags:
-                if flag not in (name, "as_json", "quiet", *used):
+                if flag not in (name, "as_json", "quiet", *used.split()):
                     raise ValueError(f"{what}: --{flag} has no use there")
     if options.paper:
         from cmdgen.evaluation.flops import compare_with_paper
@@ -261,7 +254,7 @@ def _suite_lines(record: dict[str, Any]) -> list[str]:
     """Return a row for each way to make a clip."""
     rows, step = [*record["rows"].values()], record["unet_step"]
     factor, prefix = scale(step["flops_per_second"])
-    labels = (SUITE_LABELS[name] for name in record["rows"])
+    labels = (SUITE_LABELS.get(name, "rehash {full_steps}") for name in record["rows"])
     columns = [
         ["clip", *(each.format(**row) for each, row in zip(labels, rows, strict=True))],
         ["full", *("{full_steps} + {full_motion_steps}".format(**row) for row in rows)],

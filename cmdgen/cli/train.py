@@ -140,8 +140,8 @@ def _check_gate(stage: str, start: Start, shared: Shared) -> None:
 class Export:
     """Options of `cmdgen train export`."""
 
-    run: Path = option(MISSING, "Folder of the run.", argument=True, metavar="RUN")
-    target: Path = option(MISSING, "Folder to write.", argument=True, metavar="TARGET")
+    run: Path = option(MISSING, "Folder of the run.", argument=True)
+    target: Path = option(MISSING, "Folder to write.", argument=True)
     dtype: str = option("float16", "Type of the weights.", choices=("float32", "float16", "bfloat16"))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmdgen.config import ATTENTIONS, PRESETS, ModelConfig, UNetConfig
-from cmdgen.options import Size, option, parse_size, read_fields, write_size
+from cmdgen.options import SIZE, Size, option, read_fields, write_size
 from cmdgen.request import MACHINE, MAX_SEED, Request, resolve
 from cmdgen.world.config import WORLDS
 
@@ -56,9 +56,7 @@ class Shared:
     data: str | None = _none(
         f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.", complete="world", shown=DATA
     )
-    size: Size | None = _none(
-        "Frame size.", metavar="WIDTHxHEIGHT", shown="the preset's", read=parse_size, write=write_size
-    )
+    size: Size | None = _none("Frame size.", shown="the preset's", **SIZE)
     frames: int | None = _none("Frames of a clip.", low=1, shown="the preset's")
     latents: Path | None = _none("Latents of `cmdgen data precompute` for these clips and VAE.")
     attention: str | None = _none(
