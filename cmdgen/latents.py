@@ -4,7 +4,6 @@ Files are untrusted: every value is checked, and whatever is wrong is one line o
 names the file. What is written appears whole or not at all.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from torch import Tensor
 from cmdgen.config import ModelConfig
 from cmdgen.files import check_file, parse_json, replace_with
 from cmdgen.request import MAX_FPS, Request, resolve
-from cmdgen.video.formats import Encoding, list_files
+from cmdgen.video.formats import Encoding
 from cmdgen.video.write import EncoderError, check_output
 from cmdgen.weights import FLOATS, open_weights
 
@@ -95,22 +94,6 @@ def check_fit(model: ModelConfig, content: Shape | None, motion: Shape | None) -
                 f"the {name} given is of shape {list(got)}, {model.frames} frames of "
                 f"{model.width}x{model.height} by {model.name} have {list(wanted)}"
             )
-
-
-def describe_origin(path: File) -> dict[str, str]:
-    """Return what identifies a file, or a sequence of them (%04d.png), in metadata.
-
-    That is its name, and SHA-256 of all its bytes. Raises FileNotFoundError where there is none,
-    ValueError for a device or a pipe.
-    """
-    digest = hashlib.sha256()
-    for file in list_files(Path(path)):
-        check_file(file)
-        with file.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
-    # bytes that are no text are escaped
-    name = os.fsencode(Path(path).name).decode(errors="backslashreplace")
-    return {"file": name, "sha256": digest.hexdigest()}
 
 
 def save_latents(path: File, latents: Latents, *, overwrite: bool = False) -> None:

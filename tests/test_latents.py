@@ -10,17 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cmdgen.config import CMD_SD15, CMD_SD21, MINI
-from cmdgen.latents import (
-    Latents,
-    check_fit,
-    describe_origin,
-    fit_model,
-    latent_shapes,
-    read_header,
-    read_latents,
-    save_latents,
-)
+from cmdgen.latents import Latents, check_fit, fit_model, latent_shapes, read_header, read_latents, save_latents
 from cmdgen.models.autoencoder import CmdAutoencoder
+from cmdgen.video.formats import describe_origin
 from tests.conftest import tiny_config
 
 # none of float32's

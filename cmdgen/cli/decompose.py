@@ -14,7 +14,7 @@ from cmdgen.cli.naming import check_stdout, check_suffix
 from cmdgen.cli.progress import Bars, JsonOrQuiet, Say
 from cmdgen.options import option
 from cmdgen.request import Request
-from cmdgen.video.formats import FORMATS, STDOUT, Encoding, choose_encoding
+from cmdgen.video.formats import FORMATS, STDOUT, Encoding, choose_encoding, describe_origin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,8 +177,6 @@ def _load(request: Request) -> "tuple[CmdPipeline, Plan]":
 
 def _take_apart(video: Path, pipeline: "CmdPipeline", plan: "Plan", say: Say) -> "tuple[np.ndarray, Latents]":
     """Return a video's frames as the model sees them, and their latents."""
-    from cmdgen.latents import describe_origin
-
     # raises ValueError where memory is too small, before the video is read
     pipeline.encoding_slices(plan)
     clip = read_input(video, plan.model, say)

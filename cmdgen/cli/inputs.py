@@ -12,6 +12,7 @@ from cmdgen.config import ModelConfig
 from cmdgen.metadata import INPUT_FIELDS
 from cmdgen.options import write_size
 from cmdgen.request import Plan, Request, resolve
+from cmdgen.video.formats import describe_origin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from cmdgen.pipelines.still import StillPipeline
 
 CONTENT, MOTION, IMAGE = INPUT_FIELDS
+# what each gives
+_PARTS = {CONTENT: "content", MOTION: "motion", IMAGE: "content"}
 _FLAGS = {"content": "--content-from or --image", "motion": "--motion-from"}
 # suffix of files of latents
 LATENTS = ".safetensors"
@@ -35,24 +38,16 @@ class InputFiles:
     """
 
     def __init__(self, request: Request) -> None:
-        named = {name: getattr(request, name) for name in INPUT_FIELDS}
-        self.paths: dict[str, Path] = {name: path for name, path in named.items() if path}
+        self.paths: dict[str, Path] = {name: path for name in INPUT_FIELDS if (path := getattr(request, name))}
+        self.parts = {_PARTS[name] for name in self.paths}
         if CONTENT in self.paths and IMAGE in self.paths:
             raise ValueError("--content-from and --image both give the content frame: give one")
         for part, flags in _FLAGS.items():
-            if getattr(request, f"{part}_seed") is not None and self.have(part):
+            if getattr(request, f"{part}_seed") is not None and part in self.parts:
                 raise ValueError(f"--{part}-seed has no effect with {flags}: leave it out")
-        self.origin: dict[str, dict[str, str]] = {}
-        if self.paths:
-            from cmdgen.latents import describe_origin
-
-            self.origin = {name: describe_origin(path) for name, path in self.paths.items()}
+        self.origin = {name: describe_origin(path) for name, path in self.paths.items()}
         # by size, length and rate
         self._inputs: dict[tuple[object, ...], Inputs] = {}
-
-    def have(self, part: str) -> bool:
-        """Return whether "content" or "motion" comes from a file."""
-        return MOTION in self.paths if part == "motion" else bool({CONTENT, IMAGE} & {*self.paths})
 
     def check(self) -> None:
         """Raise Failure for a file whose first frame cannot be read."""
@@ -76,7 +71,7 @@ class InputFiles:
             if name in self.paths:
                 if origin.get("sha256") != self.origin[name]["sha256"]:
                     say.note(f"note: {made} of other contents, {file}")
-            elif not self.have("motion" if name == MOTION else "content"):
+            elif _PARTS[name] not in self.parts:
                 raise ValueError(f"{made} {file}: give that file, too")
 
     def fit(self, request: Request, model: ModelConfig) -> Request:

@@ -3,6 +3,8 @@
 Imports no library: `cmdgen --help` needs the table.
 """
 
+import hashlib
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
+
+from cmdgen.files import check_file
 
 # how frames are handed to an encoder, by ffmpeg's names
 Pixels = Literal["rgb24", "yuv420p"]
@@ -285,6 +289,22 @@ def list_files(path: Path) -> list[Path]:
         with suppress(ValueError):
             return list_frames(path) or [path]
     return [path]
+
+
+def describe_origin(path: Path) -> dict[str, str]:
+    """Return what identifies a file, or a sequence of them (%04d.png), in metadata.
+
+    That is its name, and SHA-256 of all its bytes. Raises FileNotFoundError where there is none,
+    ValueError for a device or a pipe.
+    """
+    digest = hashlib.sha256()
+    for file in list_files(path):
+        check_file(file)
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    # bytes that are no text are escaped
+    name = os.fsencode(path.name).decode(errors="backslashreplace")
+    return {"file": name, "sha256": digest.hexdigest()}
 
 
 def name_sidecar(target: Path) -> Path:
