@@ -148,6 +148,14 @@ def test_help_answers_without_torch() -> None:
         assert done.stdout.endswith("\n[]\n"), done.stdout
 
 
+def test_options_are_read_without_pydantic() -> None:
+    code = "import sys; from cmdgen.cli.app import main\ntry: main(sys.argv[1:])\n"
+    code += "finally: print('pydantic' in sys.modules)"
+    done = run(code, "sample", "a dog", "--steps", "x", "-o", "a.mp4")
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert done.stderr == "error: steps 'x' is not a whole number\n"
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch could launch kernels")
 def test_without_cuda_models_do_without_triton() -> None:
     done = run(

@@ -32,9 +32,9 @@ class _Plain:
 
     def get_params(self, ctx: Any) -> list[Any]:
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
-        fields = getattr(self.callback, "fields", {})
+        options = getattr(self.callback, "options", {})
         for each in parameters:
-            keep = partial(_keep, each, each.name in fields, each.process_value)
+            keep = partial(_keep, each, each.name in options, each.process_value)
             vars(each).setdefault("process_value", keep)
         return parameters
 
