@@ -37,11 +37,9 @@ def list_models(say: AsJson) -> None:
     from cmdgen.store.catalogue import describe_folder, describe_preset
     from cmdgen.store.hub import find_cached
 
-    rows: list[dict[str, Any]] = []
-    for name, folder in packaged_models().items():
-        rows.append({"kind": "packaged", **_record(describe_folder(folder, name))})
-    for preset in PRESETS.values():
-        rows.append({"kind": "preset", **_record(describe_preset(preset))})
+    models = packaged_models().items()
+    rows = [{"kind": "packaged", **_record(describe_folder(folder, name))} for name, folder in models]
+    rows += [{"kind": "preset", **_record(describe_preset(preset))} for preset in PRESETS.values()]
     for snapshot in find_cached():
         refs = sorted(snapshot.refs)
         name = f"{snapshot.repo}@{refs[0] if refs else snapshot.commit[:12]}"
