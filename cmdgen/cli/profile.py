@@ -120,6 +120,9 @@ def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
       model, frames, height, width, sampler, steps, guidance, batch, runs,
       device, dtype, torch
       compile                         whether the networks were compiled
+      capture_seconds                 what the first clip of a process takes more
+                                      on a GPU, which captures CUDA graphs; no
+                                      other figure has it. With --suite: of rows
       motion_steps, motion_guidance   null for stills, which have no motion
       matmul_flops_per_second         measured before and after the runs: the
                                       fastest of a few products of square
@@ -153,7 +156,9 @@ def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
     total:
       rows                            an object for each way to make a clip:
                                       paper (no guidance, no VAE, no file), clip
-                                      (the model's guidance, VAE, mp4 on disk),
+                                      (the model's guidance, VAE, mp4 on disk; of
+                                      a smooth clip, as random weights make noise,
+                                      for which encoders take far longer),
                                       rehash_half, rehash_quarter (the same, full
                                       steps chosen uniformly)
       unet_step                       of clip: {seconds, flops_per_second,
@@ -191,6 +196,7 @@ def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
         step = {name: content[name] for name in ("flops_per_second", "share_of_matmul")}
         return profiled | {"unet_step": {"seconds": clip["content_step_seconds"], **step}}
     settings = {name: value for name, value in profiled.items() if name != "rows"}
+    settings["capture_seconds"] = clip["capture_seconds"]
     return settings | {"stages": clip["stages"], "total": {name: clip[name] for name in content}}
 
 

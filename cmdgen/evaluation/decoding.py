@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.acceleration.memory import FusedAttention, Work, choose_slices, peak_bytes
 from cmdgen.acceleration.slicer import decode_clip, decode_pictures
 from cmdgen.config import ModelConfig
@@ -29,12 +30,17 @@ class _Decoder:
         self.device = device
         with device:
             self.autoencoder = CmdAutoencoder(model.autoencoder).to(dtype)
-            self.vae = KlVae(model.vae).to(dtype)
+            vae: Any = KlVae(model.vae)
+            self.vae: KlVae = vae.to(dtype=dtype, memory_format=torch.channels_last)
             content, motion = (torch.randn(1, *shape).to(dtype) for shape in latent_shapes(model))
         self.halves = content, motion
 
     def decode(self, slices: Slices | None) -> Stopwatch:
         """() -> seconds of "clip", the autoencoder, and "vae"; those of its first slice scaled."""
+        with fastest_libraries(self.device):
+            return self._decode(slices)
+
+    def _decode(self, slices: Slices | None) -> Stopwatch:
         watch = Stopwatch(self.device)
         with watch.stage("clip"):
             if slices is None:

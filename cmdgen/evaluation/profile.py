@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from pathlib import Path
 from statistics import median
@@ -20,12 +20,14 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as record
 
 from cmdgen.acceleration.calibration import PARTS
+from cmdgen.config import ModelConfig
 from cmdgen.evaluation.flops import Work, count_work
 from cmdgen.files import replace_with
 from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.observer import Observer
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request
+from cmdgen.video.pixels import CONVERT
 from cmdgen.video.write import open_video
 
 PROMPT = "a corgi swimming"
@@ -87,12 +89,14 @@ def _fastest(work: Callable[[], object], device: torch.device) -> float:
 
 @dataclass
 class Stopwatch(Observer):
-    """Measures seconds and the highest memory of each stage, and waits for all of its work."""
+    """Measures seconds and the highest memory of each stage; a GPU's own clock, which waits for nothing."""
 
     device: torch.device
     # takes frames as soon as they are decoded
     write: Callable[[np.ndarray], object] = lambda frames: None
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    # stages of a GPU that may still be under way
+    _laps: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
     # "resident" on a CPU, "allocated" and "reserved" on a GPU; empty where that cannot be told
     memory: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
@@ -100,12 +104,25 @@ class Stopwatch(Observer):
     def stage(self, name: str) -> Iterator[None]:
         """Measure a stage; one that is entered again adds to its time."""
         _forget_peak(self.device)
-        _wait(self.device)
-        started = time.perf_counter()
-        yield
-        _wait(self.device)
-        self.seconds[name] += time.perf_counter() - started
+        if self.device.type == "cuda":
+            started = _mark(self.device)
+            yield
+            self._laps.append((name, started, _mark(self.device)))
+        else:
+            begun = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - begun
         self.memory[name] |= _peak(self.device)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each stage, when all have ended."""
+        if self._laps:
+            torch.cuda.synchronize(self.device)
+        while self._laps:
+            name, started, ended = self._laps.pop()
+            self._seconds[name] += started.elapsed_time(ended) / 1000
+        return self._seconds
 
     def frames(self, clip: int, frames: np.ndarray) -> None:
         """Write frames, if they go anywhere."""
@@ -159,12 +176,21 @@ class Way:
                 assert isinstance(observer, Stopwatch)
                 size, about = (model.height, model.width), pipeline.describe(plans[0])
                 file = open_video(f"{path}.mp4", size, model.fps, about, pixels="yuv420p")
-                observer.write = stack.enter_context(file)
+                write, shown = stack.enter_context(file), iter(smooth_clip(model))
+                observer.write = lambda frames: write(np.stack([next(shown) for _ in frames]))
             clips = pipeline.run(plans, observer, pixels="yuv420p")
         if self.encode == "after":
             with observer.stage("video encode"):
                 for i, clip in enumerate(clips):
                     clip.save(f"{path}-{i}.{'mp4' if self.plan.moves else 'png'}")
+
+
+def smooth_clip(model: ModelConfig) -> np.ndarray:
+    """() -> (T, ...) yuv420p of waves that move: random weights make noise, for which encoders take far longer."""
+    t, y, x = (torch.linspace(0, 6, length) for length in (model.frames, model.height, model.width))
+    wave = torch.sin(t[:, None, None] + y[:, None] + x)  # (T, H, W)
+    frames: np.ndarray = CONVERT["yuv420p"](torch.stack([wave, wave.flip(1), wave.flip(2)], dim=1)).numpy()
+    return frames
 
 
 def vary(plan: Plan, prompt: str, seed: int) -> Plan:
@@ -196,11 +222,13 @@ def profile(load: Callable[[], StillPipeline], ways: Mapping[str, Way], *, runs:
             if device.type == "cuda" and i == 0:
                 # what others keep for reuse would count as reserved by this one
                 torch.cuda.empty_cache()
-            watch = Stopwatch(device)
+            watch, path, previous = Stopwatch(device), Path(folder, f"{name}-{i}"), id(pipeline)
             with watch.stage("total"):
                 # the pipeline of the run before is let go of before this one reads its weights
                 pipeline = load()
-                ways[name].make(pipeline, watch, Path(folder, f"{name}-{i}"), i)
+                ways[name].make(pipeline, watch, path, i)
+            if pipeline.uses_graphs and id(pipeline) != previous:
+                watch = _repeat(watch, partial(ways[name].make, pipeline, path=Path(f"{path}-again"), run=i))
             if i > 0:
                 measured[name].append(watch)
             show("run", done, len(turns))
@@ -219,6 +247,17 @@ def profile(load: Callable[[], StillPipeline], ways: Mapping[str, Way], *, runs:
         "copy_bytes_per_second": limits.bytes_per_second,
         "rows": {name: _describe_row(ways[name], dtype, limits, measured[name]) for name in ways},
     }
+
+
+def _repeat(first: Stopwatch, make: Callable[..., None]) -> Stopwatch:
+    """Make a clip again that was the first of its pipeline; its graphs were captured, "capture" is what that took."""
+    watch, load = Stopwatch(first.device), first.seconds["load"]
+    with watch.stage("total"):
+        make(observer=watch)
+    watch.seconds["capture"] = first.seconds["total"] - load - watch.seconds["total"]
+    watch.seconds["load"], watch.memory["load"] = load, first.memory["load"]
+    watch.seconds["total"] += load
+    return watch
 
 
 def _describe_row(way: Way, dtype: torch.dtype, limits: Limits, watches: list[Stopwatch]) -> dict[str, Any]:
@@ -240,6 +279,7 @@ def _describe_row(way: Way, dtype: torch.dtype, limits: Limits, watches: list[St
         **{"full_steps": content, "full_motion_steps": motion},
         **{"guidance": model.guidance, "motion_guidance": model.motion_guidance},
         "content_step_seconds": stages["content"]["seconds"]["median"] / model.steps,
+        "capture_seconds": median(watch.seconds["capture"] for watch in watches),
         "stages": stages,
     }
 
@@ -287,10 +327,22 @@ def trace(pipeline: StillPipeline, way: Way, path: Path) -> None:
     activities = [ProfilerActivity.CPU]
     if pipeline.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with TemporaryDirectory() as folder, record(activities=activities) as recorded:
-        way.make(pipeline, Tracer(), Path(folder, "clip"))
+    with TemporaryDirectory() as folder:
+        if pipeline.uses_graphs:
+            # or the trace would be of capturing them
+            way.make(pipeline, Observer(), Path(folder, "first"))
+        with record(activities=activities) as recorded:
+            way.make(pipeline, Tracer(), Path(folder, "clip"))
     with replace_with(path) as temporary:
         recorded.export_chrome_trace(str(temporary))
+
+
+def _mark(device: torch.device) -> torch.cuda.Event:
+    """Return a moment in what this GPU has to do."""
+    with torch.cuda.device(device):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+    return event
 
 
 def _wait(device: torch.device) -> None:

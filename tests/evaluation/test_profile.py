@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from cmdgen.acceleration import graphs
 from cmdgen.evaluation import profile as profiling
 from cmdgen.evaluation.flops import count_work
-from cmdgen.evaluation.profile import Stopwatch, full_steps, measure_limits, plan_suite, profile
+from cmdgen.evaluation.profile import Stopwatch, Way, full_steps, measure_limits, plan_suite, profile, smooth_clip
+from cmdgen.pipelines.load import load_pipeline
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Request
 from cmdgen.video.read import read_metadata, read_video
@@ -118,6 +121,37 @@ def test_the_paper_counts_its_stages_and_a_user_waits_for_the_file(pipeline, mon
     content = clip["stages"]["content"]
     assert content["flops_per_second"] == content["flops"] > 0
     assert content["share_of_matmul"] == content["flops"] / 100
+
+
+def test_a_clip_that_captures_is_not_the_one_that_is_timed(tiny_model, monkeypatch, quick_limits):
+    captured = []
+
+    def capture(function, inputs, pool):
+        captured.append(len(inputs))
+        # what a capture takes, many times over
+        time.sleep(0.1)
+        return lambda: function(*inputs)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+
+    def load():
+        loaded = load_pipeline(tiny_model, device="cpu")
+        loaded.uses_graphs = True
+        return loaded
+
+    way = Way(load().plan(SMALL))
+    row = profile(load, {"clip": way}, runs=1, show=lambda *_: None)["rows"]["clip"]
+    # two networks of two pipelines
+    assert len(captured) == 4
+    assert row["capture_seconds"] > 0.15
+    assert sum(stage["seconds"]["median"] for stage in row["stages"].values()) <= row["seconds"]["median"]
+
+
+def test_a_smooth_clip_has_the_sizes_of_the_frames(pipeline):
+    model = replace(pipeline.config, frames=5, height=32, width=48)
+    frames = smooth_clip(model)
+    assert frames.shape == (5, 48, 48) and frames.dtype == np.uint8
+    assert np.abs(np.diff(frames[:, :32].astype(int), axis=2)).max() < 40 < np.ptp(frames[:, :32])
 
 
 def test_the_file_that_is_waited_for_is_the_clip(pipeline, tmp_path):
