@@ -66,6 +66,7 @@ def show(model: Annotated[str, _NAME], say: AsJson) -> None:
 
     A part fits a preset that has the same configuration. The size of a preset is the size of the
     model that `cmdgen models init` writes.
+    The UNet of a model that others wrote runs once, to check what its scheduler says of it.
 
     Examples:
         cmdgen models show mini
@@ -148,9 +149,17 @@ def pull(repository: Annotated[str, _REPOSITORY], output: Annotated[Path | None,
 def _describe_files(folder: Path, name: str) -> "Model":
     """Describe a folder; if its files are wrong, the command line is not at fault."""
     from cmdgen.store.catalogue import describe_folder
+    from cmdgen.store.parts import read_index
 
     try:
-        return describe_folder(folder, name)
+        described = describe_folder(folder, name)
+        names = {part.name for part in described.parts}
+        if "cmdgen" not in read_index(folder) and {"text_encoder", "unet", "vae"} <= names:
+            # others wrote the scheduler, which has to say what their UNet predicts
+            from cmdgen.pipelines.load import load_pipeline
+
+            load_pipeline(folder, device="cpu").check_prediction()
+        return described
     except ValueError as error:
         raise Failure(describe(error)) from error
 

@@ -141,18 +141,12 @@ class Pipeline(ABC):
 
         Raises ValueError, naming the file at fault.
         """
-        observer, loaded = observer or Observer(), self.loaded
+        observer = observer or Observer()
         observer.step("load", 0, 1)
         with observer.stage("load"):
             for name in names or network_configs(self.config):
                 self.part(name)
-            if self.loaded and not loaded:
-                self.check_parts()
         observer.step("load", 1, 1)
-
-    @abstractmethod
-    def check_parts(self) -> None:
-        """Raise ValueError where parts that were read do not go together."""
 
     def _check(self, plans: Sequence[Plan], pixels: Pixels, inputs: Inputs) -> None:
         if pixels not in CONVERT:

@@ -149,8 +149,11 @@ class StillPipeline(Pipeline):
         return int(ids[0, length - 1]) in (self.tokenizer.eos_id, self.tokenizer.pad_id)
 
     @torch.inference_mode()
-    def check_parts(self) -> None:
-        """Raise ValueError where the UNet predicts something else than the schedule says."""
+    def check_prediction(self) -> None:
+        """Raise ValueError where the UNet predicts something else than the schedule says.
+
+        It runs once, for what others wrote: `cmdgen models pull` and `show` ask, sampling does not.
+        """
         expected, unet = self.config.noise.prediction_type, self.unet
         ids = self.tokenizer([""], self.text_length).to(self.device)
         text = self.text_encoder(ids).last_hidden_state

@@ -1,12 +1,14 @@
 """`cmdgen models` from the shell: what is printed, and how it ends."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from cmdgen.cli.app import main
+from cmdgen.config import packaged_models
 
 
 @pytest.fixture
@@ -60,6 +62,21 @@ def test_init_writes_a_folder_once_that_show_knows(models, tmp_path: Path) -> No
     code, out, err = models("init", "mini", "-o", folder)
     assert (code, out) == (2, "")
     assert err == f"error: {folder} exists already: give another folder\n"
+
+
+def test_show_tries_out_what_the_unet_of_others_predicts(models, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    shutil.copytree(packaged_models()["mini"], folder)
+    # what is left is a Stable Diffusion folder
+    for name in ("autoencoder", "motion"):
+        shutil.rmtree(folder / name)
+    index, scheduler = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+    index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "cmdgen"}))
+    assert models("show", folder)[0] == 0
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "epsilon"}))
+    code, out, err = models("show", folder)
+    assert (code, out) == (1, "")
+    assert err == f"error: {scheduler}: prediction_type is epsilon, but unet/ predicts v_prediction: correct it\n"
 
 
 @pytest.mark.parametrize(

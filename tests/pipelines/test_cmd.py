@@ -105,11 +105,10 @@ def test_a_unet_that_predicts_otherwise_than_its_schedule_says_is_refused(tmp_pa
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": said}))
     model = load_pipeline(tmp_path / "mini")
     if said == "v_prediction":
-        model.load()
-        assert model.unet.config == model.config.content
+        model.check_prediction()
     else:
         with pytest.raises(ValueError) as error:
-            model.sample(PROMPT)
+            model.check_prediction()
         assert str(error.value) == (f"{path}: prediction_type is epsilon, but unet/ predicts v_prediction: correct it")
 
 
