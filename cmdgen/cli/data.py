@@ -108,13 +108,13 @@ def precompute(
 
     import torch
 
-    from cmdgen.pipelines.device import choose_device
+    from cmdgen.pipelines.device import use_device
     from cmdgen.training.data import open_data
     from cmdgen.training.latents import Codec, Encodings
 
     if latents.threads is not None:
         torch.set_num_threads(latents.threads)
-    device = choose_device(machine.device)
+    device = use_device(machine.device)
     bf16 = train.uses_bf16(device.type)
     codec = Codec(latents.vae / "vae", model, device, bf16, machine.max_memory)
     with Stop("these clips") as stop, say.progress() as show:

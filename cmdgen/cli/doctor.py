@@ -45,13 +45,10 @@ def doctor(context: typer.Context, machine: Device, say: AsJson) -> None:
 
     import torch
 
-    from cmdgen.pipelines.device import choose_device
+    from cmdgen.pipelines.device import use_device
     from cmdgen_kernels import samples
 
-    device = choose_device(machine.device)
-    if device.index is not None:
-        # kernels are launched on the current GPU
-        torch.cuda.set_device(device)
+    device = use_device(machine.device)
     facts = {
         "cmdgen": __version__,
         "python": platform.python_version(),

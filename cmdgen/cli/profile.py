@@ -104,10 +104,10 @@ def _measure(request: Request, options: Profiling, say: Say) -> dict[str, Any]:
 
 def _decode(request: Request, runs: int, say: Say) -> tuple[list[str], list[dict[str, Any]]]:
     from cmdgen.evaluation.decoding import compare_decoding
-    from cmdgen.pipelines.device import choose_device, choose_dtype
+    from cmdgen.pipelines.device import choose_dtype, use_device
 
     model = resolve(Request(size=request.size or PAPER_SIZE), CMD_SD21).model
-    device = choose_device(request.device)
+    device = use_device(request.device)
     dtype = choose_dtype(request.dtype, device)
     with on_the_way("ask for a smaller --size"), say.progress() as show:
         ways = compare_decoding(model, device, dtype, runs=runs, show=show)

@@ -85,7 +85,7 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
 
     import torch
 
-    from cmdgen.pipelines.device import choose_device
+    from cmdgen.pipelines.device import use_device
     from cmdgen.training.context import Run
     from cmdgen.training.data import open_data
     from cmdgen.training.loop import learning_rate
@@ -96,10 +96,7 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
     shared = settle(start.folder, shared)
     model = build_model(shared)
     config, loss = recipe(model.name, stage).replaced(settings)
-    device = choose_device(device_name)
-    if device.index is not None:
-        # kernels are launched on the current GPU
-        torch.cuda.set_device(device)
+    device = use_device(device_name)
     data = open_data(shared.data or DATA, start.clips, model, device)
     deadline = None if config.minutes is None else started + 60 * config.minutes
     smaller = "ask for a smaller --batch or --size, more --accumulate, or --gradient-checkpointing"

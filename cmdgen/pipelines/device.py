@@ -22,6 +22,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def use_device(name: str) -> torch.device:
+    """Return the device of a name, for what runs outside of pipelines: kernels are launched on the current GPU."""
+    device = choose_device(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of a name; "auto" is the fastest safe one. ValueError lists the names."""
     if name == "auto":
