@@ -181,7 +181,8 @@ def _group_norm_silu_combine_kernel(
         b_delta = tl.load(mean_ptr + o_part, mask=mask, other=0.0) + b_shift[None, :] - mean
         b_sum += tl.load(square_ptr + o_part, mask=mask, other=0.0)
         b_sum += b_count.to(tl.float32) * b_delta * b_delta
-    deviation = tl.sqrt(tl.sum(b_sum) / (P * GROUP) + eps)
+    # CUDA's approximate 1 / 1 in Welford's first step may leave a little less than nothing
+    deviation = tl.sqrt(tl.maximum(tl.sum(b_sum), 0.0) / (P * GROUP) + eps)
 
     b_scale = tl.load(weight_ptr + o_c, mask=m_g, other=0.0).to(tl.float32) / deviation
     b_offset = tl.load(bias_ptr + o_c, mask=m_g, other=0.0).to(tl.float32)

@@ -2,6 +2,7 @@ import os
 from collections.abc import Callable, Iterator
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +39,31 @@ def kernels() -> Iterator[None]:
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
+
+
+@pytest.fixture
+def approximate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's float32 functions err as far as PTX allows ex2.approx, div.full and sqrt.approx."""
+    if DEVICE == "cuda":
+        pytest.skip("CUDA's own functions are approximate")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    log2e, ulp = np.float32(np.log2(np.e)), 2.0**-23
+    # not all in one direction, which would cancel in x / (1 + exp(-x))
+    functions = {
+        "exp": (lambda x: np.exp2(x * log2e), 2 * ulp),
+        "exp2": (np.exp2, 2 * ulp),
+        "sqrt": (np.sqrt, -ulp),
+        "fdiv": (np.divide, -2 * ulp),
+    }
+    for name, (function, error) in functions.items():
+
+        def run(self, *operands, function=function, error=error):
+            values = function(*(x.data for x in operands))
+            if values.dtype == np.float32:
+                values = values * np.float32(1 + error)
+            return interpreter.TensorHandle(values, operands[0].dtype)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, f"create_{name}", run)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -84,6 +85,24 @@ def test_a_large_mean_does_not_cancel_the_deviations(way, device, check):
     # nor where the first positions say little of the others
     x[:, :, 5:] -= 6000.0
     check(x, weight, bias, groups=2)
+
+
+# Welford's first step divides 1 by 1: a little more than 1 makes squares negative
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("ulps", [-2, 2])
+def test_a_constant_map_of_large_mean_is_finite_whatever_division_errs(ulps, device, monkeypatch):
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    monkeypatch.setattr(MODULE, "LARGEST_WHOLE", 0)
+    divide, factor = interpreter.InterpreterBuilder.create_fdiv, np.float32(1 + ulps * 2.0**-23)
+
+    def approximate(self, left, right):
+        quotient = divide(self, left, right)
+        return interpreter.TensorHandle(quotient.data * factor, quotient.dtype)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fdiv", approximate)
+    _, weight, bias, _ = inputs((1, 8, 60, 90), torch.float32, device)
+    x = torch.full((1, 8, 60, 90), 500.0, device=device).contiguous(memory_format=torch.channels_last)
+    assert op(x, weight, bias, groups=2).isfinite().all()
 
 
 # where a tile ends, positions that are not there overflow in the interpreter
