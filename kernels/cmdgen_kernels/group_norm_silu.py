@@ -8,18 +8,25 @@ arXiv:1803.08494). Where a group fits in one program's registers, one kernel doe
 three do, with enough programs to fill a GPU and no atomics:
 
     partial   each channel's mean and sum of squared deviations in each of S parts of the positions
-    combine   these of a group, by Chan et al. 1979's rule, to a scale and an offset per channel
-    apply     act(scale x + offset)
+    combine   these of a group, by Chan et al. 1979's rule
+    apply     act(weight (x - centre) / deviation + bias), where centre[b, c] is mean - shift
 
 Deviations are from a mean, never a difference of sums: a large mean does not cancel them. `shift`
-moves a channel's mean and not its deviations, so that only `combine` sees it.
+moves a channel's mean and not its deviations, so that only `combine` sees it. The backward pass is
+three kernels alike. With n = (y - mean) / deviation and g the gradient of weight n + bias, they take
+the sums of g, g n and n over the positions, these of a group, and
+
+    dx = (weight g - mean(weight g) - n mean(weight g n)) / deviation
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from cmdgen_kernels.dispatch import inference_obstacle
+from cmdgen_kernels.dispatch import obstacle
 from cmdgen_kernels.language import power_of_two, program, tl, triton
 
 ACTIVATIONS = ("silu", "none")
@@ -63,8 +70,11 @@ def _group_norm_silu_whole_kernel(
     bias_ptr,
     shift_ptr,
     out_ptr,
+    centre_ptr,
+    inverse_ptr,
     C,
     P,
+    shift_b,
     eps,
     GROUP: tl.constexpr,
     SILU: tl.constexpr,
@@ -82,13 +92,21 @@ def _group_norm_silu_whole_kernel(
     o_x = o_p[:, None] * C + o_c[None, :]
     b_x = tl.load(x_ptr + i_b * P * C + o_x, mask=mask, other=0.0).to(tl.float32)
     if shift_ptr is not None:
-        b_shift = tl.load(shift_ptr + i_b * C + o_c, mask=m_g, other=0.0).to(tl.float32)
+        b_shift = tl.load(shift_ptr + i_b * shift_b + o_c, mask=m_g, other=0.0).to(tl.float32)
         b_x = tl.where(mask, b_x + b_shift[None, :], 0.0)
 
-    b_x = tl.where(mask, b_x - tl.sum(b_x) / (P * GROUP), 0.0)
+    mean = tl.sum(b_x) / (P * GROUP)
+    b_x = tl.where(mask, b_x - mean, 0.0)
     # once more: of a large mean the rounding is left, which a small deviation would magnify
-    b_x = tl.where(mask, b_x - tl.sum(b_x) / (P * GROUP), 0.0)
+    rest = tl.sum(b_x) / (P * GROUP)
+    b_x = tl.where(mask, b_x - rest, 0.0)
     deviation = tl.sqrt(tl.sum(b_x * b_x) / (P * GROUP) + eps)
+    if centre_ptr is not None:
+        b_centre = tl.zeros([BLOCK_G], tl.float32) + (mean + rest)
+        if shift_ptr is not None:
+            b_centre -= b_shift
+        tl.store(centre_ptr + i_b * C + o_c, b_centre, mask=m_g)
+        tl.store(inverse_ptr + i_b * C + o_c, tl.zeros([BLOCK_G], tl.float32) + 1.0 / deviation, mask=m_g)
     b_scale = tl.load(weight_ptr + o_c, mask=m_g, other=0.0).to(tl.float32) / deviation
     b_bias = tl.load(bias_ptr + o_c, mask=m_g, other=0.0).to(tl.float32)
     b_x = b_x * b_scale[None, :] + b_bias[None, :]
@@ -138,15 +156,14 @@ def _group_norm_silu_partial_kernel(
 def _group_norm_silu_combine_kernel(
     mean_ptr,
     square_ptr,
-    weight_ptr,
-    bias_ptr,
     shift_ptr,
-    scale_ptr,
-    offset_ptr,
+    centre_ptr,
+    inverse_ptr,
     C,
     P,
     part,
     parts,
+    shift_b,
     eps,
     GROUP: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -162,7 +179,7 @@ def _group_norm_silu_combine_kernel(
     square_ptr += i_b * parts * C
     b_shift = tl.zeros([BLOCK_G], tl.float32)
     if shift_ptr is not None:
-        b_shift = tl.load(shift_ptr + i_b * C + o_c, mask=m_g, other=0.0).to(tl.float32)
+        b_shift = tl.load(shift_ptr + i_b * shift_b + o_c, mask=m_g, other=0.0).to(tl.float32)
 
     b_sum = tl.zeros([BLOCK_S, BLOCK_G], tl.float32)
     for start in range(0, parts, BLOCK_S):
@@ -183,86 +200,305 @@ def _group_norm_silu_combine_kernel(
         b_sum += b_count.to(tl.float32) * b_delta * b_delta
     # CUDA's approximate 1 / 1 in Welford's first step may leave a little less than nothing
     deviation = tl.sqrt(tl.maximum(tl.sum(b_sum), 0.0) / (P * GROUP) + eps)
+    tl.store(centre_ptr + i_b * C + o_c, mean - b_shift, mask=m_g)
+    tl.store(inverse_ptr + i_b * C + o_c, tl.zeros([BLOCK_G], tl.float32) + 1.0 / deviation, mask=m_g)
 
-    b_scale = tl.load(weight_ptr + o_c, mask=m_g, other=0.0).to(tl.float32) / deviation
-    b_offset = tl.load(bias_ptr + o_c, mask=m_g, other=0.0).to(tl.float32)
-    tl.store(scale_ptr + i_b * C + o_c, b_scale, mask=m_g)
-    tl.store(offset_ptr + i_b * C + o_c, b_offset + (b_shift - mean) * b_scale, mask=m_g)
+
+@triton.jit
+def _place(C, P, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """() -> this program's sample and channels, its offsets in the map and their mask."""
+    i_row, o_c = program(C, BLOCK_C)
+    n_tiles = tl.cdiv(P, BLOCK_P)
+    i_b, o_p = i_row // n_tiles, i_row % n_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    return i_b, o_c, i_b * P * C + o_p[:, None] * C + o_c[None, :], (o_p < P)[:, None] & (o_c < C)[None, :]
+
+
+@triton.jit
+def _row(pointer, o_c, m_c):
+    return tl.load(pointer + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 def _group_norm_silu_apply_kernel(
-    x_ptr, scale_ptr, offset_ptr, out_ptr, C, P, SILU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    centre_ptr,
+    inverse_ptr,
+    out_ptr,
+    C,
+    P,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     # one program: BLOCK_P positions of BLOCK_C channels of one sample
-    i_row, o_c = program(C, BLOCK_C)
-    n_tiles = tl.cdiv(P, BLOCK_P)
-    i_b, o_p = i_row // n_tiles, i_row % n_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    i_b, o_c, o_x, mask = _place(C, P, BLOCK_P, BLOCK_C)
     m_c = o_c < C
-    mask = (o_p < P)[:, None] & m_c[None, :]
-    o_x = i_b * P * C + o_p[:, None] * C + o_c[None, :]
     b_x = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
-    b_scale = tl.load(scale_ptr + i_b * C + o_c, mask=m_c, other=0.0)
-    b_offset = tl.load(offset_ptr + i_b * C + o_c, mask=m_c, other=0.0)
-    b_x = b_x * b_scale[None, :] + b_offset[None, :]
+    b_scale = _row(weight_ptr, o_c, m_c) * _row(inverse_ptr + i_b * C, o_c, m_c)
+    b_x = (b_x - _row(centre_ptr + i_b * C, o_c, m_c)) * b_scale + _row(bias_ptr, o_c, m_c)
     if SILU:
         b_x = _silu(b_x)
     tl.store(out_ptr + o_x, b_x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, *, groups: int, eps: float, silu: bool
-) -> Tensor:
-    """(B, C, H, W), (C), (C), (B, C) -> (B, C, H, W), both channels_last."""
-    out = torch.empty_like(x, memory_format=torch.channels_last)
-    if out.numel() == 0:
-        return out
-    batch, channels = x.shape[:2]
-    positions, group = x.shape[2] * x.shape[3], channels // groups
-    weight, bias = weight.contiguous(), bias.contiguous()
-    shift = None if shift is None else shift.contiguous()
+@triton.jit
+def _gradient(b_grad, b_n, b_weight, b_bias, SILU: tl.constexpr):
+    """() -> the gradient of weight n + bias from that of its activation."""
+    if SILU:
+        b_y = b_weight * b_n + b_bias
+        b_share = 1.0 / (1.0 + tl.exp2(-b_y * LOG2E))
+        b_grad *= b_share * (1.0 + b_y * (1.0 - b_share))
+    return b_grad
 
-    block_p, block_g = power_of_two(positions), power_of_two(group)
-    # a group narrower than 8 channels takes more accesses, and wastes what they read beside it
-    if block_p * max(block_g, 8) <= LARGEST_WHOLE:
-        warps = min(max(block_p * block_g // 512, 1), 16)
-        options = {"GROUP": group, "SILU": silu, "BLOCK_P": block_p, "BLOCK_G": block_g}
-        _group_norm_silu_whole_kernel[(batch, groups)](
-            x, weight, bias, shift, out, channels, positions, eps, num_warps=warps, **options
+
+@triton.jit
+def _group_norm_silu_bwd_partial_kernel(
+    x_ptr,
+    grad_ptr,
+    weight_ptr,
+    bias_ptr,
+    centre_ptr,
+    inverse_ptr,
+    sums_ptr,
+    C,
+    P,
+    part,
+    parts,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # one program: BLOCK_C channels of one sample, at the positions of one part
+    i_row, o_c = program(C, BLOCK_C)
+    i_b = i_row // parts
+    first = (i_row % parts) * part
+    last = tl.minimum(first + part, P)
+    o_p = tl.arange(0, BLOCK_P)
+    m_c = o_c < C
+    b_weight, b_bias = _row(weight_ptr, o_c, m_c), _row(bias_ptr, o_c, m_c)
+    b_centre, b_inverse = _row(centre_ptr + i_b * C, o_c, m_c), _row(inverse_ptr + i_b * C, o_c, m_c)
+
+    b_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    b_gn = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    b_sum = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(first, last, BLOCK_P):
+        mask = (start + o_p < last)[:, None] & m_c[None, :]
+        o_x = i_b * P * C + (start + o_p)[:, None] * C + o_c[None, :]
+        b_x = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
+        b_grad = tl.load(grad_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
+        b_n = tl.where(mask, (b_x - b_centre) * b_inverse, 0.0)
+        b_grad = _gradient(b_grad, b_n, b_weight, b_bias, SILU)
+        b_g += b_grad
+        b_gn += b_grad * b_n
+        b_sum += b_n
+    # (B, S, 3, C)
+    sums_ptr += i_row * 3 * C + o_c
+    tl.store(sums_ptr, tl.sum(b_g, axis=0), mask=m_c)
+    tl.store(sums_ptr + C, tl.sum(b_gn, axis=0), mask=m_c)
+    tl.store(sums_ptr + 2 * C, tl.sum(b_sum, axis=0), mask=m_c)
+
+
+@triton.jit
+def _group_norm_silu_bwd_combine_kernel(
+    sums_ptr,
+    weight_ptr,
+    inverse_ptr,
+    means_ptr,
+    grad_weight_ptr,
+    grad_bias_ptr,
+    grad_shift_ptr,
+    B,
+    C,
+    P,
+    parts,
+    GROUP: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    # one program: all parts of the GROUP channels of one group of all samples, one after another
+    o_s = tl.arange(0, BLOCK_S)
+    o_g = tl.arange(0, BLOCK_G)
+    m_g = o_g < GROUP
+    o_c = tl.program_id(0) * GROUP + o_g
+    b_weight = tl.load(weight_ptr + o_c, mask=m_g, other=0.0).to(tl.float32)
+    b_grad_weight = tl.zeros([BLOCK_G], tl.float32)
+    b_grad_bias = tl.zeros([BLOCK_G], tl.float32)
+    for i_b in range(B):
+        b_g = tl.zeros([BLOCK_S, BLOCK_G], tl.float32)
+        b_gn = tl.zeros([BLOCK_S, BLOCK_G], tl.float32)
+        b_n = tl.zeros([BLOCK_S, BLOCK_G], tl.float32)
+        for start in range(0, parts, BLOCK_S):
+            mask = (start + o_s < parts)[:, None] & m_g[None, :]
+            o_part = (i_b * parts + start + o_s)[:, None] * (3 * C) + o_c[None, :]
+            b_g += tl.load(sums_ptr + o_part, mask=mask, other=0.0)
+            b_gn += tl.load(sums_ptr + C + o_part, mask=mask, other=0.0)
+            b_n += tl.load(sums_ptr + 2 * C + o_part, mask=mask, other=0.0)
+        b_sum, b_product = tl.sum(b_g, axis=0), tl.sum(b_gn, axis=0)
+        b_grad_bias += b_sum
+        b_grad_weight += b_product
+        mean = tl.sum(b_weight * b_sum) / (P * GROUP)
+        mean_product = tl.sum(b_weight * b_product) / (P * GROUP)
+        # (B, 2, C)
+        o_mean = means_ptr + i_b * 2 * C + o_c
+        tl.store(o_mean, tl.zeros([BLOCK_G], tl.float32) + mean, mask=m_g)
+        tl.store(o_mean + C, tl.zeros([BLOCK_G], tl.float32) + mean_product, mask=m_g)
+        if grad_shift_ptr is not None:
+            b_inverse = tl.load(inverse_ptr + i_b * C + o_c, mask=m_g, other=0.0)
+            b_shift = (b_weight * b_sum - P * mean - tl.sum(b_n, axis=0) * mean_product) * b_inverse
+            tl.store(grad_shift_ptr + i_b * C + o_c, b_shift.to(grad_shift_ptr.dtype.element_ty), mask=m_g)
+    tl.store(grad_weight_ptr + o_c, b_grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=m_g)
+    tl.store(grad_bias_ptr + o_c, b_grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=m_g)
+
+
+@triton.jit
+def _group_norm_silu_bwd_apply_kernel(
+    x_ptr,
+    grad_ptr,
+    weight_ptr,
+    bias_ptr,
+    centre_ptr,
+    inverse_ptr,
+    means_ptr,
+    grad_x_ptr,
+    C,
+    P,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # one program: BLOCK_P positions of BLOCK_C channels of one sample
+    i_b, o_c, o_x, mask = _place(C, P, BLOCK_P, BLOCK_C)
+    m_c = o_c < C
+    b_x = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
+    b_grad = tl.load(grad_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
+    b_weight, b_inverse = _row(weight_ptr, o_c, m_c), _row(inverse_ptr + i_b * C, o_c, m_c)
+    b_n = (b_x - _row(centre_ptr + i_b * C, o_c, m_c)) * b_inverse
+    b_grad = _gradient(b_grad, b_n, b_weight, _row(bias_ptr, o_c, m_c), SILU)
+    b_mean, b_product = _row(means_ptr + i_b * 2 * C, o_c, m_c), _row(means_ptr + (i_b * 2 + 1) * C, o_c, m_c)
+    b_grad = (b_weight * b_grad - b_mean - b_n * b_product) * b_inverse
+    tl.store(grad_x_ptr + o_x, b_grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+class Tiles(NamedTuple):
+    """How programs share a map: tiles of it, and parts of the positions of several tiles each."""
+
+    options: dict[str, int]
+    # of channels, and of positions
+    blocks: int
+    tiles: int
+    # the positions of one part, a multiple of the tile's, and the number of parts
+    part: int
+    parts: int
+
+
+def _tiles(x: Tensor, vectors: int) -> Tiles:
+    """(B, C, H, W) -> tiles in which 128 threads hold so many times 16 bytes, at most 64 channels wide."""
+    batch, channels, height, width = x.shape
+    block_c = min(64, power_of_two(channels))
+    block_p = 128 * vectors * 16 // x.element_size() // block_c
+    blocks, tiles = triton.cdiv(channels, block_c), triton.cdiv(height * width, block_p)
+    part = triton.cdiv(tiles, triton.cdiv(PROGRAMS, batch * blocks)) * block_p
+    options = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
+    return Tiles(options, blocks, tiles, part, triton.cdiv(height * width, part))
+
+
+def _combine_options(group: int, parts: int) -> dict[str, int]:
+    block_g = power_of_two(group)
+    block_s = min(max(2048 // block_g, 1), power_of_two(parts))
+    return {"GROUP": group, "BLOCK_S": block_s, "BLOCK_G": block_g, "num_warps": 4}
+
+
+class GroupNormSilu(torch.autograd.Function):
+    """The kernels, forward and backward, all of channels_last maps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor | None,
+        groups: int,
+        eps: float,
+        silu: bool,
+        grad_enabled: bool,
+    ) -> Tensor:
+        """(B, C, H, W), (C), (C), (B, C) -> (B, C, H, W)."""
+        # an input may require a gradient where autograd records none
+        save = grad_enabled and any(ctx.needs_input_grad)
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+        batch, channels = x.shape[:2]
+        positions, group = x.shape[2] * x.shape[3], channels // groups
+        weight, bias = weight.contiguous(), bias.contiguous()
+        if shift is not None and shift.stride(1) != 1:
+            shift = shift.contiguous()
+        shift_b = 0 if shift is None else shift.stride(0)
+        block_p, block_g = power_of_two(positions), power_of_two(group)
+        # a group narrower than 8 channels takes more accesses, and wastes what they read beside it
+        whole = block_p * max(block_g, 8) <= LARGEST_WHOLE
+        statistics = x.new_empty((2, batch, channels) if save or not whole else (2, 0), dtype=torch.float32)
+        if save:
+            ctx.save_for_backward(x, weight, bias, statistics)
+            ctx.groups, ctx.silu, ctx.shift_dtype = groups, silu, None if shift is None else shift.dtype
+        if out.numel() == 0:
+            return out
+        if whole:
+            warps = min(max(block_p * block_g // 512, 1), 16)
+            options = {"GROUP": group, "SILU": silu, "BLOCK_P": block_p, "BLOCK_G": block_g, "num_warps": warps}
+            kept = statistics if save else (None, None)
+            _group_norm_silu_whole_kernel[(batch, groups)](
+                x, weight, bias, shift, out, *kept, channels, positions, shift_b, eps, **options
+            )
+            return out
+
+        tiles = _tiles(x, 4)
+        mean, square = x.new_empty((2, batch, tiles.parts, channels), dtype=torch.float32)
+        sizes = channels, positions, tiles.part, tiles.parts
+        _group_norm_silu_partial_kernel[(batch * tiles.parts * tiles.blocks,)](x, mean, square, *sizes, **tiles.options)
+        _group_norm_silu_combine_kernel[(batch, groups)](
+            mean, square, shift, *statistics, *sizes, shift_b, eps, **_combine_options(group, tiles.parts)
+        )
+        _group_norm_silu_apply_kernel[(batch * tiles.tiles * tiles.blocks,)](
+            x, weight, bias, *statistics, out, channels, positions, SILU=silu, **tiles.options
         )
         return out
 
-    # tiles in which each of 128 threads holds four times 16 bytes, at most 64 channels wide
-    block_c = min(64, power_of_two(channels))
-    block_p = 128 * 4 * 16 // x.element_size() // block_c
-    tile = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
-    blocks, tiles = triton.cdiv(channels, block_c), triton.cdiv(positions, block_p)
-    # the positions of one part, a multiple of the tile's, and the number of parts
-    part = triton.cdiv(triton.cdiv(positions, triton.cdiv(PROGRAMS, batch * blocks)), block_p)
-    part *= block_p
-    parts = triton.cdiv(positions, part)
-    mean, square = x.new_empty((2, batch, parts, channels), dtype=torch.float32)
-    scale, offset = x.new_empty((2, batch, channels), dtype=torch.float32)
-    _group_norm_silu_partial_kernel[(batch * parts * blocks,)](
-        x, mean, square, channels, positions, part, parts, **tile
-    )
-    block_s = min(max(2048 // block_g, 1), power_of_two(parts))
-    sizes = channels, positions, part, parts, eps
-    options = {"GROUP": group, "BLOCK_S": block_s, "BLOCK_G": block_g, "num_warps": 4}
-    _group_norm_silu_combine_kernel[(batch, groups)](
-        mean, square, weight, bias, shift, scale, offset, *sizes, **options
-    )
-    _group_norm_silu_apply_kernel[(batch * tiles * blocks,)](
-        x, scale, offset, out, channels, positions, SILU=silu, **tile
-    )
-    return out
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """(B, C, H, W) -> (B, C, H, W), (C), (C), (B, C)."""
+        x, weight, bias, statistics = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        batch, channels = x.shape[:2]
+        make = torch.empty_like if grad.numel() else torch.zeros_like
+        grad_x, grad_weight, grad_bias = make(x, memory_format=torch.channels_last), make(weight), make(bias)
+        grad_shift = None if ctx.shift_dtype is None else make(statistics[0], dtype=ctx.shift_dtype)
+        if grad.numel():
+            tiles, positions = _tiles(x, 2), x.shape[2] * x.shape[3]
+            sums = x.new_empty((batch, tiles.parts, 3, channels), dtype=torch.float32)
+            means = x.new_empty((batch, 2, channels), dtype=torch.float32)
+            saved = x, grad, weight, bias, *statistics
+            _group_norm_silu_bwd_partial_kernel[(batch * tiles.parts * tiles.blocks,)](
+                *saved, sums, channels, positions, tiles.part, tiles.parts, SILU=ctx.silu, **tiles.options
+            )
+            _group_norm_silu_bwd_combine_kernel[(ctx.groups,)](
+                *(sums, weight, statistics[1], means, grad_weight, grad_bias, grad_shift),
+                *(batch, channels, positions, tiles.parts),
+                **_combine_options(channels // ctx.groups, tiles.parts),
+            )
+            _group_norm_silu_bwd_apply_kernel[(batch * tiles.tiles * tiles.blocks,)](
+                *saved, means, grad_x, channels, positions, SILU=ctx.silu, **tiles.options
+            )
+        return grad_x, grad_weight, grad_bias, grad_shift, None, None, None, None
 
 
 def group_norm_silu_obstacle(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> str | None:
     """Say why `group_norm_silu` runs the reference for these tensors; None where it does not."""
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is not channels_last"
-    return inference_obstacle(x, weight, bias, *(() if shift is None else (shift,)))
+    return obstacle(x, weight, bias, *(() if shift is None else (shift,)))
 
 
 def group_norm_silu(
@@ -277,9 +513,9 @@ def group_norm_silu(
 ) -> Tensor:
     """(B, C, H, W), (C), (C), (B, C) -> (B, C, H, W): the activation of GroupNorm(x + shift).
 
-    `activation` is "silu" or "none". The kernels take channels_last inputs and are for inference:
-    where an input requires a gradient the reference runs. Raises ValueError where shapes do not
-    agree.
+    `activation` is "silu" or "none". Differentiable in all tensors. The kernels take channels_last
+    inputs; they compute in float32 and return the dtype of `x`, under autocast too. Raises
+    ValueError where shapes do not agree.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -294,5 +530,5 @@ def group_norm_silu(
         raise ValueError(f"channels {x.shape[1]} are not a multiple of groups {groups}")
     if group_norm_silu_obstacle(x, weight, bias, shift) is None:
         silu = activation == "silu"
-        return _launch(x, weight, bias, shift, groups=groups, eps=eps, silu=silu)
+        return GroupNormSilu.apply(x, weight, bias, shift, groups, eps, silu, torch.is_grad_enabled())
     return group_norm_silu_reference(x, weight, bias, shift, groups=groups, eps=eps, activation=activation)

@@ -117,7 +117,7 @@ OPS = (
     _op(ops.motion_tokens, _motion_tokens, (2, 3, 5, 9, 40, 4), leaves=6),
     # always through the random features
     _op(ops.gated_attention, _gated_attention, (2, 3, 77, 24, 48), leaves=3, threshold=0),
-    _op(ops.group_norm_silu, _group_norm_silu, (1, 96, 111, 99), groups=32, eps=1e-5),
+    _op(ops.group_norm_silu, _group_norm_silu, (1, 96, 111, 99), leaves=4, groups=32, eps=1e-5),
     # the step of a text-to-image model halfway through
     _op(ops.guided_ddim_step, _guided_ddim_step, (3, 4, 9, 7), guidance=7.5, keep=1.02, move=-0.05),
 )
