@@ -8,8 +8,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.models.attention import Attend
+from cmdgen_kernels.convolution import convolution
 from cmdgen_kernels.gated_attention import softmax_attention
-from cmdgen_kernels.group_norm_silu import group_norm_silu
+from cmdgen_kernels.group_norm_silu import group_norm_silu, group_norm_silu_obstacle
 
 # of one attention, (B, N, M, D) x 2
 KeysValues = tuple[Tensor, Tensor]
@@ -66,6 +67,17 @@ def normalise(norm: nn.GroupNorm, x: Tensor, *, shift: Tensor | None = None, act
     return group_norm_silu(x, norm.weight, norm.bias, shift, groups=groups, eps=eps, activation=activation)
 
 
+class Conv2d(nn.Conv2d):
+    """A convolution to which a residual may be added."""
+
+    bias: nn.Parameter
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), (B, C', H', W') -> (B, C', H', W')."""
+        assert not isinstance(self.padding, str)
+        return convolution(x, self.weight, self.bias, residual, stride=self.stride, padding=self.padding)
+
+
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, around a skip; the time joins in between.
 
@@ -75,18 +87,24 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, time_width: int = 0) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         if time_width:
             self.time_emb_proj = nn.Linear(time_width, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B, C') -> (B, C', H, W)."""
-        h = self.conv1(normalise(self.norm1, x))  # (B, C', H, W)
-        h = self.conv2(normalise(self.norm2, h, shift=shift))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h, conv, norm = normalise(self.norm1, x), self.conv1, self.norm2
+        if group_norm_silu_obstacle(h, norm.weight, norm.bias) is None:
+            # the norm's kernel adds the convolution's bias, with the time: they move the moments alone
+            shift = (conv.bias if shift is None else conv.bias + shift).expand(len(x), -1)
+            h = F.conv2d(h, conv.weight, None, padding=1)  # (B, C', H, W)
+        else:
+            h = conv(h)  # (B, C', H, W)
+        h = normalise(norm, h, shift=shift)
+        return self.conv2(h, x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Downsample(nn.Module):
@@ -94,7 +112,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, *, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H/2, W/2)."""
@@ -106,7 +124,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W), or to the `size` asked for."""

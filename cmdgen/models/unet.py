@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from cmdgen.config import UNetConfig
 from cmdgen.models.attention import self_attention
-from cmdgen.models.layers import Attention, Downsample, KeysValues, ResnetBlock, Upsample, normalise, timestep_embedding
+from cmdgen.models.layers import (
+    Attention,
+    Conv2d,
+    Downsample,
+    KeysValues,
+    ResnetBlock,
+    Upsample,
+    normalise,
+    timestep_embedding,
+)
 from cmdgen.models.pretrained import Pretrained
 
 _EPS = 1e-5
@@ -193,7 +202,7 @@ class UNet(Pretrained[UNetConfig]):
         heads = config.attention_head_dim
         heads = (heads,) * levels if isinstance(heads, int) else heads
 
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
         self.down_blocks, skips = nn.ModuleList(), [widths[0]]
         for i, kind in enumerate(config.down_block_types):
@@ -212,7 +221,7 @@ class UNet(Pretrained[UNetConfig]):
             self.up_blocks.append(UpStage(inputs, width, n, config, last=i == 0))
             before = width
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=_EPS)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """(B, C, h, w), (B,), (B, L, D) -> (B, C, h, w)."""

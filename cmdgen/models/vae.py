@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import VaeConfig
-from cmdgen.models.layers import Attention, Downsample, KeysValues, ResnetBlock, Upsample, normalise
+from cmdgen.models.layers import Attention, Conv2d, Downsample, KeysValues, ResnetBlock, Upsample, normalise
 from cmdgen.models.pretrained import Pretrained
 
 _EPS = 1e-6
@@ -82,14 +82,14 @@ class Encoder(nn.Module):
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock(before, width, config, last=i == len(widths) - 1)
             for i, (before, width) in enumerate(pairwise((widths[0], *widths)))
         )
         self.mid_block = MidBlock(widths[-1], groups=groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 2c, h, w)."""
@@ -105,14 +105,14 @@ class Decoder(nn.Module):
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups=groups)
         self.up_blocks = nn.ModuleList(
             UpBlock(before, width, config, last=i == len(widths) - 1)
             for i, (before, width) in enumerate(pairwise((widths[0], *widths)))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, c, h, w) -> (B, 3, H, W)."""
@@ -131,8 +131,8 @@ class KlVae(Pretrained[VaeConfig]):
         super().__init__(config)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.quant_conv = Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> mean and log variance, each (B, c, h, w), unscaled."""

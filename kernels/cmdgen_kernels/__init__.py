@@ -1,9 +1,18 @@
 """Triton kernels of cmdgen, each beside its definition in plain PyTorch; see kernels/README.md."""
 
 from cmdgen_kernels.content_frame import content_frame
+from cmdgen_kernels.convolution import convolution
 from cmdgen_kernels.gated_attention import gated_attention
 from cmdgen_kernels.group_norm_silu import group_norm_silu
 from cmdgen_kernels.guided_ddim_step import guided_ddim_step
 from cmdgen_kernels.motion import motion_latents, motion_tokens
 
-__all__ = ["content_frame", "gated_attention", "group_norm_silu", "guided_ddim_step", "motion_latents", "motion_tokens"]
+__all__ = [
+    "content_frame",
+    "convolution",
+    "gated_attention",
+    "group_norm_silu",
+    "guided_ddim_step",
+    "motion_latents",
+    "motion_tokens",
+]

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmdgen_kernels.dispatch import obstacle
-from cmdgen_kernels.language import power_of_two, program, tl, triton
+from cmdgen_kernels.language import power_of_two, program, row, tile, tile_options, tl, triton
 
 ACTIVATIONS = ("silu", "none")
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -205,20 +205,6 @@ def _group_norm_silu_combine_kernel(
 
 
 @triton.jit
-def _place(C, P, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """() -> this program's sample and channels, its offsets in the map and their mask."""
-    i_row, o_c = program(C, BLOCK_C)
-    n_tiles = tl.cdiv(P, BLOCK_P)
-    i_b, o_p = i_row // n_tiles, i_row % n_tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    return i_b, o_c, i_b * P * C + o_p[:, None] * C + o_c[None, :], (o_p < P)[:, None] & (o_c < C)[None, :]
-
-
-@triton.jit
-def _row(pointer, o_c, m_c):
-    return tl.load(pointer + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
 def _group_norm_silu_apply_kernel(
     x_ptr,
     weight_ptr,
@@ -233,11 +219,10 @@ def _group_norm_silu_apply_kernel(
     BLOCK_C: tl.constexpr,
 ):
     # one program: BLOCK_P positions of BLOCK_C channels of one sample
-    i_b, o_c, o_x, mask = _place(C, P, BLOCK_P, BLOCK_C)
-    m_c = o_c < C
+    i_b, o_c, m_c, o_x, mask = tile(C, P, BLOCK_P, BLOCK_C)
     b_x = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
-    b_scale = _row(weight_ptr, o_c, m_c) * _row(inverse_ptr + i_b * C, o_c, m_c)
-    b_x = (b_x - _row(centre_ptr + i_b * C, o_c, m_c)) * b_scale + _row(bias_ptr, o_c, m_c)
+    b_scale = row(weight_ptr, o_c, m_c) * row(inverse_ptr + i_b * C, o_c, m_c)
+    b_x = (b_x - row(centre_ptr + i_b * C, o_c, m_c)) * b_scale + row(bias_ptr, o_c, m_c)
     if SILU:
         b_x = _silu(b_x)
     tl.store(out_ptr + o_x, b_x.to(out_ptr.dtype.element_ty), mask=mask)
@@ -277,8 +262,8 @@ def _group_norm_silu_bwd_partial_kernel(
     last = tl.minimum(first + part, P)
     o_p = tl.arange(0, BLOCK_P)
     m_c = o_c < C
-    b_weight, b_bias = _row(weight_ptr, o_c, m_c), _row(bias_ptr, o_c, m_c)
-    b_centre, b_inverse = _row(centre_ptr + i_b * C, o_c, m_c), _row(inverse_ptr + i_b * C, o_c, m_c)
+    b_weight, b_bias = row(weight_ptr, o_c, m_c), row(bias_ptr, o_c, m_c)
+    b_centre, b_inverse = row(centre_ptr + i_b * C, o_c, m_c), row(inverse_ptr + i_b * C, o_c, m_c)
 
     b_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     b_gn = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -369,14 +354,13 @@ def _group_norm_silu_bwd_apply_kernel(
     BLOCK_C: tl.constexpr,
 ):
     # one program: BLOCK_P positions of BLOCK_C channels of one sample
-    i_b, o_c, o_x, mask = _place(C, P, BLOCK_P, BLOCK_C)
-    m_c = o_c < C
+    i_b, o_c, m_c, o_x, mask = tile(C, P, BLOCK_P, BLOCK_C)
     b_x = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
     b_grad = tl.load(grad_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
-    b_weight, b_inverse = _row(weight_ptr, o_c, m_c), _row(inverse_ptr + i_b * C, o_c, m_c)
-    b_n = (b_x - _row(centre_ptr + i_b * C, o_c, m_c)) * b_inverse
-    b_grad = _gradient(b_grad, b_n, b_weight, _row(bias_ptr, o_c, m_c), SILU)
-    b_mean, b_product = _row(means_ptr + i_b * 2 * C, o_c, m_c), _row(means_ptr + (i_b * 2 + 1) * C, o_c, m_c)
+    b_weight, b_inverse = row(weight_ptr, o_c, m_c), row(inverse_ptr + i_b * C, o_c, m_c)
+    b_n = (b_x - row(centre_ptr + i_b * C, o_c, m_c)) * b_inverse
+    b_grad = _gradient(b_grad, b_n, b_weight, row(bias_ptr, o_c, m_c), SILU)
+    b_mean, b_product = row(means_ptr + i_b * 2 * C, o_c, m_c), row(means_ptr + (i_b * 2 + 1) * C, o_c, m_c)
     b_grad = (b_weight * b_grad - b_mean - b_n * b_product) * b_inverse
     tl.store(grad_x_ptr + o_x, b_grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
@@ -394,13 +378,12 @@ class Tiles(NamedTuple):
 
 
 def _tiles(x: Tensor, vectors: int) -> Tiles:
-    """(B, C, H, W) -> tiles in which 128 threads hold so many times 16 bytes, at most 64 channels wide."""
+    """(B, C, H, W) -> tiles in which each thread holds so many times 16 bytes."""
     batch, channels, height, width = x.shape
-    block_c = min(64, power_of_two(channels))
-    block_p = 128 * vectors * 16 // x.element_size() // block_c
-    blocks, tiles = triton.cdiv(channels, block_c), triton.cdiv(height * width, block_p)
+    options = tile_options(channels, x.element_size(), vectors)
+    block_p = options["BLOCK_P"]
+    blocks, tiles = triton.cdiv(channels, options["BLOCK_C"]), triton.cdiv(height * width, block_p)
     part = triton.cdiv(tiles, triton.cdiv(PROGRAMS, batch * blocks)) * block_p
-    options = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4}
     return Tiles(options, blocks, tiles, part, triton.cdiv(height * width, part))
 
 

@@ -111,6 +111,12 @@ def _guided_ddim_step(noise: Noise, b: int, *sizes: int) -> tuple[Tensor, ...]:
     return torch.randn_like(output[:b], dtype=torch.promote_types(output.dtype, torch.float32)), output
 
 
+def _convolution(noise: Noise, b: int, c: int, *sizes: int) -> tuple[Tensor, ...]:
+    """B, C, H, W -> x in channels_last, the weight of a 1x1 convolution, bias, residual in channels_last."""
+    x, residual = (noise(b, c, *sizes).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    return x, noise(c, c, 1, 1) / c**0.5, noise(c), residual
+
+
 OPS = (
     _op(ops.content_frame, _content_frame, (2, 3, 5, 9, 7), leaves=2),
     _op(ops.motion_latents, _motion_latents, (2, 3, 5, 9, 40, 4), leaves=5),

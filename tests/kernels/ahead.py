@@ -60,6 +60,7 @@ SIZES = {
     "gated_attention": [(2, 5, 8192, 64, 256)],
     # a large map, and one whose groups fit in a program
     "group_norm_silu": [(2, 320, 64, 128), (2, 1280, 8, 16)],
+    "convolution": [(1, 128, 512, 1024)],
     "guided_ddim_step": [(8, 4, 64, 128)],
 }
 RAGGED = "no block divides it"

@@ -88,7 +88,10 @@ class _Cuda(TorchFunctionMode):
 
 
 def count(make: Callable[[], Callable[[], object]], *, without: tuple[str, ...] = ()) -> Count:
-    """Return what the function that `make` returns launches; of the ops in `without`, the references'."""
+    """Return what the function that `make` returns launches; of the ops in `without`, the references'.
+
+    "op of module" turns off what that module's own code does where the op has a kernel.
+    """
     counted = Count()
 
     def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -103,9 +106,10 @@ def count(make: Callable[[], Callable[[], object]], *, without: tuple[str, ...] 
         (triton.JITFunction, "run", note),
         (interpreter.InterpretedFunction, "run", note),
     ]
-    for op in without:
-        module = sys.modules[vars(cmdgen_kernels)[op].__module__]
-        changes.append((module, f"{op}_obstacle", lambda *_, **__: "turned off"))
+    for name in without:
+        op, _, module = name.partition(" of ")
+        module = module or vars(cmdgen_kernels)[op].__module__
+        changes.append((sys.modules[module], f"{op}_obstacle", lambda *_, **__: "turned off"))
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         for where, name, value in changes:

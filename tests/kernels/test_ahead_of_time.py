@@ -17,12 +17,19 @@ STREAMS = {
     "_content_frame_fwd_kernel",
     "_content_frame_bwd_kernel",
     "_group_norm_silu_apply_kernel",
+    "_group_norm_silu_bwd_apply_kernel",
+    "_convolution_epilogue_kernel",
     "_guided_ddim_step_fwd_kernel",
 }
 # and these have nothing to move that much of: sums and latents, thousandths of the whole
-COMBINE = {"_motion_combine_kernel", "_group_norm_silu_combine_kernel", "_summary_combine_kernel"}
+COMBINE = {
+    "_motion_combine_kernel",
+    "_group_norm_silu_combine_kernel",
+    "_group_norm_silu_bwd_combine_kernel",
+    "_summary_combine_kernel",
+}
 # these read a lot and write sums
-SUMS = {"_group_norm_silu_partial_kernel", "_motion_sums_kernel"}
+SUMS = {"_group_norm_silu_partial_kernel", "_group_norm_silu_bwd_partial_kernel", "_motion_sums_kernel"}
 PRODUCTS = {
     "_summary_fwd_kernel",
     "_readout_fwd_kernel",

@@ -1,0 +1,83 @@
+"""A convolution of channels_last maps; its bias and a residual are added in one pass.
+
+    out[b, c, p] = (weight * x)[b, c, p] + bias[c] + residual[b, c, p]
+
+cuDNN's convolution adds no bias: PyTorch adds it in a pass of its own, and the residual in another.
+The convolution stays cuDNN's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cmdgen_kernels.dispatch import inference_obstacle
+from cmdgen_kernels.language import row, tile, tile_options, tl, triton
+
+
+def convolution_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0),
+) -> Tensor:
+    """(B, C, H, W), (C', C, K, K), (C'), (B, C', H', W') -> (B, C', H', W'): the definition."""
+    out = F.conv2d(x, weight, bias, stride, padding)
+    # in place: no gradient needs what was there
+    return out if residual is None else out.add_(residual)
+
+
+@triton.jit
+def _convolution_epilogue_kernel(
+    x_ptr, bias_ptr, residual_ptr, out_ptr, C, P, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    # one program: BLOCK_P positions of BLOCK_C channels
+    _, o_c, m_c, o_x, mask = tile(C, P, BLOCK_P, BLOCK_C)
+    b_x = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32) + row(bias_ptr, o_c, m_c)
+    if residual_ptr is not None:
+        b_x += tl.load(residual_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + o_x, b_x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _launch(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    """(B, C, H, W), (C), (B, C, H, W) -> (B, C, H, W), channels_last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    out, channels = torch.empty_like(x), x.shape[1]
+    if out.numel():
+        options = tile_options(channels, x.element_size(), 4)
+        positions = out.numel() // channels
+        programs = triton.cdiv(positions, options["BLOCK_P"]) * triton.cdiv(channels, options["BLOCK_C"])
+        _convolution_epilogue_kernel[(programs,)](x, bias.contiguous(), residual, out, channels, positions, **options)
+    return out
+
+
+def convolution_obstacle(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> str | None:
+    """Say why `convolution` runs the reference for these tensors; None where it does not."""
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "the input is not channels_last"
+    return inference_obstacle(x, weight, bias, *(() if residual is None else (residual,)))
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None = None,
+    *,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0),
+) -> Tensor:
+    """(B, C, H, W), (C', C, K, K), (C'), (B, C', H', W') -> (B, C', H', W'): convolution + residual.
+
+    The kernel is for inference: where an input requires a gradient the reference runs. Raises
+    ValueError where the residual has another shape.
+    """
+    if convolution_obstacle(x, weight, bias, residual) is not None:
+        return convolution_reference(x, weight, bias, residual, stride=stride, padding=padding)
+    out = F.conv2d(x, weight, None, stride, padding)
+    if residual is not None and residual.shape != out.shape:
+        raise ValueError(f"residual {tuple(residual.shape)} is not {tuple(out.shape)}, as the convolution's result")
+    return _launch(out, bias, residual)
