@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from cmdgen.config import AutoencoderConfig
 from cmdgen.models.attention import self_attention
+from cmdgen.models.layers import add_normalised
 from cmdgen.models.pretrained import Pretrained
-from cmdgen_kernels import content_frame, motion_latents, motion_tokens
+from cmdgen_kernels import content_frame, geglu, motion_latents, motion_tokens
 
 # an axis has tens of positions: slower rotations than this would tell nothing apart
 SLOWEST_ROTATION = 1 / 100
@@ -79,8 +80,7 @@ class GegluFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        value, gate = self.up(x).chunk(2, dim=-1)
-        return self.down(value * F.gelu(gate))
+        return self.down(geglu(self.up(x)))
 
 
 class Block(nn.Module):
@@ -109,8 +109,8 @@ class Block(nn.Module):
 
     def mix_space(self, x: Tensor, rotation: Tensor) -> Tensor:
         """(S, N, D) -> (S, N, D): what knows no other frame; any part of the S alone will do."""
-        x = x + self.space(self.space_norm(x), rotation)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x, h = add_normalised(self.feed_forward_norm, x, self.space(self.space_norm(x), rotation))
+        return x + self.feed_forward(h)
 
 
 class Unpatch(nn.Module):

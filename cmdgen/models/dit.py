@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from cmdgen.config import DiTConfig
 from cmdgen.models.layers import timestep_embedding
 from cmdgen.models.pretrained import Pretrained
+from cmdgen_kernels.dispatch import obstacle
 from cmdgen_kernels.gated_attention import softmax_attention
+from cmdgen_kernels.layer_norm import layer_norm
 
 FREQUENCIES = 256
+EPS = 1e-6
 
 
 def grid_positions(rows: int, columns: int, width: int, like: Tensor) -> Tensor:
@@ -45,11 +48,6 @@ def to_patches(image: Tensor, patch: int) -> Tensor:
     return rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(B, L, D), (B, 1, D) x 2 -> (B, L, D): layer norm whose affine part is the condition's."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
-
 class Block(nn.Module):
     """Attention and MLP, each modulated and gated by the condition; the identity at first."""
 
@@ -64,10 +62,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """(B, L, D), (B, 1, 6 D), which `modulation` made of the condition -> (B, L, D)."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.chunk(6, -1)
-        qkv = self.qkv(modulate(x, shift, scale))
+        _, h = layer_norm(x, scale, shift, eps=EPS)
+        qkv = self.qkv(h)
         q, k, v = rearrange(qkv, "b l (three n d) -> three b n l d", three=3, n=self.heads)
-        x = x + gate * self.out(rearrange(softmax_attention(q, k, v), "b n l d -> b l (n d)"))
-        return x + mlp_gate * self.mlp(modulate(x, mlp_shift, mlp_scale))
+        mixed = self.out(rearrange(softmax_attention(q, k, v), "b n l d -> b l (n d)"))
+        x, h = layer_norm(x, mlp_scale, mlp_shift, mixed, gate, eps=EPS)
+        h = self.mlp(h)
+        # one launch where launches cost
+        return torch.addcmul(x, mlp_gate, h) if obstacle(x) is None else x + mlp_gate * h
 
 
 class DiT(Pretrained[DiTConfig]):
@@ -178,7 +180,8 @@ class DiT(Pretrained[DiTConfig]):
         """(B, L, D), (B, P) -> (B, C or 2 C, H, W), of the tokens of the sample."""
         rows, columns = self._grid(height, width)
         shift, scale = modulations[:, None, -2 * self.config.width :].chunk(2, dim=-1)
-        patches = self.final(modulate(tokens[:, : rows * columns], shift, scale))
+        _, tokens = layer_norm(tokens[:, : rows * columns], scale, shift, eps=EPS)
+        patches = self.final(tokens)
         patch = self.config.patch
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)
 

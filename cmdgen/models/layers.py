@@ -11,6 +11,7 @@ from cmdgen.models.attention import Attend
 from cmdgen_kernels.convolution import convolution
 from cmdgen_kernels.gated_attention import softmax_attention
 from cmdgen_kernels.group_norm_silu import group_norm_silu, group_norm_silu_obstacle
+from cmdgen_kernels.layer_norm import layer_norm
 
 # of one attention, (B, N, M, D) x 2
 KeysValues = tuple[Tensor, Tensor]
@@ -65,6 +66,11 @@ def normalise(norm: nn.GroupNorm, x: Tensor, *, shift: Tensor | None = None, act
     """(B, C, H, W), (B, C) -> (B, C, H, W): the activation of norm(x + shift)."""
     groups, eps = norm.num_groups, norm.eps
     return group_norm_silu(x, norm.weight, norm.bias, shift, groups=groups, eps=eps, activation=activation)
+
+
+def add_normalised(norm: nn.LayerNorm, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L, D) x 2 -> x + branch, and its layer norm."""
+    return layer_norm(x, norm.weight, norm.bias, branch, eps=norm.eps)
 
 
 class Conv2d(nn.Conv2d):

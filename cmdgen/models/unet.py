@@ -23,10 +23,12 @@ from cmdgen.models.layers import (
     KeysValues,
     ResnetBlock,
     Upsample,
+    add_normalised,
     normalise,
     timestep_embedding,
 )
 from cmdgen.models.pretrained import Pretrained
+from cmdgen_kernels import geglu
 
 _EPS = 1e-5
 
@@ -63,8 +65,7 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D')."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -95,9 +96,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, H*W, D) -> (B, H*W, D)."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), conditions.text[self.attn2])
-        return x + self.ff(self.norm3(x))
+        x, h = add_normalised(self.norm2, x, self.attn1(self.norm1(x)))
+        x, h = add_normalised(self.norm3, x, self.attn2(h, conditions.text[self.attn2]))
+        return x + self.ff(h)
 
 
 class SpatialTransformer(nn.Module):

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -42,6 +43,10 @@ CASES = (
     ("group_norm_silu", "UNet, level 0", (64, 16, 16), (320, 64, 64), (320, 64, 128)),
     ("group_norm_silu", "UNet, middle", (128, 4, 4), (1280, 8, 8), (1280, 8, 16)),
     ("group_norm_silu", "VAE, last level", (32, 64, 64), (128, 512, 512), (128, 512, 1024)),
+    ("convolution", "VAE, last level", (32, 64, 64), (128, 512, 512), (128, 512, 1024)),
+    # L, D
+    ("layer_norm", "motion model", (80, 256), (512, 1152), (512, 1152)),
+    ("geglu", "UNet, level 0", (256, 256), (4096, 1280), (8192, 1280)),
     ("guided_ddim_step", "latents", (8, 16, 16), (4, 64, 64), (4, 64, 128)),
 )
 # compiling takes the minutes: gradients are timed at this preset's sizes only
@@ -133,16 +138,16 @@ def bytes_moved(op: Op, inputs: tuple[Tensor, ...], *, backward: bool, cache: in
         return sum(x.numel() * x.element_size() for x in tensors)
 
     shapes = [x.to("meta") for x in inputs]
-    read, written = size(shapes), size([op.reference(*shapes)])
+    read, written = size(shapes), size(tree_leaves(op.reference(*shapes)))
     total = read + written
-    # the mean needs a read of its own where no cache keeps x
-    if op.name == "group_norm_silu" and size(inputs[:1]) > cache:
-        total += size(inputs[:1])
+    # moments, and sums of the gradient, need a read of their own where no cache keeps x
+    again = size(inputs[:1]) if op.name == "group_norm_silu" and size(inputs[:1]) > cache else 0
+    total += again
     if backward:
         # the upstream gradient is read, the inputs' gradients are written
-        total += written + size(inputs[: op.leaves])
+        total += written + size(inputs[: op.leaves]) + 2 * again
         # the other ops are linear in their large input and do not read it again
-        if op.name == "content_frame":
+        if op.name in ("content_frame", "group_norm_silu"):
             total += read
     return total
 

@@ -3,16 +3,20 @@
 from cmdgen_kernels.content_frame import content_frame
 from cmdgen_kernels.convolution import convolution
 from cmdgen_kernels.gated_attention import gated_attention
+from cmdgen_kernels.geglu import geglu
 from cmdgen_kernels.group_norm_silu import group_norm_silu
 from cmdgen_kernels.guided_ddim_step import guided_ddim_step
+from cmdgen_kernels.layer_norm import layer_norm
 from cmdgen_kernels.motion import motion_latents, motion_tokens
 
 __all__ = [
     "content_frame",
     "convolution",
     "gated_attention",
+    "geglu",
     "group_norm_silu",
     "guided_ddim_step",
+    "layer_norm",
     "motion_latents",
     "motion_tokens",
 ]

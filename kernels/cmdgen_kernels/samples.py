@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ class Op:
     """An op, its definition, its predicate, and a way to draw inputs for all three."""
 
     name: str
-    run: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    # of the same arguments: a tensor, or several of one shape
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
     obstacle: Callable[..., str | None]
     # takes what makes noise of a shape, then sizes
     draw: Draw
@@ -61,7 +62,7 @@ class Error(NamedTuple):
         return math.isfinite(self.size) and self.size <= self.allowed
 
 
-def _op(function: Callable[..., Tensor], draw: Draw, small: Sizes, *, leaves: int = 0, **settings: float) -> Op:
+def _op(function: Callable[..., Any], draw: Draw, small: Sizes, *, leaves: int = 0, **settings: float) -> Op:
     """Find `x_reference` and `x_obstacle` beside an op `x`; bind its `settings`."""
     name, beside = function.__name__, vars(sys.modules[function.__module__])
     run, reference = (partial(f, **settings) for f in (function, beside[f"{name}_reference"]))
@@ -117,6 +118,17 @@ def _convolution(noise: Noise, b: int, c: int, *sizes: int) -> tuple[Tensor, ...
     return x, noise(c, c, 1, 1) / c**0.5, noise(c), residual
 
 
+def _layer_norm(noise: Noise, b: int, length: int, d: int) -> tuple[Tensor, ...]:
+    """B, L, D -> x, a condition's weight and bias, branch, the condition's gate."""
+    weight, bias, gate = noise(b, 1, 3 * d).chunk(3, dim=-1)
+    return noise(b, length, d), weight, bias, noise(b, length, d), gate
+
+
+def _geglu(noise: Noise, b: int, length: int, d: int) -> tuple[Tensor, ...]:
+    """B, L, D -> x, twice as wide."""
+    return (noise(b, length, 2 * d),)
+
+
 OPS = (
     _op(ops.content_frame, _content_frame, (2, 3, 5, 9, 7), leaves=2),
     _op(ops.motion_latents, _motion_latents, (2, 3, 5, 9, 40, 4), leaves=5),
@@ -124,6 +136,9 @@ OPS = (
     # always through the random features
     _op(ops.gated_attention, _gated_attention, (2, 3, 77, 24, 48), leaves=3, threshold=0),
     _op(ops.group_norm_silu, _group_norm_silu, (1, 96, 111, 99), leaves=4, groups=32, eps=1e-5),
+    _op(ops.convolution, _convolution, (2, 72, 9, 7)),
+    _op(ops.layer_norm, _layer_norm, (2, 7, 72), eps=1e-6),
+    _op(ops.geglu, _geglu, (2, 7, 1080)),
     # the step of a text-to-image model halfway through
     _op(ops.guided_ddim_step, _guided_ddim_step, (3, 4, 9, 7), guidance=7.5, keep=1.02, move=-0.05),
 )
@@ -162,6 +177,8 @@ def results(
     """
     inputs = tuple(x.detach().requires_grad_(i < leaves) for i, x in enumerate(inputs))
     output = run(*inputs)
+    # those of equal shape
+    output = torch.stack(output) if isinstance(output, tuple) else output
     if not leaves:
         return [output]
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))

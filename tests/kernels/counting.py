@@ -109,7 +109,8 @@ def count(make: Callable[[], Callable[[], object]], *, without: tuple[str, ...] 
     for name in without:
         op, _, module = name.partition(" of ")
         module = module or vars(cmdgen_kernels)[op].__module__
-        changes.append((sys.modules[module], f"{op}_obstacle", lambda *_, **__: "turned off"))
+        name = op if op == "obstacle" else f"{op}_obstacle"
+        changes.append((sys.modules[module], name, lambda *_, **__: "turned off"))
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         for where, name, value in changes:

@@ -19,6 +19,8 @@ STREAMS = {
     "_group_norm_silu_apply_kernel",
     "_group_norm_silu_bwd_apply_kernel",
     "_convolution_epilogue_kernel",
+    "_layer_norm_fwd_kernel",
+    "_geglu_fwd_kernel",
     "_guided_ddim_step_fwd_kernel",
 }
 # and these have nothing to move that much of: sums and latents, thousandths of the whole

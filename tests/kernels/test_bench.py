@@ -25,6 +25,9 @@ TINY = {
     "motion_tokens": (2, 3, 4, 5, 16, 4),
     "gated_attention": (1, 2, 20, 16, 16),
     "group_norm_silu": (2, 64, 3, 5),
+    "convolution": (2, 8, 3, 5),
+    "layer_norm": (2, 5, 16),
+    "geglu": (2, 5, 16),
     "guided_ddim_step": (2, 4, 3, 5),
 }
 
@@ -101,6 +104,10 @@ def test_bytes_are_those_of_inputs_and_outputs():
     assert moved("group_norm_silu") == 2 * x + rest
     # what no cache holds is read once for the mean and once more
     assert moved("group_norm_silu", cache=100) == 3 * x + rest
+    assert moved("group_norm_silu", backward=True) == 5 * x + 3 * rest
+    assert moved("group_norm_silu", backward=True, cache=100) == 8 * x + 3 * rest
+    # x and what is added to it, their sum and its norm; a condition's three rows
+    assert moved("layer_norm") == 4 * 2 * 5 * 16 * 2 + 3 * 2 * 16 * 2
     # float32 in and out, and two branches of float16
     assert moved("guided_ddim_step") == 2 * 4 * 15 * (4 + 4 + 2 * 2)
 

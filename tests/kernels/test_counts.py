@@ -1,14 +1,19 @@
 """Launches and bytes of the models' parts at cmd-sd21's size, by references and by kernels."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from cmdgen.config import PRESETS
+from cmdgen.models.dit import DiT
 from cmdgen.models.layers import ResnetBlock
+from cmdgen.models.unet import Conditions, TransformerBlock
 from tests.kernels.counting import count
 
+CMD_SD21 = PRESETS["cmd-sd21"]
 Run = Callable[[], object]
 
 
@@ -49,11 +54,30 @@ def decoding() -> Run:
     return lambda: blocks(x)
 
 
+def motion() -> Run:
+    """A block of the motion model and its last layer, a step of one clip."""
+    dit = inference(lambda: DiT(replace(CMD_SD21.motion, depth=1)))
+    tokens, modulations = (torch.empty(1, *size, dtype=torch.bfloat16) for size in ((512, 1152), (8 * 1152,)))
+    return lambda: dit.finish(dit.trunk(tokens, modulations), modulations, 16, 96)
+
+
+def transformer() -> Run:
+    """A transformer block of the UNet where it attends first, guidance's two branches."""
+    block = inference(lambda: TransformerBlock(320, 5, CMD_SD21.content))
+    text = tuple(torch.empty(2, 5, 77, 64, dtype=torch.bfloat16) for _ in range(2))
+    conditions = Conditions(shifts={}, text={block.attn2: text})
+    tokens = torch.empty(2, 8192, 320, dtype=torch.bfloat16)
+    return lambda: block(tokens, conditions)
+
+
 FOLDED = "group_norm_silu of cmdgen.models.layers"
 # what is turned off before; launches and megabytes without and with them, products aside
 CASES = [
     (training, ("group_norm_silu", FOLDED), (36, 1825), (24, 549)),
     (decoding, ("convolution", FOLDED), (19, 4162), (15, 3089)),
+    (motion, ("layer_norm", "obstacle of cmdgen.models.dit"), (18, 40), (6, 24)),
+    (transformer, ("layer_norm",), (7, 283), (5, 262)),
+    (transformer, ("geglu",), (6, 346), (5, 262)),
 ]
 
 

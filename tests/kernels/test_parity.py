@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cmdgen_kernels import samples
+import cmdgen_kernels
 from cmdgen_kernels.samples import OPS, Op, errors
 
 # a constant in a kernel, and what it is mistaken for
@@ -41,7 +41,7 @@ def test_a_wrong_constant_in_a_kernel_is_no_rounding(
 ) -> None:
     language: Any = pytest.importorskip("triton.language")
     (op,) = (op for op in OPS if op.name == name)
-    module = sys.modules[vars(samples)[name].__module__]
+    module = sys.modules[vars(cmdgen_kernels)[name].__module__]
     drawn = inputs(op, torch.float32, device)
     assert all(error.agrees for error in errors(op, drawn))
     monkeypatch.setattr(module, constant, language.constexpr(value))

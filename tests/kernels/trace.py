@@ -48,7 +48,7 @@ def trace(op: Op, inputs: Sequence[Tensor]) -> list[str]:
     torch._dynamo.reset()
     backend = aot_autograd(fw_compiler=capture, bw_compiler=capture)
     output = torch.compile(op.run, fullgraph=True, backend=backend)(*inputs)
-    if output.requires_grad:
+    if any(x.requires_grad for x in inputs):
         output.sum().backward()
     return found
 
