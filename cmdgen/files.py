@@ -4,45 +4,170 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:
+    # Windows has none: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
+
+# how the names of temporary folders begin
+_HIDDEN = ".cmdgen-"
 # bytes of a text file: the largest tokenizer has a fifth of it
 MOST_TEXT = 2**24
 
 
 @contextmanager
 def replace_with(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """Give a temporary path beside `path`; the file written there becomes `path`.
+    """Give a temporary path with the suffix of `path`; the file written there becomes `path`.
 
     It does so if the block ends well. A symlink stays, and the file it points to is replaced.
-    Raises FileExistsError where `path` exists at the end, unless `overwrite`.
+    Raises FileExistsError where `path` exists at the end, unless `overwrite`, and OSError, naming
+    `path`, where the disk does not take it.
     """
     place = Path(os.path.realpath(path))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _hidden(place)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        # safetensors replaces the file by one that only its owner can read
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        move_file(temporary, place, overwrite=overwrite)
-    finally:
-        temporary.unlink(missing_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(place.parent) as folder:
+            # no longer than the name that it gets
+            temporary = folder / place.name
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            # safetensors replaces the file by one that only its owner can read
+            temporary.chmod(mode)
+            publish({temporary: place}, overwrite=overwrite)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(f"{path} was not written: {error.strerror or error}") from error
 
 
-def move_file(source: Path, target: Path, *, overwrite: bool = True) -> None:
-    """Rename a file on its disk; raise FileExistsError where `target` exists, unless `overwrite`.
+@contextmanager
+def create_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder, which becomes `path` if the block ends well.
 
-    Without `overwrite`, `source` may stay as a second name of the file.
+    Raises ValueError where `path` exists, or where its parent does not.
     """
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists already: give another folder")
+    place = path.absolute()
+    if not place.parent.is_dir():
+        raise ValueError(f"folder {place.parent} does not exist")
+    with temporary_folder(place.parent) as folder:
+        (temporary := folder / place.name).mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        publish({temporary: place})
+
+
+@contextmanager
+def temporary_folder(beside: Path | None) -> Iterator[Path]:
+    """Give a hidden folder beside a file to be, or of the system; it goes when the block ends.
+
+    It is locked for as long as its process lives; what dead processes have left there is removed.
+    """
+    with ExitStack() as stack:
+        parent = beside or Path(tempfile.gettempdir())
+        _remove_leftovers(parent)
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=_HIDDEN, dir=parent))
+            # another process may take it for a leftover before it is locked
+            if stack.enter_context(_lock(folder)) is not False and folder.is_dir():
+                break
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
+
+
+@contextmanager
+def hold_folder(path: Path) -> Iterator[None]:
+    """Keep a folder, made if need be, to this process; one that stays empty is removed.
+
+    Raises OSError where another process holds it.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with _lock(path) as got:
+        if got is False:
+            raise OSError(f"{path} is in use by another cmdgen: wait for its end, or give another folder")
+        for folder in {hidden.parent for hidden in path.rglob(f"{_HIDDEN}*")}:
+            _remove_leftovers(folder)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.rmdir()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool | None]:
+    """Lock a folder; give False where another process has, None where the system cannot."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        yield None
+        return
+    try:
+        if fcntl is None:
+            yield None
+            return
+        got: bool | None = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # a network's file system may have no locks
+            got = False if isinstance(error, BlockingIOError) else None
+        yield got
+    finally:
+        os.close(descriptor)
+
+
+@lru_cache(256)
+def _remove_leftovers(folder: Path) -> None:
+    """Remove temporary folders of dead processes, once in a process."""
+    for path in folder.glob(f"{_HIDDEN}*"):
+        with _lock(path) as got:
+            if got:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(moves: Mapping[Path, Path], *, overwrite: bool = True, old: Iterable[Path] = ()) -> None:
+    """Move files of a temporary folder to their names, all or none, after `old` ones went aside.
+
+    They are on the disk before their names are. A process that is killed here may leave fewer files,
+    never old ones beside new ones. Raises FileExistsError where a file exists, unless `overwrite`.
+    """
+    for source in moves:
+        _sync(source)
+    aside = (next(iter(moves)).with_name(f"{number}.old") for number in count())
+    with ExitStack() as undo:
+        for file in old:
+            os.replace(file, place := next(aside))
+            undo.callback(os.replace, place, file)
+        for source, target in moves.items():
+            # one file alone is replaced or not
+            if overwrite and len(moves) > 1:
+                with suppress(OSError):
+                    os.link(target, place := next(aside))
+                    undo.callback(os.replace, place, target)
+            _move(source, target, overwrite=overwrite)
+            undo.callback(target.unlink)
+        undo.pop_all()
+    for folder in {target.parent for target in moves.values()}:
+        _sync(folder)
+
+
+def _move(source: Path, target: Path, *, overwrite: bool) -> None:
+    """Rename a file; without `overwrite`, `source` may stay as a second name of it."""
     if not overwrite:
         try:
             # unlike a rename, this fails where the target exists
@@ -57,29 +182,27 @@ def move_file(source: Path, target: Path, *, overwrite: bool = True) -> None:
     os.replace(source, target)
 
 
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():
+            # not every system opens folders
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def kept(path: Path) -> FileExistsError:
     """Return the error that says that a file exists and may not be replaced."""
     return FileExistsError(f"{path} exists: give another name, or overwrite it")
-
-
-@contextmanager
-def create_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder, which becomes `path` if the block ends well.
-
-    Raises ValueError where `path` exists, or where its parent does not.
-    """
-    if os.path.lexists(path):
-        raise ValueError(f"{path} exists already: give another folder")
-    place = path.absolute()
-    if not place.parent.is_dir():
-        raise ValueError(f"folder {place.parent} does not exist")
-    temporary = _hidden(place)
-    try:
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_file(path: Path) -> None:
@@ -91,8 +214,8 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path} is not a file")
 
 
-def read_text(path: Path, limit: int = MOST_TEXT) -> str:
-    """Read a UTF-8 file of at most `limit` bytes; ValueError names one that is anything else."""
+def read_bytes(path: Path, limit: int = MOST_TEXT) -> bytes:
+    """Read a file of at most `limit` bytes; ValueError names one that is anything else."""
     try:
         check_file(path)
         with path.open("rb") as file:
@@ -101,8 +224,13 @@ def read_text(path: Path, limit: int = MOST_TEXT) -> str:
         raise ValueError(f"{path}: {error.strerror}") from error
     if len(data) > limit:
         raise ValueError(f"{path}: larger than {limit // 2**20} MiB")
+    return data
+
+
+def read_text(path: Path, limit: int = MOST_TEXT) -> str:
+    """Read a UTF-8 file of at most `limit` bytes; ValueError names one that is anything else."""
     try:
-        return data.decode()
+        return read_bytes(path, limit).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file ({error})") from error
 
@@ -142,11 +270,6 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write an object to a JSON file, keys in order."""
     with replace_with(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _hidden(path: Path) -> Path:
-    """Return a free name beside `path`, with the same suffix: encoders choose by it."""
-    return path.with_name(f".cmdgen-{os.urandom(8).hex()}{path.suffix}")
 
 
 def _finite(text: str) -> float:

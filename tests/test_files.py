@@ -1,17 +1,32 @@
 """Files appear whole or not at all; untrusted text is read whole or refused in one line."""
 
+import os
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from cmdgen.files import create_folder, parse_json, read_json, read_text, replace_with, write_json
+from cmdgen import files
+from cmdgen.files import (
+    create_folder,
+    hold_folder,
+    parse_json,
+    publish,
+    read_json,
+    read_text,
+    replace_with,
+    temporary_folder,
+    write_json,
+)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
     with pytest.raises(KeyError), replace_with(path) as temporary:
-        assert temporary.parent == tmp_path and temporary.suffix == ".txt"
+        assert temporary.parent.parent == tmp_path and temporary.name == "file.txt"
         temporary.write_bytes(b"half")
         raise KeyError
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file.txt", "old")]
@@ -107,3 +122,97 @@ def test_a_text_has_an_end(tmp_path: Path) -> None:
         with pytest.raises(ValueError) as error:
             read_text(path, limit)
         assert str(error.value) == f"{path}: larger than {size} MiB"
+
+
+def test_a_name_may_be_as_long_as_any(tmp_path: Path) -> None:
+    for name in ("x" * 251 + ".txt", "a." + "b" * 253, "é" * 127):
+        with replace_with(tmp_path / name) as temporary:
+            temporary.write_text("text")
+        assert (tmp_path / name).read_text() == "text"
+
+
+def test_what_a_killed_process_left_goes_at_the_next_start_and_nothing_else(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, pathlib\n"
+        "from cmdgen.files import replace_with\n"
+        "with replace_with(pathlib.Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "sub" / "dead"], timeout=60).returncode == 9
+    files._remove_leftovers.cache_clear()
+    with temporary_folder(tmp_path / "sub") as alive:
+        assert [path.name for path in (tmp_path / "sub").iterdir()] == [alive.name]
+        files._remove_leftovers.cache_clear()
+        # that of a process that lives stays
+        write_json(tmp_path / "sub" / "file", {})
+        assert alive.is_dir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["sub", "file"]
+
+
+def test_names_of_two_processes_differ_where_their_numbers_do_not(tmp_path: Path) -> None:
+    with temporary_folder(tmp_path) as one, temporary_folder(tmp_path) as other:
+        assert one != other
+
+
+def test_a_folder_is_held_by_one_process_and_an_empty_one_does_not_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with hold_folder(folder):
+        for _ in range(2):
+            with pytest.raises(OSError, match=f"^{folder} is in use by another cmdgen: wait for its end"):
+                hold_folder(folder).__enter__()
+    assert not folder.exists()
+    with hold_folder(folder):
+        write_json(folder / "file", {})
+    with hold_folder(folder):
+        assert (folder / "file").exists()
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_json(path, {"old": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            write_json(path, {"new": "x" * 2000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value) == f"{path} was not written: File too large"
+    assert read_json(path) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_all_of_a_file_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def sync(descriptor: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        done.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", rename)
+    write_json(tmp_path / "a", {})
+    assert done == ["a", "rename", tmp_path.name]
+    done.clear()
+    with create_folder(tmp_path / "b") as folder:
+        (folder / "c").touch()
+    assert done == ["c", "b", "rename", tmp_path.name]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_files_get_their_names_together_or_none_does(tmp_path: Path, overwrite: bool) -> None:
+    for name in ("old", "b"):
+        (tmp_path / name).write_text(name)
+    with temporary_folder(tmp_path) as folder:
+        moves = {}
+        for name in ("a", "b", "none/c"):
+            (source := folder / name[-1]).write_text("new")
+            moves[source] = tmp_path / name
+        with pytest.raises(OSError):
+            publish(moves, overwrite=overwrite, old=[tmp_path / "old"])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"old": "old", "b": "b"}

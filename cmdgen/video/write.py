@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from cmdgen.files import kept, move_file, read_json
+from cmdgen.files import kept, publish, read_json, temporary_folder
 from cmdgen.video.ffmpeg import run_ffmpeg
 from cmdgen.video.formats import STDOUT, Encoding, Pixels, choose_encoding, list_frames, name_sidecar
 
@@ -224,11 +224,9 @@ def _open(output: Output) -> Iterator[Writer]:
     # what a symlink points to is replaced, not the link
     place = path.parent.resolve() / path.name if kind.name == "frames" else path.resolve()
     stdout = _open_stdout() if output.target == STDOUT else None
-    with _storing(output.target):
-        beside = None if stdout else place.parent
-        temporary = tempfile.TemporaryDirectory(prefix=".cmdgen-", dir=beside)
-    with temporary as name:
-        clip = Path(name) / "clip"
+    with ExitStack() as stack:
+        with _storing(output.target):
+            clip = stack.enter_context(temporary_folder(None if stdout else place.parent)) / "clip"
         encode = _encode_video if kind.muxer else _encode_pictures
         with encode(output, clip, stdout) as write:
             yield write
@@ -355,14 +353,7 @@ def _move_all(output: Output, clip: Path, place: Path) -> None:
         metadata = clip.with_name("sidecar")
         metadata.write_text(output.comment + "\n", encoding="utf-8", newline="\n")
         moves[metadata] = sidecar
-    with ExitStack() as undo:
-        for source, target in moves.items():
-            move_file(source, target, overwrite=output.overwrite)
-            undo.callback(target.unlink)
-        undo.pop_all()
-    if output.overwrite:
-        for file in {*old} - {*moves.values()}:
-            file.unlink()
+    publish(moves, overwrite=output.overwrite, old=old if output.overwrite else [])
 
 
 @contextmanager
