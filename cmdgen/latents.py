@@ -6,24 +6,21 @@ names the file. What is written appears whole or not at all.
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from cmdgen.config import ModelConfig
-from cmdgen.files import check_file, parse_json, replace_with
+from cmdgen.files import check_file, parse_json
 from cmdgen.request import MAX_FPS, Request, resolve
 from cmdgen.video.formats import Encoding
 from cmdgen.video.write import EncoderError, check_output
-from cmdgen.weights import FLOATS, open_weights
+from cmdgen.weights import FLOATS, open_weights, read_tensors, save_tensors
 
 SUFFIX = ".safetensors"
 # keys of the file's header: its version, and the JSON of the clip's metadata, as a video has it
@@ -105,15 +102,14 @@ def save_latents(path: File, latents: Latents, *, overwrite: bool = False) -> No
     target = Path(path)
     check_output(target, Encoding("safetensors"), overwrite=overwrite)
     comment = json.dumps({**latents.metadata, "fps": latents.fps}, ensure_ascii=False)
-    header = {"format": "pt", VERSION_KEY: VERSION, METADATA_KEY: comment}
-    tensors = {
-        name: getattr(latents, name).detach().to("cpu", torch.float32).contiguous() for name in ("content", "motion")
-    }
-    with replace_with(target, overwrite=overwrite) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=header)
-        except SafetensorError as error:
-            raise EncoderError(f"{target} was not written: {error}") from error
+    tensors = {"content": latents.content, "motion": latents.motion}
+    header = {VERSION_KEY: VERSION, METADATA_KEY: comment}
+    try:
+        save_tensors(target, tensors, torch.float32, metadata=header, overwrite=overwrite)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise EncoderError(str(error)) from error
 
 
 def read_latents(path: File, model: ModelConfig | None = None) -> Latents:
@@ -121,25 +117,22 @@ def read_latents(path: File, model: ModelConfig | None = None) -> Latents:
 
     Raises ValueError where it is anything else, FileNotFoundError where there is none.
     """
-    with _open(path) as (file, header):
+    header = read_header(path)
+    tensors, _ = read_tensors(Path(path), foreign=True)
+    content, motion = (tensors[name].float() for name in ("content", "motion"))
+    try:
         if model is not None:
             fit_model(model, header.content, header.motion)
-        content, motion = (file.get_tensor(name).float() for name in ("content", "motion"))
         for name, tensor in (("content", content), ("motion", motion)):
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} has NaN or inf")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return Latents(content, motion, header.fps, header.metadata)
 
 
 def read_header(path: File) -> Header:
     """Read the file without its tensors; raises what `read_latents` raises."""
-    with _open(path) as (_, header):
-        return header
-
-
-@contextmanager
-def _open(path: File) -> Iterator[tuple[safe_open, Header]]:
-    """Give an open file and its header; ValueErrors in the block name the file."""
     check_file(Path(path))
     with Path(path).open("rb") as raw:
         length, size = int.from_bytes(raw.read(8), "little"), os.fstat(raw.fileno()).st_size
@@ -147,7 +140,7 @@ def _open(path: File) -> Iterator[tuple[safe_open, Header]]:
         raise ValueError(f"{path}: not latents of cmdgen: they are never this large")
     with open_weights(Path(path)) as file:
         try:
-            yield file, _parse_header(file)
+            return _parse_header(file)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -48,10 +48,13 @@ def load_weights(
     `dtype` None keeps the module's own; filters of convolutions become channels-last. On a CPU a
     tensor in the right dtype and layout is not read but mapped; others are copied. `rename` maps a
     stored name to the module's, or to None for a tensor that is skipped. diffusers' "fp16" variant
-    and shards are found too.
+    and shards are found too. A digest in a header, as `save_tensors` writes it, is checked where the
+    file is small enough for that to take a moment.
     """
     expected, state = module.state_dict(), {}
     for path, names in match_weights(expected, folder, filename, rename).items():
+        if path.stat().st_size < _HASHED_AT_ONCE:
+            read_tensors(path, foreign=True)
         dtypes = {stored: dtype or expected[name].dtype for stored, name in names.items()}
         for stored, tensor in _read_tensors(path, dtypes, device):
             state[names[stored]] = tensor
@@ -132,17 +135,56 @@ def save_weights(module: nn.Module, folder: Folder, filename: str, dtype: torch.
     save_tensors(Path(folder) / filename, module.state_dict(), dtype)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> None:
-    """Write tensors, floating ones cast to `dtype`, to a safetensors file."""
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None = None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = True,
+) -> None:
+    """Write tensors, floating ones cast to `dtype`, to a safetensors file.
+
+    Its header holds `metadata` and a digest of all, which `read_tensors` checks. Raises OSError,
+    naming the file, where the disk does not take it, FileExistsError unless `overwrite`.
+    """
     state = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in tensors.items()
     }
-    with replace_with(path) as temporary:
+    header = {"format": "pt", **(metadata or {})}
+    header["digest"] = _digest(state, header)
+    with replace_with(path, overwrite=overwrite) as temporary:
         try:
-            save_file(state, temporary, metadata={"format": "pt"})
+            save_file(state, temporary, metadata=header)
         except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from error
+            raise OSError(str(error)) from error
+
+
+def read_tensors(path: Path, *, foreign: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a file that `save_tensors` wrote: its tensors, memory-mapped, and its metadata.
+
+    ValueError names a file that is missing, damaged or, unless it may be `foreign`, without a digest.
+    """
+    with open_weights(path) as file:
+        header: dict[str, str] = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    digest = header.pop("digest", None)
+    if digest is None and not foreign:
+        raise ValueError(f"{path} is damaged: it has no digest")
+    if digest is not None and digest != _digest(tensors, header):
+        raise ValueError(f"{path} is damaged: its digest is another one")
+    return tensors, header
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> str:
+    """Return a hash of names, types, shapes and bytes of tensors, and of their metadata."""
+    kinds = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}
+    text = json.dumps([dict(header), kinds], sort_keys=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=_DIGEST)
+    for name in sorted(tensors):
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class _NoInitialisation(TorchFunctionMode):
