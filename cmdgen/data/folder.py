@@ -47,9 +47,9 @@ class Folder:
         self._files, self._captions = list(clips), list(clips.values())
         names = [file.relative_to(root).as_posix() for file in self._files]
         stats = [file.stat() for file in self._files]
-        states = [f"{stat.st_size}:{stat.st_mtime_ns}" for stat in stats]
-        # tells one set of clips from another
-        self.key = " ".join(map(":".join, zip(names, states, strict=True)))
+        # tells one set of clips from another, and when one of them was written
+        self.contents = " ".join(f"{name}:{stat.st_size}" for name, stat in zip(names, stats, strict=True))
+        self.key = " ".join([self.contents, *(str(stat.st_mtime_ns) for stat in stats)])
         order = sorted(range(len(names)), key=lambda i: crc32(names[i].encode()))
         held_out = max(1, int(_HELD_OUT * len(names)))
         self._splits = {"test": sorted(order[:held_out]), "train": sorted(order[held_out:])}

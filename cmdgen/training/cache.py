@@ -7,17 +7,16 @@ another cache.
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cmdgen.files import replace_with
 from cmdgen.training.config import Report
+from cmdgen.weights import open_weights, read_tensors, save_tensors
 
 # rows of a file: 64 MB of latents at 512x1024
 SHARD = 64
@@ -41,7 +40,7 @@ class Rows:
         self.shard = shard
         self.paths = [_path(place, start) for start in range(0, count, shard)]
         # mapped, not read: memory holds what was gathered, and whatever pages there is room for
-        self.map = lru_cache(_OPEN)(lambda i: _load(self.paths[i])[name])
+        self.map = lru_cache(_OPEN)(lambda i: _load(self.paths[i], name)[name])
         self.shape = (count, *self.map(0).shape[1:])
 
     def __len__(self) -> int:
@@ -68,18 +67,22 @@ def fill(
     phase = f"encode {place.name.rpartition('-')[0]}"
     for start in range(0, count, shard):
         path, stop = _path(place, start), min(start + shard, count)
-        parts = [_load(path)] if path.exists() else []
         filled = _rows(path)
+        # a whole shard is not read here
+        parts = [_load(path)] if 0 < filled < stop - start else []
         try:
             for first in range(start + filled, stop, step):
                 report(phase, first, count, {})
                 encoded = encode(range(first, min(first + step, stop)))
-                parts.append({name: t.half().cpu().contiguous() for name, t in encoded.items()})
+                halves = {name: tensor.half().cpu() for name, tensor in encoded.items()}
+                for name, tensor in halves.items():
+                    if not tensor.isfinite().all():
+                        raise ValueError(f"clip {first} or one of the next {step} is encoded to {name} with NaN or inf")
+                parts.append(halves)
         finally:
-            if len(parts) > path.exists():
+            if len(parts) > (filled > 0):
                 tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                with replace_with(path) as temporary:
-                    save_file(tensors, temporary)
+                save_tensors(path, tensors, metadata={"rows": _origin(path)})
     report(phase, count, count, {})
 
 
@@ -103,13 +106,32 @@ def _path(place: Path, start: int) -> Path:
     return place / f"{start:09d}.safetensors"
 
 
+def _origin(path: Path) -> str:
+    """Return what a shard holds: the cache's name is a hash of all else that it depends on."""
+    return f"{path.parent.name} {path.stem}"
+
+
 def _rows(path: Path) -> int:
-    """Return how many rows a shard holds."""
-    return min(map(len, _load(path).values())) if path.exists() else 0
+    """Return how many rows a shard holds, by its header."""
+    if not path.exists():
+        return 0
+    with _removable(), open_weights(path) as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    return min((shape[0] if shape else 0 for shape in shapes), default=0)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path, *names: str) -> dict[str, Tensor]:
+    """Read a shard that holds tensors of these names."""
+    with _removable():
+        tensors, metadata = read_tensors(path)
+        if metadata.get("rows") != _origin(path) or not tensors.keys() >= {*names}:
+            raise ValueError(f"{path} is of another cache")
+    return tensors
+
+
+@contextmanager
+def _removable() -> Iterator[None]:
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not readable: remove it, and it is made again") from error
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}: remove it, and it is made again") from error

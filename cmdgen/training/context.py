@@ -17,10 +17,12 @@ import torch
 
 from cmdgen.config import ModelConfig
 from cmdgen.files import create_folder
-from cmdgen.store.parts import PARTS, load_part
+from cmdgen.store.parts import NETWORKS, PARTS, load_part
+from cmdgen.training.cache import fingerprint
 from cmdgen.training.config import Loss, Report, Shared, Start, TrainConfig
 from cmdgen.training.data import TrainingData
 from cmdgen.training.latents import Codec, Encodings
+from cmdgen.weights import weight_paths
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Run:
     stopped: Callable[[], bool] = lambda: False
     # the time.monotonic() from which `config.minutes` count
     started: float = field(default_factory=time.monotonic)
+    # former stages' parts that this one has read
+    parts: dict[str, Path] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -47,7 +51,7 @@ class Run:
 
     @property
     def state(self) -> Path:
-        """Return the folder of checkpoint.pt, log.jsonl and sheet-*.png."""
+        """Return the folder of checkpoint.safetensors, log.jsonl and sheet-*.png."""
         return self.folder / "training" / self.stage
 
     def autocast(self) -> torch.autocast:
@@ -66,6 +70,7 @@ class Run:
         Raises ValueError, naming the stage that trains it, where there is none.
         """
         place, initial = self.folder / part, self.initial(part)
+        self.parts[part] = place
         if place.is_dir():
             return place
         if initial is None:
@@ -78,6 +83,17 @@ class Run:
         with create_folder(place) as temporary:
             shutil.copytree(initial, temporary, ignore=others, dirs_exist_ok=True)
         return place
+
+    def origin(self) -> dict[str, Any]:
+        """Return what a checkpoint of this stage, once it is built, belongs to."""
+        numbers = {"batch": self.config.batch, "seed": self.config.seed, "clips": self.data.count}
+        weights = {
+            part: fingerprint(weight_paths(place, NETWORKS[part].network.filename))
+            for part, place in self.parts.items()
+            if part in NETWORKS
+        }
+        data = {"frames": self.data.frames, "data": fingerprint([], self.data.contents), "size": list(self.data.size)}
+        return {"stage": self.stage, **numbers, **data, **weights}
 
     def read(self, part: str) -> Any:
         """Return the network of a former stage, frozen."""

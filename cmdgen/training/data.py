@@ -22,8 +22,10 @@ class TrainingData:
     """Clips of one size from a source that may know many."""
 
     source: ClipSource
-    # differs between sets of clips
+    # differs between sets of clips, and between states of their files
     name: str
+    # differs between sets of clips alone
+    contents: str
     count: int
     frames: int
     size: tuple[int, int]
@@ -52,19 +54,19 @@ class TrainingData:
         return self.source.captions(indices, variant)
 
 
-def open_source(name: str) -> tuple[ClipSource, str]:
-    """Open a world or a folder of videos; return it and a text that differs between sources."""
+def open_source(name: str) -> tuple[ClipSource, str, str]:
+    """Open a world or a folder of videos; return it with `name` and `contents` of its TrainingData."""
     if name in WORLDS:
-        return World(WORLDS[name]), repr(WORLDS[name])
+        return World(WORLDS[name]), repr(WORLDS[name]), repr(WORLDS[name])
     if not Path(name).is_dir():
         raise FileNotFoundError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder")
     folder = Folder(Path(name))
-    return folder, folder.key
+    return folder, folder.key, folder.contents
 
 
 def open_data(name: str, clips: int | None, model: ModelConfig, device: torch.device) -> TrainingData:
     """Open a source at a model's size; None: all clips of a folder, and CLIPS of a world."""
-    source, key = open_source(name)
+    source, key, contents = open_source(name)
     if clips is None:
         clips = CLIPS if name in WORLDS else len(source.indices("train", sys.maxsize))
-    return TrainingData(source, key, clips, model.frames, (model.height, model.width), device)
+    return TrainingData(source, key, contents, clips, model.frames, (model.height, model.width), device)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Ema:
@@ -47,9 +47,3 @@ class Ema:
             current = parameter.clone()
             parameter.copy_(average)
             average.copy_(current)
-
-    def load(self, averages: dict[str, Tensor], updates: int) -> None:
-        """Copy the averages of a checkpoint."""
-        for name, average in self.averages.items():
-            average.copy_(averages[name])
-        self.updates = updates

@@ -7,32 +7,30 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from cmdgen.config import CALIBRATION
-from cmdgen.files import replace_with
+from cmdgen.files import create_folder
 from cmdgen.store.parts import PARTS, read_model
-from cmdgen.weights import save_tensors
+from cmdgen.weights import read_tensors, save_tensors
 
 
 def export_model(run: Path, target: Path, dtype: torch.dtype) -> dict[str, int]:
-    """Copy a model folder, floating weights cast to `dtype`; return bytes by file.
+    """Copy a model folder, floating weights cast to `dtype`, whole or not at all; return bytes by file.
 
-    Raises ValueError where the run is no whole model yet. Other files in the target stay.
+    Raises ValueError where the run is no whole model yet, or `target` exists.
     """
     read_model(run)
-    if target.resolve() == run.resolve():
-        raise ValueError(f"{target} is the run itself: give another folder")
     parts = [path for part in PARTS for path in sorted((run / part).glob("*"))]
     sizes = {}
-    for source in (run / "model_index.json", run / CALIBRATION, *parts):
-        if not source.is_file():
-            continue
-        copy = target / source.relative_to(run)
-        if source.suffix == ".safetensors":
-            save_tensors(copy, load_file(source), dtype)
-        else:
-            with replace_with(copy) as temporary:
-                shutil.copyfile(source, temporary)
-        sizes[str(source.relative_to(run))] = copy.stat().st_size
+    with create_folder(target) as folder:
+        for source in (run / "model_index.json", run / CALIBRATION, *parts):
+            if not source.is_file():
+                continue
+            copy = folder / source.relative_to(run)
+            copy.parent.mkdir(exist_ok=True)
+            if source.suffix == ".safetensors":
+                save_tensors(copy, read_tensors(source, foreign=True)[0], dtype)
+            else:
+                shutil.copyfile(source, copy)
+            sizes[str(source.relative_to(run))] = copy.stat().st_size
     return sizes

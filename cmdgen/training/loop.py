@@ -4,17 +4,19 @@ What is trained is a Stage: its trainable modules, a batch for every step (a fun
 alone), a loss, an evaluation, a sheet of samples and how to export itself.
 """
 
-import json
 import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from cmdgen.training.checkpoint import Log, load_checkpoint, save_checkpoint
+from cmdgen.files import create_folder
+from cmdgen.training.checkpoint import NAME, Log, check_origin, load_checkpoint, save_checkpoint
 from cmdgen.training.config import TrainConfig
 from cmdgen.training.context import Run
 from cmdgen.training.ema import Ema
@@ -43,7 +45,10 @@ class Stage(Protocol):
     def export(self, folder: Path) -> None:
         """Write the trained parts into a model folder."""
         for part, module in self.modules.items():
-            module.save_pretrained(folder / part)  # type: ignore[operator]
+            place = folder / part
+            # a new part is whole when it appears
+            with nullcontext(place) if place.is_dir() else create_folder(place) as target:
+                module.save_pretrained(target)  # type: ignore[operator]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -133,18 +138,23 @@ class _State:
         self.stage, self.run, self.config = stage, run, config
         self.step = self.summed = 0
         self.sums: dict[str, Tensor] = {}
-        parameters = [p for m in stage.modules.values() for p in m.parameters() if p.requires_grad]
-        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-        vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
-        self.parameters = parameters
+        # by name, of modules that may be frozen in part
+        self.trained = {
+            f"{part}.{name}": parameter
+            for part, module in stage.modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.parameters = list(self.trained.values())
+        matrices = [parameter for parameter in self.parameters if parameter.ndim > 1]
+        vectors = [parameter for parameter in self.parameters if parameter.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.ema = Ema(stage.modules, config.ema)
-        self.batches = _Batches(stage, run.device)
+        self.batches, self.origin = _Batches(stage, run.device), run.origin()
         run.state.mkdir(parents=True, exist_ok=True)
-        self.checkpoint = run.state / "checkpoint.pt"
-        if self.checkpoint.exists():
-            self._load(load_checkpoint(self.checkpoint))
+        if (read := load_checkpoint(run.state)) is not None:
+            self._load(*read)
 
     def update(self) -> None:
         """Take one optimiser step."""
@@ -194,36 +204,48 @@ class _State:
         return figures
 
     def save(self) -> None:
-        """Write a checkpoint, then the averaged weights into the model folder."""
+        """Write the averaged weights into the model folder, then a checkpoint.
+
+        In that order, a checkpoint of the last step says that all is done.
+        """
         self._check_finite()
-        state = {
-            "step": self.step,
-            "modules": {name: m.state_dict() for name, m in self.stage.modules.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.averages,
-            "sums": self.sums,
-            "summed": self.summed,
-            "data": json.dumps([self.config.batch, self.config.seed]),
-        }
-        save_checkpoint(self.checkpoint, state)
         with self.ema.swapped():
             self.stage.export(self.run.folder)
+        state = {"step": self.step, "summed": self.summed, "origin": self.origin}
+        save_checkpoint(self.run.state, self._tensors(), state)
 
-    def _load(self, state: dict[str, Any]) -> None:
-        data = json.loads(state["data"])
-        if data != [self.config.batch, self.config.seed]:
-            raise ValueError(
-                f"{self.checkpoint} was trained with batch {data[0]} and seed {data[1]}: repeat them, or use --restart"
-            )
-        try:
-            for name, module in self.stage.modules.items():
-                module.load_state_dict(state["modules"][name])
-            self.optimizer.load_state_dict(state["optimizer"])
-            for moments in self.optimizer.state.values():
-                # copied: the next checkpoint replaces the mapped file
-                moments |= {name: tensor.clone() for name, tensor in moments.items()}
-        except (RuntimeError, KeyError, ValueError) as error:
-            message = f"{self.checkpoint} is of a model of another shape: use --restart"
-            raise ValueError(message) from error
-        self.ema.load(state["ema"], state["step"])
-        self.sums, self.summed, self.step = state["sums"], state["summed"], state["step"]
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds, by name."""
+        modules = {
+            f"modules.{part}.{name}": tensor
+            for part, module in self.stage.modules.items()
+            for name, tensor in module.state_dict().items()
+        }
+        moments = {
+            f"{moment}.{name}": tensor
+            for name, parameter in self.trained.items()
+            for moment, tensor in self.optimizer.state.get(parameter, {}).items()
+        }
+        averages = {f"ema.{name}": tensor for name, tensor in self.ema.averages.items()}
+        return modules | moments | averages | {f"sums.{name}": value for name, value in self.sums.items()}
+
+    @torch.no_grad()
+    def _load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        path = self.run.state / NAME
+        check_origin(path, self.origin, state.get("origin"))
+        for name, parameter in self.trained.items():
+            if f"exp_avg.{name}" in tensors:
+                step = torch.zeros((), device=parameter.device)
+                moments = {"step": step, "exp_avg": parameter.clone(), "exp_avg_sq": parameter.clone()}
+                self.optimizer.state[parameter] = moments
+        self.sums = {name[5:]: torch.zeros(()) for name in tensors if name.startswith("sums.")}
+        expected = self._tensors()
+        if {name: tensor.shape for name, tensor in tensors.items()} != {name: t.shape for name, t in expected.items()}:
+            raise ValueError(f"{path} is of a model of another shape: use --restart")
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
+        for name in ("step", "summed"):
+            if type(count := state.get(name)) is not int or not 0 <= count < 2**53:
+                raise ValueError(f"{path}: {name} {short(count)} is no count: use --restart")
+            setattr(self, name, count)
+        self.ema.updates = self.step

@@ -4,12 +4,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.config import ModelConfig, NoiseConfig
-from cmdgen.files import read_json, write_json
+from cmdgen.files import hold_folder, read_json, write_json
+from cmdgen.options import options_of
 from cmdgen.schema import read_config
 from cmdgen.store.parts import network_configs, shared_fields, write_model_index
 from cmdgen.training.autoencoder import AutoencoderStage
@@ -34,7 +36,13 @@ def settle(folder: Path, shared: Shared) -> Shared:
     Raises ValueError where a value differs from the run's.
     """
     path = folder / "training" / "run.json"
-    previous = read_json(path) if path.exists() else {}
+    previous: dict[str, Any] = {}
+    if path.exists():
+        read = read_json(path)
+        try:
+            previous = Shared(**{name: read[name] for name in options_of(Shared) if name in read}).to_json()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     values = shared.to_json()
     for name, value in values.items():
         if previous.get(name, value) != value:
@@ -45,8 +53,14 @@ def settle(folder: Path, shared: Shared) -> Shared:
 def run_stage(run: Run) -> int:
     """Train one stage from wherever it stands; return the number of steps done.
 
-    Raises ValueError where a former stage is missing, or a part of `init` does not fit.
+    Raises ValueError where a former stage is missing, or a part of `init` does not fit, OSError where
+    another process trains in the folder.
     """
+    with hold_folder(run.folder):
+        return _run(run)
+
+
+def _run(run: Run) -> int:
     init = run.start.init
     if init is not None:
         if init.resolve() == run.folder.resolve():

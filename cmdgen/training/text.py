@@ -1,8 +1,11 @@
 """Captions of training: their token ids, and a text encoder that is frozen or trained."""
 
+import shutil
+
 import torch
 from torch import Tensor
 
+from cmdgen.files import create_folder
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.training.context import Run
@@ -35,15 +38,17 @@ class Text:
         assert run.model.text is not None
         place, initial = run.folder / "tokenizer", run.initial("tokenizer")
         if place.is_dir() and not run.start.restart:
-            tokenizer = Tokenizer.from_pretrained(place)
-        elif initial is not None:
+            return cls(run, Tokenizer.from_pretrained(place), run.build("text_encoder"))
+        if initial is not None:
             tokenizer = Tokenizer.from_pretrained(initial)
         else:
             indices = run.data.source.indices("train", CAPTIONS)
             texts = [text for variant in range(2) for text in run.data.captions(indices, variant)]
             tokenizer = Tokenizer.train(texts, run.model.text.vocab_size)
         # before the first checkpoint: token ids must never change under the weights
-        tokenizer.save_pretrained(place, length=run.model.text.max_position_embeddings)
+        shutil.rmtree(place, ignore_errors=True)
+        with create_folder(place) as temporary:
+            tokenizer.save_pretrained(temporary, length=run.model.text.max_position_embeddings)
         return cls(run, tokenizer, run.build("text_encoder"))
 
     def __call__(self, ids: Tensor) -> Tensor:

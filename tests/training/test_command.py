@@ -69,7 +69,7 @@ def test_first_signal_ends_after_the_step_with_a_checkpoint(
     stopped = train("vae")
     assert stopped.code == 128 + signal.SIGTERM
     assert "vae: 1 of 2 steps" in stopped.err
-    assert (tmp_path / "run/training/vae/checkpoint.pt").exists()
+    assert (tmp_path / "run/training/vae/checkpoint.safetensors").exists()
 
 
 def test_time_is_up_during_encoding_too(train, tmp_path: Path) -> None:

@@ -1,15 +1,21 @@
 """The loop on a stage that learns one linear map, in milliseconds."""
 
 import json
+import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cmdgen import weights
 from cmdgen.training import checkpoint, loop
 from cmdgen.training.config import Loss, Shared, Start, TrainConfig
 from cmdgen.training.context import Run
@@ -17,6 +23,7 @@ from cmdgen.training.data import open_data
 from cmdgen.training.ema import Ema
 from cmdgen.training.loop import Batch, Stage, learning_rate, train
 from cmdgen.training.randomness import Order, seeded
+from cmdgen.weights import read_tensors, save_tensors
 from tests.conftest import tiny_config
 
 CONFIG = TrainConfig(steps=8, batch=8, lr=0.01, warmup=3, log_steps=3, evaluate_steps=100, ema=0.9)
@@ -46,7 +53,7 @@ class LinearStage(Stage):
 
     def export(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        torch.save(self.model.state_dict(), folder / "model.pt")
+        save_file(self.model.state_dict(), folder / "model.safetensors")
 
 
 def fit(folder: Path, config: TrainConfig = CONFIG, stage: LinearStage | None = None) -> LinearStage:
@@ -58,6 +65,12 @@ def fit(folder: Path, config: TrainConfig = CONFIG, stage: LinearStage | None = 
 
 def state(folder: Path) -> Path:
     return folder / "training" / "linear"
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    read = checkpoint.load_checkpoint(state(folder))
+    assert read is not None
+    return read
 
 
 def log(folder: Path) -> list[dict[str, float]]:
@@ -77,7 +90,7 @@ def test_kill_loses_at_most_the_steps_since_the_checkpoint(tmp_path: Path) -> No
     config = replace(CONFIG, save_seconds=0.0)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "killed", config, LinearStage(fail_at=5))
-    assert checkpoint.load_checkpoint(state(tmp_path / "killed") / "checkpoint.pt")["step"] == 5
+    assert load(tmp_path / "killed")[1]["step"] == 5
     continued = fit(tmp_path / "killed", config)
     assert torch.equal(continued.model.weight, expected.model.weight)
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
@@ -95,46 +108,102 @@ def test_batches_made_ahead_are_those_of_the_steps(monkeypatch: pytest.MonkeyPat
         batches.take(6)
 
 
-def test_the_optimizer_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
-    fit(tmp_path, replace(CONFIG, steps=1, betas=(0.5, 0.75), weight_decay=0.125))
-    matrices, vectors = checkpoint.load_checkpoint(state(tmp_path) / "checkpoint.pt")["optimizer"]["param_groups"]
-    assert matrices["betas"] == vectors["betas"] == (0.5, 0.75)
-    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.125, 0.0)
+def test_options_of_the_optimizer_may_change_on_the_way(tmp_path: Path) -> None:
+    model, data, cpu = tiny_config(), open_data("mini", 1, tiny_config(), torch.device("cpu")), torch.device("cpu")
+    for steps, betas in ((1, (0.5, 0.75)), (2, (0.25, 0.5))):
+        config = replace(CONFIG, steps=steps, betas=betas, weight_decay=0.125)
+        run = Run("linear", Start(tmp_path), Shared(), config, Loss(), model, data, cpu)
+        matrices, vectors = loop._State(LinearStage(), run).optimizer.param_groups
+        assert matrices["betas"] == vectors["betas"] == betas
+        assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.125, 0.0)
+        train(LinearStage(), run)
 
 
-def test_log_forgets_what_the_checkpoint_does_not_know(tmp_path: Path) -> None:
+def test_log_keeps_whole_records_that_the_checkpoint_knows(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 2}\n{"step": 5, "lo')
+    kept = b'{"step": 2, "loss": 1}\n{"step": 3, "psnr": Infinity}\n'
+    bad = (
+        b"\xff\xfe",
+        b"\0" * 50,
+        b"[" * 100_000,
+        b"5",
+        b"{}",
+        b'{"step": "x"}',
+        b'{"step": 1e999}',
+        b'{"step": true}',
+    )
+    path.write_bytes(b"\n".join(bad) + b"\n" + kept + b'{"step": 4, "loss": 2}\n{"step": 3, "lo')
     checkpoint.Log(path, 3).close()
-    assert path.read_text() == '{"step": 2, "loss": 1}\n'
+    assert path.read_bytes() == kept
 
 
 def test_checkpoint_that_fails_half_way_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "checkpoint.pt"
-    checkpoint.save_checkpoint(path, {"step": 1})
+    tensors = {"a": torch.arange(3.0)}
+    checkpoint.save_checkpoint(tmp_path, tensors, {"step": 1})
 
-    def fail(state: object, file: Path) -> None:
+    def fail(state: object, file: Path, metadata: object) -> None:
         file.write_bytes(b"half")
-        raise OSError("no space left")
+        raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.save_checkpoint(path, {"step": 2})
-    assert checkpoint.load_checkpoint(path) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(weights, "save_file", fail)
+    with pytest.raises(OSError, match=r"checkpoint.safetensors was not written: No space left on device$"):
+        checkpoint.save_checkpoint(tmp_path, tensors, {"step": 2})
+    read = checkpoint.load_checkpoint(tmp_path)
+    assert read is not None and read[1] == {"step": 1} and torch.equal(read[0]["a"], tensors["a"])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
-def test_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        checkpoint.load_checkpoint(path)
+def change(path: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
+    """Write a checkpoint whose digest is right, but whose contents are not those of the loop."""
+    tensors, metadata = read_tensors(path)
+    tensors, values = {name: tensor.clone() for name, tensor in tensors.items()}, json.loads(metadata["state"])
+    edit(tensors, values)
+    checkpoint.save_checkpoint(path.parent, tensors, values)
+
+
+def flip(path: Path, *bits: int) -> None:
+    data = bytearray(path.read_bytes())
+    for bit in bits:
+        data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: flip(path, -8 * 4 + 3), "is damaged: its digest is another one"),
+        (lambda path: flip(path, 8 * 60), "not a readable checkpoint: use --restart"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "not a readable checkpoint: use --restart"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 cut off"), "not a readable checkpoint: use --restart"),
+        (lambda path: path.write_bytes(b""), "not a readable checkpoint: use --restart"),
+        (lambda path: save_file({"a": torch.ones(2)}, path), "is damaged: it has no digest"),
+        (lambda path: save_tensors(path, {"a": torch.ones(2)}), "not a readable checkpoint: use --restart"),
+        (lambda path: change(path, lambda _, values: values.pop("step")), "step None is no count: use --restart"),
+        (lambda path: change(path, lambda _, values: values.update(step=1.5)), "step 1.5 is no count"),
+        (lambda path: change(path, lambda _, values: values.update(summed="a")), "summed 'a' is no count"),
+        (lambda path: change(path, lambda _, values: values.update(origin=5)), "was trained with another stage"),
+        (
+            lambda path: change(path, lambda tensors, _: tensors.pop("ema.model.bias")),
+            "of another shape: use --restart",
+        ),
+        (lambda path: change(path, lambda tensors, _: tensors.update({"sums.x": torch.ones(2)})), "of another shape"),
+        (lambda path: (path.unlink(), path.with_name("checkpoint.pt").touch()), "pickled, as an earlier version did"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "is not a file"),
+    ],
+)
+def test_damaged_checkpoint_is_one_line(tmp_path: Path, damage: Callable[[Path], object], says: str) -> None:
+    fit(tmp_path, replace(CONFIG, steps=2))
+    damage(state(tmp_path) / "checkpoint.safetensors")
+    with pytest.raises(ValueError, match=f"^{state(tmp_path)}/checkpoint.*{says}") as error:
+        fit(tmp_path, replace(CONFIG, steps=3))
+    assert "\n" not in str(error.value)
 
 
 def test_other_batch_or_shape_is_refused(tmp_path: Path) -> None:
     fit(tmp_path)
-    with pytest.raises(ValueError, match="trained with batch 8 and seed 0"):
-        fit(tmp_path, replace(CONFIG, batch=4, steps=9))
+    for change, says in (({"batch": 4}, "trained with batch 8"), ({"seed": 1}, "trained with seed 0")):
+        with pytest.raises(ValueError, match=f"{says}: repeat the former command, or use --restart"):
+            fit(tmp_path, replace(CONFIG, **change, steps=9))
     wider = LinearStage()
     wider.modules["model"] = nn.Linear(4, 2)
     with pytest.raises(ValueError, match="another shape"):
@@ -145,7 +214,7 @@ def test_minutes_end_the_run_in_time_with_a_checkpoint(tmp_path: Path) -> None:
     begun = time.monotonic()
     fit(tmp_path, replace(CONFIG, steps=10_000, minutes=0.1 / 60), LinearStage(seconds=0.01))
     assert time.monotonic() - begun < 5
-    step = checkpoint.load_checkpoint(state(tmp_path) / "checkpoint.pt")["step"]
+    step = load(tmp_path)[1]["step"]
     assert 0 < step < 10_000
     assert log(tmp_path)[-1]["step"] == step
 
@@ -155,14 +224,13 @@ def test_diverged_weights_are_never_saved(tmp_path: Path) -> None:
     nn.init.constant_(stage.model.weight, float("inf"))
     with pytest.raises(FloatingPointError, match="not finite"):
         fit(tmp_path, stage=stage)
-    assert not (state(tmp_path) / "checkpoint.pt").exists()
+    assert not (state(tmp_path) / "checkpoint.safetensors").exists()
 
 
 def test_export_holds_the_averaged_weights(tmp_path: Path) -> None:
     stage = fit(tmp_path)
-    exported = torch.load(tmp_path / "model.pt", weights_only=True)
-    averages = checkpoint.load_checkpoint(state(tmp_path) / "checkpoint.pt")["ema"]
-    assert torch.equal(exported["weight"], averages["model.weight"])
+    exported = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(exported["weight"], load(tmp_path)[0]["ema.model.weight"])
     assert not torch.equal(exported["weight"], stage.model.weight)
 
 
