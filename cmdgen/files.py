@@ -39,12 +39,7 @@ def replace_with(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         place.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(place.parent) as folder:
             # no longer than the name that it gets
-            temporary = folder / place.name
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            yield temporary
-            # safetensors replaces the file by one that only its owner can read
-            temporary.chmod(mode)
+            yield (temporary := folder / place.name)
             publish({temporary: place}, overwrite=overwrite)
     except FileExistsError:
         raise

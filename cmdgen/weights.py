@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -24,6 +23,8 @@ from cmdgen.schema import Folder
 
 # types that weights are stored in
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+_DTYPES = {getattr(torch, name): stored for stored, name in (FLOATS | _INTEGERS).items()}
 # tensors that are copied before their file is mapped anew
 _AT_ONCE = 8
 # bytes of a hash, and of so few weights that hashing them takes a moment
@@ -152,13 +153,22 @@ def save_tensors(
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         for name, tensor in tensors.items()
     }
-    header = {"format": "pt", **(metadata or {})}
-    header["digest"] = _digest(state, header)
-    with replace_with(path, overwrite=overwrite) as temporary:
-        try:
-            save_file(state, temporary, metadata=header)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    metadata = {"format": "pt", **(metadata or {})}
+    entries: dict[str, Any] = {"__metadata__": metadata | {"digest": _digest(state, metadata)}}
+    end = 0
+    # by size of elements, so that all are aligned
+    names = sorted(state, key=lambda name: (-state[name].element_size(), name))
+    for name in names:
+        start, end = end, end + state[name].nbytes
+        kind = {"dtype": _DTYPES[state[name].dtype], "shape": list(state[name].shape)}
+        entries[name] = kind | {"data_offsets": [start, end]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    # the library's own writer puts metadata in another order each time
+    with replace_with(path, overwrite=overwrite) as temporary, temporary.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in names:
+            file.write(_bytes(state[name]))
 
 
 def read_tensors(path: Path, *, foreign: bool = False) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -183,8 +193,12 @@ def _digest(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> s
     text = json.dumps([dict(header), kinds], sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=_DIGEST)
     for name in sorted(tensors):
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 class _NoInitialisation(TorchFunctionMode):

@@ -1,7 +1,6 @@
 """Files appear whole or not at all; untrusted text is read whole or refused in one line."""
 
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from cmdgen.files import (
     temporary_folder,
     write_json,
 )
+from tests.killing import full_disk
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -171,13 +171,8 @@ def test_a_folder_is_held_by_one_process_and_an_empty_one_does_not_stay(tmp_path
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     write_json(path, {"old": 1})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(OSError) as error:
-            write_json(path, {"new": "x" * 2000})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(1000), pytest.raises(OSError) as error:
+        write_json(path, {"new": "x" * 2000})
     assert str(error.value) == f"{path} was not written: File too large"
     assert read_json(path) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]

@@ -12,7 +12,7 @@ from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.config import ModelConfig, NoiseConfig
 from cmdgen.files import hold_folder, read_json, write_json
 from cmdgen.options import options_of
-from cmdgen.schema import read_config
+from cmdgen.schema import config_path, read_config
 from cmdgen.store.parts import network_configs, shared_fields, write_model_index
 from cmdgen.training.autoencoder import AutoencoderStage
 from cmdgen.training.config import DATA, PRESET, Shared
@@ -69,7 +69,8 @@ def _run(run: Run) -> int:
     if run.start.restart:
         shutil.rmtree(run.state, ignore_errors=True)
     scheduler = run.initial("scheduler") or run.folder / "scheduler"
-    if scheduler.is_dir():
+    # a kill may have left the folder empty
+    if config_path(scheduler, NoiseConfig).exists():
         noise = read_config(scheduler, NoiseConfig)
         run = replace(run, model=replace(run.model, noise=noise))
     # fresh weights follow from the seed

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cmdgen import weights
 from cmdgen.training import checkpoint, loop
 from cmdgen.training.config import Loss, Shared, Start, TrainConfig
 from cmdgen.training.context import Run
@@ -25,6 +23,7 @@ from cmdgen.training.loop import Batch, Stage, learning_rate, train
 from cmdgen.training.randomness import Order, seeded
 from cmdgen.weights import read_tensors, save_tensors
 from tests.conftest import tiny_config
+from tests.killing import full_disk
 
 CONFIG = TrainConfig(steps=8, batch=8, lr=0.01, warmup=3, log_steps=3, evaluate_steps=100, ema=0.9)
 
@@ -137,20 +136,18 @@ def test_log_keeps_whole_records_that_the_checkpoint_knows(tmp_path: Path) -> No
     assert path.read_bytes() == kept
 
 
-def test_checkpoint_that_fails_half_way_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {"a": torch.arange(3.0)}
-    checkpoint.save_checkpoint(tmp_path, tensors, {"step": 1})
-
-    def fail(state: object, file: Path, metadata: object) -> None:
-        file.write_bytes(b"half")
-        raise SafetensorError("No space left on device")
-
-    monkeypatch.setattr(weights, "save_file", fail)
-    with pytest.raises(OSError, match=r"checkpoint.safetensors was not written: No space left on device$"):
-        checkpoint.save_checkpoint(tmp_path, tensors, {"step": 2})
-    read = checkpoint.load_checkpoint(tmp_path)
-    assert read is not None and read[1] == {"step": 1} and torch.equal(read[0]["a"], tensors["a"])
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+def test_a_full_disk_leaves_the_former_checkpoint(tmp_path: Path) -> None:
+    fit(tmp_path, replace(CONFIG, steps=2))
+    (path,) = state(tmp_path).glob("*.safetensors")
+    former = path.read_bytes()
+    with full_disk(len(former) // 2), pytest.raises(OSError, match=f"^{path} was not written: File too large$"):
+        fit(tmp_path, replace(CONFIG, steps=3))
+    assert path.read_bytes() == former
+    assert not [*tmp_path.rglob(".*")]
+    assert log(tmp_path)[-1]["step"] == 3
+    fit(tmp_path, replace(CONFIG, steps=3))
+    fit(tmp_path / "whole", replace(CONFIG, steps=3))
+    assert path.read_bytes() == next(state(tmp_path / "whole").glob("*.safetensors")).read_bytes()
 
 
 def change(path: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], object]) -> None:
