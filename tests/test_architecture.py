@@ -19,6 +19,7 @@ ORDER = (
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "cmdgen_kernels").glob("*.py"))
+SOURCES = ("cmdgen", "kernels", "tests")
 MOST_PARAMETERS = 8
 
 
@@ -85,6 +86,15 @@ def test_imports_point_down(path: Path) -> None:
             continue
         assert rest and rest[0] in ORDER, f"{module} has no place in ORDER"
         assert rest[0] == part or ORDER.index(part) < ORDER.index(rest[0]), f"{part} may not import {module}"
+
+
+def test_nothing_is_pickled() -> None:
+    # reading a pickle can run any code
+    for path in (*ROOT.glob("*.py"), *(file for folder in SOURCES for file in (ROOT / folder).rglob("*.py"))):
+        tree = ast.parse(path.read_text())
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not calls & {"torch.load", "torch.save", "np.load"}, path
+        assert not {name.partition(".")[0] for name in imports(path)} & {"pickle", "shelve", "joblib", "dill"}, path
 
 
 def test_modules_do_not_import_in_a_circle() -> None:

@@ -20,7 +20,7 @@ from cmdgen.config import CMD_SD15, MINI, NoiseConfig, VaeConfig
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
 from cmdgen.schema import read_config, write_config
-from cmdgen.weights import hash_weights, load_weights, save_weights
+from cmdgen.weights import hash_weights, load_weights, read_tensors, save_tensors, save_weights
 
 TINY = VaeConfig(block_out_channels=(4, 8), norm_num_groups=2, layers_per_block=1)
 
@@ -263,6 +263,45 @@ def test_names_may_be_many_but_layers_may_not(tmp_path: Path) -> None:
     write_config(VaeConfig(block_out_channels=(32,) * 65), tmp_path)
     with pytest.raises(ValueError, match="block_out_channels has 65 entries, at most 64 are read"):
         read_config(tmp_path, VaeConfig)
+
+
+def test_a_file_is_what_was_written_or_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {"a": torch.randn(3, 5, 2), "b": torch.tensor(2.0).half(), "none": torch.ones(0, 3)}
+    tensors |= {
+        "c": torch.randn(3).bfloat16(),
+        "d": torch.arange(3),
+        "e": torch.tensor([True]),
+        "f": torch.ones(3, 4).T,
+    }
+    save_tensors(path, tensors, metadata={"key": 'é "{'})
+    whole = path.read_bytes()
+    got, metadata = read_tensors(path)
+    assert got.keys() == tensors.keys() == load_file(path).keys()
+    assert all(torch.equal(got[name], tensor) and got[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert metadata == {"format": "pt", "key": 'é "{'}
+    save_tensors(path, dict(reversed(tensors.items())), metadata={"key": 'é "{'})
+    assert path.read_bytes() == whole
+    for bit in range(0, 8 * len(whole), 101):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        try:
+            got, _ = read_tensors(path)
+        except ValueError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+        else:
+            # only a space of the header
+            assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_damaged_part_of_a_model_is_refused(vae_folder: Path) -> None:
+    path = vae_folder / KlVae.filename
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 8
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"^{path} is damaged: its digest is another one$"):
+        KlVae.from_pretrained(vae_folder)
 
 
 def test_a_hash_tells_weights_from_others_wherever_they_lie(tmp_path, tiny_model):

@@ -1,14 +1,17 @@
 """Shards are made once, memory-mapped, and made again when what they depend on has changed."""
 
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
+from cmdgen.weights import save_tensors
 
 
 class Encoder:
@@ -91,8 +94,31 @@ def test_fingerprint_follows_weights_and_data(tmp_path: Path) -> None:
     assert fingerprint([file], "world 64x64") != before
 
 
-def test_damaged_shard_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: path.write_bytes(b"half"), "not a readable safetensors file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), "is damaged: its digest is another one"),
+        (lambda path: shutil.copy(path.with_name("000000000.safetensors"), path), "is of another cache"),
+        (lambda path: save_file({"x": torch.zeros(4, 2)}, path), "is damaged: it has no digest"),
+        (
+            lambda path: save_tensors(path, {"y": torch.zeros(4, 2)}, metadata={"rows": f"x-a {path.stem}"}),
+            "of another",
+        ),
+    ],
+)
+def test_damaged_shard_is_named(tmp_path: Path, damage: Callable[[Path], object], says: str) -> None:
     damaged = encode(tmp_path / "x-a", Encoder()).paths[1]
-    damaged.write_bytes(b"half")
-    with pytest.raises(ValueError, match=f"{damaged.name}: not a readable .*: remove it, and it is made again"):
-        encode(tmp_path / "x-a", Encoder())
+    damage(damaged)
+    with pytest.raises(ValueError, match=f"^{damaged}.*{says}.*: remove it, and it is made again$"):
+        values(encode(tmp_path / "x-a", Encoder()))
+    damaged.unlink()
+    assert values(encode(tmp_path / "x-a", Encoder())) == list(range(10))
+
+
+def test_an_encoding_with_nan_or_inf_is_not_kept(tmp_path: Path) -> None:
+    # beyond the largest number of half precision
+    huge = torch.full((2, 3), 1e6)
+    with pytest.raises(ValueError, match="clip 0 or one of the next 2 is encoded to x with NaN or inf"):
+        fill(tmp_path / "x-a", 2, lambda _: {"x": huge}, lambda *_: None, step=2)
+    assert not list(tmp_path.rglob("*.*"))

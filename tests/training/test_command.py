@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cmdgen.config import PRESETS
+from cmdgen.files import hold_folder
 from cmdgen.training.vae import VaeStage
 from tests.conftest import tiny_config
 
@@ -140,6 +141,53 @@ def test_a_run_cut_short_by_the_clock_says_where_the_learning_rate_is(train) -> 
     assert re.search(r"note: the learning rate, [\d.e-]+ by now, falls until step 900: the same", result.err)
     quiet = train("vae", "--quiet", "--steps", 901, *cut)
     assert (quiet.code, quiet.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[]", "[] is not a JSON object"),
+        ("null", "None is not a JSON object"),
+        ("\ufffe", "not readable as JSON"),
+        ("[" * 100_000, "JSON is nested too deeply"),
+        ('{"size": 5}', "size 5 is not valid"),
+        ('{"size": "9"}', "size '9' is not WIDTHxHEIGHT"),
+        ('{"preset": []}', "preset [] is not text"),
+        ('{"preset": "none"}', "preset 'none' is not one of"),
+        ('{"frames": "2"}', "frames '2' is not a whole number"),
+        ('{"frames": true}', "frames True is not a whole number"),
+        ('{"latents": 7}', "latents 7 is not text"),
+        ('{"attention_threshold": 0}', "attention threshold 0.0 is not above 0"),
+    ],
+)
+def test_a_damaged_run_is_one_line_that_names_its_file(train, tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "run/training/run.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    result = train("vae")
+    assert result.code == 2
+    assert result.err.startswith(f"error: {path}: ") and says in result.err and result.err.count("\n") == 1
+
+
+def test_a_run_is_trained_by_one_process(train, tmp_path: Path) -> None:
+    with hold_folder(tmp_path / "run"):
+        result = train("vae", "--data", "shapes")
+    assert result.code == 1
+    assert (
+        result.err
+        == f"error: {tmp_path / 'run'} is in use by another cmdgen: wait for its end, or give another folder\n"
+    )
+
+
+def test_a_stage_does_not_go_on_after_another_vae(train) -> None:
+    for stage in ("vae", "autoencoder"):
+        assert train(stage, "--steps", 1).code == 0
+    assert train("autoencoder", "--steps", 2).code == 0
+    assert train("vae", "--steps", 2).code == 0
+    result = train("autoencoder", "--steps", 3)
+    assert result.code == 2
+    assert "autoencoder/checkpoint.safetensors was trained with another vae: " in result.err
+    assert train("autoencoder", "--restart").code == 0
 
 
 def test_a_run_of_an_earlier_version_goes_on(train, tmp_path: Path) -> None:
