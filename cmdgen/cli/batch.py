@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby, islice
@@ -22,8 +22,9 @@ from cmdgen.options import Size, write_size
 from cmdgen.pipelines.clip import Clip, Inputs
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, shared_settings
-from cmdgen.video.formats import STDOUT, Encoding
-from cmdgen.video.write import Writer, check_output, list_taken, open_video, write_still
+from cmdgen.video.formats import STDOUT, Encoding, name_sidecar
+from cmdgen.video.read import read_metadata
+from cmdgen.video.write import Writer, check_output, is_sidecar, open_video, write_sidecar, write_still
 
 # formats whose frames can follow one another without an end: clips of one size are one stream
 STREAMS = ("y4m", "raw", "mp4")
@@ -65,7 +66,7 @@ class Batch:
     total: int | None
     made: int = 0
     failed: int = 0
-    # names of files to the index and the line of their job
+    # real paths of files to the index and the line of their job
     targets: dict[str, tuple[int, int]] = field(default_factory=dict)
     # size, rate and encoding of the stream on stdout, if it has several clips
     shape: tuple[Size, int, Encoding] | None = None
@@ -95,19 +96,35 @@ class Batch:
             if job.encoding.format == LATENTS and not plan.moves:
                 raise ValueError(f"{job.target} holds content and motion: a still has no motion")
             job.encoding.check(plan.model.size, plan.model.fps)
+            job = replace(job, request=request, resolved=plan)
             if job.target == STDOUT:
                 self._check_stream(job.encoding, plan)
             else:
-                self._check_name(job)
-            job, overwrite = replace(job, request=request, resolved=plan), self.options.overwrite
-            check_output(job.target, job.encoding, overwrite=overwrite, makes_folder=not self.alone)
+                self._check_names(job)
+            overwrite, makes_folder = self.options.overwrite, not self.alone
+            try:
+                check_output(job.target, job.encoding, overwrite=overwrite, makes_folder=makes_folder)
+            except FileExistsError:
+                if not self.options.skip_existing or (found := self._find(job)) is None:
+                    raise
+                job = found
             return job
         except (ValueError, OSError) as error:
-            skips = self.options.skip_existing and isinstance(error, FileExistsError)
-            # a sidecar alone is no clip
-            if skips and list_taken(Path(job.target), job.encoding):
-                return replace(job, exists=True)
             return Refused(job.index, job.line, error)
+
+    def _find(self, job: Job) -> Job | None:
+        """Return a job some of whose files exist as what is to be done; None where they are not its own."""
+        sidecar = name_sidecar(Path(job.target))
+        missing = [file for file in job.files if not os.path.lexists(file)]
+        if job.encoding.sidecar and sidecar not in missing and not is_sidecar(sidecar):
+            return None
+        if missing == [sidecar] and job.encoding.kind.metadata:
+            # the sidecar is made of those
+            with suppress(ValueError):
+                read_metadata(job.target)
+                return replace(job, exists=True)
+            return None
+        return replace(job, exists=not missing, unfinished=bool(missing))
 
     def _check_stream(self, encoding: Encoding, plan: Plan) -> None:
         if self.total == 1:
@@ -122,20 +139,22 @@ class Batch:
                 f"not as the first clip on stdout, {write_size(size)} at {fps} frames a second and encoded alike"
             )
 
-    def _check_name(self, job: Job) -> None:
-        path, preview = os.path.abspath(job.target), self.options.preview
-        if preview is not None and path == os.path.abspath(preview):
-            raise ValueError(f"{job.target} is the preview's name: give another one")
-        index, line = self.targets.setdefault(path, (job.index, job.line))
-        if index != job.index:
-            text = (
-                f"{job.target} is the name of a clip of line {line} already: let names differ, by "
-                "{index}, {slug} or {seed} in --output"
-            )
-            if self.total is None:
-                raise ValueError(text)
-            # nothing is made yet: all of the command is wrong
-            raise Failure(f"line {job.line}: {text}", USAGE)
+    def _check_names(self, job: Job) -> None:
+        """Raise where another job, or the preview, has a name of this one, however it is written."""
+        preview = self.options.preview
+        for name in map(os.path.realpath, job.files):
+            if preview is not None and name == os.path.realpath(preview):
+                raise ValueError(f"{job.target} is the preview's name: give another one")
+            index, line = self.targets.setdefault(name, (job.index, job.line))
+            if index != job.index:
+                text = (
+                    f"{job.target} is the name of a clip of line {line} already: let names differ, by "
+                    "{index}, {slug} or {seed} in --output"
+                )
+                if self.total is None:
+                    raise ValueError(text)
+                # nothing is made yet: all of the command is wrong
+                raise Failure(f"line {job.line}: {text}", USAGE)
 
     def _report(self, refused: Refused) -> Refused:
         """Report an error once; raise it where it ends the command."""
@@ -154,10 +173,7 @@ class Batch:
                 if isinstance(jobs_together, Refused):
                     self._refuse(jobs_together)
                 elif jobs_together[0].exists:
-                    self.made += 1
-                    job = jobs_together[0]
-                    self.say.note(f"{job.target} exists already")
-                    self.say.result(job.target, {**job.describe(), "skipped": True})
+                    self._keep(jobs_together[0])
                 else:
                     self._make(jobs_together)
                 if self.total is not None and not self.alone:
@@ -165,6 +181,18 @@ class Batch:
         if self.failed:
             count = self.made + self.failed
             raise Failure(f"{self.failed} of {count} clips were not made", PARTIAL)
+
+    def _keep(self, job: Job) -> None:
+        """Count a clip that is there as made; write a sidecar that it lacks."""
+        sidecar = name_sidecar(Path(job.target))
+        if job.encoding.sidecar and not sidecar.exists():
+            try:
+                write_sidecar(Path(job.target), read_metadata(job.target))
+            except (ValueError, OSError) as error:
+                return self._refuse(Refused(job.index, job.line, error))
+        self.made += 1
+        self.say.note(f"{job.target} exists already")
+        self.say.result(job.target, {**job.describe(), "skipped": True})
 
     def _refuse(self, refused: Refused) -> None:
         self._report(refused)
@@ -189,8 +217,12 @@ class Batch:
             errors = {job.index: failure for job in jobs}
         seconds = (time.monotonic() - started) / len(jobs)
         for job in jobs:
-            if job.index in errors:
-                self._refuse(Refused(job.index, job.line, errors[job.index]))
+            error = errors.get(job.index)
+            if self.options.skip_existing and isinstance(error, FileExistsError):
+                # another process made it meanwhile
+                self._keep(job)
+            elif error is not None:
+                self._refuse(Refused(job.index, job.line, error))
             else:
                 self._finish(job, seconds)
 
@@ -242,7 +274,7 @@ class Batch:
             about = {**plain, "format": encoding.format, **chosen} if chosen else plain
         return open_video(
             *(job.target, model.size, model.fps, about, encoding),
-            overwrite=self.options.overwrite,
+            overwrite=self.options.overwrite or job.unfinished,
             pixels=encoding.pixels,
         )
 
@@ -312,7 +344,7 @@ def _write(batch: Batch, job: Job, inputs: Inputs | None) -> Generator[None, Any
                     write(frames)
         else:
             clip = yield
-            clip.save(job.target, job.encoding, overwrite=batch.options.overwrite)
+            clip.save(job.target, job.encoding, overwrite=batch.options.overwrite or job.unfinished)
     except OSError as error:
         return error
     return None

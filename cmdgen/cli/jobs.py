@@ -22,7 +22,7 @@ from cmdgen.files import parse_json
 from cmdgen.metadata import read_job
 from cmdgen.options import option
 from cmdgen.request import Plan, Request
-from cmdgen.video.formats import STDOUT, Encoding, choose_encoding
+from cmdgen.video.formats import STDOUT, Encoding, choose_encoding, list_outputs
 
 # bytes of a line; a longer one is skipped, unless it never seems to end
 MAX_LINE_BYTES, MAX_SKIPPED_BYTES = 2**20, 2**26
@@ -82,14 +82,20 @@ class Job:
     target: str
     encoding: Encoding
     resolved: Plan | None = None
-    # whether --skip-existing found its file
+    # whether --skip-existing found all its files, or some of them, which are replaced
     exists: bool = False
+    unfinished: bool = False
 
     @property
     def plan(self) -> Plan:
         """Return the plan of a job that was checked."""
         assert self.resolved is not None
         return self.resolved
+
+    @property
+    def files(self) -> list[Path]:
+        """Return the files of a job that was checked."""
+        return list_outputs(Path(self.target), self.encoding, self.plan.model.frames)
 
     def describe(self) -> dict[str, Any]:
         """Return the job for JSON."""

@@ -310,3 +310,11 @@ def describe_origin(path: Path) -> dict[str, str]:
 def name_sidecar(target: Path) -> Path:
     """Return where the metadata of `target` is kept beside it: clip.mp4.json, %04d.png.json."""
     return target.parent / f"{target.name}.json"
+
+
+def list_outputs(target: Path, encoding: Encoding, frames: int) -> list[Path]:
+    """Return the files of a clip of so many frames: a sidecar, if it has one, and those of the clip."""
+    files = [target]
+    if encoding.format == "frames":
+        files = [target.with_name(target.name % number) for number in range(1, frames + 1)]
+    return [name_sidecar(target), *files] if encoding.sidecar else files

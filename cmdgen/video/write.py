@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from cmdgen.files import kept, publish, read_json, temporary_folder
+from cmdgen.files import kept, publish, read_json, replace_with, temporary_folder
 from cmdgen.video.ffmpeg import run_ffmpeg
 from cmdgen.video.formats import STDOUT, Encoding, Pixels, choose_encoding, list_frames, name_sidecar
 
@@ -100,7 +100,9 @@ def check_output(
         return
     path = Path(target)
     try:
-        taken, sidecar = list_taken(path, encoding), name_sidecar(path)
+        taken, sidecar = [path] if os.path.lexists(path) else [], name_sidecar(path)
+        if encoding.format == "frames":
+            taken = list_frames(path)[:1]
         if path.is_dir():
             raise ValueError(f"{path} is a folder: give the name of a file in it")
         if encoding.sidecar and sidecar.exists():
@@ -121,13 +123,6 @@ def check_output(
         raise
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-
-
-def list_taken(target: Path, encoding: Encoding) -> list[Path]:
-    """Return what exists of a video, at most one file of it; a sidecar does not count."""
-    if encoding.format == "frames":
-        return list_frames(target)[:1]
-    return [target] if os.path.lexists(target) else []
 
 
 def write_still(
@@ -341,10 +336,7 @@ def _add_comment(data: bytes, comment: bytes) -> bytes:
 def _move_all(output: Output, clip: Path, place: Path) -> None:
     """Give all files of an output their names, or none; remove what they replace."""
     moves, sidecar = {clip: place}, name_sidecar(place)
-    old = []
-    # any other file of such a name is none of ours
-    with suppress(ValueError):
-        old += [sidecar] if "cmdgen" in read_json(sidecar, limit=2 * MOST_METADATA) else []
+    old = [sidecar] if is_sidecar(sidecar) else []
     if output.encoding.format == "frames":
         old += list_frames(place)
         made = sorted(clip.parent.glob("*.png"))
@@ -352,12 +344,27 @@ def _move_all(output: Output, clip: Path, place: Path) -> None:
     if output.encoding.sidecar and output.comment:
         metadata = clip.with_name("sidecar")
         metadata.write_text(output.comment + "\n", encoding="utf-8", newline="\n")
-        moves[metadata] = sidecar
+        # a new clip is never without it, and it is never that of an old clip
+        moves = moves | {metadata: sidecar} if output.overwrite else {metadata: sidecar} | moves
     publish(moves, overwrite=output.overwrite, old=old if output.overwrite else [])
 
 
+def write_sidecar(target: Path, metadata: Mapping[str, Any]) -> None:
+    """Write the sidecar that a clip, which holds these metadata, lacks."""
+    with _storing(name_sidecar(target)), replace_with(name_sidecar(target), overwrite=False) as temporary:
+        text = json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))
+        temporary.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def is_sidecar(path: Path) -> bool:
+    """Return whether a file is a sidecar that cmdgen wrote: any other of its name is none of ours."""
+    with suppress(ValueError):
+        return "cmdgen" in read_json(path, limit=2 * MOST_METADATA)
+    return False
+
+
 @contextmanager
-def _storing(name: str) -> Iterator[None]:
+def _storing(name: Target) -> Iterator[None]:
     """Turn an error of the disk into one line that says what was not written."""
     try:
         yield
