@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmdgen.cli import batch
 from cmdgen.evaluation.profile import Limits
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.load import load_pipeline
@@ -407,6 +408,89 @@ def test_what_is_there_is_kept_and_may_be_skipped(jobs, sample, tmp_path):
     result = sample(*options, "--skip-existing", "--sidecar")
     assert (result.code, result.out) == (6, f"{tmp_path / 'a-car.rgb'}\n")
     assert "a-dog.rgb.json exists: give another name" in result.err
+
+
+def test_a_sequence_is_there_when_all_its_frames_are(jobs, sample, tmp_path):
+    options = ("-f", jobs("a dog"), "-o", tmp_path / "o/f%02d.png", "--skip-existing", "--seed", 1, "--sidecar")
+    assert sample(*options).code == 0
+    folder = tmp_path / "o"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(whole) == 5
+    for gone in (("f03.png",), ("f01.png", "f02.png", "f04.png"), ("f%02d.png.json",), ("f01.png", "f%02d.png.json")):
+        for name in gone:
+            (folder / name).unlink()
+        # of another clip: never beside new frames
+        (folder / "f09.png").write_bytes(b"old")
+        result = sample(*options)
+        assert (result.code, "exists already" in result.err) == (0, False)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    result = sample(*options)
+    assert (result.code, "exists already" in result.err) == (0, True)
+
+
+def test_a_clip_with_a_sidecar_is_there_when_both_are(jobs, sample, tmp_path):
+    clip, sidecar = tmp_path / "1.gif", tmp_path / "1.gif.json"
+    options = ("-f", jobs("a dog"), "-o", tmp_path / "{index}.gif", "--skip-existing")
+    assert sample(*options).code == 0
+    made = clip.read_bytes()
+    # from what the clip holds: its seed was random
+    assert sample(*options, "--sidecar").code == 0
+    assert clip.read_bytes() == made
+    assert json.loads(sidecar.read_text()) == read_metadata(clip)
+    clip.unlink()
+    assert sample(*options, "--sidecar").code == 0
+    assert json.loads(sidecar.read_text()) == read_metadata(clip)
+    sidecar.unlink()
+    # these are none of ours
+    clip.write_bytes(b"GIF89a mine")
+    result = sample(*options, "--sidecar")
+    assert result.code == 6 and "1.gif exists: give another name" in result.err
+    assert (clip.read_bytes(), sidecar.exists()) == (b"GIF89a mine", False)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "safetensors"])
+def test_a_file_that_another_process_made_meanwhile_is_kept(jobs, sample, tmp_path, monkeypatch, suffix):
+    def made_meanwhile(*_):
+        (tmp_path / f"1.{suffix}").write_bytes(b"theirs")
+
+    monkeypatch.setattr(batch.Batch, "_note", made_meanwhile)
+    options = ("-f", jobs("a dog", "a car"), "-o", tmp_path / f"{{index}}.{suffix}", "--seed", 1)
+    result = sample(*options, "--skip-existing")
+    assert result.code == 0 and f"1.{suffix} exists already" in result.err
+    assert result.out == "".join(f"{tmp_path / str(index)}.{suffix}\n" for index in (1, 2))
+    assert (tmp_path / f"1.{suffix}").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        ("f%d.png", "f%01d.png"),
+        ("f%02d.png", "f03.png"),
+        ("f1%d.png", "f%02d.png"),
+        ("a.gif", "./a.gif"),
+        ("real/a.gif", "linked/a.gif"),
+        ("real/a.gif", "alias.gif"),
+        ("linked/f%d.png", "real/f2.png"),
+    ],
+)
+def test_two_names_of_one_file_are_refused_with_the_line(jobs, refused, tmp_path, outputs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to("real")
+    (tmp_path / "alias.gif").symlink_to("real/a.gif")
+    frames = [{"frames": 12} if "%" in name else {} for name in outputs]
+    lines = [
+        json.dumps({"prompt": "a dog", "output": name, **more}) for name, more in zip(outputs, frames, strict=True)
+    ]
+    result = refused("-f", jobs(*lines), "-o", "x.gif", "--overwrite")
+    assert (result.code, result.out) == (2, "")
+    assert re.fullmatch(r"error: line 2: .* is the name of a clip of line 1 already: .*\n", result.err)
+
+
+def test_the_output_of_a_line_is_never_stdout(jobs, refused):
+    result = refused("-f", jobs("a dog", '{"prompt": "a dog", "output": "-"}'), "-o", "x.gif", "--json", "--dry-run")
+    assert result.code == 6
+    assert "error: line 2: output '-' of a job is not a relative path" in result.err
 
 
 def test_a_template_that_is_none_is_refused_once(jobs, refused, tmp_path):
