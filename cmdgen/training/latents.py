@@ -11,6 +11,7 @@ from torch import Tensor
 from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.slicer import encode_clip, encode_pictures
 from cmdgen.config import AutoencoderConfig, ModelConfig, VaeConfig
+from cmdgen.files import hold_folder
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
@@ -141,10 +142,12 @@ class Encodings:
     def precompute(self, held_out: int) -> None:
         """Encode what `folder` lacks of the clips to learn from and of those to evaluate on.
 
-        It may serve many runs: encodings of other data, sizes and VAEs stay.
+        It may serve many runs: encodings of other data, sizes and VAEs stay. Raises OSError where
+        another process encodes into it.
         """
-        self._encode(self.folder / f"held-out-{self.key}", self.data.held_out(held_out))
-        self._encode(self.folder / f"latents-{self.key}", self.data.training)
+        with hold_folder(self.folder):
+            self._encode(self.folder / f"held-out-{self.key}", self.data.held_out(held_out))
+            self._encode(self.folder / f"latents-{self.key}", self.data.training)
 
     @property
     def step(self) -> int:
