@@ -75,7 +75,7 @@ def open_weights(path: Path, device: torch.device | str = "cpu") -> Iterator[saf
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+        raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:200]})") from error
 
 
 def match_weights(

@@ -1,5 +1,6 @@
 """A folder of captioned video files as a source of clips, one from the beginning of each file."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as short
@@ -35,12 +36,12 @@ class Folder:
         for where, name, captions in _listed(root) if (root / _LIST).is_file() else _beside(root):
             if not captions or not all(captions):
                 raise ValueError(f"{where}: the caption is missing, empty or not text")
-            # a file name with a zero byte is none that could exist
-            if "\0" in name or not (root / name).is_file():
-                raise ValueError(f"{where}: {name!r} does not exist, or is no file")
+            # False too where no file could have such a name
+            if not os.path.isfile(root / name):
+                raise ValueError(f"{where}: {short(name)} does not exist, or is no file")
             file = (root / name).resolve()
             if not file.is_relative_to(root):
-                raise ValueError(f"{where}: {name!r} lies outside the folder")
+                raise ValueError(f"{where}: {short(name)} lies outside the folder")
             clips.setdefault(file, []).extend(captions)
         if len(clips) < 2:
             raise ValueError(f"{path} holds {len(clips)} captioned videos, at least 2 are needed")
