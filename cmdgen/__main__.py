@@ -1,5 +1,12 @@
-"""`python -m cmdgen`."""
+"""`cmdgen` and `python -m cmdgen`."""
+
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # while modules are imported, Ctrl-C ends the process in silence
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from cmdgen.cli.app import main
 
-main()
+if __name__ == "__main__":
+    main()

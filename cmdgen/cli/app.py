@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -17,7 +18,7 @@ from typer.main import get_command
 from cmdgen import __version__
 from cmdgen.cli.command import expand
 from cmdgen.cli.completion import VARIABLE, complete
-from cmdgen.cli.errors import Failure, describe, exit_code, printable, shorten
+from cmdgen.cli.errors import describe, exit_code, printable, shorten
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.settings import Defaults, read_settings
 
@@ -129,7 +130,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         try:
             code = _run(sys.argv[1:] if arguments is None else arguments)
-        except (typer.TyperException, Failure, ValueError, OSError, MemoryError) as error:
+        # the last resort: whatever it is ends as one line
+        except Exception as error:
+            if os.environ.get("CMDGEN_TRACEBACK"):
+                traceback.print_exception(error)
             if not received:
                 code = _report(error)
         code = _flush(code)

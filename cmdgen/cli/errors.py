@@ -1,17 +1,20 @@
 """Exit codes, and one line for what went wrong."""
 
 import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import ENOMEM
 
-FAILED, USAGE, NOT_FOUND, MEMORY, ENCODER, PARTIAL = 1, 2, 3, 4, 5, 6
+FAILED, USAGE, NOT_FOUND, MEMORY, ENCODER, PARTIAL, BUG = 1, 2, 3, 4, 5, 6, 7
 # broken pipe: 128 + SIGPIPE, as shells have it
 CLOSED = 141
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 failed; 2 invalid request; 3 not found, or offline; 4 out of memory; "
-    "5 the encoder failed; 6 some of several jobs failed; 130 interrupted; 141 broken pipe."
+    "5 the encoder failed; 6 some of several jobs failed; 7 a bug; 129 hung up; 130 interrupted; 141 broken pipe; "
+    "143 terminated."
 )
 
 # characters of a message: a path, and what is wrong with it
@@ -35,14 +38,24 @@ def exit_code(error: Exception) -> int:
             return CLOSED
         case FileNotFoundError() | ConnectionError():
             return NOT_FOUND
-        case MemoryError():
-            return MEMORY
         case ValueError():
             return USAGE
-    # imports take a moment, and --help needs none of them
-    from cmdgen.video.write import EncoderError
+        case FloatingPointError():
+            return FAILED
+    if is_about_memory(error):
+        return MEMORY
+    if not isinstance(error, OSError | ImportError):
+        return BUG
+    # importing it would take a moment: where it was not, its error was not either
+    write = sys.modules.get("cmdgen.video.write")
+    return ENCODER if write and isinstance(error, write.EncoderError) else FAILED
 
-    return ENCODER if isinstance(error, EncoderError) else FAILED
+
+def is_about_memory(error: Exception) -> bool:
+    """Return whether memory was short, or the address space for a library."""
+    if isinstance(error, RuntimeError | ImportError):
+        return re.search("alloc|overflow|out of memory|failed to map", str(error), re.IGNORECASE) is not None
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == ENOMEM)
 
 
 def printable(text: str) -> str:
@@ -55,6 +68,8 @@ def describe(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if exit_code(error) == BUG:
+        text = f"this is a bug of cmdgen: {type(error).__name__}: {text} (CMDGEN_TRACEBACK=1 shows where it is)"
     return shorten(text) or type(error).__name__
 
 
@@ -86,9 +101,7 @@ def within_memory(smaller: str | Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
-        about_memory = re.search("alloc|overflow|out of memory", text, re.IGNORECASE)
-        if not (about_memory or isinstance(error, MemoryError)):
+        if not is_about_memory(error):
             raise
         # frees what the work had made, so that the advice can count on that memory
         traceback.clear_frames(error.__traceback__)

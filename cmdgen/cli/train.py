@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from cmdgen.cli.command import Device, expand
-from cmdgen.cli.errors import Failure, describe, within_memory
+from cmdgen.cli.errors import within_memory
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import Quiet, Say
 from cmdgen.cli.stop import Stop
@@ -111,10 +111,7 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
                 raise typer.Exit(stop.code)
 
         run = Run(stage, start, shared, config, loss, model, data, device, report, stop, started)
-        try:
-            done = run_stage(run)
-        except FloatingPointError as error:
-            raise Failure(describe(error)) from error
+        done = run_stage(run)
     say.note(f"{stage}: {done} of {config.steps} steps done")
     if done < config.steps and config.final_lr < 1:
         say.note(

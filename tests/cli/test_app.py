@@ -44,6 +44,10 @@ def ends_with(cmdgen, monkeypatch: pytest.MonkeyPatch):
         (PermissionError(13, "Permission denied", "a.txt"), 1, "a.txt: Permission denied"),
         (EncoderError("a.mp4 was not written: No space left"), 5, "a.mp4 was not written: No space"),
         (MemoryError(), 4, "MemoryError"),
+        (ImportError("libx.so: failed to map segment from shared object"), 4, "libx.so: failed to map segment"),
+        (ImportError("No module named 'x'"), 1, "No module named 'x'"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 4, "DefaultCPUAllocator: can't allocate"),
+        (OSError(12, "Cannot allocate memory"), 4, "Cannot allocate memory"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
     ],
 )
@@ -54,9 +58,20 @@ def test_an_error_is_one_line_on_stderr_and_a_code(ends_with, error, code, line)
     assert result.err.count("\n") == 1
 
 
-def test_what_is_our_own_fault_keeps_its_traceback(ends_with) -> None:
-    with pytest.raises(AssertionError, match="a bug"):
-        ends_with(AssertionError("a bug"))
+@pytest.mark.parametrize(
+    "error", [AssertionError("a\nbug"), KeyError("a bug"), RuntimeError("a bug"), RecursionError()]
+)
+def test_what_is_our_own_fault_is_one_line_and_a_traceback_for_who_asks(ends_with, monkeypatch, error) -> None:
+    result = ends_with(error)
+    assert result.code == errors.BUG
+    name = type(error).__name__
+    assert re.fullmatch(
+        rf"error: this is a bug of cmdgen: {name}: .*\(CMDGEN_TRACEBACK=1 shows where it is\)\n", result.err
+    )
+    monkeypatch.setenv("CMDGEN_TRACEBACK", "1")
+    result = ends_with(error)
+    assert result.code == errors.BUG
+    assert result.err.startswith("Traceback (most recent call last)") and ", in fail\n" in result.err
 
 
 def test_a_command_that_asks_for_a_code_gets_it(ends_with) -> None:
@@ -116,6 +131,21 @@ def test_a_reader_that_goes_away_ends_the_command_quietly() -> None:
     # help is longer than what is read of it
     done = spawn("set -o pipefail; (sleep 0.5; cmdgen train vae --help) | true")
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+@pytest.mark.parametrize("megabytes", [250, 700])
+def test_too_little_address_space_is_one_line(megabytes: int) -> None:
+    done = spawn(f"ulimit -v {megabytes * 1024}; cmdgen sample 'a dog' -o /tmp/none.gif", OMP_NUM_THREADS="1")
+    assert done.returncode == errors.MEMORY, done.stderr
+    assert re.fullmatch("(seed .*\n)?error: .+\n", done.stderr)
+
+
+def test_ctrl_c_while_modules_are_imported_is_silent() -> None:
+    # an interpreter that starts has no handler of ours yet
+    for seconds in (0.1, 0.15, 0.2, 0.3, 0.4):
+        done = spawn(f"timeout --foreground -s INT {seconds} {sys.executable} -m cmdgen sample 'a dog' -o x.gif")
+        assert done.stderr == ""
 
 
 def test_a_full_disk_under_stdout_is_one_line() -> None:
