@@ -19,7 +19,7 @@ SHAPES = WorldConfig(
 )
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def little_work() -> Iterator[None]:
     """A world of drawn shapes, short sheets, few captions to learn, and no wait for the disk."""
     with pytest.MonkeyPatch.context() as patch:
