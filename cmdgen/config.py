@@ -134,16 +134,54 @@ class DiTConfig:
 
 
 @dataclass(frozen=True)
+class EvdmConfig:
+    """Predictor of frames in pixels; the defaults are EVDM's for SM-MNIST (Zhang et al. 2023, ACM MM).
+
+    It denoises `current` frames, given `past` frames before and `future` frames after them.
+    """
+
+    channels: int = 1
+    past: int = 5
+    current: int = 5
+    future: int = 0
+    # pixels along one side of what the network sees as a position
+    patch: int = 1
+    width: int = 64
+    multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    layers_per_block: int = 2
+    # "evdm": bottleneck residual pathway; "mcvd": the baseline's two 3x3 convolutions
+    block: str = "evdm"
+    reduction: int = 4
+    # EVDM-L: half of the channels pass by, shortcuts are grouped and shuffled
+    split: bool = False
+    # of a block's normalisation by the time: "full" scale and shift, or "half" of it, the shift
+    modulation: str = "full"
+    # "relu": before the bottleneck, as printed; "silu": before and after it
+    activation: str = "relu"
+    dropout: float = 0.1
+    # one of ATTENTIONS, at all levels but the first
+    attention: str = "gated"
+    attention_threshold: float = 2.0
+    attention_features: int = 64
+
+    @property
+    def frames(self) -> int:
+        """Return the length of the clips that it learns from."""
+        return self.past + self.current + self.future
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """One text-to-video model: its parts, the clip it makes, how it is sampled by default.
 
     Without autoencoder and motion model it makes stills, clips of one frame, as Stable Diffusion
-    does; every other model makes them too, of the content frame alone.
+    does; every other model makes them too, of the content frame alone. With an EVDM it has no text,
+    and continues and fills in clips.
     """
 
     name: str
     text: TextConfig | None
-    content: UNetConfig | DiTConfig
+    content: UNetConfig | DiTConfig | EvdmConfig
     vae: VaeConfig | None
     autoencoder: AutoencoderConfig | None
     motion: DiTConfig | None
@@ -180,6 +218,8 @@ class ModelConfig:
         """What height and width must be multiples of, for every patch and stride on the way."""
         if isinstance(self.content, DiTConfig):
             content = self.content.patch
+        elif isinstance(self.content, EvdmConfig):
+            content = self.content.patch * 2 ** (len(self.content.multipliers) - 1)
         else:
             content = 2 ** (len(self.content.block_out_channels) - 1)
         latent = content
@@ -270,7 +310,38 @@ MINI = ModelConfig(
     guidance=3.0,
 )
 
-PRESETS = {preset.name: preset for preset in (MINI, CMD_SD15, CMD_SD21, CMD_UCF)}
+# by data set, what sets its networks apart: channels, past frames, frames made at once, width
+_EVDM_DATA = {"sm": (1, 5, 5, 64), "kth": (1, 10, 5, 96), "bair": (3, 2, 5, 192), "ucf": (3, 4, 4, 288)}
+_EVDM_KINDS = {
+    "evdm": EvdmConfig(),
+    "evdm-l": EvdmConfig(reduction=8, split=True),
+    "mcvd": EvdmConfig(block="mcvd", attention="softmax"),
+}
+
+
+def _evdm(name: str, content: EvdmConfig, noise: NoiseConfig, steps: int) -> ModelConfig:
+    whole = ModelConfig(name, None, content, None, None, None, noise, frames=content.frames)
+    return replace(whole, height=64, width=64, steps=steps, guidance=1.0)
+
+
+_EVDM_NOISE = NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0)
+_EVDM_PAPER = [
+    _evdm(
+        f"{kind}-{data}",
+        replace(base, channels=c, past=past, current=current, width=width, attention_features=width),
+        _EVDM_NOISE,
+        steps=100,
+    )
+    for kind, base in _EVDM_KINDS.items()
+    for data, (c, past, current, width) in _EVDM_DATA.items()
+]
+_SMALL = EvdmConfig(
+    future=5, patch=2, width=32, attention_features=32, activation="silu", dropout=0.0, attention="softmax"
+)
+EVDM_SMALL = _evdm("evdm-small", _SMALL, MINI.noise, steps=10)
+EVDM_WORLD = _evdm("evdm-world", replace(_SMALL, channels=3), MINI.noise, steps=10)
+
+PRESETS = {preset.name: preset for preset in (MINI, CMD_SD15, CMD_SD21, CMD_UCF, EVDM_SMALL, EVDM_WORLD, *_EVDM_PAPER)}
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 

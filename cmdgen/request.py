@@ -15,7 +15,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TypeVar
 
-from cmdgen.config import POLICIES, SAMPLERS, ModelConfig
+from cmdgen.config import POLICIES, SAMPLERS, EvdmConfig, ModelConfig
 from cmdgen.options import SIZE, Size, option, parse_memory, read_fields, write_size
 
 # groups of options
@@ -257,7 +257,7 @@ def _check_clip(model: ModelConfig) -> None:
             f"size {model.width}x{model.height}: both sides must be multiples of {multiple}, such "
             f"as {write_size((nearest[0], nearest[1]))}"
         )
-    if model.frames > 1 and model.motion is None:
+    if model.frames > 1 and model.motion is None and not isinstance(model.content, EvdmConfig):
         raise ValueError(f"frames {model.frames}: {model.name} has no motion model, it makes stills of 1")
     if model.frames > 1 and model.motion is not None and model.frames % model.motion.patch:
         patch = model.motion.patch

@@ -24,11 +24,14 @@ C = TypeVar("C")
 # ours alone: written only where they are used, so that diffusers need not warn of them
 _GATE = ("attention", "attention_features", "attention_threshold")
 _CHOICES = {
+    "activation": ("relu", "silu"),
     "attention": ATTENTIONS,
     "beta_schedule": ("linear", "scaled_linear"),
+    "block": ("evdm", "mcvd"),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "hidden_act": ("quick_gelu", "gelu"),
     "importance": ("pixel", "patch"),
+    "modulation": ("full", "half"),
     "motion_activation": ("tanh", "linear"),
     "prediction_type": ("epsilon", "v_prediction"),
     "sampler": SAMPLERS,

@@ -13,7 +13,7 @@ from cmdgen.cli.stop import Stop
 from cmdgen.files import replace_with
 from cmdgen.options import SIZE, Size, option, write_size
 from cmdgen.request import MACHINE, Request
-from cmdgen.training.config import CLIPS, DATA, Shared, TrainConfig, build_model, recipe
+from cmdgen.training.config import CLIPS, CLIPS_OF, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Look at the clips that models learn from; encode them once.")
@@ -27,7 +27,7 @@ class Sheet:
     """Options of a contact sheet."""
 
     output: Path = option(MISSING, "The PNG to write.", flags=("--output", "-o"))
-    data: str = option("world", f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.", complete="world")
+    data: str = option("world", CLIPS_OF, complete="world")
     count: int = option(12, "Clips, one a row.", low=1, high=200)
     columns: int = option(8, "Frames of each clip.", low=1, high=16)
     size: Size = option((128, 128), "Size of a frame.", **SIZE)

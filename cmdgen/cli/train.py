@@ -1,4 +1,4 @@
-"""`cmdgen train vae|autoencoder|content|motion` and `cmdgen train export`."""
+"""`cmdgen train vae|autoencoder|content|motion|evdm` and `cmdgen train export`."""
 
 import time
 from collections.abc import Callable
@@ -13,9 +13,8 @@ from cmdgen.cli.errors import within_memory
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import Quiet, Say
 from cmdgen.cli.stop import Stop
-from cmdgen.config import PRESETS
 from cmdgen.options import option, options_of
-from cmdgen.training.config import DATA, PRESET, Shared, Start, build_model, recipe
+from cmdgen.training.config import DATA, Shared, Start, build_model, presets_of, recipe
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Train a model, stage by stage, in one folder.")
 _SUMMARIES = {
@@ -23,6 +22,7 @@ _SUMMARIES = {
     "autoencoder": "Clips of latents to content frame and motion latents, and back. Needs vae.",
     "content": "Text to content frame, with the text encoder. Needs autoencoder.",
     "motion": "Text and content frame to motion latents. Needs content.",
+    "evdm": "Frames from past and future frames, in pixels: a model of its own.",
 }
 _HELP = """{}
 
@@ -36,9 +36,9 @@ _HELP = """{}
 
 def _settings(stage: str) -> type:
     """Return a dataclass of a stage's settings, where None means the value of the recipe."""
-    recipes = {preset: recipe(preset, stage) for preset in PRESETS}
+    recipes = {preset: recipe(preset, stage) for preset in presets_of(stage)}
     members = []
-    for i, part in enumerate(recipes[PRESET]):
+    for i, part in enumerate(next(iter(recipes.values()))):
         cls: Any = type(part)
         for name, described in options_of(cls).items():
             defaults = {preset: _show(getattr(parts[i], name)) for preset, parts in recipes.items()}
@@ -93,7 +93,7 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
 
     if start.threads is not None:
         torch.set_num_threads(start.threads)
-    shared = settle(start.folder, shared)
+    shared = settle(start.folder, shared, stage)
     model = build_model(shared)
     config, loss = recipe(model.name, stage).replaced(settings)
     device = use_device(device_name)

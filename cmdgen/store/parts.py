@@ -12,7 +12,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmdgen.config import AutoencoderConfig, DiTConfig, ModelConfig, NoiseConfig, TextConfig, UNetConfig, VaeConfig
+from cmdgen.config import (
+    AutoencoderConfig,
+    DiTConfig,
+    EvdmConfig,
+    ModelConfig,
+    NoiseConfig,
+    TextConfig,
+    UNetConfig,
+    VaeConfig,
+)
 from cmdgen.files import read_json, write_json
 from cmdgen.schema import Folder, check_fields, check_value, read_config, write_config
 
@@ -51,6 +60,7 @@ _ROWS = (
     Part("text_encoder", "text", TextConfig, "text.ClipTextModel", "content", "transformers.CLIPTextModel"),
     Part("unet", "content", UNetConfig, "unet.UNet", "content", "diffusers.UNet2DConditionModel"),
     Part("transformer", "content", DiTConfig, "dit.DiT"),
+    Part("evdm", "content", EvdmConfig, "evdm.Evdm", "evdm"),
     Part("vae", "vae", VaeConfig, "vae.KlVae", "vae", "diffusers.AutoencoderKL"),
     Part("autoencoder", "autoencoder", AutoencoderConfig, "autoencoder.CmdAutoencoder", "autoencoder"),
     Part("motion", "motion", DiTConfig, "dit.DiT", "motion"),
@@ -122,16 +132,17 @@ def read_index(folder: Folder) -> dict[str, Any]:
 def read_model(folder: Folder) -> ModelConfig:
     """Read what a whole model is from model_index.json and the config.json of its parts.
 
-    The content model is a UNet in unet/, or a class-conditional DiT in transformer/. A folder that
-    is not ours, without autoencoder/ and motion/, is Stable Diffusion: a model of stills.
+    The content model is a UNet in unet/, a class-conditional DiT in transformer/, or an EVDM in
+    evdm/, which is a model alone. A folder that is not ours, without autoencoder/ and motion/, is
+    Stable Diffusion: a model of stills.
     """
     folder = Path(folder)
     index = read_index(folder)
     names = {name for name in PARTS if (folder / name).is_dir()}
     moves = "cmdgen" in index or bool(names & {"autoencoder", "motion"})
     # reading a part that is missing says so
-    names |= {"scheduler"} if "transformer" in names else {"scheduler", "unet"}
-    names |= {"autoencoder", "motion"} if moves else set()
+    names |= {"scheduler"} if names & {"transformer", "evdm"} else {"scheduler", "unet"}
+    names |= {"autoencoder", "motion"} if moves and "evdm" not in names else set()
     values: dict[str, Any] = {part.field: None for part in NETWORKS.values()}
     configs: dict[str, Any] = {}
     for name, part in PARTS.items():
@@ -176,7 +187,9 @@ def write_model_index(folder: Folder, model: ModelConfig) -> None:
     write_json(Path(folder) / "model_index.json", data)
 
 
-def _describe_stills(folder: Path, content: UNetConfig | DiTConfig, vae: VaeConfig | None) -> dict[str, Any]:
+def _describe_stills(
+    folder: Path, content: UNetConfig | DiTConfig | EvdmConfig, vae: VaeConfig | None
+) -> dict[str, Any]:
     """Return what Stable Diffusion's folder does not say: one frame, of the size of training."""
     side = content.sample_size if isinstance(content, UNetConfig) else 0
     side *= 1 if vae is None else vae.stride

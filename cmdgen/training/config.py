@@ -10,15 +10,19 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cmdgen.config import ATTENTIONS, PRESETS, ModelConfig, UNetConfig
+from cmdgen.config import ATTENTIONS, PRESETS, EvdmConfig, ModelConfig, UNetConfig
 from cmdgen.options import SIZE, Size, option, read_fields, write_size
 from cmdgen.request import MACHINE, MAX_SEED, Request, resolve
 from cmdgen.world.config import WORLDS
 
-PAPER = ("cmd-sd15", "cmd-sd21", "cmd-ucf")
+OWN = ("mini", "evdm-small", "evdm-world")
 PRECISIONS = ("auto", "bf16", "fp32")
 # where nobody chose; a world has no end
 PRESET, DATA, CLIPS = "mini", "world", 12_000
+# the stage that is a model of its own, and its preset where nobody chose
+EVDM, EVDM_PRESET = "evdm", "evdm-small"
+
+CLIPS_OF = f"A rendered world ({', '.join(WORLDS)}), a folder of videos, or digits:FOLDER of MNIST."
 
 # groups of options
 LEARNING, KEEPING, OBJECTIVE = "Learning", "Checkpoints and logs", "What is learned"
@@ -52,10 +56,8 @@ class Start:
 class Shared:
     """What all stages of a run share; None leaves it to the first stage or to the default."""
 
-    preset: str | None = _none("Model to build.", choices=tuple(PRESETS), shown=PRESET)
-    data: str | None = _none(
-        f"A rendered world ({', '.join(WORLDS)}) or a folder of videos.", complete="world", shown=DATA
-    )
+    preset: str | None = _none("Model to build.", choices=tuple(PRESETS), shown=f"{PRESET}; {EVDM_PRESET} for {EVDM}")
+    data: str | None = _none(CLIPS_OF, complete="world", shown=DATA)
     size: Size | None = _none("Frame size.", shown="the preset's", **SIZE)
     frames: int | None = _none("Frames of a clip.", low=1, shown="the preset's")
     latents: Path | None = _none("Latents of `cmdgen data precompute` for these clips and VAE.")
@@ -85,12 +87,21 @@ class Shared:
         return {name: values[name] for name in values if name.startswith("attention")}
 
 
+def presets_of(stage: str) -> tuple[str, ...]:
+    """Return the names of the presets with a part that this stage trains."""
+    return tuple(name for name, model in PRESETS.items() if isinstance(model.content, EvdmConfig) == (stage == EVDM))
+
+
 def build_model(shared: Shared) -> ModelConfig:
     """Return the model that a run trains: its preset, at its size, with its attention."""
     request = Request(frames=shared.frames, size=shared.size)
     model = resolve(request, PRESETS[shared.preset or PRESET]).model
     if model.frames == 1:
         raise ValueError("frames 1: nothing moves in a clip of one frame")
+    if isinstance(model.content, EvdmConfig):
+        if model.frames != model.content.frames:
+            raise ValueError(f"frames {model.frames}: {model.name} learns from clips of {model.content.frames}")
+        return replace(model, content=replace(model.content, **shared.gate))
     side = min(model.height, model.width)
     vae = model.vae and replace(model.vae, sample_size=side)
     content = model.content
@@ -184,11 +195,17 @@ class DenoisingLoss(Loss):
     """Settings of a denoiser's objective."""
 
     min_snr: float = _weight(5.0, "Gamma of min-SNR weights, unless a variance is learned; 0: plain mean.")
+
+
+@dataclass(frozen=True)
+class CaptionedLoss(DenoisingLoss):
+    """Settings of the objective of a denoiser that reads text."""
+
     text_dropout: float = _weight(0.1, "Share of captions left empty, for guidance.", high=1)
 
 
 @dataclass(frozen=True)
-class ContentLoss(DenoisingLoss):
+class ContentLoss(CaptionedLoss):
     """Settings of the content model's objective."""
 
     freeze_text: bool = option(
@@ -200,11 +217,20 @@ class ContentLoss(DenoisingLoss):
 
 
 @dataclass(frozen=True)
-class MotionLoss(DenoisingLoss):
+class MotionLoss(CaptionedLoss):
     """Settings of the motion model's objective."""
 
     # at sampling the content frame is not real
     content_noise: float = _weight(0.2, "Largest deviation of noise on the content frame.")
+
+
+@dataclass(frozen=True)
+class EvdmLoss(DenoisingLoss):
+    """Settings of EVDM's objective: which frames it is given while it learns."""
+
+    past_dropout: float = _weight(0.5, "Share of clips without past frames.", high=1)
+    future_dropout: float = _weight(0.5, "Share of clips without future frames.", high=1)
+    partial: float = _weight(0.0, "Share of the others with some of the nearest frames alone.", high=1)
 
 
 LOSSES: Mapping[str, type[Loss]] = {
@@ -212,6 +238,7 @@ LOSSES: Mapping[str, type[Loss]] = {
     "autoencoder": AutoencoderLoss,
     "content": ContentLoss,
     "motion": MotionLoss,
+    "evdm": EvdmLoss,
 }
 
 
@@ -253,11 +280,23 @@ _PAPER_RECIPES = {
     # eps-MSE or, of a learned variance, MSE and bound; a share of dropped texts is DiT's of classes
     "content": Recipe(replace(_PAPER, accumulate=64), ContentLoss(min_snr=0.0, freeze_text=True)),
     "motion": Recipe(replace(_PAPER, accumulate=16), MotionLoss(min_snr=0.0, content_noise=0.0)),
+    # MCVD's, which EVDM takes over; as many steps as it had for SM-MNIST
+    "evdm": Recipe(
+        replace(_PAPER, batch=64, lr=2e-4, warmup=5000, steps=700_000, gradient_checkpointing=False, held_out=32),
+        EvdmLoss(min_snr=0.0),
+    ),
+}
+# where ours are not the defaults
+_OWN_RECIPES = {
+    "evdm": Recipe(
+        TrainConfig(batch=16, lr=1e-3, final_lr=0.05, weight_decay=0.0, steps=60_000, evaluate_steps=1000),
+        EvdmLoss(min_snr=0.0, past_dropout=0.25, partial=0.25),
+    )
 }
 
 
 @cache
 def recipe(preset: str, stage: str) -> Recipe:
     """Return the settings of a stage: CMD's for the paper's presets, else ours."""
-    papers = _PAPER_RECIPES.get(stage) if preset in PAPER else None
-    return papers or Recipe(TrainConfig(), LOSSES[stage]())
+    papers = _PAPER_RECIPES.get(stage) if preset not in OWN else None
+    return papers or _OWN_RECIPES.get(stage) or Recipe(TrainConfig(), LOSSES[stage]())

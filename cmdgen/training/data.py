@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cmdgen.config import ModelConfig
 from cmdgen.data.clips import Clips, ClipSource
+from cmdgen.data.digits import Digits
 from cmdgen.data.folder import Folder
 from cmdgen.training.config import CLIPS
 from cmdgen.world.config import WORLDS
@@ -55,11 +56,15 @@ class TrainingData:
 
 
 def open_source(name: str) -> tuple[ClipSource, str, str]:
-    """Open a world or a folder of videos; return it with `name` and `contents` of its TrainingData."""
+    """Open a world, digits or a folder of videos; return it with `name` and `contents` of its TrainingData."""
     if name in WORLDS:
         return World(WORLDS[name]), repr(WORLDS[name]), repr(WORLDS[name])
+    kind, _, digits = name.partition(":")
+    if kind == "digits" and Path(digits).is_dir():
+        moving = Digits(Path(digits))
+        return moving, moving.key, moving.key
     if not Path(name).is_dir():
-        raise FileNotFoundError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder")
+        raise FileNotFoundError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder, nor digits:FOLDER")
     folder = Folder(Path(name))
     return folder, folder.key, folder.contents
 

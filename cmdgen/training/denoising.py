@@ -5,6 +5,7 @@ A family loads its data and networks, and says what its denoiser reads and what 
 
 import math
 import shutil
+from abc import abstractmethod
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from cmdgen.diffusion.samplers import ddim
 from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, split_sigma, velocity
 from cmdgen.schema import write_config
 from cmdgen.training.cache import Rows
-from cmdgen.training.config import ContentLoss, DenoisingLoss, MotionLoss
+from cmdgen.training.config import CaptionedLoss, ContentLoss, DenoisingLoss, MotionLoss
 from cmdgen.training.context import Run
 from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import min_snr_weights, variational_bound
@@ -28,43 +29,42 @@ SHEET_STEPS = 20
 
 
 class DenoisingStage(Stage):
-    """Learns to denoise `x0` under the conditions that `condition` makes of the rest of a batch.
-
-    Here the text is the only condition and samples are content frames; families override that.
-    """
+    """Learns to denoise `x0` under the conditions that `condition` makes of the rest of a batch."""
 
     # of the samples on a sheet
     sheet_clips, guidance = 16, 1.0
+    # every so many frames are shown
+    sheet_stride = 2
 
-    def __init__(self, run: Run, part: str, rows: Rows, text: Text | None, held_out: Batch) -> None:
-        """Build the denoiser; without a frozen `text`, also a text encoder that learns with it.
+    def __init__(self, run: Run, part: str, count: int, held_out: Batch) -> None:
+        """Build the denoiser; it learns from `count` clips, in an order of the seed's.
 
-        `rows` are clean samples; `held_out` holds x0 and what `condition` reads beside the text.
+        `held_out` holds clean samples x0 and what `condition` reads.
         """
         assert isinstance(run.loss, DenoisingLoss)
-        self.run, self.options, self.rows, self.codec = run, run.loss, rows, run.codec()
+        self.run, self.options, self.codec = run, run.loss, run.codec()
         self.denoiser = run.build(part)
         self.modules = {part: self.denoiser}
-        if text is None:
-            text = Text.build(run)
-            self.modules["text_encoder"] = text.encoder
-        self.text, self.order = text, Order(len(rows), run.config.seed)
+        self.order = Order(count, run.config.seed)
         self.noise: NoiseConfig = getattr(self.denoiser.config, "noise", run.model.noise)
         self.alphas = alphas_cumprod(self.noise).to(run.device)
-        shape, prompts = held_out["x0"].shape, run.data.held_out(len(held_out["x0"]))
+        shape = held_out["x0"].shape
         self.held_out = held_out | {
             "noise": torch.randn(shape, generator=seeded("held out")).to(run.device),
             "timestep": torch.linspace(0, len(self.alphas) - 1, shape[0]).long().to(run.device),
-            "ids": text.ids(run.data.captions(prompts, 0)),
         }
 
+    @abstractmethod
     def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
-        """Return x0 of some clips, and what `condition` reads beside the text."""
-        return {"x0": self.rows[rows].float()}
+        """Return x0 of some clips, and what `condition` reads."""
 
+    @abstractmethod
     def condition(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return what the denoiser reads beside the noisy sample and its timestep."""
-        return (self.text(batch["ids"]),)
+
+    def without(self, batch: Batch) -> Batch:
+        """Return a batch as the negative branch of guidance reads it."""
+        return batch
 
     def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
         """(B, C, ...), (B,), the conditions -> the raw output, (B, C or 2C, ...)."""
@@ -75,15 +75,13 @@ class DenoisingStage(Stage):
         return x0[:, :, None]
 
     def batch(self, step: int) -> Batch:
-        """Return clean samples, their conditions, noise, timesteps and token ids."""
+        """Return clean samples, their conditions, noise and timesteps."""
         size = self.run.config.batch
         generator = seeded(self.run.config.seed, self.run.stage, step)
-        rows = self.order.rows(step, size)
-        batch = self.example(rows, generator)
+        batch = self.example(self.order.rows(step, size), generator)
         return batch | {
             "noise": torch.randn(batch["x0"].shape, generator=generator),
             "timestep": torch.randint(len(self.alphas), (size,), generator=generator),
-            "ids": self.text.draw(rows, self.options.text_dropout, generator),
         }
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,20 +108,49 @@ class DenoisingStage(Stage):
         """Return the loss on held-out clips at fixed timesteps and noise."""
         return {"loss_held_out": float(self.loss(self.held_out)[0])}
 
-    def sample(self, count: int) -> tuple[Tensor, Batch]:
-        """Return x0 sampled for held-out clips, and the batch of those clips."""
-        batch = {name: tensor[:count] for name, tensor in self.held_out.items()}
+    def held(self, count: int) -> Batch:
+        """Return the first held-out clips."""
+        return {name: tensor[:count] for name, tensor in self.held_out.items()}
+
+    def sample(self, batch: Batch) -> Tensor:
+        """Return x0 sampled under the conditions of a batch."""
         noise = torch.randn(batch["x0"].shape, generator=seeded("sheet")).to(self.run.device)
-        empty = batch | {"ids": self.text.ids([""] * len(noise))}
-        positive, negative = self.condition(batch), self.condition(empty)
+        positive, negative = self.condition(batch), self.condition(self.without(batch))
         denoise = guide(self.predict, self.guidance, positive, negative)
-        return ddim(denoise, noise, self.noise, steps=SHEET_STEPS), batch
+        return ddim(denoise, noise, self.noise, steps=SHEET_STEPS)
 
     def sheet(self) -> Tensor:
-        """Draw held-out clips above clips sampled for their captions and conditions."""
-        sampled, batch = self.sample(self.sheet_clips)
-        clips = [self.codec.decode(self.latents(x0, batch)) for x0 in (batch["x0"], sampled)]
-        return compare(clips[0][:, ::2], clips[1][:, ::2])
+        """Draw held-out clips above clips sampled for their conditions."""
+        batch = self.held(self.sheet_clips)
+        clips = [self.codec.decode(self.latents(x0, batch)) for x0 in (batch["x0"], self.sample(batch))]
+        return compare(*(clip[:, :: self.sheet_stride] for clip in clips))
+
+
+class CaptionedStage(DenoisingStage):
+    """A denoiser that reads text; on its own the text is the only condition."""
+
+    def __init__(self, run: Run, part: str, rows: Rows, text: Text | None, held_out: Batch) -> None:
+        """Without a frozen `text`, build a text encoder that learns with the denoiser."""
+        assert isinstance(run.loss, CaptionedLoss)
+        super().__init__(run, part, len(rows), held_out)
+        self.rows, self.dropout = rows, run.loss.text_dropout
+        if text is None:
+            text = Text.build(run)
+            self.modules["text_encoder"] = text.encoder
+        self.text, prompts = text, run.data.held_out(len(held_out["x0"]))
+        self.held_out["ids"] = text.ids(run.data.captions(prompts, 0))
+
+    def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
+        """Return x0 and token ids."""
+        return {"x0": self.rows[rows].float(), "ids": self.text.draw(rows, self.dropout, generator)}
+
+    def condition(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the text."""
+        return (self.text(batch["ids"]),)
+
+    def without(self, batch: Batch) -> Batch:
+        """Return the batch without its captions."""
+        return batch | {"ids": self.text.ids([""] * len(batch["x0"]))}
 
 
 class Pairs:
@@ -138,7 +165,7 @@ class Pairs:
         self.content, self.motion = (torch.cat(part).float() for part in zip(*parts, strict=True))
 
 
-class ContentStage(DenoisingStage):
+class ContentStage(CaptionedStage):
     """The UNet makes content frames from text. The text encoder learns too, unless frozen."""
 
     guidance = 3.0
@@ -166,7 +193,7 @@ def _read_frozen_text(run: Run) -> Text:
     return Text.read(run)
 
 
-class MotionStage(DenoisingStage):
+class MotionStage(CaptionedStage):
     """The DiT makes motion latents from text and a content frame, which may be noisy."""
 
     sheet_clips = 6
@@ -188,10 +215,10 @@ class MotionStage(DenoisingStage):
     def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """Return standardised motion, and content frames: at sampling they are not real either."""
         assert isinstance(self.options, MotionLoss)
-        content = self.content[rows].float()
+        batch, content = super().example(rows, generator), self.content[rows].float()
         blur = torch.rand((len(rows), 1, 1, 1), generator=generator) * self.options.content_noise
-        return {
-            "x0": self.autoencoder.standardise(self.rows[rows].float()),
+        return batch | {
+            "x0": self.autoencoder.standardise(batch["x0"]),
             "content": content + blur * torch.randn(content.shape, generator=generator),
         }
 
@@ -211,7 +238,8 @@ class MotionStage(DenoisingStage):
 
     def evaluate(self) -> dict[str, float]:
         """Return the held-out loss, and how much sampled clips move, of what real clips do."""
-        variance = self.latents(*self.sample(8)).var(dim=2).mean()
+        batch = self.held(8)
+        variance = self.latents(self.sample(batch), batch).var(dim=2).mean()
         return super().evaluate() | {"time_variance_ratio": float(variance / self.variance)}
 
 

@@ -15,9 +15,10 @@ from cmdgen.options import options_of
 from cmdgen.schema import config_path, read_config
 from cmdgen.store.parts import network_configs, shared_fields, write_model_index
 from cmdgen.training.autoencoder import AutoencoderStage
-from cmdgen.training.config import DATA, PRESET, Shared
+from cmdgen.training.config import DATA, EVDM, EVDM_PRESET, PRESET, Shared, presets_of
 from cmdgen.training.context import Run
 from cmdgen.training.denoising import ContentStage, MotionStage
+from cmdgen.training.evdm import EvdmStage
 from cmdgen.training.loop import Stage, train
 from cmdgen.training.recompute import recompute_blocks
 from cmdgen.training.vae import VaeStage
@@ -27,13 +28,15 @@ BUILD: dict[str, Callable[[Run], Stage]] = {
     "autoencoder": AutoencoderStage,
     "content": ContentStage,
     "motion": MotionStage,
+    "evdm": EvdmStage,
 }
 
 
-def settle(folder: Path, shared: Shared) -> Shared:
+def settle(folder: Path, shared: Shared, stage: str) -> Shared:
     """Return what the stages of a run share: values of this command, of the run, or defaults.
 
-    Raises ValueError where a value differs from the run's.
+    Raises ValueError where a value differs from the run's, or where this stage trains no part of
+    the preset.
     """
     path = folder / "training" / "run.json"
     previous: dict[str, Any] = {}
@@ -47,7 +50,11 @@ def settle(folder: Path, shared: Shared) -> Shared:
     for name, value in values.items():
         if previous.get(name, value) != value:
             raise ValueError(f"{folder} was started with {name} {previous[name]}, not {value}: use another folder")
-    return Shared(**({"preset": PRESET, "data": DATA} | previous | values))
+    preset = EVDM_PRESET if stage == EVDM else PRESET
+    settled = Shared(**({"preset": preset, "data": DATA} | previous | values))
+    if settled.preset not in (possible := presets_of(stage)):
+        raise ValueError(f"preset {settled.preset} has no stage {stage}, which is of {', '.join(possible)}")
+    return settled
 
 
 def run_stage(run: Run) -> int:

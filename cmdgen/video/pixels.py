@@ -30,6 +30,12 @@ def to_rgb24(pixels: Tensor) -> Tensor:
     return rearrange(to_levels(pixels), "b c h w -> b h w c").contiguous()
 
 
+def to_grey(pixels: Tensor) -> Tensor:
+    """(..., 3, H, W) -> (..., 1, H, W): luma."""
+    red, green, blue = pixels.split(1, dim=-3)
+    return _RED * red + _GREEN * green + _BLUE * blue
+
+
 def to_yuv420p(pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> (B, 3 * H // 2, W) uint8: planes of Y, U and V, one after another.
 

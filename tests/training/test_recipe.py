@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 
 from cmdgen.config import PRESETS
-from cmdgen.training.config import LOSSES, AutoencoderLoss, TrainConfig, VaeLoss, recipe
+from cmdgen.training.config import LOSSES, AutoencoderLoss, TrainConfig, VaeLoss, presets_of, recipe
 
-PAPER = [name for name in PRESETS if name != "mini"]
+PAPER = [name for name in presets_of("vae") if name != "mini"]
 
 
-@pytest.mark.parametrize("stage", LOSSES)
+@pytest.mark.parametrize("stage", [stage for stage in LOSSES if "mini" in presets_of(stage)])
 def test_mini_keeps_the_defaults_that_it_was_trained_beside(stage: str) -> None:
     train, loss = recipe("mini", stage)
     values = (train.steps, train.batch, train.accumulate, train.lr, train.warmup, train.final_lr)
@@ -62,3 +62,11 @@ def test_only_values_that_are_given_replace_a_recipes() -> None:
 def test_decays_are_checked() -> None:
     with pytest.raises(ValueError, match=r"betas 1\.5 is not at least 0 and below 1"):
         replace(TrainConfig(), betas=(0.9, 1.5))
+
+
+def test_evdm_is_trained_as_mcvd_where_a_preset_is_the_papers() -> None:
+    assert set(presets_of("evdm")) | set(presets_of("vae")) == set(PRESETS)
+    train, loss = recipe("evdm-kth", "evdm")
+    assert (train.batch, train.lr, train.warmup, train.ema, train.weight_decay) == (64, 2e-4, 5000, 0.999, 0.0)
+    assert vars(loss) == {"min_snr": 0.0, "past_dropout": 0.5, "future_dropout": 0.5, "partial": 0.0}
+    assert recipe("evdm-small", "evdm") != recipe("evdm-kth", "evdm")

@@ -58,7 +58,7 @@ def weights(folder: Path, stage: str) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    for stage in LOSSES:
+    for stage in PARTS:
         assert run(folder, stage) == 2
     return folder
 
@@ -66,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_four_stages_give_a_folder_that_samples(trained: Path) -> None:
     clip = load_pipeline(trained).sample("a dog jumping", seed=1)
     assert clip.frames.shape == (4, 32, 48, 3)
-    for stage in LOSSES:
+    for stage in PARTS:
         assert [step for step, *_ in curve(trained, stage)] == [1, 2]
         sheet = trained / "training" / stage / "sheet-0000002.png"
         assert sheet.read_bytes().startswith(b"\x89PNG")
@@ -92,7 +92,7 @@ def test_scale_of_latents_and_of_motion_are_measured(trained: Path) -> None:
     assert (autoencoder.motion_std is None) == (autoencoder.motion_activation == "tanh")
 
 
-@pytest.mark.parametrize("stage", LOSSES)
+@pytest.mark.parametrize("stage", PARTS)
 def test_resumed_training_equals_training_at_once(stage: str, trained: Path, tmp_path: Path) -> None:
     once, resumed = tmp_path / "once", tmp_path / "resumed"
     for folder in (once, resumed):
@@ -126,9 +126,9 @@ def test_init_provides_the_parts_that_the_run_lacks(trained: Path, tmp_path: Pat
 
 
 def test_stages_of_a_run_share_what_the_first_was_told(trained: Path) -> None:
-    assert settle(trained, Shared(frames=8)) == Shared("mini", "world", frames=8)
+    assert settle(trained, Shared(frames=8), "vae") == Shared("mini", "world", frames=8)
     with pytest.raises(ValueError, match="started with preset mini, not cmd-sd15"):
-        settle(trained, Shared("cmd-sd15"))
+        settle(trained, Shared("cmd-sd15"), "vae")
 
 
 def test_export_is_the_model_alone_in_half_precision(trained: Path, tmp_path: Path) -> None:
