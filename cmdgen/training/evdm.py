@@ -9,7 +9,6 @@ from cmdgen.training.config import EvdmLoss
 from cmdgen.training.context import Run
 from cmdgen.training.denoising import DenoisingStage
 from cmdgen.training.loop import Batch
-from cmdgen.training.randomness import seeded
 from cmdgen.video.pixels import to_grey, to_unit
 
 
@@ -38,11 +37,6 @@ class EvdmStage(DenoisingStage):
         sizes = self.config.past, self.config.current, self.config.future
         past, x0, future = frames.split(sizes, dim=2)
         return x0, torch.cat([past, future], dim=2)
-
-    def batch(self, step: int) -> Batch:
-        """Return what the loss reads; dropout, which draws elsewhere, follows from the step too."""
-        torch.manual_seed(seeded(self.run.config.seed, "dropout", step).initial_seed())
-        return super().batch(step)
 
     def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """Return the frames to make and the context, whose unknown frames are 0."""

@@ -20,6 +20,7 @@ from cmdgen.training.checkpoint import NAME, Log, check_origin, load_checkpoint,
 from cmdgen.training.config import TrainConfig
 from cmdgen.training.context import Run
 from cmdgen.training.ema import Ema
+from cmdgen.training.randomness import seeded
 from cmdgen.training.sheets import write_png
 
 Batch = dict[str, Tensor]
@@ -159,6 +160,8 @@ class _State:
     def update(self) -> None:
         """Take one optimiser step."""
         lr, parts = learning_rate(self.config, self.step), self.config.accumulate
+        # dropout draws from torch's own generators
+        torch.manual_seed(seeded(self.config.seed, "dropout", self.step).initial_seed())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = self.batches.take(self.step)
