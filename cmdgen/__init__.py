@@ -4,17 +4,17 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cmdgen.pipelines.still import StillPipeline
+    from cmdgen.pipelines.base import Pipeline
 
 __version__ = "0.1.0"
 
 
-def load(model: str | os.PathLike[str] = "mini", *, device: str = "auto", dtype: str = "auto") -> "StillPipeline":
+def load(model: str | os.PathLike[str] = "mini", *, device: str = "auto", dtype: str = "auto") -> "Pipeline":
     """Return the pipeline of a model, ready for `pipeline.sample(prompt, **options)`.
 
     `model` is a packaged name, a folder, or OWNER/NAME that `cmdgen models pull` brought. Raises
     ValueError or FileNotFoundError, saying what is possible.
     """
-    from cmdgen.pipelines.load import load_pipeline
+    from cmdgen.pipelines.load import open_pipeline
 
-    return load_pipeline(model, device=device, dtype=dtype)
+    return open_pipeline(model, device=device, dtype=dtype)

@@ -160,7 +160,7 @@ class EvdmConfig:
     activation: str = "relu"
     dropout: float = 0.1
     # one of ATTENTIONS, at all levels but the first
-    attention: str = "gated"
+    attention: str = "softmax"
     attention_threshold: float = 2.0
     attention_features: int = 64
 
@@ -313,9 +313,9 @@ MINI = ModelConfig(
 # by data set, what sets its networks apart: channels, past frames, frames made at once, width
 _EVDM_DATA = {"sm": (1, 5, 5, 64), "kth": (1, 10, 5, 96), "bair": (3, 2, 5, 192), "ucf": (3, 4, 4, 288)}
 _EVDM_KINDS = {
-    "evdm": EvdmConfig(),
-    "evdm-l": EvdmConfig(reduction=8, split=True),
-    "mcvd": EvdmConfig(block="mcvd", attention="softmax"),
+    "evdm": EvdmConfig(attention="gated"),
+    "evdm-l": EvdmConfig(attention="gated", reduction=8, split=True),
+    "mcvd": EvdmConfig(block="mcvd"),
 }
 
 
@@ -335,9 +335,7 @@ _EVDM_PAPER = [
     for kind, base in _EVDM_KINDS.items()
     for data, (c, past, current, width) in _EVDM_DATA.items()
 ]
-_SMALL = EvdmConfig(
-    future=5, patch=2, width=32, attention_features=32, activation="silu", dropout=0.0, attention="softmax"
-)
+_SMALL = EvdmConfig(future=5, patch=2, width=32, attention_features=32, activation="silu", dropout=0.0)
 EVDM_SMALL = _evdm("evdm-small", _SMALL, MINI.noise, steps=10)
 EVDM_WORLD = _evdm("evdm-world", replace(_SMALL, channels=3), MINI.noise, steps=10)
 

@@ -3,17 +3,20 @@
 from contextlib import suppress
 
 from cmdgen.options import write_size
+from cmdgen.pipelines.base import Pipeline
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Request
 
 
-def advise(pipeline: StillPipeline, request: Request, batch: int) -> str:
+def advise(pipeline: Pipeline, request: Request, batch: int) -> str:
     """Return what would fit instead, for `within_memory`."""
     from cmdgen.evaluation.estimate import estimate_activations, find_fitting
     from cmdgen.evaluation.memory import measure_memory
 
     if not pipeline.loaded:
         return f"the weights of {pipeline.config.name} do not fit: try --dtype bfloat16"
+    if not isinstance(pipeline, StillPipeline):
+        return "ask for a smaller --size or --batch"
     plan = pipeline.plan(request, batch=batch)
     needed = estimate_activations(plan, pipeline.dtype, batch=batch)
     free: int | None = None

@@ -27,6 +27,8 @@ VIDEOS, MODELS, MACHINE = "Videos", "Models", "This machine"
 # help, which a test compares: to import all verbs for it would take as long as everything else
 VERBS = {
     "sample": (VIDEOS, "sample.sample", "Make videos from text prompts."),
+    "predict": (VIDEOS, "predict.predict", "Continue a clip or a picture by more frames."),
+    "interpolate": (VIDEOS, "predict.interpolate", "Put frames between those of pictures and clips."),
     "encode": (VIDEOS, "decompose.encode", "Turn a video into content frame and motion latents."),
     "decode": (VIDEOS, "decompose.decode", "Turn a content frame and motion latents into a video."),
     "reconstruct": (VIDEOS, "decompose.reconstruct", "Encode a video, decode it and compare."),

@@ -9,19 +9,20 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from cmdgen.cli.advice import advise
 from cmdgen.cli.errors import MEMORY, PARTIAL, USAGE, Failure, exit_code, on_the_way
-from cmdgen.cli.inputs import InputFiles
 from cmdgen.cli.jobs import LATENTS, STILL, Batching, Job, Refused
 from cmdgen.cli.progress import Bars, Say, Show
+from cmdgen.config import ModelConfig
 from cmdgen.options import Size, write_size
+from cmdgen.pipelines.base import Pipeline
 from cmdgen.pipelines.clip import Clip, Inputs
 from cmdgen.pipelines.still import StillPipeline
-from cmdgen.request import Plan, shared_settings
+from cmdgen.request import Plan, Request, shared_settings
 from cmdgen.video.formats import STDOUT, Encoding, name_sidecar
 from cmdgen.video.read import read_metadata
 from cmdgen.video.write import Writer, check_output, is_sidecar, open_video, write_sidecar, write_still
@@ -52,14 +53,24 @@ def _share(job: Job | Refused | None) -> object:
     return job.target == STDOUT, job.encoding.pixels, shared_settings(job.plan)
 
 
+class Files(Protocol):
+    """Files that a clip is made with, for all jobs of a command."""
+
+    def fit(self, request: Request, model: ModelConfig) -> Request:
+        """Return the request with what the files say where it says nothing."""
+
+    def read(self, pipeline: Any, plan: Plan, say: Say) -> Inputs | None:
+        """Return what the pipeline takes of the files, at the plan's size."""
+
+
 @dataclass
 class Batch:
     """One model and the jobs that it makes."""
 
-    pipeline: StillPipeline
+    pipeline: Pipeline
     options: Batching
     say: Say
-    files: InputFiles
+    files: Files
     # whether there is only one job, of the command line: its error is the command's
     alone: bool
     # number of jobs, None where more may come
@@ -93,8 +104,9 @@ class Batch:
             request = self.files.fit(job.request, self.pipeline.config)
             batch = min(self.options.batch, self.total or self.options.batch)
             plan = self.pipeline.plan(request, batch=batch)
-            if job.encoding.format == LATENTS and not plan.moves:
-                raise ValueError(f"{job.target} holds content and motion: a still has no motion")
+            if job.encoding.format == LATENTS and (plan.model.motion is None or not plan.moves):
+                name = "a still" if plan.model.frames == 1 else plan.model.name
+                raise ValueError(f"{job.target} holds content and motion: {name} has no motion")
             job.encoding.check(plan.model.size, plan.model.fps)
             job = replace(job, request=request, resolved=plan)
             if job.target == STDOUT:
@@ -292,7 +304,7 @@ class Batch:
             self.note(f"seed {plan.seed}")
         if model.size != trained.size:
             self.note(f"note: {name} was trained at {write_size(trained.size)}")
-        if model.frames not in (trained.frames, 1):
+        if model.motion is not None and model.frames not in (trained.frames, 1):
             self.note(f"note: {name} was trained on {trained.frames} frames")
         if steps is not None:
             full = _list_steps(steps.content, model.steps)
@@ -300,6 +312,8 @@ class Batch:
             if steps.motion:
                 full = _list_steps(steps.motion, model.motion_steps)
                 self.note(f"rehash: motion in full at {full}")
+        if not isinstance(pipeline, StillPipeline):
+            return
         for job in jobs:
             of, prompt = "" if self.alone else f"line {job.line}: ", job.plan.prompt
             if unknown := dict.fromkeys(pipeline.tokenizer.unknown_words(prompt)):

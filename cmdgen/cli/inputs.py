@@ -132,7 +132,7 @@ class InputFiles:
             content = latents[self.paths[CONTENT]].content
         if MOTION in self.paths:
             motion = latents[self.paths[MOTION]].motion
-        return Inputs(content, motion, self.origin)
+        return Inputs(content, motion, origin=self.origin)
 
 
 def _read_latents(path: Path, pipeline: "StillPipeline", plan: Plan, say: Say) -> "Latents":

@@ -205,7 +205,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         values = parse_json(text)
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from error
-    if "prompt" not in values:
+    if values.get("prompt") is None:
         raise ValueError("has no prompt")
     return values
 
@@ -235,7 +235,8 @@ def make_jobs(entries: Iterable[Entry | None], request: Request, *, num: int) ->
 
 def _make_job(line: int, request: Request, index: int, offset: int) -> Job:
     prompt = (request.prompt or "").strip()
-    if not prompt:
+    # None where nothing is made from text
+    if request.prompt is not None and not prompt:
         raise ValueError('the prompt is empty: say what to show, such as "a corgi swimming"')
     if request.output is None:
         raise ValueError("no output: give a name with --output, or - for stdout")
@@ -251,5 +252,5 @@ def _make_job(line: int, request: Request, index: int, offset: int) -> Job:
         if frames not in (None, 1):
             raise ValueError(f"{target} holds one frame, not {frames}: give the name of a video")
         frames = 1
-    request = replace(request, prompt=prompt, seed=seed, frames=frames)
+    request = replace(request, prompt=prompt or None, seed=seed, frames=frames)
     return Job(index, line, request, target, encoding)

@@ -12,7 +12,7 @@ from cmdgen.request import Request
 from cmdgen.video.formats import choose_encoding
 
 if TYPE_CHECKING:
-    from cmdgen.pipelines.still import StillPipeline
+    from cmdgen.pipelines.base import Pipeline
 
 # options that --like does not reset to their defaults: where and how the new file is written
 _KEPT = {"output", "format", "sidecar", "no_metadata", *INPUT_FIELDS}
@@ -23,7 +23,7 @@ _CHOICE = {"rehash_policy", "rehash_threshold"}
 # fields that are taken from metadata: never names of files
 _RECORDED = {*FIELDS} - _CHOICE - (_KEPT - _ENCODING) - {"rehash_file", "rehash_protect"}
 # keys of metadata beside the fields of a request
-_OTHER = {"cmdgen", "weights", "width", "height", "encoding", *INPUT_FIELDS, *_CHOICE}
+_OTHER = {"cmdgen", "weights", "width", "height", "encoding", "given", *INPUT_FIELDS, *_CHOICE}
 
 
 def read_recorded(path: Path) -> Mapping[str, Any]:
@@ -31,7 +31,7 @@ def read_recorded(path: Path) -> Mapping[str, Any]:
     from cmdgen.video.read import read_metadata
 
     metadata = read_metadata(path)
-    if not isinstance(metadata.get("cmdgen"), str) or "prompt" not in metadata:
+    if not isinstance(metadata.get("cmdgen"), str) or not {"prompt", "seed"} & metadata.keys():
         raise ValueError(f"{path} does not say how cmdgen made it")
     return metadata
 
@@ -79,7 +79,7 @@ def recall(path: Path, metadata: Mapping[str, Any], request: Request, flags: set
         raise ValueError(f"{path}: {error}") from error
 
 
-def compare(path: Path, metadata: Mapping[str, Any], pipeline: "StillPipeline", *, chosen: bool) -> Iterator[str]:
+def compare(path: Path, metadata: Mapping[str, Any], pipeline: "Pipeline", *, chosen: bool) -> Iterator[str]:
     """Yield a note for each difference from when the file was made.
 
     Raises ValueError for other weights, unless the user has `chosen` the model.

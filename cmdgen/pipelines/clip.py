@@ -57,6 +57,10 @@ class Inputs:
 
     content: Tensor | None = None  # (C, h, w), as in Latents
     motion: Tensor | None = None  # (K, T, W' + H')
+    # parts of the clip, (C, T, H, W) in [-1, 1]: frames are made between them, or after a single one
+    given: tuple[Tensor, ...] = ()
+    # whether they are a part of what is made
+    keep: bool = True
     origin: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -65,6 +69,6 @@ class Made(NamedTuple):
 
     frames: np.ndarray  # uint8 (B, T, ...) in the pixels of the run
     pictures: np.ndarray  # uint8 (B, H, W, 3): the content frames
-    content: Tensor  # (B, C, h, w) on the CPU
-    # None of stills
+    content: Tensor  # (B, C, h, w) on the CPU: content frames, or the last frames of an EVDM
+    # None of stills and of an EVDM
     motion: Tensor | None  # (B, K, T, W' + H') on the CPU

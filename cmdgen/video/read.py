@@ -102,6 +102,23 @@ def read_clip(path: File, *, frames: int, size: tuple[int, int], fps: float | No
     return clip, source
 
 
+def read_frames(path: File, *, size: tuple[int, int], most: int) -> tuple[np.ndarray, Source]:
+    """A file -> all its frames, each once, uint8 (T, H, W, 3), cropped in the middle and resized.
+
+    Raises ValueError, in one line, for more than `most` and for a file that cannot be read.
+    """
+    with _open(path, None, most + 1) as (shown, source):
+        frames = []
+        for frame in islice(shown, most + 1):
+            source.height, source.width, _ = frame.shape
+            frames.append(fit(frame, size))
+        if not frames:
+            raise EOFError
+    if len(frames) > most:
+        raise ValueError(f"{path} has more than {most} frames: cut it first")
+    return np.stack(frames), source
+
+
 def read_video(path: File, *, max_frames: int | None = None) -> tuple[np.ndarray, float]:
     """A file -> uint8 (T, H, W, 3) and its frames per second; the first `max_frames` if given.
 

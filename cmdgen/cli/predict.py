@@ -1,0 +1,190 @@
+"""`cmdgen predict` and `cmdgen interpolate`: clips made longer, filled in, and made from nothing."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cmdgen.cli.command import Only, list_flags
+from cmdgen.cli.errors import on_the_way
+from cmdgen.cli.jobs import Batching, Entry, Refused, make_jobs
+from cmdgen.cli.like import compare, read_recorded, recall
+from cmdgen.cli.naming import check_stdout
+from cmdgen.cli.progress import Say
+from cmdgen.config import EvdmConfig, ModelConfig
+from cmdgen.options import option, options_of, write_size
+from cmdgen.request import HOW, MACHINE, WHAT, Plan, Request
+from cmdgen.video.formats import STDOUT, describe_origin
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from cmdgen.pipelines.base import Pipeline
+    from cmdgen.pipelines.clip import Inputs
+    from cmdgen.video.read import Source
+
+# frames that a clip to continue may have
+MOST_FRAMES = 10_000
+_FIELDS = (
+    *("output", "seed", "frames", "size", "fps", "steps", "sampler"),
+    *("format", "crf", "codec", "loop", "sidecar", "no_metadata", "model", "device", "dtype", "compile"),
+)
+_JOBS = ("num", "batch", "overwrite", "skip_existing", "like")
+
+
+@dataclass(frozen=True)
+class Prediction(Request):
+    """A request for new frames of a clip."""
+
+    frames: int | None = option(None, "New frames.", group=WHAT, low=1, shown="the model's own")
+    steps: int | None = option(None, "Sampling steps.", group=HOW, low=1, shown="the model's own")
+    model: str = option("evdm", "Packaged model, or a folder with an evdm/.", group=MACHINE, complete="model")
+
+
+Asked = Annotated[Prediction, Only(_FIELDS)]
+Several = Annotated[Batching, Only(_JOBS)]
+Past = Annotated[Path | None, typer.Argument(metavar="[CLIP]", help="Video or picture to continue; - is stdin.")]
+Parts = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Pictures and videos, in order; - is stdin.")]
+OnlyNew = Annotated[bool, typer.Option("--only-new", help="Leave out the frames of CLIP.")]
+
+
+def predict(
+    context: typer.Context, request: Asked, jobs: Several, say: Say, clip: Past = None, only_new: OnlyNew = False
+) -> None:
+    """Continue a clip or a picture by more frames.
+
+    The file holds the clip and then the new frames. The model reads the clip's last few frames, makes
+    the next few, and reads those in turn. Without CLIP it makes a clip from nothing.
+
+    Examples:
+        cmdgen predict clip.mp4 -o longer.mp4 --frames 20
+        cmdgen predict -o free.gif
+        cmdgen sample "a corgi swimming" -o - | cmdgen predict - --model evdm-world -o longer.mp4
+    """
+    with Given([] if clip is None else [clip], keep=not only_new) as given:
+        _make(context, given, request, jobs, say)
+
+
+def interpolate(context: typer.Context, parts: Parts, request: Asked, jobs: Several, say: Say) -> None:
+    """Put frames between those of pictures and clips.
+
+    All frames of all files are kept, and --frames new ones are put between each and the next. They
+    are evenly spaced in time. Two pictures must show what a few frames can connect.
+
+    Examples:
+        cmdgen interpolate a.png b.png -o between.mp4 --frames 5
+        cmdgen interpolate clip.mp4 -o smooth.mp4 --frames 1
+    """
+    with Given(parts, apart=True) as given:
+        _make(context, given, request, jobs, say)
+
+
+def _make(context: typer.Context, given: "Given", request: Request, jobs: Batching, say: Say) -> None:
+    check_stdout(request.output, say)
+    if jobs.like is not None:
+        recorded, flags = read_recorded(jobs.like), set(list_flags(context)) & options_of(Request).keys()
+        request = recall(jobs.like, recorded, request, flags)
+        given.check_like(recorded, jobs.like, say)
+    queue = list(make_jobs([Entry(1, {})], request, num=jobs.num))
+    alone = len(queue) == 1
+    if isinstance(queue[0], Refused):
+        raise queue[0].error
+    from cmdgen.cli.batch import Batch
+    from cmdgen.pipelines.load import load_predictor
+
+    pipeline = load_predictor(request.model, device=request.device, dtype=request.dtype, compile=request.compile)
+    batch = Batch(pipeline, jobs, say, given, alone=alone, total=len(queue))
+    checked = batch.check(queue)
+    if jobs.like is not None:
+        for line in compare(jobs.like, recorded, pipeline, chosen="model" in flags):
+            say.note(line)
+    batch.run(checked)
+
+
+class Given:
+    """Files whose frames are a part of the clip: one part each, or, `apart`, one for each frame."""
+
+    def __init__(self, paths: Sequence[Path], *, apart: bool = False, keep: bool = True) -> None:
+        self.paths, self.apart, self.keep = paths, apart, keep
+        self.stack = ExitStack()
+        self.files: list[Path] = []
+        self.origin: list[dict[str, str]] = []
+        # of the size that was asked for last
+        self.size: tuple[int, int] | None = None
+        self.read_files: list[tuple[np.ndarray, Source]] = []
+
+    def __enter__(self) -> "Given":
+        with self.stack as stack:
+            self.files = [_on_disk(path, stack) for path in self.paths]
+            self.stack = stack.pop_all()
+        if self.files:
+            # a pipe has no name
+            self.origin = [
+                describe_origin(file) | ({"file": STDOUT} if file != path else {})
+                for file, path in zip(self.files, self.paths, strict=True)
+            ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def check_like(self, recorded: Mapping[str, Any], like: Path, say: Say) -> None:
+        """Note files of other contents than those that a clip was made with."""
+        before = recorded.get("given", [])
+        hashes = [part.get("sha256") for part in before if isinstance(part, dict)] if isinstance(before, list) else []
+        if hashes != [part["sha256"] for part in self.origin]:
+            say.note(f"note: {like} was made with {len(hashes)} files of other contents")
+
+    def fit(self, request: Request, model: ModelConfig) -> Request:
+        """Read the files at the request's size; return the request at their rate, if it has none."""
+        from cmdgen.video.read import read_frames
+
+        size = request.size or model.size
+        if size != self.size:
+            with on_the_way("give shorter videos"):
+                self.read_files = [read_frames(file, size=size, most=MOST_FRAMES) for file in self.files]
+            self.size = size
+        if self.apart and sum(len(frames) for frames, _ in self.read_files) < 2:
+            raise ValueError("there is one frame: frames are put between two or more")
+        rates = [round(source.fps) for _, source in self.read_files if source.fps]
+        if request.fps is None and rates and not self.apart:
+            request = replace(request, fps=max(1, rates[0]))
+        return request
+
+    def read(self, pipeline: "Pipeline", plan: Plan, say: Say) -> "Inputs":
+        """Return the frames as the model sees them; what is done to them is noted."""
+        from cmdgen.pipelines.clip import Inputs
+        from cmdgen.pipelines.evdm import EvdmPipeline
+
+        assert isinstance(pipeline, EvdmPipeline) and isinstance(plan.model.content, EvdmConfig)
+        size, grey = plan.model.size, plan.model.content.channels == 1
+        parts: list[Tensor] = []
+        for path, (frames, source) in zip(self.paths, self.read_files, strict=True):
+            changes = ["turned grey"] if grey and (frames != frames[..., :1]).any() else []
+            if (source.height, source.width) != size:
+                changes.append(f"cropped and resized to {write_size(size)}")
+            if not self.apart and len(frames) < plan.model.content.past:
+                changes.append(f"{len(frames)} of the {plan.model.content.past} frames that the model reads")
+            say.note(f"{path}, {source}: {', '.join(changes) or 'unchanged'}")
+            pixels = pipeline.read(frames)
+            parts += pixels.split(1, dim=1) if self.apart else [pixels]
+        return Inputs(given=tuple(parts), keep=self.keep, origin={"given": self.origin} if self.origin else {})
+
+
+def _on_disk(path: Path, stack: ExitStack) -> Path:
+    """Return the path; for -, that of a temporary file with all of stdin."""
+    if str(path) != STDOUT:
+        return path
+    if os.isatty(0):
+        raise ValueError("stdin is a terminal: pipe a video in")
+    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "stdin"
+    with os.fdopen(os.dup(0), "rb") as stdin, file.open("wb") as copy:
+        shutil.copyfileobj(stdin, copy)
+    return file

@@ -1,0 +1,159 @@
+"""Clips made longer and filled in by EVDM (Zhang et al. 2023, ACM MM), and made from nothing.
+
+past frames ─► the next few, given the last past ones ─► and again, until there are enough
+two parts of a clip ─► the few frames between them, given those nearest on both sides
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cmdgen.config import EvdmConfig
+from cmdgen.models.evdm import Evdm
+from cmdgen.pipelines.base import Denoising, Pipeline
+from cmdgen.pipelines.clip import Clip, Inputs, Made
+from cmdgen.pipelines.observer import Observer
+from cmdgen.request import Plan, Request, resolve
+from cmdgen.video.formats import Pixels
+from cmdgen.video.pixels import CONVERT, to_grey, to_rgb24, to_unit
+
+# what a plan has and an EVDM has not
+_UNUSED = {"prompt", "negative", "content_seed", "motion_seed", "motion_steps", "guidance", "motion_guidance"}
+
+
+class EvdmPipeline(Pipeline):
+    """A model folder with an evdm/; the clips that it makes begin with the frames it is given."""
+
+    @property
+    def network(self) -> Evdm:
+        """Return the network; reading it raises ValueError, naming the file at fault."""
+        return self.part("evdm")
+
+    @property
+    def shape(self) -> EvdmConfig:
+        """Return the network's configuration."""
+        assert isinstance(self.config.content, EvdmConfig)
+        return self.config.content
+
+    def predict(self, past: np.ndarray | None = None, **options: object) -> Clip:
+        """Continue uint8 (T, H, W, 3) by `frames` more; options are fields of `Request`."""
+        return self._sample([] if past is None else [past], options)
+
+    def interpolate(self, *parts: np.ndarray, **options: object) -> Clip:
+        """Put `frames` between parts of a clip, uint8 (T, H, W, 3) each; options as for `predict`."""
+        return self._sample(parts, {"frames": self.shape.current} | options)
+
+    def _sample(self, parts: Sequence[np.ndarray], options: dict[str, object]) -> Clip:
+        request = Request(**options)  # type: ignore[arg-type]
+        return self.run([self.plan(request)], inputs=Inputs(given=tuple(map(self.read, parts))))[0]
+
+    def plan(self, request: Request, *, batch: int = 1) -> Plan:
+        """Resolve a request for this model; see `Pipeline.plan`."""
+        if request.rehashes or request.max_memory is not None:
+            raise ValueError(f"{self.config.name} has neither steps to rehash nor slices for less memory")
+        return resolve(request, self.config)
+
+    def read(self, frames: np.ndarray) -> Tensor:
+        """uint8 (T, H, W, 3) -> (C, T, H, W) in [-1, 1], grey where the model is."""
+        pixels = to_unit(rearrange(torch.tensor(frames), "t h w c -> t c h w"))
+        return (to_grey(pixels) if self.shape.channels == 1 else pixels).transpose(0, 1)
+
+    def describe(self, plan: Plan, inputs: Inputs | None = None) -> dict[str, object]:
+        """Return the metadata of the clip; `frames` are the new ones, those of each gap."""
+        return {name: value for name, value in super().describe(plan, inputs).items() if name not in _UNUSED}
+
+    def check_parts(self) -> None:
+        """Pass: a part alone goes with itself."""
+
+    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
+        """Make clips; see `Pipeline.make`."""
+        model = plans[0].model
+        for part in inputs.given:
+            size = tuple(part.shape[2:])
+            if size != model.size or len(part) != self.shape.channels:
+                raise ValueError(f"frames of {len(part)} channels and {size} are not as the model's {model.size}")
+        given = [part.to(self.device, torch.float32).expand(len(plans), *part.shape) for part in inputs.given]
+        clips: list[np.ndarray] = []
+        pieces = self.fill(plans, given, observer) if len(given) > 1 else self.extend(plans, given, observer)
+        for piece, new in pieces:
+            last = piece[:, :, -1]
+            if new or inputs.keep:
+                clips.append(self._show(piece, observer, pixels))
+        pictures = to_rgb24(last.expand(-1, 3, -1, -1)).cpu().numpy()
+        return Made(np.concatenate(clips, axis=1), pictures, last.cpu(), None)
+
+    def _show(self, piece: Tensor, observer: Observer, pixels: Pixels) -> np.ndarray:
+        """(B, C, T, H, W) -> uint8 (B, T, ...) in `pixels`, handed to the observer."""
+        flat = rearrange(piece, "b c t h w -> (b t) c h w").expand(-1, 3, -1, -1)
+        frames = CONVERT[pixels](flat).cpu().numpy().reshape(len(piece), piece.shape[2], *_frame_shape(piece, pixels))
+        for i, clip in enumerate(frames):
+            observer.frames(i, clip)
+        return frames
+
+    def extend(
+        self, plans: Sequence[Plan], given: Sequence[Tensor], observer: Observer
+    ) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the given frames, if any, and then new ones, some at a time; True marks new ones."""
+        model, shape = plans[0].model, self.shape
+        past = given[0] if given else torch.zeros(len(plans), shape.channels, 0, *model.size, device=self.device)
+        if given:
+            yield past, False
+        for start in range(0, model.frames, shape.current):
+            future = past[:, :, :0]
+            new = self.denoise_block(plans, past, future, start // shape.current, observer)
+            new = new[:, :, : model.frames - start]
+            past = torch.cat([past[:, :, -shape.past :], new], dim=2)
+            yield new, True
+
+    def fill(self, plans: Sequence[Plan], given: Sequence[Tensor], observer: Observer) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the given parts with new frames between them; True marks new ones."""
+        count, current = plans[0].model.frames, self.shape.current
+        if not self.shape.future:
+            raise ValueError(f"{self.config.name} reads no future frames: it cannot interpolate")
+        if count > current:
+            raise ValueError(f"frames {count}: {self.config.name} puts at most {current} between two frames")
+        # evenly in time, of those that the network makes
+        chosen = [round((i + 1) * (current + 1) / (count + 1)) - 1 for i in range(count)]
+        yield given[0], False
+        for gap, (past, future) in enumerate(pairwise(given)):
+            yield self.denoise_block(plans, past, future, gap, observer)[:, :, chosen], True
+            yield future, False
+
+    def denoise_block(
+        self, plans: Sequence[Plan], past: Tensor, future: Tensor, number: int, observer: Observer
+    ) -> Tensor:
+        """(B, C, T, H, W) x2 -> (B, C, current, H, W) in [-1, 1], from the frames nearest to it.
+
+        `number` tells blocks of a clip apart: each has noise of its own.
+        """
+        model, shape = plans[0].model, self.shape
+        context = past.new_zeros(len(plans), shape.channels, shape.past + shape.future, *model.size)
+        if known := min(shape.past, past.shape[2]):
+            context[:, :, shape.past - known : shape.past] = past[:, :, -known:]
+        known = min(shape.future, future.shape[2])
+        context[:, :, shape.past : shape.past + known] = future[:, :, :known]
+        network = self.graphed("evdm", self.network)
+
+        def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            return network(x.to(self.dtype), t, context)
+
+        what = Denoising(
+            part=f"block {number + 1}",
+            shape=(shape.channels, shape.current, *model.size),
+            seeds=[plan.seed for plan in plans],
+            schedule=model.noise,
+            steps=model.steps,
+            guidance=1.0,
+        )
+        conditions = ((context.to(self.dtype),),) * 2
+        sampled = self.denoise(what, predict, conditions, plans[0], observer)
+        return self.check_finite(sampled, "evdm").clamp(-1, 1)
+
+
+def _frame_shape(piece: Tensor, pixels: Pixels) -> tuple[int, ...]:
+    height, width = piece.shape[-2:]
+    return (height, width, 3) if pixels == "rgb24" else (3 * height // 2, width)
