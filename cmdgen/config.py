@@ -83,6 +83,8 @@ class NoiseConfig:
     prediction_type: str = "epsilon"
     timestep_spacing: str = "leading"
     steps_offset: int = 1
+    # whether a sampler's clean samples are clipped to [-1, 1]: where they are pixels
+    clip_sample: bool = False
     # where DDIM's last step leads: to the clean sample, or to the little noise of timestep 0
     set_alpha_to_one: bool = True
 
@@ -324,7 +326,7 @@ def _evdm(name: str, content: EvdmConfig, noise: NoiseConfig, steps: int) -> Mod
     return replace(whole, height=64, width=64, steps=steps, guidance=1.0)
 
 
-_EVDM_NOISE = NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0)
+_EVDM_NOISE = NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0, clip_sample=True)
 _EVDM_PAPER = [
     _evdm(
         f"{kind}-{data}",
@@ -336,8 +338,9 @@ _EVDM_PAPER = [
     for data, (c, past, current, width) in _EVDM_DATA.items()
 ]
 _SMALL = EvdmConfig(future=5, patch=2, width=32, attention_features=32, activation="silu", dropout=0.0)
-EVDM_SMALL = _evdm("evdm-small", _SMALL, MINI.noise, steps=10)
-EVDM_WORLD = _evdm("evdm-world", replace(_SMALL, channels=3), MINI.noise, steps=10)
+_SMALL_NOISE = replace(MINI.noise, clip_sample=True)
+EVDM_SMALL = _evdm("evdm-small", _SMALL, _SMALL_NOISE, steps=10)
+EVDM_WORLD = _evdm("evdm-world", replace(_SMALL, channels=3), _SMALL_NOISE, steps=10)
 
 PRESETS = {preset.name: preset for preset in (MINI, CMD_SD15, CMD_SD21, CMD_UCF, EVDM_SMALL, EVDM_WORLD, *_EVDM_PAPER)}
 

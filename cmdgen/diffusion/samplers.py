@@ -44,6 +44,11 @@ def ddim(
     x = noise
     for t, alpha, after in _walk(config, timesteps(config, steps), end, on_step):
         sigma = eta * math.sqrt((1 - after) / (1 - alpha) * (1 - alpha / after))
+        if config.clip_sample:
+            x0, eps, _ = _predict(denoise, x, t, alpha, config, on_estimate)
+            x = math.sqrt(after) * x0 + math.sqrt(1 - after - sigma**2) * eps
+            x = x + sigma * _draw(x, generators) if sigma > 0 else x
+            continue
         keep, move = schedule.ddim_weights(alpha, after, config.prediction_type, sigma=sigma)
         noisy, x = x, _linear_step(denoise, x, t, keep, move)
         # the step from timestep 0 to its own noise leaves all as it is
@@ -72,7 +77,7 @@ def ddpm(
     """
     x = noise
     for t, alpha, after in _walk(config, timesteps(config, steps), 1.0, on_step):
-        x0, learned = _predict(denoise, x, t, alpha, config, on_estimate)
+        x0, _, learned = _predict(denoise, x, t, alpha, config, on_estimate)
         keep = alpha / after
         beta = 1 - keep
         variance = (1 - after) / (1 - alpha) * beta
@@ -106,7 +111,7 @@ def dpm_solver_pp(
     x = noise
     previous: tuple[Tensor, float] | None = None
     for t, alpha, after in _walk(config, solver_timesteps(config, steps), 1.0, on_step):
-        x0, _ = _predict(denoise, x, t, alpha, config, on_estimate)
+        x0, _, _ = _predict(denoise, x, t, alpha, config, on_estimate)
         if after == 1.0:
             x = x0
             continue
@@ -149,14 +154,15 @@ def _walk(config: NoiseConfig, visited: Tensor, end: float, on_step: OnStep) -> 
 
 def _predict(
     denoise: Denoise, x: Tensor, t: int, alpha: float, config: NoiseConfig, on_estimate: OnEstimate
-) -> tuple[Tensor, Tensor | None]:
-    """(B, C, ...) -> clean sample, learned variance where there is one."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(B, C, ...) -> clean sample, clipped if so configured, noise, and learned variance, if any."""
     output = _choose(denoise, t)(x, _at(t, x))
     prediction, learned = schedule.split_sigma(output, x.shape[1])
-    x0, _ = schedule.to_x0_eps(prediction, x, alpha, config.prediction_type)
+    x0, eps = schedule.to_x0_eps(prediction, x, alpha, config.prediction_type)
+    x0 = x0.clamp(-1, 1) if config.clip_sample else x0
     if on_estimate is not None:
         on_estimate(x0)
-    return x0, learned
+    return x0, eps, learned
 
 
 def _linear_step(denoise: Denoise, x: Tensor, t: int, keep: float, move: float) -> Tensor:

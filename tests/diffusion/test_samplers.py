@@ -130,15 +130,16 @@ def peer(kind: type[Scheduler], config: NoiseConfig, **settings: bool | str) -> 
 
 def scheduler_of(name: str, config: NoiseConfig) -> Scheduler:
     """diffusers' scheduler for one of our samplers."""
+    clip = config.clip_sample
     match name:
         case "ddim" | "ddim noisy":
             end = config.set_alpha_to_one
-            return peer(DDIMScheduler, config, clip_sample=False, set_alpha_to_one=end)
+            return peer(DDIMScheduler, config, clip_sample=clip, set_alpha_to_one=end)
         case "dpm++":
             return peer(DPMSolverMultistepScheduler, config)
         case "ddpm":
-            return peer(DDPMScheduler, config, clip_sample=False)
-    return peer(DDPMScheduler, config, clip_sample=False, variance_type="learned_range")
+            return peer(DDPMScheduler, config, clip_sample=clip)
+    return peer(DDPMScheduler, config, clip_sample=clip, variance_type="learned_range")
 
 
 # of learned variance diffusers adds noise even after the last step, unless that is at timestep 0.
@@ -151,6 +152,7 @@ def scheduler_of(name: str, config: NoiseConfig) -> Scheduler:
         *itertools.product(("ddim", "ddim noisy", "dpm++"), SPACINGS),
         ("dpm++", replace(STABLE_DIFFUSION, timestep_spacing="linspace")),
         ("ddpm learned", MOTION),
+        *itertools.product(("ddim", "ddim noisy", "ddpm"), (replace(MINI, clip_sample=True),)),
     ],
 )
 @pytest.mark.parametrize("steps", [1, 2, 10, 25, 50])

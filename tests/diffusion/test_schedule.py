@@ -63,7 +63,8 @@ def test_the_presets_are_stable_diffusions_schedule() -> None:
     stock |= {"steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True}
     theirs = PNDMScheduler(**stock)
     for model in (CMD_SD15, CMD_SD21):
-        assert asdict(model.noise).items() <= theirs.config.items()
+        # their folders hold it too, for other schedulers
+        assert asdict(model.noise).items() <= {**theirs.config, "clip_sample": False}.items()
 
 
 def test_mini_ends_without_noise() -> None:
