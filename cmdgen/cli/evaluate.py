@@ -13,34 +13,57 @@ from cmdgen.world.config import MINI_WORLD
 if TYPE_CHECKING:
     import torch
 
+    from cmdgen.evaluation.report import Report
+
 
 def evaluate(options: Evaluation, request: Device, say: JsonOrQuiet) -> None:
     """Measure a model on what training never showed.
 
-    These are held-out combinations of subject, motion and scene of the rendered world. The report
-    goes to stdout, progress to stderr.
+    These are held-out combinations of subject, motion and scene of the rendered world. A model with
+    an evdm/ predicts and fills in test clips of --data. With --real and --generated, two folders of
+    videos are compared. The report goes to stdout, progress to stderr.
 
     Examples:
       cmdgen eval mini
       cmdgen eval DIR --clips 100 --json > report.json
       cmdgen eval mini --cost
+      cmdgen eval evdm --data digits:MNIST --clips 100
+      cmdgen eval --real clips --generated made --pairs
     """
     if options.cost:
         from cmdgen.evaluation.cost import report_cost
 
         report = report_cost(options.model)
-    else:
-        from cmdgen.evaluation.measure import load_evaluator
-        from cmdgen.pipelines.device import use_device
+        say.result(report.to_markdown(), report.to_dict())
+        return
+    from cmdgen.pipelines.device import use_device
 
-        device = use_device(request.device)
-        with say.progress() as show:
-            if options.train_probe is not None:
-                _train_probe(options.train_probe, device, partial(show, "train"))
-                say.result(options.train_probe, {"output": str(options.train_probe)})
-                return
-            report = load_evaluator(options.model, str(device), options.probe, show=show).evaluate(options)
-    say.result(report.to_markdown(), report.to_dict())
+    device = use_device(request.device)
+    with say.progress() as show:
+        if options.train_probe is not None:
+            _train_probe(options.train_probe, device, partial(show, "train"))
+            say.result(options.train_probe, {"output": str(options.train_probe)})
+        elif options.real is not None:
+            from cmdgen.evaluation.compare import compare_folders
+
+            lines, record = compare_folders(options, show)
+            say.result("\n".join(lines), record)
+        else:
+            report = _measure(options, str(device), show)
+            say.result(report.to_markdown(), report.to_dict())
+
+
+def _measure(options: Evaluation, device: str, show: Callable[[str, int, int], None]) -> "Report":
+    from cmdgen.evaluation.measure import load_evaluator
+    from cmdgen.evaluation.prediction import evaluate_prediction
+    from cmdgen.pipelines.evdm import EvdmPipeline
+    from cmdgen.pipelines.load import open_pipeline
+    from cmdgen.training.data import open_source
+
+    pipeline = open_pipeline(options.model, device=device)
+    if isinstance(pipeline, EvdmPipeline):
+        return evaluate_prediction(pipeline, open_source(options.data or "mini")[0], options, show)
+    return load_evaluator(options.model, device, options.probe, show=show).evaluate(options)
 
 
 def _train_probe(folder: Path, device: "torch.device", show: Callable[[int, int], None]) -> None:

@@ -47,7 +47,10 @@ class Digits:
         return [f"the digits {a} and {b} moving" for a, b in names]
 
     def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0) -> Clips:
-        """(B,) -> clips of `size`, and (B, 2) labels "digits"; a longer clip begins as a shorter one."""
+        """(B,) -> clips of `size`; a longer clip begins as a shorter one.
+
+        Labels are "digits", (B, 2), and "places", (B, T, 2, 2), the top and left of each.
+        """
         (height, width), side = size, min(size) // 2
         if side < 8:
             raise ValueError(f"size {width}x{height} is too small for digits, 16x16 is not")
@@ -67,7 +70,16 @@ class Digits:
         drawn = F.pad(chosen, (1, 1, 1, 1))[clip, number, rows[..., None], columns[..., None, :]]
         grey = (drawn.sum(dim=2).clamp(max=1) * 255).round().to(torch.uint8)  # (B, T, H, W)
         frames_of_clips = grey[:, :, None].expand(-1, -1, 3, -1, -1)
-        return Clips(frames_of_clips, None, self.captions(indices), {"digits": torch.tensor(labels).long().to(device)})
+        return Clips(
+            frames_of_clips,
+            None,
+            self.captions(indices),
+            {"digits": torch.tensor(labels).long().to(device), "places": paths},
+        )
+
+    def singles(self, split: str, side: int) -> tuple[Tensor, Tensor]:
+        """-> pictures (N, side, side) in [0, 1], and their labels (N,)."""
+        return self._pictures(split, side), torch.tensor(self._splits[split][1]).long()
 
     def _draw(self, indices: Indices) -> Iterator[tuple[str, np.ndarray, np.random.Generator]]:
         """(B,) -> for each clip its split, which (2,) digits it shows, and what draws the rest."""

@@ -121,3 +121,17 @@ def _symmetric_root(matrix: Tensor) -> Tensor:
     """(D, D) symmetric positive semi-definite -> (D, D), its symmetric square root."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """(N, D), (M, D) -> squared maximum mean discrepancy, unbiased: around 0 for equal distributions.
+
+    The kernel is (x y / D + 1)^3, as of KID (Binkowski et al. 2018, arXiv:1801.01401).
+    """
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.mT / x.shape[1] + 1) ** 3
+
+    within = sum(float((k.sum() - k.trace()) / (len(k) * (len(k) - 1))) for k in (kernel(x, x) for x in (a, b)))
+    return within - 2 * float(kernel(a, b).mean())

@@ -8,7 +8,7 @@ from typing import Any
 
 from cmdgen.config import CALIBRATION
 from cmdgen.metadata import FIELDS
-from cmdgen.options import option, read_fields
+from cmdgen.options import SIZE, Size, option, read_fields
 from cmdgen.request import MAX_SEED
 
 _count = partial(option, low=1)
@@ -16,6 +16,7 @@ _runs = partial(option, low=1, high=1000)
 _file = partial(option, None, metavar="FILE", complete="file")
 _sample = partial(option, False, group="Instead of a sample")
 _evaluation = partial(option, group="Instead of the evaluation")
+_folders = partial(option, group="Two folders instead of a model")
 _seed = partial(option, 0, "Seed of the first clip; the next ones count up.", low=0, high=MAX_SEED)
 
 
@@ -67,6 +68,16 @@ class Evaluation(_Options):
     reconstructed: int = _count(256, "Clips to encode and decode.")
     batch: int = _count(32, "Clips at a time.")
     seed: int = _seed()
+    data: str | None = option(
+        None, "Where a model with an evdm/ predicts frames of test clips.", shown="mini", complete="world"
+    )
+    trajectories: int = _count(10, "Samples of each such clip, of which the best counts.")
+    steps: int | None = option(None, "Sampling steps of such a model.", low=1, shown="the model's own")
+    real: Path | None = _folders(None, "Folder of real videos.")
+    generated: Path | None = _folders(None, "Folder of generated videos.")
+    pairs: bool = _folders(False, "Also compare files of one name; NAME-0, NAME-1 are samples of NAME.")
+    frames: int = _folders(16, "Frames of each video, from its first.", low=1)
+    size: Size = _folders((64, 64), "Size that they are compared at.", **SIZE)
     probe: Path | None = option(None, "Folder of the probe.", shown="the packaged one")
     cost: bool = _evaluation(False, "Measure seconds and memory of a cold `sample`.")
     train_probe: Path | None = _evaluation(None, "Train a probe into this folder; takes minutes.", metavar="FOLDER")
@@ -75,6 +86,11 @@ class Evaluation(_Options):
         super().__post_init__()
         if self.clips == 1:
             raise ValueError("clips 1 is neither 0 nor at least 2")
+        if (self.real is None) != (self.generated is None):
+            raise ValueError("--real and --generated go together: give both")
+        for folder in (self.real, self.generated):
+            if folder is not None and not folder.is_dir():
+                raise FileNotFoundError(f"{folder} is not a folder")
 
 
 @dataclass(frozen=True)

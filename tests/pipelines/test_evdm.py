@@ -16,11 +16,13 @@ from cmdgen.request import Request
 from cmdgen.store.parts import write_model_index
 
 
-def write_model(folder: Path, **changes: object) -> Path:
+def write_model(folder: Path, size: tuple[int, int] = (16, 24), **changes: object) -> Path:
     """A model with random weights, whose output depends on all of its input."""
     shape = EvdmConfig(past=2, current=3, future=2, patch=2, width=8, multipliers=(1, 2))
     content = replace(shape, **changes)
-    model = replace(PRESETS["evdm-small"], name="tiny", content=content, frames=4, height=16, width=24, steps=2)
+    model = replace(
+        PRESETS["evdm-small"], name="tiny", content=content, frames=4, height=size[0], width=size[1], steps=2
+    )
     torch.manual_seed(0)
     network = Evdm(content)
     for parameter in network.parameters():
