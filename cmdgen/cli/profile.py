@@ -67,10 +67,11 @@ def profile(
                 if flag not in (name, "as_json", "quiet", *used.split()):
                     raise ValueError(f"{what}: --{flag} has no use there")
     if options.paper:
+        from cmdgen.evaluation.evdm import compare_with_evdm
         from cmdgen.evaluation.flops import compare_with_paper
 
-        record: Any = compare_with_paper()
-        lines = _paper_lines(record)
+        record: Any = compare_with_paper() | {"evdm": compare_with_evdm()}
+        lines = [*_paper_lines(record), "", *_evdm_lines(record["evdm"])]
     elif options.decoding:
         lines, record = _decode(request, options.runs if "runs" in flags else 1, say)
     elif request.compile and not options.suite:
@@ -187,7 +188,9 @@ def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
     attention's products of queries with keys and of weights with values;
     Table 9 without guidance, text encoder and VAE, the autoencoder there and
     back. Operations are two for each multiply-add, attention's too; in Table 9
-    of all that sampling runs.
+    of all that sampling runs. EVDM's tables are of a batch of 64, of UCF 32;
+    softmax, gate and linear are what attention is counted as, and the nearest
+    is what the paper must have counted.
     """
     rows = profiled["rows"]
     clip = rows["clip"]
@@ -316,3 +319,21 @@ def _paper_lines(tables: dict[str, Any]) -> list[str]:
     stages = [(stage, f"{x:.2f}", f"{x / total:.1%}") for stage, x in tables["stages"].items()]
     heading = "Where the operations of 50 steps are"
     return [*lines, "", heading, "", *table([("", "operations", "share"), *stages])]
+
+
+def _evdm_lines(tables: dict[str, Any]) -> list[str]:
+    from cmdgen.evaluation.evdm import ACCOUNTINGS
+
+    rows: list[tuple[str, ...]] = [("", "level", *("10^6 parameters", "blocks", "attention") * 2)]
+    for entry in tables["table_1"]:
+        cells = (f"{value:g}" for value in entry["published"])
+        rows.append((entry["model"], str(entry["level"]), *cells, *(f"{value:.2f}" for value in entry["ours"])))
+    lines = ["EVDM's Table 1: the paper's figures, then ours, operations in 10^9", "", *table(rows)]
+    rows = [("", "10^6 parameters", "ours", "10^9 operations", *ACCOUNTINGS, "nearest", "apart")]
+    for entry in tables["table_2"]:
+        parameters, published = entry["published"]
+        counts = (f"{entry[each]:.2f}" for each in ACCOUNTINGS)
+        apart = entry[entry["nearest"]] / published - 1
+        ours = f"{entry['parameters'] / 10**6:.2f}"
+        rows.append((entry["model"], f"{parameters}", ours, f"{published}", *counts, entry["nearest"], f"{apart:+.3%}"))
+    return [*lines, "", "EVDM's Table 2, with three accountings of attention", "", *table(rows)]

@@ -48,7 +48,7 @@ class Profiling(_Options):
     batch: int = _runs(1, "Clips at a time.")
     runs: int = _runs(5, "Runs to measure, after one to warm up.")
     trace: Path | None = _file("Write one more run as a trace for Chrome or Perfetto.")
-    paper: bool = _sample("Count the paper's Tables 8 and 9; runs no model.")
+    paper: bool = _sample("Count CMD's Tables 8 and 9, and EVDM's 1 and 2; runs no model.")
     decoding: bool = _sample(
         "Decode a clip of the paper's model, with random weights, whole and in slices; 512x1024 "
         "unless --size is given, and one run unless --runs is."
