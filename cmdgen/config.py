@@ -161,10 +161,11 @@ class EvdmConfig:
     # "relu": before the bottleneck, as printed; "silu": before and after it
     activation: str = "relu"
     dropout: float = 0.1
-    # one of ATTENTIONS, at all levels but the first
+    # one of ATTENTIONS, at all levels but the first, in heads as wide as the first level; None: as
+    # many random features as a head is wide
     attention: str = "softmax"
     attention_threshold: float = 2.0
-    attention_features: int = 64
+    attention_features: int | None = None
 
     @property
     def frames(self) -> int:
@@ -328,16 +329,11 @@ def _evdm(name: str, content: EvdmConfig, noise: NoiseConfig, steps: int) -> Mod
 
 _EVDM_NOISE = NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0, clip_sample=True)
 _EVDM_PAPER = [
-    _evdm(
-        f"{kind}-{data}",
-        replace(base, channels=c, past=past, current=current, width=width, attention_features=width),
-        _EVDM_NOISE,
-        steps=100,
-    )
+    _evdm(f"{kind}-{data}", replace(base, channels=c, past=past, current=current, width=width), _EVDM_NOISE, steps=100)
     for kind, base in _EVDM_KINDS.items()
     for data, (c, past, current, width) in _EVDM_DATA.items()
 ]
-_SMALL = EvdmConfig(future=5, patch=2, width=32, attention_features=32, activation="silu", dropout=0.0)
+_SMALL = EvdmConfig(future=5, patch=2, width=32, activation="silu", dropout=0.0)
 _SMALL_NOISE = replace(MINI.noise, clip_sample=True)
 EVDM_SMALL = _evdm("evdm-small", _SMALL, _SMALL_NOISE, steps=10)
 EVDM_WORLD = _evdm("evdm-world", replace(_SMALL, channels=3), _SMALL_NOISE, steps=10)

@@ -30,4 +30,4 @@ def self_attention(config: UNetConfig | AutoencoderConfig | EvdmConfig, head_dim
     if config.attention == "softmax":
         return softmax_attention
     threshold = config.attention_threshold
-    return GatedAttention(config.attention_features, head_dim, threshold=threshold)
+    return GatedAttention(config.attention_features or head_dim, head_dim, threshold=threshold)

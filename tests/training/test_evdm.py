@@ -22,10 +22,7 @@ CONFIG = TrainConfig(steps=2, batch=4, warmup=2, log_steps=1, evaluate_steps=10,
 
 def tiny(**changes: object) -> ModelConfig:
     content = replace(
-        EvdmConfig(
-            past=2, current=2, future=2, patch=2, width=8, multipliers=(1, 2), attention="gated", attention_features=8
-        ),
-        **changes,
+        EvdmConfig(past=2, current=2, future=2, patch=2, width=8, multipliers=(1, 2), attention="gated"), **changes
     )
     return replace(PRESETS["evdm-small"], content=content, frames=content.frames, height=32, width=48)
 
