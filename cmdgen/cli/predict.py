@@ -43,15 +43,17 @@ _JOBS = ("num", "batch", "overwrite", "skip_existing", "like")
 class Prediction(Request):
     """A request for new frames of a clip."""
 
-    frames: int | None = option(None, "New frames.", group=WHAT, low=1, shown="the model's own")
+    frames: int | None = option(
+        None, "New frames; of interpolate: between each two.", group=WHAT, low=1, shown="the model's own"
+    )
     steps: int | None = option(None, "Sampling steps.", group=HOW, low=1, shown="the model's own")
     model: str = option("evdm", "Packaged model, or a folder with an evdm/.", group=MACHINE, complete="model")
 
 
 Asked = Annotated[Prediction, Only(_FIELDS)]
 Several = Annotated[Batching, Only(_JOBS)]
-Past = Annotated[Path | None, typer.Argument(metavar="[CLIP]", help="Video or picture to continue; - is stdin.")]
-Parts = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Pictures and videos, in order; - is stdin.")]
+Past = Annotated[Path | None, typer.Argument(metavar="CLIP", help="Video or picture to continue; - is stdin.")]
+Parts = Annotated[list[Path], typer.Argument(metavar="FILE", help="Pictures and videos, in order; - is stdin.")]
 OnlyNew = Annotated[bool, typer.Option("--only-new", help="Leave out the frames of CLIP.")]
 
 
@@ -143,7 +145,7 @@ class Given:
             say.note(f"note: {like} was made with {len(hashes)} files of other contents")
 
     def fit(self, request: Request, model: ModelConfig) -> Request:
-        """Read the files at the request's size; return the request at their rate, if it has none."""
+        """Read the files at the request's size; return the request with what it leaves to them."""
         from cmdgen.video.read import read_frames
 
         size = request.size or model.size
@@ -151,8 +153,11 @@ class Given:
             with on_the_way("give shorter videos"):
                 self.read_files = [read_frames(file, size=size, most=MOST_FRAMES) for file in self.files]
             self.size = size
-        if self.apart and sum(len(frames) for frames, _ in self.read_files) < 2:
-            raise ValueError("there is one frame: frames are put between two or more")
+        if self.apart:
+            assert isinstance(model.content, EvdmConfig)
+            request = replace(request, frames=request.frames or model.content.current)
+            if sum(len(frames) for frames, _ in self.read_files) < 2:
+                raise ValueError("there is one frame: frames are put between two or more")
         rates = [round(source.fps) for _, source in self.read_files if source.fps]
         if request.fps is None and rates and not self.apart:
             request = replace(request, fps=max(1, rates[0]))

@@ -69,6 +69,6 @@ class Made(NamedTuple):
 
     frames: np.ndarray  # uint8 (B, T, ...) in the pixels of the run
     pictures: np.ndarray  # uint8 (B, H, W, 3): the content frames
-    content: Tensor  # (B, C, h, w) on the CPU: content frames, or the last frames of an EVDM
+    content: Tensor  # (B, C, h, w) on the CPU: content frames, or the last new frames of an EVDM
     # None of stills and of an EVDM
     motion: Tensor | None  # (B, K, T, W' + H') on the CPU

@@ -78,13 +78,14 @@ class EvdmPipeline(Pipeline):
                 raise ValueError(f"frames of {len(part)} channels and {size} are not as the model's {model.size}")
         given = [part.to(self.device, torch.float32).expand(len(plans), *part.shape) for part in inputs.given]
         clips: list[np.ndarray] = []
-        pieces = self.fill(plans, given, observer) if len(given) > 1 else self.extend(plans, given, observer)
-        for piece, new in pieces:
-            last = piece[:, :, -1]
+        picture: Tensor | None = None
+        for piece, new in self.fill(plans, given, observer) if len(given) > 1 else self.extend(plans, given, observer):
+            picture = piece[:, :, -1] if new else picture
             if new or inputs.keep:
                 clips.append(self._show(piece, observer, pixels))
-        pictures = to_rgb24(last.expand(-1, 3, -1, -1)).cpu().numpy()
-        return Made(np.concatenate(clips, axis=1), pictures, last.cpu(), None)
+        assert picture is not None
+        pictures = to_rgb24(picture.expand(-1, 3, -1, -1)).cpu().numpy()
+        return Made(np.concatenate(clips, axis=1), pictures, picture.cpu(), None)
 
     def _show(self, piece: Tensor, observer: Observer, pixels: Pixels) -> np.ndarray:
         """(B, C, T, H, W) -> uint8 (B, T, ...) in `pixels`, handed to the observer."""

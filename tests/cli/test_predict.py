@@ -98,7 +98,9 @@ def test_pictures_of_any_size_are_connected(run, tmp_path: Path) -> None:
 
 def test_every_gap_of_a_clip_is_filled(run, clip: Path, tmp_path: Path) -> None:
     target = tmp_path / "smooth.apng"
-    assert run("interpolate", clip, "-o", target, "--frames", 1).code == 0
+    assert run("interpolate", clip, "-o", target).code == 0
+    assert len(read_video(target)[0]) == 5 + 4 * 3
+    assert run("interpolate", clip, "-o", target, "--frames", 1, "--overwrite").code == 0
     got, _ = read_video(target)
     assert len(got) == 9
     assert np.array_equal(got[::2], frames(5))
