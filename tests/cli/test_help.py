@@ -52,7 +52,7 @@ def test_commands_are_grouped_before_examples_and_exit_codes(help_of) -> None:
     places = [shown.index(f"\n{title}\n") for title in titles]
     assert places == sorted(places)
     assert shown.index("Exit codes: 0 done") > places[-1]
-    for code in (1, 2, 3, 4, 5, 6, 130, 141):
+    for code in (1, 2, 3, 4, 5, 6, 7, 129, 130, 141, 143):
         assert f" {code} " in " ".join(shown.split())
     assert "__complete" not in shown
 
