@@ -100,7 +100,7 @@ def read_value(described: Option, value: Any) -> Any:
         try:
             # a typed value is checked as its text
             text = value if isinstance(value, str) else described.write(value)
-        except (IndexError, TypeError) as error:
+        except (LookupError, TypeError) as error:
             raise ValueError(f"{title} {short(value)} is not valid") from error
         return described.read(text)
     if kind is float and type(value) is int:

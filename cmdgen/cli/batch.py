@@ -31,6 +31,8 @@ from cmdgen.video.write import Writer, check_output, is_sidecar, open_video, wri
 STREAMS = ("y4m", "raw", "mp4")
 # largest share of sampling's time that the preview may take
 PREVIEW_SHARE = 0.1
+# times the pixels of the model's own clip from which memory is estimated first
+_LARGE = 8
 # notes that are remembered, so that each is printed once: a pipe may never end
 _MAX_NOTES = 1000
 
@@ -259,6 +261,7 @@ class Batch:
         if not self.pipeline.loaded:
             # before a file is opened, whose metadata has the weights' hash
             self.pipeline.load(Bars(self.show))
+        self._check_memory(first.plan, len(jobs))
         inputs = self.files.read(self.pipeline, first.plan, self.say)
         with ExitStack() as opened:
             files = [_File(self, job, inputs, opened) for job in jobs if job.target != STDOUT]
@@ -272,6 +275,19 @@ class Batch:
                 for clip in clips[1:]:
                     self.writer(clip.frames)
         return {file.job.index: file.error for file in files if file.error is not None}
+
+    def _check_memory(self, plan: Plan, count: int) -> None:
+        """Raise MemoryError, before any work, where clips far larger than the model's do not fit."""
+        model, trained = plan.model, self.pipeline.config
+        volume, usual = (each.frames * each.height * each.width for each in (model, trained))
+        if volume * count <= _LARGE * usual:
+            return
+        from cmdgen.evaluation.estimate import estimate_activations
+        from cmdgen.evaluation.memory import measure_memory
+
+        free = measure_memory(self.pipeline.device).free
+        if free is not None and estimate_activations(plan, self.pipeline.dtype, batch=count) > free:
+            raise MemoryError
 
     def open(self, job: Job, inputs: Inputs | None) -> AbstractContextManager[Writer]:
         """Return a context that gives a writer of the job's frames; on stdout, of all jobs'.

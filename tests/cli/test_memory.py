@@ -110,3 +110,14 @@ def test_a_forward_of_several_that_runs_out_of_memory_is_halved(sample, short, t
     assert code == 0, err
     assert "note: not enough memory for 2 clips at a time" in err
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["1.mp4", "2.mp4"]
+
+
+def test_far_too_much_is_refused_before_any_work(sample, monkeypatch, tmp_path) -> None:
+    def run(*_: object, **__: object) -> None:
+        raise AssertionError("work began")
+
+    monkeypatch.setattr(CmdPipeline, "run", run)
+    monkeypatch.setattr(memories, "measure_memory", lambda device: Memory(2**30, 2**21))
+    code, out, err = sample("--frames", 64, "--size", "96x64", "--quiet")
+    assert (code, out, list(tmp_path.iterdir())) == (4, "", [])
+    assert re.fullmatch(r"error: not enough memory: about .* 2 MB free: .* should fit\n", err)

@@ -151,6 +151,7 @@ def test_a_run_cut_short_by_the_clock_says_where_the_learning_rate_is(train) -> 
         ("\ufffe", "not readable as JSON"),
         ("[" * 100_000, "JSON is nested too deeply"),
         ('{"size": 5}', "size 5 is not valid"),
+        ('{"size": {}}', "size {} is not valid"),
         ('{"size": "9"}', "size '9' is not WIDTHxHEIGHT"),
         ('{"preset": []}', "preset [] is not text"),
         ('{"preset": "none"}', "preset 'none' is not one of"),
