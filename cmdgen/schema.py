@@ -38,6 +38,8 @@ _CHOICES = {
     "timestep_spacing": ("leading", "trailing", "linspace"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
+# in all blocks of a network, each of which takes time to build: Stable Diffusion has 8
+_MOST_LAYERS = 256
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -60,7 +62,11 @@ def read_config(folder: Folder, cls: type[C]) -> C:
             # True equals 1, but is not what is meant
             if any((value, type(value) is bool) != (only, type(only) is bool) for value in values):
                 raise ValueError(f"{key} {short(data[key])} is not supported, only {only!r} is")
-        return cls(**check_fields(cls, data))
+        config = cls(**check_fields(cls, data))
+        blocks, layers = len(getattr(config, "block_out_channels", ())), getattr(config, "layers_per_block", 1)
+        if blocks * layers > _MOST_LAYERS:
+            raise ValueError(f"{blocks} blocks of {layers} layers are more than {_MOST_LAYERS} layers")
+        return config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

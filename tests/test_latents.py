@@ -128,6 +128,13 @@ def test_origin_has_a_name_that_is_text(tmp_path):
     assert describe_origin(path)["file"] == r"\xff.mp4"
 
 
+def test_a_file_that_would_be_hashed_for_minutes_is_refused(tmp_path):
+    with (tmp_path / "a.mp4").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=r"a\.mp4 is larger than 16 GiB: cut the part out"):
+        describe_origin(tmp_path / "a.mp4")
+
+
 def test_origin_is_what_sha256sum_says(tmp_path):
     path = tmp_path / "abc.mp4"
     path.write_bytes(b"abc")

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cmdgen.config import CMD_SD15, MINI, NoiseConfig, VaeConfig
+from cmdgen.config import CMD_SD15, MINI, NoiseConfig, UNetConfig, VaeConfig
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
 from cmdgen.schema import read_config, write_config
@@ -251,6 +251,17 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path, dtype
 @dataclass(frozen=True)
 class Names:
     subject: tuple[str, ...]
+
+
+def test_blocks_and_layers_are_bounded_together(tmp_path: Path) -> None:
+    blocks = {"block_out_channels": (32,) * 32, "down_block_types": ("DownBlock2D",) * 32}
+    for config in (
+        VaeConfig(block_out_channels=(32,) * 32, layers_per_block=9),
+        UNetConfig(**blocks, layers_per_block=9),
+    ):
+        write_config(config, tmp_path)
+        with pytest.raises(ValueError, match=r"config.json: 32 blocks of 9 layers are more than 256 layers"):
+            read_config(tmp_path, type(config))
 
 
 def test_names_may_be_many_but_layers_may_not(tmp_path: Path) -> None:

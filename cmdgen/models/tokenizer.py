@@ -85,8 +85,11 @@ class Tokenizer:
         return cls({token: i for i, token in enumerate(tokens)}, merges, words=words)
 
     @classmethod
-    def from_pretrained(cls, folder: Folder) -> "Tokenizer":
-        """Read vocab.json and merges.txt, or tokenizer.json; ValueError names the wrong file."""
+    def from_pretrained(cls, folder: Folder, *, vocab_size: int = 2**20) -> "Tokenizer":
+        """Read vocab.json and merges.txt, or tokenizer.json, for a text encoder of so many tokens.
+
+        ValueError names the wrong file.
+        """
         folder = Path(folder)
         path = folder / "vocab.json"
         if path.is_file() or not (folder / "tokenizer.json").is_file():
@@ -101,7 +104,10 @@ class Tokenizer:
         if words is not None and not _is_strings(words):
             raise ValueError(f"{record}: not a list of words")
         try:
-            return cls(_vocab(vocab), _pairs(merges), pad=_read_pad(folder), words=words)
+            tokenizer = cls(_vocab(vocab), _pairs(merges), pad=_read_pad(folder), words=words)
+            if (largest := max(tokenizer.vocab.values())) >= vocab_size:
+                raise ValueError(f"token {largest} is none of the text encoder's {vocab_size}")
+            return tokenizer
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

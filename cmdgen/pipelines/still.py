@@ -34,7 +34,8 @@ class StillPipeline(Pipeline):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer: prompts to token ids."""
-        return Tokenizer.from_pretrained(self.folder / "tokenizer")
+        assert self.config.text is not None
+        return Tokenizer.from_pretrained(self.folder / "tokenizer", vocab_size=self.config.text.vocab_size)
 
     @property
     def unet(self) -> UNet:

@@ -1,6 +1,7 @@
 """Captions of training: their token ids, and a text encoder that is frozen or trained."""
 
 import shutil
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Text:
     def read(cls, run: Run) -> "Text":
         """Read the frozen text encoder of a former stage."""
         encoder = run.read("text_encoder")
-        return cls(run, Tokenizer.from_pretrained(run.finished("tokenizer")), encoder)
+        return cls(run, _read(run.finished("tokenizer"), encoder), encoder)
 
     @classmethod
     def build(cls, run: Run) -> "Text":
@@ -36,11 +37,12 @@ class Text:
         from the captions.
         """
         assert run.model.text is not None
+        encoder: ClipTextModel = run.build("text_encoder")
         place, initial = run.folder / "tokenizer", run.initial("tokenizer")
         if place.is_dir() and not run.start.restart:
-            return cls(run, Tokenizer.from_pretrained(place), run.build("text_encoder"))
+            return cls(run, _read(place, encoder), encoder)
         if initial is not None:
-            tokenizer = Tokenizer.from_pretrained(initial)
+            tokenizer = _read(initial, encoder)
         else:
             indices = run.data.source.indices("train", CAPTIONS)
             texts = [text for variant in range(2) for text in run.data.captions(indices, variant)]
@@ -49,7 +51,7 @@ class Text:
         shutil.rmtree(place, ignore_errors=True)
         with create_folder(place) as temporary:
             tokenizer.save_pretrained(temporary, length=run.model.text.max_position_embeddings)
-        return cls(run, tokenizer, run.build("text_encoder"))
+        return cls(run, tokenizer, encoder)
 
     def __call__(self, ids: Tensor) -> Tensor:
         """(B, L) -> (B, L, D)."""
@@ -65,3 +67,7 @@ class Text:
         texts = self.data.captions(self.data.training[rows], variant)
         dropped = (torch.rand(len(rows), generator=generator) < dropout).tolist()
         return self.ids(["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
+
+
+def _read(folder: Path, encoder: ClipTextModel) -> Tokenizer:
+    return Tokenizer.from_pretrained(folder, vocab_size=encoder.config.vocab_size)

@@ -25,6 +25,8 @@ Storage = Literal["tag", "comment", "exif", "text", "header", ""]
 Streaming = Literal["live", "whole", ""]
 
 STDOUT = "-"
+# bytes of a file, or of a sequence, that is hashed: hours of video
+MOST_HASHED = 2**34
 
 
 @dataclass(frozen=True)
@@ -295,11 +297,14 @@ def describe_origin(path: Path) -> dict[str, str]:
     """Return what identifies a file, or a sequence of them (%04d.png), in metadata.
 
     That is its name, and SHA-256 of all its bytes. Raises FileNotFoundError where there is none,
-    ValueError for a device or a pipe.
+    ValueError for a device or a pipe, and for more bytes than are hashed in seconds.
     """
-    digest = hashlib.sha256()
-    for file in list_files(path):
+    digest, files = hashlib.sha256(), list_files(path)
+    for file in files:
         check_file(file)
+    if sum(file.stat().st_size for file in files) > MOST_HASHED:
+        raise ValueError(f"{path} is larger than {MOST_HASHED // 2**30} GiB: cut the part out that is needed")
+    for file in files:
         with file.open("rb") as stream:
             hashlib.file_digest(stream, lambda: digest)
     # bytes that are no text are escaped

@@ -251,3 +251,11 @@ def test_a_bad_file_is_one_line_that_names_the_folder(
         Tokenizer.from_pretrained(tmp_path)
     text = str(error.value)
     assert message in text and text.startswith(str(tmp_path)) and "\n" not in text
+
+
+def test_a_tokenizer_fits_its_text_encoder(tmp_path):
+    tokenizer = Tokenizer.train(["a dog"], 520)
+    tokenizer.save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path, vocab_size=len(tokenizer.vocab)).vocab == tokenizer.vocab
+    with pytest.raises(ValueError, match=f"^{tmp_path}/vocab.json: token .* is none of the text encoder's 500$"):
+        Tokenizer.from_pretrained(tmp_path, vocab_size=500)
