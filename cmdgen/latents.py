@@ -45,6 +45,11 @@ class Latents:
     fps: int
     metadata: dict[str, Any]
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Return the metadata as the file holds them."""
+        return {**self.metadata, "fps": self.fps}
+
 
 @dataclass(frozen=True)
 class Header:
@@ -101,7 +106,7 @@ def save_latents(path: File, latents: Latents, *, overwrite: bool = False) -> No
     """
     target = Path(path)
     check_output(target, Encoding("safetensors"), overwrite=overwrite)
-    comment = json.dumps({**latents.metadata, "fps": latents.fps}, ensure_ascii=False)
+    comment = json.dumps(latents.recorded, ensure_ascii=False)
     tensors = {"content": latents.content, "motion": latents.motion}
     header = {VERSION_KEY: VERSION, METADATA_KEY: comment}
     try:

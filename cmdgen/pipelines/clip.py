@@ -3,14 +3,15 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from cmdgen.latents import Latents, save_latents
-from cmdgen.video.formats import Encoding, Pixels, choose_encoding
-from cmdgen.video.write import open_video, write_still
+from cmdgen.video.formats import Encoding, Pixels, choose_encoding, name_sidecar
+from cmdgen.video.write import open_video, write_sidecar, write_still
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,13 @@ class Clip:
         elif encoding.format == "safetensors":
             if self.latents is None:
                 raise ValueError(f"{target} holds content and motion: a still has no motion")
-            save_latents(target, replace(self.latents, metadata=about or {}), overwrite=overwrite)
+            latents, sidecar = replace(self.latents, metadata=about or {}), name_sidecar(Path(target))
+            if encoding.sidecar and overwrite:
+                # an old one never lies beside a new clip
+                sidecar.unlink(missing_ok=True)
+            save_latents(target, latents, overwrite=overwrite)
+            if encoding.sidecar:
+                write_sidecar(Path(target), latents.recorded)
         else:
             height, width = self.frames.shape[1:3]
             size = (height if self.pixels == "rgb24" else height * 2 // 3), width

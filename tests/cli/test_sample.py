@@ -428,6 +428,16 @@ def test_a_sequence_is_there_when_all_its_frames_are(jobs, sample, tmp_path):
     assert (result.code, "exists already" in result.err) == (0, True)
 
 
+@pytest.mark.parametrize("suffix", ["gif", "png", "safetensors", "rgb"])
+def test_every_format_has_a_sidecar_that_is_made_anew_with_the_clip(sample, tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    for seed in (1, 2):
+        assert sample(PROMPT, "-o", path, "--seed", seed, "--sidecar", "--overwrite").code == 0
+        sidecar = json.loads(path.with_name(f"a.{suffix}.json").read_text())
+        assert sidecar["seed"] == seed
+        assert sidecar == read_metadata(path)
+
+
 def test_a_clip_with_a_sidecar_is_there_when_both_are(jobs, sample, tmp_path):
     clip, sidecar = tmp_path / "1.gif", tmp_path / "1.gif.json"
     options = ("-f", jobs("a dog"), "-o", tmp_path / "{index}.gif", "--skip-existing")
