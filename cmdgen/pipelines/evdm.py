@@ -66,9 +66,6 @@ class EvdmPipeline(Pipeline):
         """Return the metadata of the clip; `frames` are the new ones, those of each gap."""
         return {name: value for name, value in super().describe(plan, inputs).items() if name not in _UNUSED}
 
-    def check_parts(self) -> None:
-        """Pass: a part alone goes with itself."""
-
     def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
         """Make clips; see `Pipeline.make`."""
         model = plans[0].model
