@@ -78,6 +78,8 @@ _machine = partial(option, group=MACHINE)
 _INTERVAL = {"read": parse_interval, "write": "{0[0]}-{0[1]}".format, "metavar": "LOW-HIGH"}
 _REHASH = {"read": parse_rehash, "write": write_rehash, "metavar": "N|STEPS|off"}
 _MEMORY = {"read": parse_memory, "write": "{}B".format, "metavar": "SIZE"}
+# of commands that compute
+threads_option = partial(option, None, "CPU threads.", low=1, group=MACHINE)
 _NAME = {"flags": ("--output", "-o"), "metavar": "NAME", "complete": "file"}
 
 

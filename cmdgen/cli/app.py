@@ -128,6 +128,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
     _reopen_streams()
+    # else OpenMP's threads spin in barriers while another process holds a core: 4 to 5 times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     code = 0
     try:
         try:

@@ -12,7 +12,7 @@ from cmdgen.cli.progress import Quiet
 from cmdgen.cli.stop import Stop
 from cmdgen.files import replace_with
 from cmdgen.options import SIZE, Size, option, write_size
-from cmdgen.request import MACHINE, Request
+from cmdgen.request import Request, threads_option
 from cmdgen.training.config import CLIPS, CLIPS_OF, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
 
@@ -75,7 +75,7 @@ class Latents:
     vae: Path = option(MISSING, "Model folder with the vae/ that training gets.")
     clips: int | None = option(None, "Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world")
     held_out: int | None = option(None, "Clips to evaluate on.", low=1, shown="as many as for `cmdgen train`")
-    threads: int | None = option(None, "CPU threads.", low=1, group=MACHINE)
+    threads: int | None = threads_option()
 
     def __post_init__(self) -> None:
         if not (self.vae / "vae").is_dir():

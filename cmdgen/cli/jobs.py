@@ -21,7 +21,7 @@ from cmdgen.cli.naming import check_inside, fill
 from cmdgen.files import parse_json
 from cmdgen.metadata import read_job
 from cmdgen.options import option
-from cmdgen.request import Plan, Request
+from cmdgen.request import Plan, Request, threads_option
 from cmdgen.video.formats import STDOUT, Encoding, choose_encoding, list_outputs
 
 # bytes of a line; a longer one is skipped, unless it never seems to end
@@ -58,6 +58,7 @@ class Batching:
     like: Path | None = _path("Make this file's clip again, except for the options you change.")
     preview: Path | None = _path("Rewrite this .png with the content frame while it is sampled.")
     dry_run: bool = _jobs(False, "Check everything; estimate memory and time; make nothing.")
+    threads: int | None = threads_option()
 
     def __post_init__(self) -> None:
         if self.overwrite and self.skip_existing:

@@ -78,9 +78,13 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
             raise jobs_ahead[0].error
     if jobs.skip_existing and request.seed is None and not alone and "seed" in names:
         raise ValueError("--skip-existing with random seeds in names finds nothing: give --seed")
+    import torch
+
     from cmdgen.cli.batch import Batch
     from cmdgen.pipelines.load import load_pipeline
 
+    if jobs.threads is not None:
+        torch.set_num_threads(jobs.threads)
     pipeline = load_pipeline(request.model, device=request.device, dtype=request.dtype, compile=request.compile)
     if not jobs.dry_run:
         if request.compile:

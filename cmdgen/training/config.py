@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cmdgen.config import ATTENTIONS, PRESETS, EvdmConfig, ModelConfig, UNetConfig
 from cmdgen.options import SIZE, Size, option, read_fields, write_size
-from cmdgen.request import MACHINE, MAX_SEED, Request, resolve
+from cmdgen.request import MAX_SEED, Request, resolve, threads_option
 from cmdgen.world.config import WORLDS
 
 OWN = ("mini", "evdm-small", "evdm-world")
@@ -44,7 +44,7 @@ class Start:
     clips: int | None = _none("Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world")
     init: Path | None = _none("Model folder to start from, such as a Stable Diffusion.")
     restart: bool = option(False, "Forget this stage's checkpoint.", flags=("--restart/--no-restart",))
-    threads: int | None = _none("CPU threads.", low=1, group=MACHINE)
+    threads: int | None = threads_option()
 
     def __post_init__(self) -> None:
         read_fields(self)

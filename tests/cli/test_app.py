@@ -74,6 +74,15 @@ def test_what_is_our_own_fault_is_one_line_and_a_traceback_for_who_asks(ends_wit
     assert result.err.startswith("Traceback (most recent call last)") and ", in fail\n" in result.err
 
 
+def test_threads_of_openmp_sleep_unless_the_user_says_else() -> None:
+    code = "import os; from cmdgen.cli.app import main\ntry: main(['--version'])\n"
+    code += "finally: print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for more, policy in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment | more)
+        assert done.stdout.splitlines()[-1] == policy
+
+
 def test_a_command_that_asks_for_a_code_gets_it(ends_with) -> None:
     assert ends_with(typer.Exit(143)) == (143, "data\n", "")
 

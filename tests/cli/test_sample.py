@@ -847,3 +847,10 @@ def test_help_names_every_option_and_exit_code(cmdgen):
         assert option in result.out
     assert "Exit codes" in result.out
     assert cmdgen("--version").out.startswith("cmdgen ")
+
+
+def test_threads_are_as_many_as_asked_for(sample, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr("torch.set_num_threads", chosen.append)
+    assert sample(PROMPT, "-o", tmp_path / "a.mp4", "--threads", 3).code == 0
+    assert chosen == [3]
