@@ -9,18 +9,19 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from cmdgen.config import ModelConfig
 from cmdgen.files import check_file, parse_json
+from cmdgen.headers import FLOATS, open_weights
 from cmdgen.request import MAX_FPS, Request, resolve
 from cmdgen.video.formats import Encoding
 from cmdgen.video.write import EncoderError, check_output
-from cmdgen.weights import FLOATS, open_weights, read_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".safetensors"
 # keys of the file's header: its version, and the JSON of the clip's metadata, as a video has it
@@ -40,8 +41,8 @@ class Latents:
     its tanh where it has one, and not standardised; its width-indexed part comes first.
     """
 
-    content: Tensor  # (C, h, w)
-    motion: Tensor  # (K, T, W' + H')
+    content: "Tensor"  # (C, h, w)
+    motion: "Tensor"  # (K, T, W' + H')
     fps: int
     metadata: dict[str, Any]
 
@@ -104,6 +105,10 @@ def save_latents(path: File, latents: Latents, *, overwrite: bool = False) -> No
     Raises FileExistsError where there is one, unless `overwrite`, ValueError or EncoderError where
     it cannot be written.
     """
+    import torch
+
+    from cmdgen.weights import save_tensors
+
     target = Path(path)
     check_output(target, Encoding("safetensors"), overwrite=overwrite)
     comment = json.dumps(latents.recorded, ensure_ascii=False)
@@ -122,6 +127,8 @@ def read_latents(path: File, model: ModelConfig | None = None) -> Latents:
 
     Raises ValueError where it is anything else, FileNotFoundError where there is none.
     """
+    from cmdgen.weights import read_tensors
+
     header = read_header(path)
     tensors, _ = read_tensors(Path(path), foreign=True)
     content, motion = (tensors[name].float() for name in ("content", "motion"))

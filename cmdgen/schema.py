@@ -3,7 +3,8 @@
 assets/configs.json has the tables. It lists the keys of diffusers and transformers that have no
 field here: "fixed" keys are written with the one value that we support, and any other value is
 refused; "written" keys are never read. "ranges" are the smallest and largest values of fields;
-other integers lie in 1 .. 2^20, other numbers in -10^6 .. 10^6. Never imports torch.
+other integers lie in 1 .. 2^20, other numbers in -10^6 .. 10^6. "parameters" counts those of each
+preset, so that listing them builds nothing. Never imports torch.
 """
 
 import os
@@ -82,6 +83,11 @@ def write_config(config: object, folder: Folder) -> None:
         for key in ("down_block_types", "up_block_types"):
             data[key] = [data[key]] * len(config.block_out_channels)
     write_json(config_path(folder, cls), data)
+
+
+def read_counts() -> dict[str, dict[str, int]]:
+    """Return the number of parameters of each part of each preset."""
+    return _tables()["parameters"]
 
 
 @cache

@@ -8,21 +8,19 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from cmdgen.files import check_file, read_json, replace_with
+from cmdgen.files import check_file, replace_with
+from cmdgen.headers import FLOATS, open_weights, weight_paths
 from cmdgen.schema import Folder
 
-# types that weights are stored in
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _INTEGERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 _DTYPES = {getattr(torch, name): stored for stored, name in (FLOATS | _INTEGERS).items()}
 # tensors that are copied before their file is mapped anew
@@ -61,21 +59,6 @@ def load_weights(
             state[names[stored]] = tensor
     module.load_state_dict(state, assign=True)
     assert not any(buffer.is_meta for buffer in module.buffers()), "a buffer was left without values"
-
-
-@contextmanager
-def open_weights(path: Path, device: torch.device | str = "cpu") -> Iterator[safe_open]:
-    """Give an open safetensors file; ValueError names one that is missing or damaged."""
-    check_file(path)
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            yield file
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: No such file or directory") from error
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:200]})") from error
 
 
 def match_weights(
@@ -119,7 +102,7 @@ def _read_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Give the tensors of a file in these dtypes, filters channels-last."""
     names = list(dtypes)
-    with open_weights(path) as mapped:
+    with open_weights(path, "cpu") as mapped:
         for start in range(0, len(names), _AT_ONCE):
             # closing the file unmaps the tensors that were copied from it
             with open_weights(path, device) as file:
@@ -176,7 +159,7 @@ def read_tensors(path: Path, *, foreign: bool = False) -> tuple[dict[str, torch.
 
     ValueError names a file that is missing, damaged or, unless it may be `foreign`, without a digest.
     """
-    with open_weights(path) as file:
+    with open_weights(path, "cpu") as file:
         header: dict[str, str] = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     digest = header.pop("digest", None)
@@ -215,33 +198,6 @@ def build_empty(build: Callable[[C], M], config: C) -> M:
     """Build a module on the meta device: its names and shapes, no values and no memory."""
     with torch.device("meta"), _NoInitialisation():
         return build(config)
-
-
-def weight_names(filename: str) -> tuple[list[str], list[str]]:
-    """Return the names that a part's weights may have in one file, and those of a shard index."""
-    variant = f"{filename.removesuffix('.safetensors')}.fp16.safetensors"
-    # diffusers has named the index of a variant in two ways
-    indices = [f"{name}.index.json" for name in (filename, variant)]
-    return [filename, variant], [*indices, f"{filename}.index.fp16.json"]
-
-
-def weight_paths(folder: Path, filename: str) -> list[Path]:
-    """Return the files that hold a part's weights: one, its "fp16" variant or its shards.
-
-    Where there are none, that is the one file that is missing.
-    """
-    names, indices = weight_names(filename)
-    for name in names:
-        if (folder / name).is_file():
-            return [folder / name]
-    index = next((folder / name for name in indices if (folder / name).is_file()), None)
-    if index is None:
-        return [folder / filename]
-    shards = read_json(index).get("weight_map")
-    files = shards.values() if isinstance(shards, dict) else [None]
-    if not all(isinstance(name, str) and name and name == Path(name).name for name in files):
-        raise ValueError(f"{index}: weight_map does not map tensors to names of files in the folder")
-    return [folder / name for name in sorted(set(files))] or [folder / filename]
 
 
 def hash_weights(folder: Folder, files: Mapping[str, str]) -> str:

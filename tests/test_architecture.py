@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "cmdgen"
@@ -14,7 +16,7 @@ PACKAGE = ROOT / "cmdgen"
 # the world renders what data calls a clip; a request is made of a model's configuration
 ORDER = (
     *("__main__", "cli", "training", "evaluation", "compression", "pipelines", "store"),
-    *("acceleration", "models", "diffusion", "latents", "world", "data", "video", "weights"),
+    *("acceleration", "models", "diffusion", "latents", "world", "data", "video", "weights", "headers"),
     *("schema", "metadata", "request", "config", "options", "files"),
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -156,6 +158,31 @@ def test_help_answers_without_torch() -> None:
         done = run(code, *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout.endswith("\n[]\n"), done.stdout
+
+
+def test_what_needs_no_tensor_answers_without_torch(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    save_file({"content": torch.zeros(1, 2, 2), "motion": torch.zeros(1, 2, 4)}, tmp_path / "a.safetensors")
+    (tmp_path / "there.mp4").touch()
+    mini = str(PACKAGE / "assets" / "mini")
+    sample, inside = ["sample", "a dog", "-o"], tmp_path / "b.mp4"
+    code = (
+        "import sys; from cmdgen.cli.app import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    )
+    for arguments, says in (
+        (["models", "list"], ""),
+        (["models", "show", mini], ""),
+        (["models", "show", "cmd-sd21"], ""),
+        (["inspect", tmp_path / "a.png"], "holds no metadata of cmdgen"),
+        (["inspect", tmp_path / "a.safetensors"], "not latents of cmdgen"),
+        ([*sample, tmp_path / "none" / "a.mp4"], "there is no folder"),
+        ([*sample, tmp_path / "there.mp4"], "exists"),
+        ([*sample, inside, "--model", "nano"], "unknown model 'nano'"),
+        ([*sample, inside, "--size", "33x33"], "both sides must be multiples of"),
+        ([*sample, inside, "--image", tmp_path / "none.png"], "none.png"),
+    ):
+        done = run(code, *map(str, arguments))
+        assert says in done.stderr and done.stdout.endswith("False\n"), (arguments, done)
 
 
 def test_options_are_read_without_pydantic() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cmdgen.cli.errors import Failure, describe, printable
+from cmdgen.cli.inputs import LATENTS
 from cmdgen.cli.progress import AsJson
 
 _FILE = typer.Argument(metavar="FILE", help="A video, picture or latents that cmdgen wrote.")
@@ -36,11 +37,12 @@ def inspect(file: Annotated[Path, _FILE], say: AsJson) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    from cmdgen.latents import SUFFIX, read_header
-    from cmdgen.video.read import read_metadata
+    if file.suffix.lower() != LATENTS:
+        from cmdgen.video.read import read_metadata
 
-    if file.suffix.lower() != SUFFIX:
         return read_metadata(file)
+    from cmdgen.latents import read_header
+
     header = read_header(file)
     shapes = {"content": list(header.content), "motion": list(header.motion)}
     return {**header.metadata, "tensors": shapes | {"dtype": header.dtype}}

@@ -113,7 +113,7 @@ def init(options: Init) -> None:
         cmdgen models init cmd-sd21 -o DIR
     """
     from cmdgen.pipelines.device import DTYPES
-    from cmdgen.store.catalogue import create_model
+    from cmdgen.store.create import create_model
 
     preset, dtype = PRESETS[options.preset], DTYPES[options.dtype]
     create_model(preset, options.output, seed=options.seed, dtype=dtype)
@@ -147,18 +147,22 @@ def pull(repository: Annotated[str, _REPOSITORY], output: Annotated[Path | None,
 
 
 def _describe_files(folder: Path, name: str) -> "Model":
-    """Describe a folder; if its files are wrong, the command line is not at fault."""
-    from cmdgen.store.catalogue import describe_folder
+    """Describe a folder; if its files are wrong, the command line is not at fault.
+
+    A folder that others wrote is checked in full.
+    """
+    from cmdgen.store.catalogue import check_folder, describe_folder
     from cmdgen.store.parts import read_index
 
     try:
         described = describe_folder(folder, name)
-        names = {part.name for part in described.parts}
-        if "cmdgen" not in read_index(folder) and {"text_encoder", "unet", "vae"} <= names:
-            # others wrote the scheduler, which has to say what their UNet predicts
-            from cmdgen.pipelines.load import load_pipeline
+        if "cmdgen" not in read_index(folder):
+            check_folder(folder, weights=True)
+            if {"text_encoder", "unet", "vae"} <= {part.name for part in described.parts}:
+                # others wrote the scheduler, which has to say what their UNet predicts
+                from cmdgen.pipelines.load import load_pipeline
 
-            load_pipeline(folder, device="cpu").check_prediction()
+                load_pipeline(folder, device="cpu").check_prediction()
         return described
     except ValueError as error:
         raise Failure(describe(error)) from error

@@ -15,8 +15,8 @@ from cmdgen.cli.like import compare, read_recorded, recall
 from cmdgen.cli.naming import check_stdout, check_suffix, fields
 from cmdgen.cli.progress import Say
 from cmdgen.options import options_of
-from cmdgen.request import Request
-from cmdgen.video.formats import Encoding
+from cmdgen.request import Request, resolve
+from cmdgen.video.formats import STDOUT, Encoding
 
 if TYPE_CHECKING:
     from cmdgen.pipelines.still import StillPipeline
@@ -48,6 +48,10 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
       cmdgen sample "a corgi jumping" --image corgi.png -o jump.mp4
       cmdgen sample "a cat" --motion-from corgi.mp4 -o cat.mp4
     """
+    from cmdgen.store.find import find_model
+    from cmdgen.store.parts import read_model
+    from cmdgen.video.write import check_output
+
     check_stdout(request.output, say)
     # a wrong template is one error, not one for each line
     names = fields(request.output or "")
@@ -78,6 +82,13 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
             raise jobs_ahead[0].error
     if jobs.skip_existing and request.seed is None and not alone and "seed" in names:
         raise ValueError("--skip-existing with random seeds in names finds nothing: give --seed")
+    # what is wrong with the model or a single clip is said without torch, which takes seconds to import
+    config = read_model(find_model(request.model))
+    if alone and isinstance(job := jobs_ahead[0], Job):
+        model = resolve(files.fit(job.request, config), config).model
+        job.encoding.check(model.size, model.fps)
+        if job.target != STDOUT:
+            check_output(job.target, job.encoding, overwrite=jobs.overwrite or jobs.skip_existing)
     import torch
 
     from cmdgen.cli.batch import Batch

@@ -1,30 +1,24 @@
-"""What a model consists of; and whole models with random weights.
+"""What a model consists of.
 
-Configurations and the headers of weight files are read, weights never are.
+Configurations and the headers of weight files are read, weights never are. Imports torch only where
+a network is built, to compare it with its files.
 """
 
-import hashlib
+import math
 import re
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cmdgen.config import PRESETS, ModelConfig, TextConfig
-from cmdgen.files import create_folder
-from cmdgen.models.tokenizer import Tokenizer
-from cmdgen.schema import read_config
-from cmdgen.store.parts import NETWORKS, PARTS, build_part, network_configs, read_index, write_model_index
-from cmdgen.weights import FLOATS, match_weights, open_weights, weight_paths
-from cmdgen.world.config import WORLD
-from cmdgen.world.world import World
+from cmdgen.config import PRESETS, ModelConfig
+from cmdgen.headers import FLOATS, open_weights, weight_paths
+from cmdgen.schema import read_config, read_counts
+from cmdgen.store.parts import NETWORKS, PARTS, build_part, network_configs, read_index
 
 # fields of the data or of older files, not of the network: they may differ from a preset's
 _FREE = ("sample_size", "scaling_factor", "eos_token_id", "motion_mean", "motion_std")
-# captions that the tokenizer of a random model learns from, and wordings of each
-_CAPTIONS, _WORDINGS = 2048, 2
+# bytes of a weight
+SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -64,28 +58,39 @@ class Model:
         return tuple(name for name in PRESETS if all(name in part.presets for part in self.parts))
 
 
-def describe_preset(model: ModelConfig, *, dtype: torch.dtype = torch.float16) -> Model:
-    """Describe the parts of a preset, counted on the meta device."""
-    parts = []
+def describe_preset(model: ModelConfig, *, dtype: str = "float16") -> Model:
+    """Describe the parts of a preset; those of any other configuration are counted on the meta device."""
+    known, parts = read_counts() if PRESETS.get(model.name) == model else {}, []
     for name, config in network_configs(model).items():
-        count = _count(build_part(name, config))
-        size = count * dtype.itemsize
-        parts.append(Network(name, count, size, _name(dtype), _presets(name, config)))
+        count = known[model.name][name] if known else count_part(name, config)
+        parts.append(Network(name, count, count * SIZES[dtype], dtype, _presets(name, config)))
     return Model(model.name, None, None, tuple(parts))
 
 
 def describe_folder(folder: Path, name: str) -> Model:
-    """Describe the parts of a model in a folder; ValueError names a file that is wrong."""
-    configs = check_folder(folder)
-    parts = [_describe_network(folder / part, part, config) for part, config in configs.items()]
+    """Describe the parts of a model in a folder by their headers; ValueError names a file that is wrong."""
+    parts = [_describe_network(folder / part, part, config) for part, config in _read_configs(folder).items()]
     return Model(name, folder, read_licence(folder), tuple(parts))
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """Return the configurations of the networks in a folder, whose weights may be missing.
+def check_folder(folder: Path, *, weights: bool = False) -> None:
+    """Build the networks of a folder on the meta device; with `weights`, compare them with their files.
 
-    ValueError names a file that is missing, or that describes a network that we cannot build.
+    ValueError names a file that is missing or wrong, or that describes a network that we cannot build.
     """
+    for name, config in _read_configs(folder).items():
+        try:
+            network = build_part(name, config)
+        except ValueError as error:
+            raise ValueError(f"{folder / name / 'config.json'}: {error}") from error
+        if weights:
+            from cmdgen.weights import match_weights
+
+            match_weights(network.state_dict(), folder / name, network.filename, network.rename_stored)
+
+
+def _read_configs(folder: Path) -> dict[str, Any]:
+    """Return the configurations of the networks in a folder, whose weights may be missing."""
     index = read_index(folder)
     configs: dict[str, Any] = {}
     for name, part in PARTS.items():
@@ -98,11 +103,6 @@ def check_folder(folder: Path) -> dict[str, Any]:
     networks = {name: config for name, config in configs.items() if name in NETWORKS}
     if not networks:
         raise ValueError(f"{folder} has none of the parts {', '.join(NETWORKS)}")
-    for name, config in networks.items():
-        try:
-            build_part(name, config)
-        except ValueError as error:
-            raise ValueError(f"{folder / name / 'config.json'}: {error}") from error
     return networks
 
 
@@ -123,57 +123,21 @@ def read_licence(folder: Path) -> str | None:
     return "".join(letter for letter in licence if letter.isprintable())[:80] or None
 
 
-def create_model(model: ModelConfig, folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float16) -> None:
-    """Write a whole model folder with random weights, those that training starts from.
-
-    Parts are drawn in float32 and written one after the other: `dtype` changes precision alone,
-    and memory holds one part. The tokenizer is a byte-pair one of our own, learned from the
-    rendered world's captions; CLIP's is not ours to write. ValueError where `folder` exists.
-    """
-    with create_folder(folder) as target:
-        for name, config in network_configs(model).items():
-            digest = hashlib.blake2b(f"{name}/{seed}".encode(), digest_size=8).digest()
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int.from_bytes(digest, "big", signed=True))
-                network = PARTS[name].network(config)
-            # in place, tensor by tensor: a cast while saving would hold both copies
-            network.to(dtype).save_pretrained(target / name)
-            del network
-        card = _CARD.format(name=model.name, seed=seed, dtype=_name(dtype))
-        if model.text is not None:
-            length = model.text.max_position_embeddings
-            _train_tokenizer(model.text).save_pretrained(target / "tokenizer", length=length)
-            card += "The tokenizer is cmdgen's own, learned from its rendered world's captions.\n"
-        write_model_index(target, model)
-        (target / "README.md").write_text(card, encoding="utf-8")
-
-
-_CARD = """# {name} with random weights
-
-Never trained: its videos are noise. It takes the time and memory of a trained model.
-Written by `cmdgen models init {name} --seed {seed} --dtype {dtype}`.
-"""
-
-
 def _describe_network(place: Path, name: str, config: Any) -> Network:
-    network, expected = PARTS[name].network, build_part(name, config)
-    paths = weight_paths(place, network.filename)
-    if not paths[0].is_file() and any(place.glob("*.bin")):
-        raise ValueError(
-            f"{place}: the weights are pickled, and reading those could run any code: expected {network.filename}"
-        )
-    matched = match_weights(expected.state_dict(), place, network.filename, network.rename_stored)
-    dtypes = set()
-    for path, names in matched.items():
+    paths, count, dtypes = weight_paths(place, PARTS[name].filename), 0, set()
+    for path in paths:
         with open_weights(path) as file:
-            dtypes |= {FLOATS.get(file.get_slice(key).get_dtype(), "") for key in names}
-    size = sum(path.stat().st_size for path in matched)
-    dtype = ", ".join(sorted(dtypes - {""}))
-    return Network(name, _count(expected), size, dtype, _presets(name, config))
+            # integers are buffers of old files
+            tensors = [part for key in file.keys() if (part := file.get_slice(key)).get_dtype() in FLOATS]  # noqa: SIM118
+            count += sum(math.prod(part.get_shape()) for part in tensors)
+            dtypes |= {FLOATS[part.get_dtype()] for part in tensors}
+    size = sum(path.stat().st_size for path in paths)
+    return Network(name, count, size, ", ".join(sorted(dtypes)), _presets(name, config))
 
 
-def _count(network: torch.nn.Module) -> int:
-    return sum(tensor.numel() for tensor in network.state_dict().values())
+def count_part(name: str, config: Any) -> int:
+    """Return the number of parameters of one network, counted on the meta device."""
+    return sum(tensor.numel() for tensor in build_part(name, config).state_dict().values())
 
 
 def _presets(name: str, config: Any) -> tuple[str, ...]:
@@ -185,21 +149,3 @@ def _presets(name: str, config: Any) -> tuple[str, ...]:
         for preset, other in others.items()
         if other and replace(config, **{key: getattr(other, key) for key in free}) == other
     )
-
-
-def _train_tokenizer(config: TextConfig) -> Tokenizer:
-    """Train a tokenizer whose special tokens have the ids that the text encoder expects."""
-    world = World(WORLD)
-    indices = world.indices("train", _CAPTIONS)
-    wordings = [world.captions(indices, wording) for wording in range(_WORDINGS)]
-    learned = Tokenizer.train(chain.from_iterable(wordings), config.vocab_size)
-    shift = config.eos_token_id - learned.eos_id
-    special = learned.bos_id, learned.eos_id
-    vocab = {token: number + shift if number in special else number for token, number in learned.vocab.items()}
-    assert len(set(vocab.values())) == len(vocab), "two tokens have one id"
-    # no record of words: these weights have seen none
-    return Tokenizer(vocab, learned.merges)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,9 +14,9 @@ from huggingface_hub import constants, errors
 
 from cmdgen.config import CALIBRATION
 from cmdgen.files import create_folder
+from cmdgen.headers import weight_names
 from cmdgen.store.catalogue import check_folder
 from cmdgen.store.parts import NETWORKS, PARTS
-from cmdgen.weights import weight_names
 
 # files beside the parts
 _BESIDE = ("model_index.json", "README.md", "LICENSE.md", CALIBRATION)
@@ -62,7 +62,7 @@ def choose_files(names: Iterable[str], repo: str) -> list[str]:
         texts = [name for name in inside if name.endswith((".json", ".txt"))]
         files = [name for name in texts if ".safetensors.index" not in name]
         if part in NETWORKS and "config.json" in inside:
-            filename = PARTS[part].network.filename
+            filename = PARTS[part].filename
             weights = _choose_weights(inside, filename)
             if not weights and any(name.endswith(_PICKLED) for name in inside):
                 raise ValueError(f"{unsafe}; {part} has no safetensors")

@@ -45,6 +45,7 @@ class Part:
     stage: str | None = None
     # library and class that open it, as model_index.json lists them
     opens: str | None = None
+    filename: str = "diffusion_pytorch_model.safetensors"
 
     @property
     def network(self) -> "type[Pretrained[Any]]":
@@ -57,7 +58,15 @@ class Part:
 _ROWS = (
     Part("scheduler", "noise", NoiseConfig, opens="diffusers.DDIMScheduler"),
     Part("tokenizer", stage="content", opens="transformers.CLIPTokenizer"),
-    Part("text_encoder", "text", TextConfig, "text.ClipTextModel", "content", "transformers.CLIPTextModel"),
+    Part(
+        "text_encoder",
+        "text",
+        TextConfig,
+        "text.ClipTextModel",
+        "content",
+        "transformers.CLIPTextModel",
+        "model.safetensors",
+    ),
     Part("unet", "content", UNetConfig, "unet.UNet", "content", "diffusers.UNet2DConditionModel"),
     Part("transformer", "content", DiTConfig, "dit.DiT"),
     Part("evdm", "content", EvdmConfig, "evdm.Evdm", "evdm"),
@@ -108,7 +117,7 @@ def hash_weights(folder: Folder) -> str:
     """Return the hash that tells the weights of a model from others, wherever they are."""
     from cmdgen import weights
 
-    files = {name: part.network.filename for name, part in NETWORKS.items()}
+    files = {name: part.filename for name, part in NETWORKS.items()}
     return weights.hash_weights(Path(folder), files)
 
 

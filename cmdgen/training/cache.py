@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cmdgen.headers import open_weights
 from cmdgen.training.config import Report
-from cmdgen.weights import open_weights, read_tensors, save_tensors
+from cmdgen.weights import read_tensors, save_tensors
 
 # rows of a file: 64 MB of latents at 512x1024
 SHARD = 64

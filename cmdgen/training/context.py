@@ -17,12 +17,12 @@ import torch
 
 from cmdgen.config import ModelConfig
 from cmdgen.files import create_folder
+from cmdgen.headers import weight_paths
 from cmdgen.store.parts import NETWORKS, PARTS, load_part
 from cmdgen.training.cache import fingerprint
 from cmdgen.training.config import Loss, Report, Shared, Start, TrainConfig
 from cmdgen.training.data import TrainingData
 from cmdgen.training.latents import Codec, Encodings
-from cmdgen.weights import weight_paths
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Run:
         """Return what a checkpoint of this stage, once it is built, belongs to."""
         numbers = {"batch": self.config.batch, "seed": self.config.seed, "clips": self.data.count}
         weights = {
-            part: fingerprint(weight_paths(place, NETWORKS[part].network.filename))
+            part: fingerprint(weight_paths(place, NETWORKS[part].filename))
             for part, place in self.parts.items()
             if part in NETWORKS
         }

@@ -12,6 +12,7 @@ from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.slicer import encode_clip, encode_pictures
 from cmdgen.config import AutoencoderConfig, ModelConfig, VaeConfig
 from cmdgen.files import hold_folder
+from cmdgen.headers import weight_paths
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
@@ -20,7 +21,6 @@ from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
 from cmdgen.training.config import Report
 from cmdgen.training.data import TrainingData
 from cmdgen.video.pixels import to_levels, to_unit
-from cmdgen.weights import weight_paths
 
 # pixels that go through the VAE's decoder at once: 64 frames of 64x64, one of 512x512 or more
 VAE_PIXELS = 2**18

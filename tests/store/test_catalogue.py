@@ -19,8 +19,9 @@ from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.vae import KlVae
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.schema import write_config
-from cmdgen.store.catalogue import create_model, describe_folder, describe_preset, read_licence
-from cmdgen.store.parts import read_model
+from cmdgen.store.catalogue import check_folder, count_part, describe_folder, describe_preset, read_licence
+from cmdgen.store.create import create_model
+from cmdgen.store.parts import NETWORKS, network_configs, read_model
 
 
 def small(model):
@@ -60,6 +61,15 @@ def parameters(model) -> dict[str, int]:
     return {part.name: part.parameters for part in describe_preset(model).parts}
 
 
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_the_table_of_parameters_is_what_the_networks_have(preset) -> None:
+    assert parameters(preset) == {name: count_part(name, config) for name, config in network_configs(preset).items()}
+
+
+def test_the_table_of_parts_names_the_files_of_the_networks() -> None:
+    assert all(part.filename == part.network.filename for part in NETWORKS.values())
+
+
 def test_presets_have_the_published_parameter_counts() -> None:
     sd15, sd21, ucf = map(parameters, (CMD_SD15, CMD_SD21, CMD_UCF))
     assert (sd15["unet"], sd21["unet"]) == (859_520_964, 865_910_724)
@@ -77,7 +87,7 @@ def test_presets_have_the_published_parameter_counts() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_a_preset_fits_itself_alone(preset) -> None:
-    described = describe_preset(preset, dtype=torch.float32)
+    described = describe_preset(preset, dtype="float32")
     assert described.presets == (preset.name,)
     assert described.bytes == 4 * described.parameters
 
@@ -142,7 +152,7 @@ def test_a_huge_card_takes_little_memory(tmp_path) -> None:
 def test_what_is_wrong_with_a_folder_is_named(tiny_model: Path, tmp_path: Path) -> None:
     def error(folder: Path) -> str:
         with pytest.raises(ValueError) as caught:
-            describe_folder(folder, "x")
+            check_folder(folder, weights=True)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
