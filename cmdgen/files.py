@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import tempfile
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -197,7 +198,7 @@ def _sync(path: Path) -> None:
 
 def kept(path: Path) -> FileExistsError:
     """Return the error that says that a file exists and may not be replaced."""
-    return FileExistsError(f"{path} exists: give another name, or overwrite it")
+    return FileExistsError(f"{path} exists: give another name, or replace it with --overwrite")
 
 
 def check_file(path: Path) -> None:
@@ -222,10 +223,15 @@ def read_bytes(path: Path, limit: int = MOST_TEXT) -> bytes:
     return data
 
 
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8, or UTF-16 that begins with its mark, as Windows writes it; drop the mark."""
+    return data.decode("utf-16" if data.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
+
+
 def read_text(path: Path, limit: int = MOST_TEXT) -> str:
-    """Read a UTF-8 file of at most `limit` bytes; ValueError names one that is anything else."""
+    """Read a text file of at most `limit` bytes; ValueError names one that is anything else."""
     try:
-        return read_bytes(path, limit).decode()
+        return decode_text(read_bytes(path, limit))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file ({error})") from error
 
@@ -236,7 +242,7 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> dict[str, Any]:
     Raises ValueError for anything else, a repeated key, deep nesting, a lone surrogate, and,
     where numbers must be `finite`, for NaN and inf.
     """
-    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    text = decode_text(text) if isinstance(text, bytes) else text
     check = _finite if finite else None
     try:
         data = json.loads(text, object_pairs_hook=_unique, parse_constant=check, parse_float=check)

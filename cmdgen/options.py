@@ -173,6 +173,11 @@ def write_size(size: Size) -> str:
 SIZE: dict[str, Any] = {"metavar": "WIDTHxHEIGHT", "read": parse_size, "write": write_size}
 
 
+def parse_output(text: str) -> str:
+    """Return the name of a file to write; those that the system gives stdout are -."""
+    return "-" if text in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1") else text
+
+
 def parse_memory(text: str) -> int:
     """Return the bytes of a number with its unit, such as 4GB."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Z]{1,3})", text.upper())

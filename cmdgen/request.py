@@ -16,7 +16,7 @@ from reprlib import repr as short
 from typing import TypeVar
 
 from cmdgen.config import POLICIES, SAMPLERS, EvdmConfig, ModelConfig
-from cmdgen.options import SIZE, Size, option, parse_memory, read_fields, write_size
+from cmdgen.options import SIZE, Size, option, parse_memory, parse_output, read_fields, write_size
 
 # groups of options
 WHAT, INPUTS, HOW = "What is made", "Inputs instead of samples", "How it is sampled"
@@ -80,7 +80,7 @@ _REHASH = {"read": parse_rehash, "write": write_rehash, "metavar": "N|STEPS|off"
 _MEMORY = {"read": parse_memory, "write": "{}B".format, "metavar": "SIZE"}
 # of commands that compute
 threads_option = partial(option, None, "CPU threads.", low=1, group=MACHINE)
-_NAME = {"flags": ("--output", "-o"), "metavar": "NAME", "complete": "file"}
+_NAME = {"flags": ("--output", "-o"), "metavar": "NAME", "complete": "file", "read": parse_output}
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def test_a_file_that_appears_meanwhile_is_kept_unless_it_may_be_replaced(tmp_pat
                 path.write_text("other")
         except FileExistsError as error:
             assert not overwrite
-            assert str(error) == f"{path} exists: give another name, or overwrite it"
+            assert str(error) == f"{path} exists: give another name, or replace it with --overwrite"
         assert path.read_text() == text
         assert list(path.parent.iterdir()) == [path]
 

@@ -9,10 +9,10 @@ import typer
 
 from cmdgen.cli.command import Only
 from cmdgen.cli.errors import on_the_way
-from cmdgen.cli.inputs import SMALLER, note_weights, read_input
+from cmdgen.cli.inputs import SMALLER, note_weights, read_input, spool
 from cmdgen.cli.naming import check_stdout, check_suffix
 from cmdgen.cli.progress import Bars, JsonOrQuiet, Say
-from cmdgen.options import option
+from cmdgen.options import option, parse_output
 from cmdgen.request import Request
 from cmdgen.video.formats import FORMATS, STDOUT, Encoding, choose_encoding, describe_origin
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LATENTS, PICTURE = Encoding("safetensors"), Encoding("png")
 
-Video = Annotated[Path, typer.Argument(metavar="VIDEO", help="Any video; a picture is a still video.")]
+Video = Annotated[Path, typer.Argument(metavar="VIDEO", help="Any video, or - for stdin; a picture is a still video.")]
 LatentsFile = Annotated[Path, typer.Argument(metavar="LATENTS", help="A .safetensors of `cmdgen encode`.")]
 Content = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the content frame, to a .png.")]
 SideBySide = Annotated[bool, typer.Option("--side-by-side", help="Show the input and the content frame on the left.")]
@@ -39,7 +39,9 @@ Taken = Annotated[Request, Only(("frames", "size", "fps", *_MACHINE))]
 class Output:
     """Where the result goes."""
 
-    output: str = option(MISSING, "File to write.", flags=("--output", "-o"), metavar="FILE", complete="file")
+    output: str = option(
+        MISSING, "File to write.", flags=("--output", "-o"), metavar="FILE", complete="file", read=parse_output
+    )
     overwrite: bool = option(False, "Replace existing files.")
 
 
@@ -86,7 +88,7 @@ def decode(latents: LatentsFile, output: Output, request: Machine, say: JsonOrQu
     encoding = _choose_video(output, say)
     pipeline, _ = _load(request)
     with on_the_way("work within --max-memory"):
-        halves = read_latents(latents, pipeline.config)
+        halves = read_latents(spool(latents), pipeline.config)
     note_weights(latents, halves, pipeline, say)
     fitted = fit_model(pipeline.config, halves.content.shape, halves.motion.shape)
     encoding.check(fitted.size, halves.fps)
@@ -179,6 +181,7 @@ def _take_apart(video: Path, pipeline: "CmdPipeline", plan: "Plan", say: Say) ->
     """Return a video's frames as the model sees them, and their latents."""
     # raises ValueError where memory is too small, before the video is read
     pipeline.encoding_slices(plan)
+    video = spool(video)
     clip = read_input(video, plan.model, say)
     with on_the_way(SMALLER), say.progress() as show:
         origin = {"source": describe_origin(video)}

@@ -1,5 +1,9 @@
 """Videos, latents and pictures that commands read: parts of clips that need not be sampled."""
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,18 +31,44 @@ _PARTS = {CONTENT: "content", MOTION: "motion", IMAGE: "content"}
 _FLAGS = {"content": "--content-from or --image", "motion": "--motion-from"}
 # suffix of files of latents
 LATENTS = ".safetensors"
+STDIN = "-"
+# bytes of a video that comes through a pipe
+MOST_PIPED = 2**32
 SMALLER = "ask for a smaller --size, fewer --frames, or work within --max-memory"
+
+
+def spool(path: Path) -> Path:
+    """Return a file that can be read twice: of a pipe, and of stdin for -, a temporary copy.
+
+    Raises ValueError for more bytes than MOST_PIPED.
+    """
+    stdin = str(path) == STDIN
+    if not (stdin or path.is_fifo()):
+        return path
+    if stdin and os.isatty(0):
+        raise ValueError("- is stdin, which is a terminal: pipe a file in, or give its name")
+    folder = Path(tempfile.mkdtemp(prefix="cmdgen-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy, size = folder / ("stdin" if stdin else path.name), 0
+    with open(0 if stdin else path, "rb", closefd=not stdin) as source, copy.open("wb") as target:
+        while part := source.read(2**20):
+            size += target.write(part)
+            if size > MOST_PIPED:
+                raise ValueError(f"{path} goes on for more than {MOST_PIPED} bytes")
+    return copy
 
 
 class InputFiles:
     """The files of --content-from, --motion-from and --image.
 
     The first two are videos, or latents that `cmdgen encode` wrote; the last one is a picture, to
-    be the content frame. Raises FileNotFoundError for a missing file.
+    be the content frame; - is stdin. Raises FileNotFoundError for a missing file.
     """
 
     def __init__(self, request: Request) -> None:
-        self.paths: dict[str, Path] = {name: path for name in INPUT_FIELDS if (path := getattr(request, name))}
+        given = {name: path for name in INPUT_FIELDS if (path := getattr(request, name))}
+        copies = {path: spool(path) for path in set(given.values())}
+        self.paths: dict[str, Path] = {name: copies[path] for name, path in given.items()}
         self.parts = {_PARTS[name] for name in self.paths}
         if CONTENT in self.paths and IMAGE in self.paths:
             raise ValueError("--content-from and --image both give the content frame: give one")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cmdgen.cli.errors import Failure, describe, printable
-from cmdgen.cli.inputs import LATENTS
+from cmdgen.cli.inputs import LATENTS, spool
 from cmdgen.cli.progress import AsJson
 
 _FILE = typer.Argument(metavar="FILE", help="A video, picture or latents that cmdgen wrote.")
@@ -23,7 +23,7 @@ def inspect(file: Annotated[Path, _FILE], say: AsJson) -> None:
         cmdgen inspect corgi.mp4 --json | jq .seed
     """
     try:
-        metadata = _read(file)
+        metadata = _read(spool(file))
     except ValueError as error:
         raise Failure(describe(error)) from error
     if say.as_json:

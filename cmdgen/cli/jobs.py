@@ -1,13 +1,18 @@
 """The jobs of `cmdgen sample`: from an argument, a file or a pipe, each checked on its own.
 
-A line is a prompt, or a JSON object whose keys are options' names. Blank lines and lines that start
-with # are skipped. An error in a line is an error of that job alone.
+A line is a prompt, or a JSON object whose keys are options' names; a JSON array, and objects over
+several lines, are read as what they are. Blank lines and lines that start with # are skipped. An
+error in a line is an error of that job alone.
 """
 
+import json
 import os
+import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from queue import Empty, Queue
 from reprlib import repr as short
@@ -18,7 +23,7 @@ from typing import IO, Any, NamedTuple
 
 from cmdgen.cli.errors import describe
 from cmdgen.cli.naming import check_inside, fill
-from cmdgen.files import parse_json
+from cmdgen.files import decode_text, parse_json
 from cmdgen.metadata import read_job
 from cmdgen.options import option
 from cmdgen.request import Plan, Request, threads_option
@@ -170,13 +175,66 @@ def read_entries(file: IO[bytes]) -> Iterator[Entry]:
     """Yield the lines of a file that are not skipped, in bounded memory; close it at its end."""
     with file:
         for line, text in enumerate(_read_lines(file), 1):
-            values: dict[str, Any] | ValueError | None
             try:
-                values = text if isinstance(text, ValueError) else _parse(text)
+                if isinstance(text, ValueError):
+                    raise text
+                if line == 1 and text.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+                    yield from read_entries(BytesIO(_read_rest(file, text).encode()))
+                elif _begins_json(text):
+                    yield from _parse_values(_read_rest(file, text), line)
+                elif (values := _parse(text)) is not None:
+                    yield Entry(line, values)
             except ValueError as error:
-                values = error
-            if values is not None:
-                yield Entry(line, values)
+                yield Entry(line, error)
+
+
+def _read_rest(file: IO[bytes], start: bytes) -> str:
+    """Return the rest of a file that is not read by lines."""
+    data = start + file.read(MAX_AHEAD_BYTES)
+    if file.read(1):
+        raise ValueError(f"goes on for more than {MAX_AHEAD_BYTES} bytes: give one JSON object a line, in UTF-8")
+    try:
+        return decode_text(data)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not valid {error.encoding}") from error
+
+
+def _begins_json(line: bytes) -> bool:
+    """Return whether an array, or an object that goes on in the next line, begins here."""
+    text = line.strip()
+    if text in (b"[", b"{") or not text.startswith(b"["):
+        return text in (b"[", b"{")
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        # it goes on in the next line; else it is a prompt such as [neon] a sign
+        return error.pos >= len(error.doc) - 1
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parse_values(text: str, line: int) -> Iterator[Entry]:
+    """Yield the entries of an array, or of objects one after another, by the lines where they begin."""
+    text = text.rstrip()
+    try:
+        if text.startswith("["):
+            json.loads(text)
+        gap, found, end = re.compile(r"[\s,\[\]]*" if text.startswith("[") else r"\s*"), [], 0
+        while (start := end + len(gap.match(text, end)[0])) < len(text):  # type: ignore[index]
+            value, end = json.JSONDecoder().raw_decode(text, start)
+            found.append((value, start, end))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"begins JSON that is not readable, of which nothing is made: {error}") from error
+    previous = 0
+    for value, start, end in found:
+        line, previous = line + text.count("\n", previous, start), start
+        try:
+            if not isinstance(value, str | dict):
+                raise ValueError(f"{short(value)} is neither a prompt nor an object")
+            yield Entry(line, {"prompt": value} if isinstance(value, str) else _parse(text[start:end].encode()) or {})
+        except ValueError as error:
+            yield Entry(line, error)
 
 
 def _read_lines(file: IO[bytes]) -> Iterator[bytes | ValueError]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import typer
 
 from cmdgen.cli.command import list_flags
-from cmdgen.cli.inputs import InputFiles
+from cmdgen.cli.inputs import STDIN, InputFiles
 from cmdgen.cli.jobs import STILL, Batching, Entry, Job, Refused, make_jobs, open_entries
 from cmdgen.cli.like import compare, read_recorded, recall
 from cmdgen.cli.naming import check_stdout, check_suffix, fields
 from cmdgen.cli.progress import Say
+from cmdgen.metadata import INPUT_FIELDS
 from cmdgen.options import options_of
 from cmdgen.request import Request, resolve
 from cmdgen.video.formats import STDOUT, Encoding
@@ -33,8 +34,9 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     there are several clips, missing folders are made.
 
     With -f, and on stdin, each line is a prompt, or a JSON object whose keys are names of options,
-    which win over flags. Blank lines and lines that start with # are skipped. A line's "output" is
-    a relative path inside the folder of -o. An error names its line, and the other clips are made.
+    which win over flags; a JSON array of both is read, too. Blank lines and lines that start with #
+    are skipped. A line's "output" is a relative path inside the folder of -o. An error names its
+    line, and the other clips are made.
     On stdout, clips of one size follow one another as y4m, raw or mp4. A .safetensors file holds
     content frame and motion latents: see cmdgen decode.
 
@@ -55,6 +57,9 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     check_stdout(request.output, say)
     # a wrong template is one error, not one for each line
     names = fields(request.output or "")
+    piped = [f"--{name.replace('_', '-')}" for name in INPUT_FIELDS if str(getattr(request, name)) == STDIN]
+    if piped and (jobs.file == STDIN or (jobs.file is None and request.prompt is None and jobs.like is None)):
+        raise ValueError(f"{piped[0]} - and the prompt both need stdin: give PROMPT, or a file with -f")
     files = InputFiles(request)
     if jobs.like is not None:
         recorded = read_recorded(jobs.like)

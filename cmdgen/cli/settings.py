@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperOption
 
 from cmdgen.cli.command import read_text
+from cmdgen.files import decode_text
 from cmdgen.options import option
 
 # bytes; what a person writes is far smaller
@@ -74,7 +75,7 @@ def read_settings(path: Path, commands: Any) -> dict[str, Any]:
     if len(text) > _LARGEST:
         raise ValueError(f"{path}: larger than {_LARGEST // 1024} KiB")
     try:
-        tables = tomllib.loads(text.decode())
+        tables = tomllib.loads(decode_text(text))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as TOML ({error})") from error
     try:

@@ -105,7 +105,7 @@ def _beside(root: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _lines(file: Path) -> list[str]:
-    return read_text(file, _MOST).removeprefix("\ufeff").splitlines()
+    return read_text(file, _MOST).splitlines()
 
 
 def _read(file: Path, size: tuple[int, int], frames: int) -> Tensor:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from stat import S_ISCHR, S_ISFIFO
 from types import MappingProxyType
 from typing import Literal
 
@@ -203,6 +204,14 @@ class Encoding:
         return arguments
 
 
+def is_stream(target: str) -> bool:
+    """Return whether bytes go to a target one after another: to stdout, a named pipe, a device."""
+    # a name may be too long, or hold a zero byte
+    with suppress(OSError, ValueError):
+        return target == STDOUT or S_ISFIFO(mode := os.stat(target).st_mode) or S_ISCHR(mode)
+    return False
+
+
 def choose_encoding(
     target: str,
     *,
@@ -217,10 +226,13 @@ def choose_encoding(
 
     Raises ValueError, in one line that says what is possible.
     """
-    kind = _find_format(format or "y4m") if format or target == STDOUT else _find_by_name(target)
-    if target == STDOUT and not kind.stdout:
-        raise ValueError(f"{kind.name} cannot go to stdout: {_list_formats('stdout')} can")
-    if target == STDOUT and sidecar:
+    streams = is_stream(target)
+    # without a suffix, as - and /dev/null
+    plain = streams and not Path(target).suffix
+    kind = _find_format(format or "y4m") if format or plain else _find_by_name(target)
+    if streams and not kind.stdout:
+        raise ValueError(f"{kind.name} cannot go to stdout or a pipe: {_list_formats('stdout')} can")
+    if streams and sidecar:
         raise ValueError("a sidecar lies beside a file: give a name instead of -")
     if kind.name == "frames":
         parse_pattern(target)

@@ -27,7 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from cmdgen.files import kept, publish, read_json, replace_with, temporary_folder
 from cmdgen.video.ffmpeg import run_ffmpeg
-from cmdgen.video.formats import STDOUT, Encoding, Pixels, choose_encoding, list_frames, name_sidecar
+from cmdgen.video.formats import STDOUT, Encoding, Pixels, choose_encoding, is_stream, list_frames, name_sidecar
 
 Target = str | os.PathLike[str]
 Metadata = Mapping[str, object] | None
@@ -99,6 +99,10 @@ def check_output(
             raise ValueError("stdout is a terminal: send the video to a file or a program")
         return
     path = Path(target)
+    if is_stream(os.fspath(target)):
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"{path} may not be written to")
+        return
     try:
         taken, sidecar = [path] if os.path.lexists(path) else [], name_sidecar(path)
         if encoding.format == "frames":
@@ -218,8 +222,11 @@ def _open(output: Output) -> Iterator[Writer]:
     path, kind = Path(output.target), output.encoding.kind
     # what a symlink points to is replaced, not the link
     place = path.parent.resolve() / path.name if kind.name == "frames" else path.resolve()
-    stdout = _open_stdout() if output.target == STDOUT else None
     with ExitStack() as stack:
+        stdout = _open_stdout() if output.target == STDOUT else None
+        if stdout is None and is_stream(output.target):
+            # waits for a reader
+            stdout = stack.enter_context(path.open("wb"))
         with _storing(output.target):
             clip = stack.enter_context(temporary_folder(None if stdout else place.parent)) / "clip"
         encode = _encode_video if kind.muxer else _encode_pictures

@@ -1,8 +1,10 @@
 """Halves of clips from files: `cmdgen sample` keeps them and samples the rest."""
 
 import json
+import os
 import subprocess
 from dataclasses import replace
+from threading import Thread
 
 import imageio_ffmpeg
 import numpy as np
@@ -253,3 +255,42 @@ def test_what_is_given_is_checked_before_anything_is_made(sample, latents, tmp_p
     assert (result.code, result.out) == (1, "")
     assert "broken.png is not a readable video or picture" in result.err
     assert not path.exists()
+
+
+@pytest.fixture
+def piped(tmp_path):
+    """Returns a named pipe that gives a file's bytes once."""
+
+    def make(file):
+        pipe = tmp_path / f"pipe{file.suffix}"
+        os.mkfifo(pipe)
+        Thread(target=lambda: pipe.write_bytes(file.read_bytes()), daemon=True).start()
+        return pipe
+
+    return make
+
+
+def test_a_named_pipe_is_an_input(cmdgen, sample, tiny_model, piped, latents, tmp_path, video):
+    made = cmdgen("encode", piped(video), "-o", tmp_path / "a.safetensors", "--model", tiny_model)
+    assert made.code == 0, made.err
+    cmdgen("encode", video, "-o", tmp_path / "b.safetensors", "--model", tiny_model)
+    first, second = (read_latents(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
+    assert torch.equal(first.motion, second.motion)
+    assert first.metadata["source"]["sha256"] == second.metadata["source"]["sha256"]
+    assert sample(PROMPT, "--motion-from", piped(latents), "-o", tmp_path / "a.mp4").code == 0
+
+
+def test_stdin_is_an_input_where_it_is_no_prompt(sample, tmp_path):
+    Image.new("RGB", (48, 32), (9, 200, 90)).save(tmp_path / "a.png")
+    stdin = os.dup(0)
+    try:
+        with (tmp_path / "a.png").open("rb") as file:
+            os.dup2(file.fileno(), 0)
+            assert sample(PROMPT, "--image", "-", "-o", tmp_path / "a.mp4").code == 0
+            for prompts in ([], ["-f", "-"]):
+                result = sample(*prompts, "--image", "-", "-o", tmp_path / "b.mp4")
+                assert result.code == 2 and "both need stdin" in result.err
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+    assert read_metadata(tmp_path / "a.mp4")["image"]["file"] == "stdin"

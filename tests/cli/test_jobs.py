@@ -292,3 +292,42 @@ def test_those_that_are_alike_are_made_together_in_order():
     assert list(group([one, two, three, other], 2)) == [[one, two], [three], [other]]
     assert list(group([one, refused, two, kept, kept, three], 8)) == [*([one], refused, [two], [kept], [kept], [three])]
     assert list(group([one, None, None, two, three], 8)) == [[one], [two, three]]
+
+
+JOBS = [{"prompt": "a dog"}, {"prompt": "a cat", "seed": 3}, "a bird"]
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (json.dumps(JOBS).encode(), [1, 1, 1]),
+        (json.dumps(JOBS, indent=2).encode(), [2, 5, 9]),
+        (b"# jobs\n\n" + json.dumps(JOBS, indent=2).encode(), [4, 7, 11]),
+        (b"[" + b",\n".join(json.dumps(job).encode() for job in JOBS) + b"]\n", [1, 2, 3]),
+        # what jq prints
+        ("\n".join(json.dumps(job, indent=2) for job in JOBS).encode(), [1, 4, 8]),
+        ("\r\n".join(map(json.dumps, JOBS[:2])).encode("utf-16") + "\r\na bird".encode("utf-16-le"), [1, 2, 3]),
+        (json.dumps(JOBS, indent=1).encode("utf-16"), [2, 5, 9]),
+        (b"\xef\xbb\xbf" + b"\n".join(json.dumps(job).encode() for job in JOBS[:2]) + b"\na bird", [1, 2, 3]),
+    ],
+)
+def test_json_over_lines_and_text_of_windows_are_read_as_what_they_are(data, lines):
+    expected = [*JOBS[:2], {"prompt": "a bird"}]
+    assert list(read_entries(io.BytesIO(data))) == [Entry(*both) for both in zip(lines, expected, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "data", [b'[\n{"prompt": "a dog"},\n{"prompt"\n]', b'{\n"prompt": "a dog"\n', b'[{"prompt": "a dog"},\n']
+)
+def test_json_that_breaks_off_is_refused_whole(data):
+    (entry,) = read_entries(io.BytesIO(data))
+    assert entry.line == 1 and "begins JSON that is not readable" in str(entry.values)
+
+
+def test_a_value_that_is_no_job_is_refused_alone_and_brackets_may_begin_a_prompt():
+    first, second = read_entries(io.BytesIO(b'[\n7,\n"a dog"]'))
+    assert "7 is neither a prompt nor an object" in str(first.values)
+    assert second == Entry(3, {"prompt": "a dog"})
+    for prompt in ("[neon] a sign", '["open"] on a sign', "[a sign", "{a} sign"):
+        (entry,) = read_entries(io.BytesIO(prompt.encode()))
+        assert isinstance(entry.values, ValueError) == prompt.startswith("{") or entry.values == {"prompt": prompt}

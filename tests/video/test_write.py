@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO, TextIOWrapper
+from threading import Thread
 
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from cmdgen.video.formats import Encoding, choose_encoding
+from cmdgen.request import Request
+from cmdgen.video.formats import STDOUT, Encoding, choose_encoding
 from cmdgen.video.read import read_metadata, read_video
 from cmdgen.video.write import EncoderError, check_output, open_video, write_still
 from tests.videos import write_video
@@ -374,3 +376,21 @@ def test_a_sidecar_of_what_was_replaced_goes(tmp_path, colours):
     assert len(list(tmp_path.iterdir())) == 2
     write_video(path, colours(2, 8, 8), 8, {"cmdgen": "1", "seed": 2}, overwrite=True)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_named_pipe_and_a_device_take_a_video_live(tmp_path, colours):
+    pipe, got = tmp_path / "a.mp4", []
+    os.mkfifo(pipe)
+    reader = Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    write_video(pipe, colours(), 8, None)
+    reader.join()
+    (tmp_path / "b.mp4").write_bytes(got[0])
+    assert read_video(tmp_path / "b.mp4")[0].shape == colours().shape
+    write_video("/dev/null", colours(), 8, None)
+    assert pipe.is_fifo() and os.path.exists("/dev/null")
+    with pytest.raises(EncoderError, match="No space left"):
+        write_video("/dev/full", colours(), 8, None)
+    with pytest.raises(ValueError, match="webm cannot go to stdout or a pipe"):
+        choose_encoding("/dev/null", format="webm")
+    assert Request(output="/dev/stdout").output == STDOUT
