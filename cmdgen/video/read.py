@@ -1,7 +1,11 @@
 """Video and picture files to frames, and the metadata that `video.write` put into a file.
 
+Frames are what a player shows: upright, square pixels, sRGB, one field or frame at a time. Colours
+without a tag are BT.709 from 720 lines on and BT.601 below, as players have it; HDR is shown with
+its white of 203 nits as white, and highlights above 90 % of it bend towards it.
+
 Files are untrusted: each is opened alone, whatever other files it names, and what it takes of
-memory and time has a limit. Colours without a tag are taken for BT.601, as ffmpeg does.
+memory and time has a limit.
 """
 
 import math
@@ -42,8 +46,16 @@ MOST_SECONDS = 120
 
 # containers that hold all that they show: a playlist names other files, and addresses
 _CONTAINERS = "mov,matroska,avi,flv,mpeg,mpegvideo,mpegts,ogg,asf,ivf,nut,yuv4mpegpipe,h264,hevc,obu,m4v,dv"
-# how picture files begin, by their formats
-_PICTURES = re.compile(rb"(?P<png>\x89PNG)|(?P<gif>GIF8)|(?P<webp>RIFF.{4}WEBP)|(?P<jpeg>\xff\xd8\xff)", re.DOTALL)
+# how picture files begin, by Pillow's formats
+_PICTURES = re.compile(
+    rb"(?P<png>\x89PNG)|(?P<gif>GIF8)|(?P<webp>RIFF.{4}WEBP)|(?P<jpeg>\xff\xd8\xff)|(?P<bmp>BM)"
+    rb"|(?P<tiff>II[*+]\0|MM\0[*+])|(?P<ppm>P[1-6]\s)|(?P<jpeg2000>\0\0\0\x0cjP  |\xff\x4f\xff\x51)",
+    re.DOTALL,
+)
+# other files of several pictures, such as a photograph with its depth, are shown as the first of them
+_ANIMATED = ("png", "gif", "webp")
+# nothing at its start tells a TGA
+_BY_SUFFIX = {".tga": "tga"}
 # what Pillow raises on its way through a broken file
 _BROKEN = (
     *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
@@ -54,6 +66,21 @@ _SQUARE = (
     "scale=w='if(gt(sar,1),iw,max(1,round(iw*sar)))':h='if(gt(sar,1),max(1,round(ih/sar)),ih)'"
     ":flags=bicubic+accurate_rnd+full_chroma_int,format=rgb24"
 )
+# a stream, or a picture that phones store in tiles, as ffmpeg describes it: what is in the bracket
+# behind its pixels' format, and its height
+_STREAM = re.compile(
+    r"^  Stream (?:#0:\S+: Video|group #0:(?P<tiles>\d+).*Tile Grid): "
+    r".*?, \w+(?:\((?P<tags>.*?)\))?, \d+x(?P<height>\d+)",
+    re.MULTILINE,
+)
+# ffmpeg's names of curves of HDR, and of primaries beyond those of sRGB
+_WIDE = re.compile("smpte2084|arib-std-b67|bt2020|smpte43[12]")
+_TO_SRGB = (
+    "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:param=0.9:desat=0,zscale=t=bt709:m=gbr:r=pc"
+)
+# lines from which colours without a tag are BT.709
+_HD = 720
+_READABLE = f"videos, {', '.join(_PICTURES.groupindex)}, tga, heic and avif"
 File = str | os.PathLike[str]
 # frames, each with the seconds for which it is shown
 _Shown = Generator[tuple[np.ndarray, float], None, None]
@@ -161,20 +188,21 @@ def _open(path: File, fps: float | None, limit: int | None) -> Iterator[tuple[It
     except _BROKEN as error:
         if isinstance(error, ValueError) and str(error).startswith(str(path)):
             raise
-        raise ValueError(f"{path} is not a readable video or picture") from error
+        raise ValueError(f"{path} is not a readable video or picture: {_READABLE} are") from error
 
 
 def _picture(file: Path, source: Source) -> _Shown:
     """Give the frames of a picture file; a still is shown for ever."""
-    late, seconds = monotonic() + MOST_SECONDS, 0.0
-    with _open_picture(file, _picture_format(file)) as image:
-        if not getattr(image, "is_animated", False):
+    late, seconds, format = monotonic() + MOST_SECONDS, 0.0, _picture_format(file)
+    with _open_picture(file, format) as image:
+        if format not in _ANIMATED or not getattr(image, "is_animated", False):
             yield _to_rgb(ImageOps.exif_transpose(image)), math.inf
             return
         for number, page in enumerate(ImageSequence.Iterator(image), 1):
             page.load()
-            # players take 0.1 s where the file says nothing
-            shown = float(page.info.get("duration", 0)) / 1000 or 0.1
+            # players take 0.1 s where the file says nothing, or 0.01 s
+            milliseconds = float(page.info.get("duration", 0))
+            shown = milliseconds / 1000 if milliseconds > 10 else 0.1
             seconds += shown
             source.fps = number / seconds
             yield _to_rgb(page), shown
@@ -197,15 +225,26 @@ def _open_picture(file: Path | IO[bytes], format: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """-> uint8 (h, w, 3), on white where it is transparent."""
+    """-> uint8 (h, w, 3) in sRGB, on white where it is transparent."""
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         # grey of 16 bits, which Pillow would clip
         grey = np.asarray(image).astype(np.int64) >> 8
         return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
-    if image.has_transparency_data:
-        shown = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
-    return np.asarray(image.convert("RGB"))
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        # a moment to import, and most pictures do without
+        from PIL import ImageCms
+
+        # a profile that is damaged, or of another kind of colours, is left out
+        with suppress(ImageCms.PyCMSError, OSError):
+            sheet = ImageCms.ImageCmsProfile(BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, sheet, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            image = converted or image
+    image = image.convert("RGB")
+    return np.asarray(image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha))
 
 
 def _at_times(shown: _Shown, fps: float | None) -> Generator[np.ndarray, None, None]:
@@ -221,9 +260,10 @@ def _at_times(shown: _Shown, fps: float | None) -> Generator[np.ndarray, None, N
 
 
 def _video(file: Path, fps: float | None, limit: int | None, source: Source) -> Generator[np.ndarray, None, None]:
-    """Give the frames of a video as ffmpeg decodes them."""
-    rate = []
-    if fps is not None:
+    """Give the frames of a video as ffmpeg decodes them; a picture in tiles is shown for ever."""
+    stream, scan, colours = _choose_filters(file)
+    still, rate = stream != "V:0", []
+    if fps is not None and not still:
         assert limit is not None
         # where time leaps, ffmpeg makes all frames between at once: let it make no more than are
         # needed. The unit of time must be short for that
@@ -231,14 +271,34 @@ def _video(file: Path, fps: float | None, limit: int | None, source: Source) -> 
         rate += [f"setpts=min(PTS-STARTPTS\\,ceil({(limit + 2) / fps!r}/TB))"]
         # rounded to the nearest: the last one that began by the middle of the time
         rate += [f"fps={float(fps)!r}:round=near"]
-    arguments = ["-map", "0:V:0", "-vf", ",".join([*rate, _SQUARE]), "-fps_mode", "passthrough"]
+    filters = ",".join([*scan, *rate, *colours, _SQUARE])
+    arguments = ["-filter_complex", f"[0:{stream}]{filters}[v]", "-map", "[v]", "-fps_mode", "passthrough"]
     arguments += [] if limit is None else ["-frames:v", str(limit)]
     said = bytearray()
     try:
         with _decode(file, *arguments, "-f", "image2pipe", "-c:v", "ppm") as (output, said):
-            yield from _read_ppm(output)
+            for frame in _read_ppm(output):
+                yield frame
+        while still and fps is not None:
+            yield frame
     finally:
         _describe(said.decode(errors="replace"), source)
+
+
+def _choose_filters(file: Path) -> tuple[str, list[str], list[str]]:
+    """Return ffmpeg's name of what to show, and the filters of its scan and of its colours."""
+    with _decode(file) as (output, said):
+        output.read()
+    found = _STREAM.search(said.decode(errors="replace"))
+    if found is None:
+        return "V:0", [], []
+    tags, colours = found["tags"] or "", []
+    if _WIDE.search(tags):
+        colours = [_TO_SRGB]
+    elif not re.search("bt|smpte|fcc|gbr|ycgco", tags) and int(found["height"]) >= _HD:
+        colours = ["setparams=colorspace=bt709"]
+    scan = ["bwdif=mode=send_frame:deint=interlaced"] if "first" in tags else []
+    return f"g:{found['tiles']}" if found["tiles"] else "V:0", scan, colours
 
 
 def _describe(text: str, source: Source) -> None:
@@ -265,12 +325,13 @@ def _read_ppm(output: IO[bytes]) -> Iterator[np.ndarray]:
 
 @contextmanager
 def _decode(file: Path, *arguments: str) -> Iterator[tuple[IO[bytes], bytearray]]:
-    """Give what ffmpeg makes of a file, and the start of its stderr, complete at the end."""
+    """Give what ffmpeg makes of a file, nothing without arguments, and the start of its stderr, complete at the end."""
     started = monotonic()
     limits = f"-protocol_whitelist file -format_whitelist {_CONTAINERS} -max_pixels {MOST_PIXELS}"
     # few threads: in each of them pictures wait in memory
     options = f"-nostdin -v info {limits} -threads 2".split()
-    with run_ffmpeg(*options, "-i", f"file:{file}", *arguments, "pipe:1") as (process, said):
+    output = [*arguments, "pipe:1"] if arguments else []
+    with run_ffmpeg(*options, "-i", f"file:{file}", *output) as (process, said):
         assert process.stdout is not None
         _limit_memory(process.pid)
         timer = Timer(MOST_SECONDS, process.kill)
@@ -338,7 +399,7 @@ def _read_head(file: Path, size: int = MOST_HEAD) -> bytes:
 def _picture_format(file: Path) -> str:
     """Return the format of a picture file by how it begins; empty where it is none."""
     start = _PICTURES.match(_read_head(file, 12))
-    return start.lastgroup or "" if start else ""
+    return start.lastgroup or "" if start else _BY_SUFFIX.get(file.suffix.lower(), "")
 
 
 def _find_files(path: File) -> list[Path]:
