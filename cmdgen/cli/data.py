@@ -87,7 +87,7 @@ class Latents:
 def precompute(
     *,
     latents: Latents,
-    shared: Annotated[Shared, Only(("preset", "data", "size", "frames"))],
+    shared: Annotated[Shared, Only(("preset", "data", "size", "frames", "fps"))],
     train: Annotated[TrainConfig, Only(("precision",))],
     machine: Annotated[Request, Only(("device", "max_memory"))],
     say: Quiet,
@@ -126,6 +126,8 @@ def precompute(
                 raise typer.Exit(stop.code)
 
         source = open_data(shared.data or DATA, latents.clips, model, device)
+        if source.note:
+            say.note(source.note)
         held_out = latents.held_out or recipe(model.name, "content").train.held_out
         Encodings(source, codec, latents.output, report).precompute(held_out)
     typer.echo(latents.output)

@@ -98,6 +98,8 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
     config, loss = recipe(model.name, stage).replaced(settings)
     device = use_device(device_name)
     data = open_data(shared.data or DATA, start.clips, model, device)
+    if data.note:
+        say.note(data.note)
     deadline = None if config.minutes is None else started + 60 * config.minutes
     smaller = "ask for a smaller --batch or --size, more --accumulate, or --gradient-checkpointing"
     with Stop("this step") as stop, within_memory(smaller), say.progress(deadline=deadline) as show:

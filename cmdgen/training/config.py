@@ -60,6 +60,7 @@ class Shared:
     data: str | None = _none(CLIPS_OF, complete="world", shown=DATA)
     size: Size | None = _none("Frame size.", shown="the preset's", **SIZE)
     frames: int | None = _none("Frames of a clip.", low=1, shown="the preset's")
+    fps: int | None = _none("Frames per second that clips are read at.", low=1, shown="the preset's")
     latents: Path | None = _none("Latents of `cmdgen data precompute` for these clips and VAE.")
     attention: str | None = _none(
         "softmax, or gated: linear where tokens > threshold * head width.", choices=ATTENTIONS, shown="softmax"
@@ -76,6 +77,8 @@ class Shared:
         """Return the values that are not None, as run.json holds them."""
         values = vars(self) | {
             "size": self.size and write_size(self.size),
+            # a run goes on from anywhere
+            "data": self.data and resolve_data(self.data),
             "latents": self.latents and str(self.latents.resolve()),
         }
         return {name: value for name, value in values.items() if value is not None}
@@ -92,9 +95,15 @@ def presets_of(stage: str) -> tuple[str, ...]:
     return tuple(name for name, model in PRESETS.items() if isinstance(model.content, EvdmConfig) == (stage == EVDM))
 
 
+def resolve_data(name: str) -> str:
+    """Return a source of clips, with the whole path of its folder if it has one."""
+    kind, colon, folder = name.rpartition(":") if name.startswith("digits:") else ("", "", name)
+    return f"{kind}{colon}{Path(folder).resolve()}" if name not in WORLDS and Path(folder).is_dir() else name
+
+
 def build_model(shared: Shared) -> ModelConfig:
     """Return the model that a run trains: its preset, at its size, with its attention."""
-    request = Request(frames=shared.frames, size=shared.size)
+    request = Request(frames=shared.frames, size=shared.size, fps=shared.fps)
     model = resolve(request, PRESETS[shared.preset or PRESET]).model
     if model.frames == 1:
         raise ValueError("frames 1: nothing moves in a clip of one frame")

@@ -33,6 +33,15 @@ class TrainingData:
     device: torch.device
 
     @property
+    def note(self) -> str:
+        """Return what a folder leaves out as one line, empty where that is nothing."""
+        if not (isinstance(self.source, Folder) and self.source.left_out):
+            return ""
+        left_out = list(self.source.left_out.values())
+        total = len(left_out) + len(self.source)
+        return f"note: {len(left_out)} of {total} clips left out, the first: {left_out[0]}"
+
+    @property
     def key(self) -> str:
         """Return all that a cached encoding of clip number i depends on."""
         return f"{self.name} {self.frames} {self.size}"
@@ -55,8 +64,11 @@ class TrainingData:
         return self.source.captions(indices, variant)
 
 
-def open_source(name: str) -> tuple[ClipSource, str, str]:
-    """Open a world, digits or a folder of videos; return it with `name` and `contents` of its TrainingData."""
+def open_source(name: str, model: ModelConfig | None = None) -> tuple[ClipSource, str, str]:
+    """Open a world, digits or a folder of videos; return it with `name` and `contents` of its TrainingData.
+
+    A folder leaves out what is no clip of `model`.
+    """
     if name in WORLDS:
         return World(WORLDS[name]), repr(WORLDS[name]), repr(WORLDS[name])
     kind, _, digits = name.partition(":")
@@ -65,13 +77,13 @@ def open_source(name: str) -> tuple[ClipSource, str, str]:
         return moving, moving.key, moving.key
     if not Path(name).is_dir():
         raise FileNotFoundError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder, nor digits:FOLDER")
-    folder = Folder(Path(name))
+    folder = Folder(Path(name)) if model is None else Folder(Path(name), fps=model.fps, frames=model.frames)
     return folder, folder.key, folder.contents
 
 
 def open_data(name: str, clips: int | None, model: ModelConfig, device: torch.device) -> TrainingData:
     """Open a source at a model's size; None: all clips of a folder, and CLIPS of a world."""
-    source, key, contents = open_source(name)
+    source, key, contents = open_source(name, model)
     if clips is None:
         clips = CLIPS if name in WORLDS else len(source.indices("train", sys.maxsize))
     return TrainingData(source, key, contents, clips, model.frames, (model.height, model.width), device)

@@ -81,7 +81,13 @@ def train(stage: Stage, run: Run) -> int:
         begun = time.monotonic()
         if begun + step_cost + finish_cost > deadline and step_cost:
             break
-        state.update()
+        try:
+            state.update()
+        except (ValueError, OSError):
+            # a clip that cannot be read costs no step that was done
+            if state.step:
+                state.save()
+            raise
         step_cost = max(time.monotonic() - begun, 0.9 * step_cost)
         if state.step % config.log_steps == 0 or state.step == 1:
             now = time.monotonic()

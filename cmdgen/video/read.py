@@ -156,6 +156,25 @@ def read_video(path: File, *, max_frames: int | None = None) -> tuple[np.ndarray
     return frames, source.fps or 1.0
 
 
+def count_frames(path: File, fps: float) -> int | None:
+    """Return how many frames at `fps` a file holds by its header; None where it does not say.
+
+    Raises what `read_clip` raises for a file that is none from its start.
+    """
+    file, source = Path(path), Source()
+    if _picture_format(file):
+        read_clip(file, frames=1, size=(1, 1), fps=fps)
+        return None
+    with _decode(file) as (output, said):
+        output.read()
+    text = said.decode(errors="replace")
+    if not _STREAM.search(text):
+        raise ValueError(f"{path} is not a readable video or picture")
+    _describe(text, source)
+    # a stream of the video alone has no length before its end
+    return None if source.seconds is None else round(source.seconds * fps)
+
+
 def fit(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 (h, w, 3) -> (H, W, 3): the largest middle part of that shape, by a cubic filter."""
     tall, wide = frame.shape[:2]

@@ -81,5 +81,75 @@ def test_bad_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"a\.txt: the caption is missing, empty"):
         Folder(tmp_path)
-    with pytest.raises(ValueError, match="has 20 frames, 21 are needed"):
+    with pytest.raises(ValueError, match="has 20 frames at 8 fps, 21 are needed"):
         Folder(listed(tmp_path, GOOD, {**GOOD, "file": "bb.mp4"})).render([0], (6, 6), frames=21)
+
+
+def film(path: Path, count: int = 20, fps: int = 8) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = np.full((count, 16, 16, 3), 10 * np.arange(count).reshape(-1, 1, 1, 1) % 256, np.uint8)
+    write_video(path, frames, fps, None, Encoding("mkv", codec="ffv1"))
+    path.with_suffix(".txt").write_text(f"clip {path.stem}\n")
+    return path
+
+
+def test_what_is_too_short_or_unreadable_is_left_out_before_it_is_needed(tmp_path: Path) -> None:
+    paths = [film(tmp_path / f"{name}.mkv", count) for name, count in (("a", 20), ("b", 20), ("c", 15), ("d", 20))]
+    paths[3].write_bytes(b"\0" * 100)
+    folder = Folder(tmp_path, frames=16)
+    assert len(folder) == 2
+    assert [*folder.left_out] == paths[2:]
+    assert folder.left_out[paths[2]].endswith("c.mkv has 15 frames at 8 fps, 16 are needed")
+    assert folder.left_out[paths[3]].endswith("d.mkv is not a readable video or picture")
+    paths[0].unlink()
+    paths[0].with_suffix(".txt").unlink()
+    with pytest.raises(ValueError, match=r"holds 3 captioned videos, 1 of use, at least 2 are needed: .*c\.mkv has 15"):
+        Folder(tmp_path, frames=16)
+
+
+def test_a_clip_is_read_at_one_rate(tmp_path: Path) -> None:
+    film(tmp_path / "a.mkv", 60, fps=24), film(tmp_path / "b.mkv", 60, fps=24)
+    shown = Folder(tmp_path, fps=8).render([0], (8, 8), frames=4).frames[0, :, 0, 0, 0].tolist()
+    # the middles of eighths of a second: of frames 0-2, 3-5, 6-8, 9-11
+    assert shown == [10, 40, 70, 100]
+    assert Folder(tmp_path, fps=12).key != Folder(tmp_path, fps=8).key
+
+
+def test_what_computers_leave_in_folders_is_no_clip(tmp_path: Path) -> None:
+    film(tmp_path / "a.mkv"), film(tmp_path / "b.mkv")
+    for name in ("._a.mkv", ".ipynb_checkpoints/a-checkpoint.mkv", "__MACOSX/._a.mkv", "__MACOSX/a.mkv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    assert len(Folder(tmp_path)) == 2
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    for name in "ab":
+        for suffix in (".mkv", ".txt"):
+            film(tmp_path / "blobs" / f"{name}.mkv") if suffix == ".mkv" else None
+            (snapshot / f"{name}{suffix}").symlink_to(f"../../blobs/{name}{suffix}")
+    assert Folder(snapshot).captions([0, 1]) == ["clip a", "clip b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.mkv", "text": "a dog"}\n{"file_name": "b.mkv", "text": "a cat"}'),
+        ("metadata.csv", 'file_name,text\na.mkv,a dog\nb.mkv,"a cat"\n'),
+        ("metadata.csv", "\ufefffile,caption,seed\r\na.mkv,a dog,1\r\nb.mkv,a cat,2\r\n"),
+    ],
+)
+def test_lists_of_the_hub_name_captions_too(tmp_path: Path, name: str, text: str) -> None:
+    film(tmp_path / "a.mkv"), film(tmp_path / "b.mkv")
+    (tmp_path / name).write_text(text)
+    assert Folder(tmp_path).captions([0, 1]) == ["a dog", "a cat"]
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg", "wmv", "flv", "ogv", "3gp", "MOV"])
+def test_every_container_that_is_read_is_a_clip(tmp_path: Path, suffix: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.{suffix}").touch()
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert len(Folder(tmp_path)) == 2

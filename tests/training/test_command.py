@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,21 @@ def test_stages_continue_with_what_the_run_began_with(train, videos: Path, tmp_p
     other = train("autoencoder", "--preset", "mini")
     assert other.code == 2
     assert "was started with preset cmd-sd15, not mini" in other.err
+
+
+def test_a_run_goes_on_from_anywhere_and_says_what_it_leaves_out(
+    train, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(videos, tmp_path / "d")
+    (tmp_path / "d" / "short.mp4").write_bytes(b"\0" * 99)
+    (tmp_path / "d" / "short.txt").write_text("a dog\n")
+    monkeypatch.chdir(tmp_path)
+    first = train("vae", "--data", "d", "--steps", 1)
+    assert first.code == 0 and "1 of 6 clips left out, the first: " in first.err, first.err
+    again = train("vae", "--data", "./d/../d", "--steps", 2)
+    assert again.code == 0, again.err
+    monkeypatch.chdir(tmp_path / "run")
+    assert train("vae", "--steps", 3).code == 0
 
 
 def test_a_gated_run_is_gated_in_all_its_parts(train, tmp_path: Path) -> None:

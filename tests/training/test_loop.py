@@ -95,6 +95,18 @@ def test_kill_loses_at_most_the_steps_since_the_checkpoint(tmp_path: Path) -> No
     assert log(tmp_path / "killed") == log(tmp_path / "whole")
 
 
+def test_a_clip_that_cannot_be_read_costs_no_step_that_was_done(tmp_path: Path) -> None:
+    class Unreadable(LinearStage):
+        def batch(self, step: int) -> Batch:
+            if step == 5:
+                raise ValueError("a.mp4 is not a readable video")
+            return super().batch(step)
+
+    with pytest.raises(ValueError, match=r"a\.mp4 is not"):
+        fit(tmp_path, stage=Unreadable())
+    assert load(tmp_path)[1]["step"] == 5
+
+
 def test_batches_made_ahead_are_those_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = LinearStage(fail_at=6)
     monkeypatch.setattr(loop._Batches, "_pin", lambda self, step: self.stage.batch(step))
