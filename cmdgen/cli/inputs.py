@@ -49,7 +49,7 @@ def spool(path: Path) -> Path:
         raise ValueError("- is stdin, which is a terminal: pipe a file in, or give its name")
     folder = Path(tempfile.mkdtemp(prefix="cmdgen-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    copy, size = folder / ("stdin" if stdin else path.name), 0
+    copy, size = folder / path.name, 0
     with open(0 if stdin else path, "rb", closefd=not stdin) as source, copy.open("wb") as target:
         while part := source.read(2**20):
             size += target.write(part)

@@ -1,10 +1,6 @@
 """`cmdgen predict` and `cmdgen interpolate`: clips made longer, filled in, and made from nothing."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +9,7 @@ import typer
 
 from cmdgen.cli.command import Only, list_flags
 from cmdgen.cli.errors import on_the_way
+from cmdgen.cli.inputs import spool
 from cmdgen.cli.jobs import Batching, Entry, Refused, make_jobs
 from cmdgen.cli.like import compare, read_recorded, recall
 from cmdgen.cli.naming import check_stdout
@@ -20,7 +17,7 @@ from cmdgen.cli.progress import Say
 from cmdgen.config import EvdmConfig, ModelConfig
 from cmdgen.options import option, options_of, write_size
 from cmdgen.request import HOW, MACHINE, WHAT, Plan, Request
-from cmdgen.video.formats import STDOUT, describe_origin
+from cmdgen.video.formats import describe_origin
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,8 +67,7 @@ def predict(
         cmdgen predict -o free.gif
         cmdgen sample "a corgi swimming" -o - | cmdgen predict - --model evdm-world -o longer.mp4
     """
-    with Given([] if clip is None else [clip], keep=not only_new) as given:
-        _make(context, given, request, jobs, say)
+    _make(context, Given([] if clip is None else [clip], keep=not only_new), request, jobs, say)
 
 
 def interpolate(context: typer.Context, parts: Parts, request: Asked, jobs: Several, say: Say) -> None:
@@ -84,8 +80,7 @@ def interpolate(context: typer.Context, parts: Parts, request: Asked, jobs: Seve
         cmdgen interpolate a.png b.png -o between.mp4 --frames 5
         cmdgen interpolate clip.mp4 -o smooth.mp4 --frames 1
     """
-    with Given(parts, apart=True) as given:
-        _make(context, given, request, jobs, say)
+    _make(context, Given(parts, apart=True), request, jobs, say)
 
 
 def _make(context: typer.Context, given: "Given", request: Request, jobs: Batching, say: Say) -> None:
@@ -115,27 +110,11 @@ class Given:
 
     def __init__(self, paths: Sequence[Path], *, apart: bool = False, keep: bool = True) -> None:
         self.paths, self.apart, self.keep = paths, apart, keep
-        self.stack = ExitStack()
-        self.files: list[Path] = []
-        self.origin: list[dict[str, str]] = []
+        self.files = [spool(path) for path in paths]
+        self.origin = [describe_origin(file) for file in self.files]
         # of the size that was asked for last
         self.size: tuple[int, int] | None = None
         self.read_files: list[tuple[np.ndarray, Source]] = []
-
-    def __enter__(self) -> "Given":
-        with self.stack as stack:
-            self.files = [_on_disk(path, stack) for path in self.paths]
-            self.stack = stack.pop_all()
-        if self.files:
-            # a pipe has no name
-            self.origin = [
-                describe_origin(file) | ({"file": STDOUT} if file != path else {})
-                for file, path in zip(self.files, self.paths, strict=True)
-            ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
 
     def check_like(self, recorded: Mapping[str, Any], like: Path, say: Say) -> None:
         """Note files of other contents than those that a clip was made with."""
@@ -181,15 +160,3 @@ class Given:
             pixels = pipeline.read(frames)
             parts += pixels.split(1, dim=1) if self.apart else [pixels]
         return Inputs(given=tuple(parts), keep=self.keep, origin={"given": self.origin} if self.origin else {})
-
-
-def _on_disk(path: Path, stack: ExitStack) -> Path:
-    """Return the path; for -, that of a temporary file with all of stdin."""
-    if str(path) != STDOUT:
-        return path
-    if os.isatty(0):
-        raise ValueError("stdin is a terminal: pipe a video in")
-    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "stdin"
-    with os.fdopen(os.dup(0), "rb") as stdin, file.open("wb") as copy:
-        shutil.copyfileobj(stdin, copy)
-    return file

@@ -293,4 +293,4 @@ def test_stdin_is_an_input_where_it_is_no_prompt(sample, tmp_path):
     finally:
         os.dup2(stdin, 0)
         os.close(stdin)
-    assert read_metadata(tmp_path / "a.mp4")["image"]["file"] == "stdin"
+    assert read_metadata(tmp_path / "a.mp4")["image"]["file"] == "-"
