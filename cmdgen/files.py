@@ -25,6 +25,8 @@ except ImportError:
 _HIDDEN = ".cmdgen-"
 # bytes of a text file: the largest tokenizer has a fifth of it
 MOST_TEXT = 2**24
+# how a file begins that stands for one which was not downloaded
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -202,12 +204,16 @@ def kept(path: Path) -> FileExistsError:
 
 
 def check_file(path: Path) -> None:
-    """Raise ValueError for a folder, and for a device or pipe, which may never end.
+    """Raise ValueError for a folder, for a device or pipe, which may never end, and for a Git LFS pointer.
 
     A missing file passes: opening it says so.
     """
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file")
+    # opening it says what else is wrong
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer to a file that is not here: `git lfs pull` brings it")
 
 
 def read_bytes(path: Path, limit: int = MOST_TEXT) -> bytes:

@@ -1,8 +1,8 @@
 """Untrusted JSON as frozen dataclasses: every value is checked against its type and range.
 
 assets/configs.json has the tables. It lists the keys of diffusers and transformers that have no
-field here: "fixed" keys are written with the one value that we support, and any other value is
-refused; "written" keys are never read. "ranges" are the smallest and largest values of fields;
+field here: "fixed" keys are written with the one value that we support, or a value of a list is
+read, and any other is refused; "written" keys are never read. "ranges" are the smallest and largest values of fields;
 other integers lie in 1 .. 2^20, other numbers in -10^6 .. 10^6. "parameters" counts those of each
 preset, so that listing them builds nothing. Never imports torch.
 """
@@ -59,10 +59,16 @@ def read_config(folder: Folder, cls: type[C]) -> C:
     data = read_json(path, finite=False)
     try:
         for key, only in _tables()["fixed"].get(cls.__name__, {}).items():
-            values = data[key] if isinstance(data.get(key), list) else [data.get(key, only)]
+            possible = only if isinstance(only, list) else [only]
+            values = data[key] if isinstance(data.get(key), list) else [data.get(key, possible[0])]
             # True equals 1, but is not what is meant
-            if any((value, type(value) is bool) != (only, type(only) is bool) for value in values):
-                raise ValueError(f"{key} {short(data[key])} is not supported, only {only!r} is")
+            if any(
+                (value, type(value) is bool) not in [(one, type(one) is bool) for one in possible] for value in values
+            ):
+                expected = ", ".join(map(repr, possible))
+                raise ValueError(
+                    f"{key} {short(data[key])} is not supported, only {expected} {'are' if possible[1:] else 'is'}"
+                )
         config = cls(**check_fields(cls, data))
         blocks, layers = len(getattr(config, "block_out_channels", ())), getattr(config, "layers_per_block", 1)
         if blocks * layers > _MOST_LAYERS:

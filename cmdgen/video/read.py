@@ -28,7 +28,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence
 
-from cmdgen.files import parse_json
+from cmdgen.files import check_file, parse_json
 from cmdgen.video.ffmpeg import run_ffmpeg
 from cmdgen.video.formats import FORMATS, list_files, name_sidecar
 from cmdgen.video.write import ASCII
@@ -426,6 +426,7 @@ def _find_files(path: File) -> list[Path]:
     try:
         files = [file for file in list_files(Path(path)) if file.is_file()]
         for file in files[:1]:
+            check_file(file)
             file.open("rb").close()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, MINI, PRESETS, packaged_models
+from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, MINI, PRESETS, NoiseConfig, packaged_models
 from cmdgen.files import write_json
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.vae import KlVae
 from cmdgen.pipelines.load import load_pipeline
-from cmdgen.schema import write_config
+from cmdgen.schema import read_config, write_config
 from cmdgen.store.catalogue import check_folder, count_part, describe_folder, describe_preset, read_licence
 from cmdgen.store.create import create_model
 from cmdgen.store.parts import NETWORKS, network_configs, read_model
@@ -230,3 +230,34 @@ def test_a_folder_that_is_there_is_left_alone_and_a_failure_leaves_none(tmp_path
         create_model(MINI, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
     assert list((tmp_path / "taken").iterdir()) == []
+
+
+def test_what_did_not_arrive_as_meant_is_named_with_its_remedy(tiny_model: Path, tmp_path: Path, cmdgen) -> None:
+    folder, target = tmp_path / "model", tmp_path / "a.mp4"
+    shutil.copytree(tiny_model, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+
+    def says(text: str, code: int, name: Path = folder) -> None:
+        for command in (("models", "show", name), ("sample", "a dog", "-o", target, "--model", name)):
+            done = cmdgen(*command)
+            assert text in done.err and done.code == code and done.err.count("error:") == 1, done
+        assert not target.exists()
+
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 343816753\n")
+    says("is a Git LFS pointer to a file that is not here: `git lfs pull` brings it", 1)
+    weights.with_suffix(".bin").write_bytes(b"")
+    weights.unlink()
+    says("the weights are pickled, and reading those could run any code", 1)
+    weights.write_bytes(whole)
+    says("is one file, a model is a folder: diffusers makes it of a checkpoint", 2, weights)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "LCMScheduler", "EDMEulerScheduler", 7])
+def test_a_scheduler_that_no_sampler_integrates_is_refused(tmp_path: Path, name: object) -> None:
+    write_json(tmp_path / "scheduler_config.json", {"_class_name": name, "num_train_timesteps": 1000})
+    with pytest.raises(ValueError, match=r"_class_name .* is not supported, only 'DDIMScheduler', .* are"):
+        read_config(tmp_path, NoiseConfig)
+    for known in ("PNDMScheduler", "EulerDiscreteScheduler", None):
+        write_json(tmp_path / "scheduler_config.json", {"_class_name": known} if known else {})
+        assert read_config(tmp_path, NoiseConfig) == NoiseConfig()
