@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from cmdgen.pipelines.clip import Inputs
     from cmdgen.video.read import Source
 
-# frames that a clip to continue may have
-MOST_FRAMES = 10_000
+# bytes of the frames of a file, as the model sees them
+MOST_BYTES = 2**30
 _FIELDS = (
     *("output", "seed", "frames", "size", "fps", "steps", "sampler"),
     *("format", "crf", "codec", "loop", "sidecar", "no_metadata", "model", "device", "dtype", "compile"),
@@ -130,7 +130,8 @@ class Given:
         size = request.size or model.size
         if size != self.size:
             with on_the_way("give shorter videos"):
-                self.read_files = [read_frames(file, size=size, most=MOST_FRAMES) for file in self.files]
+                most = MOST_BYTES // (3 * size[0] * size[1])
+                self.read_files = [read_frames(file, size=size, most=most) for file in self.files]
             self.size = size
         if self.apart:
             assert isinstance(model.content, EvdmConfig)

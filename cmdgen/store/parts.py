@@ -182,7 +182,7 @@ def check_agreement(folder: Folder, configs: Mapping[str, Any]) -> None:
 
 def write_model_index(folder: Folder, model: ModelConfig) -> None:
     """Write model_index.json and the scheduler's configuration; the parts write themselves."""
-    data: dict[str, Any] = {"_class_name": "CmdPipeline"}
+    data: dict[str, Any] = {"_class_name": "EvdmPipeline" if isinstance(model.content, EvdmConfig) else "CmdPipeline"}
     if isinstance(model.content, UNetConfig):
         data = {
             "_class_name": "StableDiffusionPipeline",

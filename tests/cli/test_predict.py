@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmdgen.cli import predict
 from cmdgen.video.read import read_metadata, read_video
 from tests.pipelines.test_evdm import frames, write_model
 from tests.videos import write_video
@@ -128,3 +129,9 @@ def test_impossible_requests_are_one_line(run, clip: Path, tmp_path: Path, monke
     assert done.code in (1, 2, 3), done
     assert reason in done.err
     assert not Path("a.mp4").exists()
+
+
+def test_a_file_of_too_many_frames_is_one_line(run, clip: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(predict, "MOST_BYTES", 4 * 16 * 24 * 3)
+    done = run("predict", clip, "-o", tmp_path / "longer.mp4")
+    assert "has more than 4 frames: cut it first" in done.err
