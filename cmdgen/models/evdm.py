@@ -3,7 +3,7 @@
 A UNet in pixels denoises some frames of a clip, given frames before and after them. Time is folded
 into channels: it sees a clip as one picture with many of them.
 
-EVDM's residual block halves no resolution: it squeezes channels to a quarter, where 3x3 is cheap,
+EVDM's residual block squeezes the channels to a quarter, where a 3x3 convolution is cheap, twice:
 
     half(x) = [3x3(z), 1x1(z)],  z = norm(1x1(act(norm(x, t))), t)       out = half(half(x)) + shortcut
 
