@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cmdgen.config import VaeConfig
 from cmdgen.models.layers import Attention, Conv2d, Downsample, KeysValues, ResnetBlock, Upsample, normalise
 from cmdgen.models.pretrained import Pretrained
+from cmdgen_kernels import wide_attention
 
 _EPS = 1e-6
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -21,7 +22,7 @@ class SpatialAttention(Attention):
     """Single-head attention over the positions of a feature map, around a skip."""
 
     def __init__(self, channels: int, *, groups: int) -> None:
-        super().__init__(channels, channels, heads=1, bias=True)
+        super().__init__(channels, channels, heads=1, bias=True, attend=wide_attention)
         self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
 
     def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:

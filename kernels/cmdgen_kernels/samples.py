@@ -129,6 +129,11 @@ def _geglu(noise: Noise, b: int, length: int, d: int) -> tuple[Tensor, ...]:
     return (noise(b, length, 2 * d),)
 
 
+def _wide_attention(noise: Noise, b: int, length: int, d: int) -> tuple[Tensor, ...]:
+    """B, L, D -> q, k and v, in memory as a linear layer leaves them."""
+    return tuple(noise(b, length, 1, d).transpose(1, 2) for _ in range(3))
+
+
 OPS = (
     _op(ops.content_frame, _content_frame, (2, 3, 5, 9, 7), leaves=2),
     _op(ops.motion_latents, _motion_latents, (2, 3, 5, 9, 40, 4), leaves=5),
@@ -139,6 +144,7 @@ OPS = (
     _op(ops.convolution, _convolution, (2, 72, 9, 7)),
     _op(ops.layer_norm, _layer_norm, (2, 7, 72), eps=1e-6),
     _op(ops.geglu, _geglu, (2, 7, 1080)),
+    _op(ops.wide_attention, _wide_attention, (2, 77, 264)),
     # the step of a text-to-image model halfway through
     _op(ops.guided_ddim_step, _guided_ddim_step, (3, 4, 9, 7), guidance=7.5, keep=1.02, move=-0.05),
 )

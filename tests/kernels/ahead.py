@@ -64,6 +64,7 @@ SIZES = {
     # of UNet and motion model
     "layer_norm": [(2, 8192, 320), (1, 512, 1152)],
     "geglu": [(2, 8192, 1280)],
+    "wide_attention": [(1, 8192, 512)],
     "guided_ddim_step": [(8, 4, 64, 128)],
 }
 RAGGED = "no block divides it"

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import cmdgen_kernels
-from cmdgen_kernels import dispatch, gated_attention
+from cmdgen_kernels import dispatch, gated_attention, wide_attention
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 # they allocate, or change what is said of a tensor
@@ -103,6 +103,7 @@ def count(make: Callable[[], Callable[[], object]], *, without: tuple[str, ...] 
         # tensors of a CPU take the kernels then
         (dispatch, "_interpreting", True),
         (sys.modules[gated_attention.__module__], "is_short", lambda q: False),
+        (sys.modules[wide_attention.__module__], "_scores", lambda q, k: torch.bmm(q, k.mT, out_dtype=torch.float32)),
         (triton.JITFunction, "run", note),
         (interpreter.InterpretedFunction, "run", note),
     ]

@@ -21,6 +21,7 @@ STREAMS = {
     "_convolution_epilogue_kernel",
     "_layer_norm_fwd_kernel",
     "_geglu_fwd_kernel",
+    "_wide_attention_softmax_kernel",
     "_guided_ddim_step_fwd_kernel",
 }
 # and these have nothing to move that much of: sums and latents, thousandths of the whole

@@ -28,6 +28,7 @@ TINY = {
     "convolution": (2, 8, 3, 5),
     "layer_norm": (2, 5, 16),
     "geglu": (2, 5, 16),
+    "wide_attention": (1, 20, 264),
     "guided_ddim_step": (2, 4, 3, 5),
 }
 
@@ -113,7 +114,8 @@ def test_bytes_are_those_of_inputs_and_outputs():
 
 
 def test_rates_follow_from_bytes_operations_and_time():
-    assert bench.flops((2, 5, 8192, 64, 256), backward=False) == 8 * 2 * 5 * 8192 * 64 * 256
+    assert bench.flops("wide_attention", (2, 8192, 512), backward=False) == 2 * 4 * 8192**2 * 512
+    assert bench.flops("gated_attention", (2, 5, 8192, 64, 256), backward=False) == 8 * 2 * 5 * 8192 * 64 * 256
     row = measure("gated_attention")
     assert row["rate"] == pytest.approx(8 * 2 * 20 * 16 * 16 / 10e-6 / 1e12)
     row = measure("content_frame")
