@@ -13,7 +13,7 @@ from cmdgen.config import AutoencoderConfig
 from cmdgen.models.attention import self_attention
 from cmdgen.models.layers import add_normalised
 from cmdgen.models.pretrained import Pretrained
-from cmdgen_kernels import content_frame, geglu, motion_latents, motion_tokens
+from cmdgen_kernels import content_frame, geglu, motion_latents, motion_tokens, rotate
 
 # an axis has tens of positions: slower rotations than this would tell nothing apart
 SLOWEST_ROTATION = 1 / 100
@@ -35,13 +35,6 @@ def axial_rotation(sizes: tuple[int, ...], head_dim: int, like: Tensor) -> Tenso
     angles = (grid.view(-1, len(sizes), 1) * speeds).flatten(1)
     angles = F.pad(angles, (0, head_dim // 2 - angles.shape[1]))
     return torch.polar(torch.ones_like(angles), angles)
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """(..., D), complex (..., D / 2) -> (..., D): turn pairs of channels, in float32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -49,6 +49,8 @@ CASES = (
     ("geglu", "UNet, level 0", (256, 256), (4096, 1280), (8192, 1280)),
     # mini's middle is as narrow as fused attention takes it
     ("wide_attention", "VAE, middle", (64, 128), (4096, 512), (8192, 512)),
+    # N, D: frames are the batch
+    ("rotate", "decoder", (64, 320), (1024, 768), (2048, 768)),
     ("guided_ddim_step", "latents", (8, 16, 16), (4, 64, 64), (4, 64, 128)),
 )
 # compiling takes the minutes: gradients are timed at this preset's sizes only

@@ -8,6 +8,7 @@ from cmdgen_kernels.group_norm_silu import group_norm_silu
 from cmdgen_kernels.guided_ddim_step import guided_ddim_step
 from cmdgen_kernels.layer_norm import layer_norm
 from cmdgen_kernels.motion import motion_latents, motion_tokens
+from cmdgen_kernels.rotate import rotate
 from cmdgen_kernels.wide_attention import wide_attention
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "layer_norm",
     "motion_latents",
     "motion_tokens",
+    "rotate",
     "wide_attention",
 ]

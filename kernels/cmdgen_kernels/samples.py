@@ -134,6 +134,12 @@ def _wide_attention(noise: Noise, b: int, length: int, d: int) -> tuple[Tensor, 
     return tuple(noise(b, length, 1, d).transpose(1, 2) for _ in range(3))
 
 
+def _rotate(noise: Noise, s: int, r: int, d: int) -> tuple[Tensor, ...]:
+    """S, R, D -> x, a rotation of each r."""
+    rotation = torch.view_as_complex(noise(r, d // 2, 2).to(torch.float32))
+    return noise(s, r, 3 * d // 2)[..., :d], rotation
+
+
 OPS = (
     _op(ops.content_frame, _content_frame, (2, 3, 5, 9, 7), leaves=2),
     _op(ops.motion_latents, _motion_latents, (2, 3, 5, 9, 40, 4), leaves=5),
@@ -145,6 +151,7 @@ OPS = (
     _op(ops.layer_norm, _layer_norm, (2, 7, 72), eps=1e-6),
     _op(ops.geglu, _geglu, (2, 7, 1080)),
     _op(ops.wide_attention, _wide_attention, (2, 77, 264)),
+    _op(ops.rotate, _rotate, (2, 7, 72)),
     # the step of a text-to-image model halfway through
     _op(ops.guided_ddim_step, _guided_ddim_step, (3, 4, 9, 7), guidance=7.5, keep=1.02, move=-0.05),
 )
@@ -161,7 +168,8 @@ def compare(
     """Compute the errors of the output and of the gradients of the first `leaves` inputs."""
     plain = results(reference, inputs, leaves)
     ours = results(run, inputs, leaves, dtype=plain[0].dtype)
-    exact = results(reference, tuple(x.double() for x in inputs), leaves, dtype=plain[0].dtype)
+    precise = (x.to(torch.complex128 if x.is_complex() else torch.float64) for x in inputs)
+    exact = results(reference, tuple(precise), leaves, dtype=plain[0].dtype)
     found = []
     for x, y, z in zip(ours, plain, exact, strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype

@@ -65,6 +65,7 @@ SIZES = {
     "layer_norm": [(2, 8192, 320), (1, 512, 1152)],
     "geglu": [(2, 8192, 1280)],
     "wide_attention": [(1, 8192, 512)],
+    "rotate": [(16, 2048, 768)],
     "guided_ddim_step": [(8, 4, 64, 128)],
 }
 RAGGED = "no block divides it"

@@ -22,6 +22,7 @@ STREAMS = {
     "_layer_norm_fwd_kernel",
     "_geglu_fwd_kernel",
     "_wide_attention_softmax_kernel",
+    "_rotate_fwd_kernel",
     "_guided_ddim_step_fwd_kernel",
 }
 # and these have nothing to move that much of: sums and latents, thousandths of the whole

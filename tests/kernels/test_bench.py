@@ -29,6 +29,7 @@ TINY = {
     "layer_norm": (2, 5, 16),
     "geglu": (2, 5, 16),
     "wide_attention": (1, 20, 264),
+    "rotate": (2, 5, 16),
     "guided_ddim_step": (2, 4, 3, 5),
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cmdgen.config import PRESETS
+from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.layers import ResnetBlock
 from cmdgen.models.unet import Conditions, TransformerBlock
@@ -78,6 +79,14 @@ def transformer() -> Run:
     return lambda: block(tokens, conditions)
 
 
+def decoder() -> Run:
+    """A block of the CMD decoder, of a clip."""
+    model = inference(lambda: CmdAutoencoder(replace(CMD_SD21.autoencoder, depth=1)))
+    tokens = torch.empty(16, 1, 2048, 384, dtype=torch.bfloat16)
+    rotations = model.rotations(tokens, 32)
+    return lambda: model.decoder[0](tokens, *rotations)
+
+
 FOLDED = "group_norm_silu of cmdgen.models.layers"
 # what is turned off before; launches and megabytes without and with them, and products
 CASES = [
@@ -88,6 +97,7 @@ CASES = [
     (motion, ("layer_norm", "obstacle of cmdgen.models.dit"), (18, 40, 6), (6, 24, 6)),
     (transformer, ("layer_norm",), (7, 283, 10), (5, 262, 10)),
     (transformer, ("geglu",), (6, 346, 10), (5, 262, 10)),
+    (decoder, ("rotate", "geglu", "layer_norm"), (16, 1894, 8), (8, 1057, 8)),
 ]
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from cmdgen.config import AutoencoderConfig
 from cmdgen.models import autoencoder
-from cmdgen.models.autoencoder import CmdAutoencoder, Unpatch, axial_rotation, rotate
+from cmdgen.models.autoencoder import CmdAutoencoder, Unpatch, axial_rotation
+from cmdgen_kernels import rotate
 from cmdgen_kernels.gated_attention import softmax_attention
 
 SMALL = AutoencoderConfig(channels=3, width=24, heads=2, depth=1, motion_channels=5)
