@@ -10,6 +10,7 @@ from cmdgen_kernels.layer_norm import layer_norm
 from cmdgen_kernels.motion import motion_latents, motion_tokens
 from cmdgen_kernels.rotate import rotate
 from cmdgen_kernels.wide_attention import wide_attention
+from cmdgen_kernels.yuv420p import yuv420p
 
 __all__ = [
     "content_frame",
@@ -23,4 +24,5 @@ __all__ = [
     "motion_tokens",
     "rotate",
     "wide_attention",
+    "yuv420p",
 ]

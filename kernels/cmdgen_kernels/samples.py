@@ -140,6 +140,11 @@ def _rotate(noise: Noise, s: int, r: int, d: int) -> tuple[Tensor, ...]:
     return noise(s, r, 3 * d // 2)[..., :d], rotation
 
 
+def _yuv420p(noise: Noise, b: int, h: int, w: int) -> tuple[Tensor, ...]:
+    """B, H, W -> pixels in channels_last, most of them in [-1, 1]."""
+    return ((noise(b, 3, h, w) / 2).contiguous(memory_format=torch.channels_last),)
+
+
 OPS = (
     _op(ops.content_frame, _content_frame, (2, 3, 5, 9, 7), leaves=2),
     _op(ops.motion_latents, _motion_latents, (2, 3, 5, 9, 40, 4), leaves=5),
@@ -152,6 +157,7 @@ OPS = (
     _op(ops.geglu, _geglu, (2, 7, 1080)),
     _op(ops.wide_attention, _wide_attention, (2, 77, 264)),
     _op(ops.rotate, _rotate, (2, 7, 72)),
+    _op(ops.yuv420p, _yuv420p, (2, 10, 22)),
     # the step of a text-to-image model halfway through
     _op(ops.guided_ddim_step, _guided_ddim_step, (3, 4, 9, 7), guidance=7.5, keep=1.02, move=-0.05),
 )
@@ -173,8 +179,9 @@ def compare(
     found = []
     for x, y, z in zip(ours, plain, exact, strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype
-        size, reference_error = (float((part - z).abs().max()) for part in (x, y))
-        floor = torch.finfo(x.dtype).eps * float(z.abs().max())
+        size, reference_error = (float((part - z.double()).abs().max()) for part in (x, y))
+        # of whole numbers, one
+        floor = torch.finfo(x.dtype).eps * float(z.abs().max()) if x.is_floating_point() else 1.0
         if x.dtype == torch.float32:
             floor *= FLOAT32_ULPS
         found.append(Error(size, max(2 * reference_error, floor)))

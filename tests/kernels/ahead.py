@@ -66,6 +66,7 @@ SIZES = {
     "geglu": [(2, 8192, 1280)],
     "wide_attention": [(1, 8192, 512)],
     "rotate": [(16, 2048, 768)],
+    "yuv420p": [(1, 512, 1024)],
     "guided_ddim_step": [(8, 4, 64, 128)],
 }
 RAGGED = "no block divides it"

@@ -30,6 +30,7 @@ TINY = {
     "geglu": (2, 5, 16),
     "wide_attention": (1, 20, 264),
     "rotate": (2, 5, 16),
+    "yuv420p": (2, 4, 6),
     "guided_ddim_step": (2, 4, 3, 5),
 }
 

@@ -13,6 +13,7 @@ from cmdgen.models.dit import DiT
 from cmdgen.models.layers import ResnetBlock
 from cmdgen.models.unet import Conditions, TransformerBlock
 from cmdgen.models.vae import SpatialAttention
+from cmdgen.video.pixels import CONVERT
 from tests.kernels.counting import count
 
 CMD_SD21 = PRESETS["cmd-sd21"]
@@ -87,6 +88,12 @@ def decoder() -> Run:
     return lambda: model.decoder[0](tokens, *rotations)
 
 
+def planes() -> Run:
+    """A decoded frame for the encoder."""
+    pixels = feature_map(1, 3, 512, 1024)
+    return lambda: CONVERT["yuv420p"](pixels)
+
+
 FOLDED = "group_norm_silu of cmdgen.models.layers"
 # what is turned off before; launches and megabytes without and with them, and products
 CASES = [
@@ -98,6 +105,7 @@ CASES = [
     (transformer, ("layer_norm",), (7, 283, 10), (5, 262, 10)),
     (transformer, ("geglu",), (6, 346, 10), (5, 262, 10)),
     (decoder, ("rotate", "geglu", "layer_norm"), (16, 1894, 8), (8, 1057, 8)),
+    (planes, ("yuv420p",), (34, 139, 0), (1, 3, 0)),
 ]
 
 
