@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,23 +18,33 @@ from torch.utils._pytree import tree_leaves
 import cmdgen_kernels
 from cmdgen_kernels import dispatch, gated_attention, wide_attention
 
+Module = TypeVar("Module", bound=nn.Module)
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 # they allocate, or change what is said of a tensor
 FREE = {"empty", "empty_like", "empty_strided", "_unsafe_view", "new_empty", "new_empty_strided", "detach", "alias"}
 
 
-@dataclass
-class Count:
-    """Launches of all but products, convolutions and attention, the bytes they move; and products."""
+class Launch(NamedTuple):
+    """What is launched: its kind, "attention", "wide attention", "product" or "other"; operations, bytes."""
 
-    launches: int = 0
-    bytes: int = 0
-    products: int = 0
+    kind: str
+    flops: int
+    bytes: int
 
-    def add(self, *tensors: Any) -> None:
+
+class Count(list[Launch]):
+    """All launches of a run."""
+
+    def add(self, *tensors: Any, kind: str = "other", flops: int = 0) -> None:
         """Count a launch that reads or writes each of these tensors once."""
-        self.launches += 1
-        self.bytes += sum(x.numel() * x.element_size() for x in tree_leaves(tensors) if isinstance(x, Tensor))
+        size = sum(x.numel() * x.element_size() for x in tree_leaves(tensors) if isinstance(x, Tensor))
+        self.append(Launch(kind, flops, size))
+
+    @property
+    def summary(self) -> tuple[int, int, int]:
+        """Launches of all but products and attention, the megabytes that they move; products and attentions."""
+        others = [launch for launch in self if launch.kind == "other"]
+        return len(others), sum(launch.bytes for launch in others) // 10**6, len(self) - len(others)
 
 
 class _Operators(TorchDispatchMode):
@@ -49,7 +58,7 @@ class _Operators(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name = function._schema.name.removeprefix("aten::")
         if name in PRODUCTS:
-            self.count.products += 1
+            self.count.add(args, result, kind="product", flops=self._flops(name, args, result))
             if name == "convolution" and args[2] is not None:
                 # cuDNN adds no bias: PyTorch does, in a pass of its own
                 self.count.add(result, result, args[2])
@@ -63,6 +72,14 @@ class _Operators(TorchDispatchMode):
             self.count.add(args, kwargs, result)
         return result
 
+    def _flops(self, name: str, args: Any, result: Any) -> int:
+        if name == "convolution":
+            return 2 * result.numel() * args[1][0].numel()
+        if name == "convolution_backward":
+            # of the input and of the weight
+            return 2 * 2 * args[0].numel() * args[2][0].numel()
+        return 2 * result.numel() * args[name in ("addmm", "baddbmm")].shape[-1]
+
 
 class _Cuda(TorchFunctionMode):
     """Do as CUDA does where a CPU would do otherwise."""
@@ -74,7 +91,9 @@ class _Cuda(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
             # by a library, which lays its output out as the tokens lie
-            self.count.products += 1
+            q, k, v = args
+            kind = "attention" if q.shape[-1] <= 256 else "wide attention"
+            self.count.add(q, q, k, v, kind=kind, flops=4 * q.numel() * k.shape[-2])
             return torch.empty_like(args[0].transpose(1, 2)).transpose(1, 2)
         if function in (F.group_norm, F.layer_norm):
             x, *rest = args
@@ -85,6 +104,19 @@ class _Cuda(TorchFunctionMode):
                 x = x.contiguous()
             args = (x, *rest)
         return function(*args, **(kwargs or {}))
+
+
+def feature_map(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+
+def inference(module: Callable[[], Module]) -> Module:
+    """A module as a pipeline holds it."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return module().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def count(make: Callable[[], Callable[[], object]], *, without: tuple[str, ...] = ()) -> Count:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cmdgen.config import PRESETS
 from cmdgen.models.autoencoder import CmdAutoencoder
@@ -14,7 +14,7 @@ from cmdgen.models.layers import ResnetBlock
 from cmdgen.models.unet import Conditions, TransformerBlock
 from cmdgen.models.vae import SpatialAttention
 from cmdgen.video.pixels import CONVERT
-from tests.kernels.counting import count
+from tests.kernels.counting import count, feature_map, inference
 
 CMD_SD21 = PRESETS["cmd-sd21"]
 Run = Callable[[], object]
@@ -23,10 +23,6 @@ Run = Callable[[], object]
 @pytest.fixture(autouse=True)
 def kernels() -> None:
     """In place of the interpreter."""
-
-
-def feature_map(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
 
 
 def training() -> Run:
@@ -39,15 +35,6 @@ def training() -> Run:
         torch.autograd.grad(y, [x, *block.parameters()], torch.empty_like(y), allow_unused=True)
 
     return run
-
-
-def inference(module: Callable[[], nn.Module]) -> nn.Module:
-    """A module as a pipeline holds it."""
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        return module().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def decoding() -> Run:
@@ -113,5 +100,4 @@ CASES = [
 def test_kernels_launch_and_move_less(
     make: Callable[[], Run], ops: tuple[str, ...], before: tuple[int, ...], after: tuple[int, ...]
 ) -> None:
-    counts = count(make, without=ops), count(make)
-    assert [(each.launches, each.bytes // 10**6, each.products) for each in counts] == [before, after]
+    assert (count(make, without=ops).summary, count(make).summary) == (before, after)
