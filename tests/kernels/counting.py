@@ -1,5 +1,6 @@
 """Count what a GPU that is not here would launch, and the bytes of that: shapes decide, tensors are fake."""
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -37,7 +38,12 @@ class Count(list[Launch]):
 
     def add(self, *tensors: Any, kind: str = "other", flops: int = 0) -> None:
         """Count a launch that reads or writes each of these tensors once."""
-        size = sum(x.numel() * x.element_size() for x in tree_leaves(tensors) if isinstance(x, Tensor))
+        size = 0
+        for x in tree_leaves(tensors):
+            if isinstance(x, Tensor):
+                # what is broadcast is read once
+                sides = (side for side, stride in zip(x.shape, x.stride(), strict=True) if stride)
+                size += math.prod(sides) * x.element_size()
         self.append(Launch(kind, flops, size))
 
     @property
