@@ -56,9 +56,10 @@ def _launch(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
 
 def convolution_obstacle(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> str | None:
     """Say why `convolution` runs the reference for these tensors; None where it does not."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    reason = inference_obstacle(x, weight, bias, x if residual is None else residual)
+    if reason is None and not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is not channels_last"
-    return inference_obstacle(x, weight, bias, *(() if residual is None else (residual,)))
+    return reason
 
 
 def convolution(

@@ -21,17 +21,16 @@ _interpreting = False
 
 def obstacle(*tensors: Tensor) -> str | None:
     """Say in a few words why no kernel can take these tensors; None where one can."""
+    device = tensors[0].device
+    # first, as a CPU asks before every operator
+    if device.type != "cuda" and not (_interpreting and device.type == "cpu"):
+        return f"the tensors are on {device.type}, not on a GPU"
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"no kernel computes in {str(tensor.dtype).removeprefix('torch.')}"
-        if tensor.device != tensors[0].device:
+        if tensor.device != device:
             return "tensors on several devices"
-    device = tensors[0].device
-    if device.type == "cpu" and _interpreting:
-        return None
-    if device.type != "cuda":
-        return f"the tensors are on {device.type}, not on a GPU"
-    return machine_obstacle(device)
+    return machine_obstacle(device) if device.type == "cuda" else None
 
 
 def inference_obstacle(*tensors: Tensor) -> str | None:

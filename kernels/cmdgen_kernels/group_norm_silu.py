@@ -479,9 +479,10 @@ class GroupNormSilu(torch.autograd.Function):
 
 def group_norm_silu_obstacle(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None = None) -> str | None:
     """Say why `group_norm_silu` runs the reference for these tensors; None where it does not."""
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    reason = obstacle(x, weight, bias, x if shift is None else shift)
+    if reason is None and not x.is_contiguous(memory_format=torch.channels_last):
         return "the input is not channels_last"
-    return obstacle(x, weight, bias, *(() if shift is None else (shift,)))
+    return reason
 
 
 def group_norm_silu(

@@ -99,12 +99,13 @@ def layer_norm_obstacle(
     x: Tensor, weight: Tensor, bias: Tensor, branch: Tensor | None = None, gate: Tensor | None = None
 ) -> str | None:
     """Say why `layer_norm` runs the reference for these tensors; None where it does not."""
-    if x.stride(2) != 1 or x.stride(1) != x.shape[2]:
-        return "the rows of x do not lie one after another"
     tensors = [each for each in (x, weight, bias, branch, gate) if each is not None]
-    if any(each.stride(-1) != 1 for each in tensors):
+    reason = inference_obstacle(*tensors)
+    if reason is None and x.stride(1) != x.shape[2]:
+        return "the rows of x do not lie one after another"
+    if reason is None and any(each.stride(-1) != 1 for each in tensors):
         return "the values of a row do not lie one after another"
-    return inference_obstacle(*tensors)
+    return reason
 
 
 def layer_norm(
@@ -114,8 +115,10 @@ def layer_norm(
 
     y is x + gate * branch, or x without a branch; out is its norm, times `weight` (D) plus `bias`
     or, of (B, 1, D), times 1 + `weight`. The kernel is for inference: where an input requires a
-    gradient the reference runs. Raises ValueError where shapes do not agree.
+    gradient the reference runs. Raises ValueError where shapes do not fit the kernel.
     """
+    if layer_norm_obstacle(x, weight, bias, branch, gate) is not None:
+        return layer_norm_reference(x, weight, bias, branch, gate, eps=eps)
     batch, _, width = x.shape
     for name, tensor, shapes in (
         ("weight", weight, {(width,), (batch, 1, width)}),
@@ -125,6 +128,4 @@ def layer_norm(
     ):
         if tensor is not None and tensor.shape not in shapes:
             raise ValueError(f"{name} {tuple(tensor.shape)} does not fit x {tuple(x.shape)}")
-    if layer_norm_obstacle(x, weight, bias, branch, gate) is not None:
-        return layer_norm_reference(x, weight, bias, branch, gate, eps=eps)
     return _launch(x, weight, bias, branch, gate, eps)
