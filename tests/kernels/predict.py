@@ -39,7 +39,8 @@ LIMITS = {
 GAP = 0.6
 BEFORE = (
     *("convolution", "layer_norm", "geglu", "wide_attention", "rotate", "yuv420p"),
-    *("group_norm_silu of cmdgen.models.layers", "obstacle of cmdgen.models.dit"),
+    *(f"{op} of cmdgen.models.layers" for op in ("group_norm_silu", "convolution")),
+    "obstacle of cmdgen.models.dit",
 )
 Run = Callable[[], object]
 
