@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmdgen.video.pixels import to_levels, to_rgb24, to_unit
+from cmdgen.video.pixels import to_levels, to_rgb24, to_unit, to_yuv420p
 from cmdgen.video.read import read_video
 from cmdgen.video.write import open_video
-from cmdgen_kernels import yuv420p
 
 
 def run_ffmpeg(data: np.ndarray, *arguments: str) -> np.ndarray:
@@ -77,7 +76,7 @@ def test_every_level_comes_back() -> None:
 )
 def test_primaries_have_the_levels_of_the_standard(colour, planes) -> None:
     pixels = torch.tensor(colour).view(1, 3, 1, 1).expand(2, 3, 8, 12)
-    made = yuv420p(pixels)
+    made = to_yuv420p(pixels)
     assert made.shape == (2, 12, 12) and made.dtype == torch.uint8
     for part, level in zip(made.flatten(1).split((96, 24, 24), dim=1), planes, strict=True):
         assert (part == level).all()
@@ -90,10 +89,10 @@ def test_planes_are_those_of_ffmpeg(make, size) -> None:
     levels = to_levels(pixels)
     theirs = convert_by_ffmpeg(to_rgb24(pixels).numpy()).int()
     # of the same levels: what is left is ffmpeg's fixed point
-    same = (yuv420p(to_unit(levels)).int() - theirs).abs()
+    same = (to_yuv420p(to_unit(levels)).int() - theirs).abs()
     assert same.max() <= 1 and same.float().mean() < 0.03
     # of the values themselves
-    assert (yuv420p(pixels).int() - theirs).abs().max() <= 1
+    assert (to_yuv420p(pixels).int() - theirs).abs().max() <= 1
 
 
 @pytest.mark.parametrize("make", [noise, waves])
@@ -101,26 +100,26 @@ def test_pictures_come_back_no_worse_than_by_ffmpeg(make) -> None:
     pixels = make(64, 96)
     exact = ((pixels.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).double().numpy()
     theirs = convert_by_ffmpeg(to_rgb24(pixels).numpy())
-    errors = [((decode_by_ffmpeg(each) - exact) ** 2).mean() for each in (yuv420p(pixels), theirs)]
+    errors = [((decode_by_ffmpeg(each) - exact) ** 2).mean() for each in (to_yuv420p(pixels), theirs)]
     assert errors[0] <= 1.001 * errors[1]
 
 
 def test_order_of_memory_and_precision_change_nothing() -> None:
     pixels = noise(32, 48).bfloat16()
-    expected = yuv420p(pixels.float())
+    expected = to_yuv420p(pixels.float())
     for given in (pixels, pixels.contiguous(memory_format=torch.channels_last)):
-        assert torch.equal(yuv420p(given), expected)
+        assert torch.equal(to_yuv420p(given), expected)
 
 
 @pytest.mark.parametrize("size", [(33, 32), (32, 33)])
 def test_odd_sides_are_refused(size) -> None:
     with pytest.raises(ValueError, match=f"size {size[1]}x{size[0]} is odd"):
-        yuv420p(noise(*size))
+        to_yuv420p(noise(*size))
 
 
 def test_planes_are_written_as_they_are_and_mean_the_same_colours(tmp_path) -> None:
     pixels = waves(48, 64)
-    files = {"rgb24": to_rgb24(pixels), "yuv420p": yuv420p(pixels)}
+    files = {"rgb24": to_rgb24(pixels), "yuv420p": to_yuv420p(pixels)}
     for name, frames in files.items():
         with open_video(tmp_path / f"{name}.mp4", (48, 64), 8, {}, pixels=name) as write:
             write(frames.numpy())
@@ -133,8 +132,8 @@ def test_planes_are_written_as_they_are_and_mean_the_same_colours(tmp_path) -> N
 @pytest.mark.gpu
 def test_planes_of_a_gpu_are_those_of_a_cpu() -> None:
     pixels = noise(64, 96)
-    made = yuv420p(pixels.cuda())
+    made = to_yuv420p(pixels.cuda())
     assert made.is_cuda
     # products are added up in another way
-    differ = (made.cpu().int() - yuv420p(pixels).int()).abs()
+    differ = (made.cpu().int() - to_yuv420p(pixels).int()).abs()
     assert differ.max() <= 1 and differ.float().mean() < 1e-3
