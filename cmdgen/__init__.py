@@ -1,8 +1,9 @@
 """Text to video by content-frame motion-latent decomposition."""
 
 import os
-from typing import TYPE_CHECKING
 
+# what type checkers take for True: to import typing takes longer than all else here
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from cmdgen.pipelines.base import Pipeline
 

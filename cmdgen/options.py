@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from reprlib import repr as short
 from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 # bytes of a text: hundreds of times what a text encoder reads
 MAX_TEXT_BYTES = 2**14
@@ -22,6 +22,7 @@ MAX_TEXT_BYTES = 2**14
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
+V = TypeVar("V")
 # (height, width), the order of tensors
 Size = tuple[int, int]
 _UNITS = {"B": 1, "M": 10**6, "MB": 10**6, "MIB": 2**20, "G": 10**9, "GB": 10**9, "GIB": 2**30}
@@ -136,11 +137,20 @@ def read_fields(instance: Any) -> None:
         object.__setattr__(instance, name, read_value(described, getattr(instance, name)))
 
 
+def with_values(instance: V, values: Mapping[str, Any]) -> V:
+    """Return a copy of a dataclass with other values, which have been read: nothing is checked again."""
+    changed = object.__new__(type(instance))
+    vars(changed).update(vars(instance), **values)
+    return changed
+
+
 def check_text(title: str, text: str) -> str:
     """Return a text as one line; tabs and line breaks become spaces.
 
     Raises ValueError for lone surrogates, control characters and more than `MAX_TEXT_BYTES`.
     """
+    if text.isascii() and text.isprintable() and len(text) <= MAX_TEXT_BYTES:
+        return text
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise ValueError(f"the {title} is not valid UTF-8")
     if (size := len(text.encode())) > MAX_TEXT_BYTES:

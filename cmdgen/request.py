@@ -16,7 +16,7 @@ from reprlib import repr as short
 from typing import TypeVar
 
 from cmdgen.config import POLICIES, SAMPLERS, EvdmConfig, ModelConfig
-from cmdgen.options import SIZE, Size, option, parse_memory, parse_output, read_fields, write_size
+from cmdgen.options import SIZE, Size, option, parse_memory, parse_output, read_fields, with_values, write_size
 
 # groups of options
 WHAT, INPUTS, HOW = "What is made", "Inputs instead of samples", "How it is sampled"
@@ -220,7 +220,15 @@ Values = TypeVar("Values", Request, Plan)
 
 def shared_settings(values: Values) -> Values:
     """Return what clips of one batch have in common: everything except prompt and seeds."""
-    return replace(values, prompt="", seed=0, content_seed=0, motion_seed=0)
+    return with_values(values, {"prompt": "", "seed": 0, "content_seed": 0, "motion_seed": 0})
+
+
+def with_prompt(plan: Plan, request: Request) -> Plan:
+    """Return the plan with a request's prompt and seeds, the only values that clips of a batch do not share."""
+    seed = request.seed or 0
+    content, motion = (seed if own is None else own for own in (request.content_seed, request.motion_seed))
+    seeds = {"seed": seed, "content_seed": content, "motion_seed": motion}
+    return with_values(plan, {"prompt": request.prompt or "", **seeds})
 
 
 # fields of `Request` that replace a model's default of the same name
@@ -237,18 +245,10 @@ def resolve(request: Request, model: ModelConfig) -> Plan:
     if request.size is not None:
         values["height"], values["width"] = request.size
     model = replace(model, **{name: value for name, value in values.items() if value is not None})
-    seed = 0 if request.seed is None else request.seed
     _check_clip(model)
     _check_rehash(request, model)
-    return Plan(
-        model,
-        request.prompt or "",
-        request.negative,
-        seed,
-        content_seed=seed if request.content_seed is None else request.content_seed,
-        motion_seed=seed if request.motion_seed is None else request.motion_seed,
-        max_memory=request.max_memory,
-    )
+    plan = Plan(model, "", request.negative, 0, content_seed=0, motion_seed=0, max_memory=request.max_memory)
+    return with_prompt(plan, request)
 
 
 def _check_clip(model: ModelConfig) -> None:

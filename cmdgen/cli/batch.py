@@ -128,9 +128,9 @@ class Batch:
 
     def _find(self, job: Job) -> Job | None:
         """Return a job some of whose files exist as what is to be done; None where they are not its own."""
-        sidecar = name_sidecar(Path(job.target))
+        sidecar = f"{job.target}.json"
         missing = [file for file in job.files if not os.path.lexists(file)]
-        if job.encoding.sidecar and sidecar not in missing and not is_sidecar(sidecar):
+        if job.encoding.sidecar and sidecar not in missing and not is_sidecar(Path(sidecar)):
             return None
         if missing == [sidecar] and job.encoding.kind.metadata:
             # the sidecar is made of those
@@ -156,7 +156,7 @@ class Batch:
     def _check_names(self, job: Job) -> None:
         """Raise where another job, or the preview, has a name of this one, however it is written."""
         preview = self.options.preview
-        for name in map(os.path.realpath, job.files):
+        for name in map(_real, job.files):
             if preview is not None and name == os.path.realpath(preview):
                 raise ValueError(f"{job.target} is the preview's name: give another one")
             index, line = self.targets.setdefault(name, (job.index, job.line))
@@ -340,6 +340,16 @@ class Batch:
 
 def _list_steps(steps: tuple[int, ...], total: int) -> str:
     return f"{len(steps)} of {total} steps: {' '.join(map(str, steps))}"
+
+
+def _real(file: str) -> str:
+    """Return a path without symlinks, as os.path.realpath does; a folder's is found once."""
+    folder, name = os.path.split(os.path.abspath(file))
+    real = os.path.join(_real_folder(folder), name)
+    return os.path.realpath(real) if os.path.islink(real) else real
+
+
+_real_folder = lru_cache(256)(os.path.realpath)
 
 
 class _File:

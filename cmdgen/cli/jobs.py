@@ -10,7 +10,7 @@ import os
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -24,8 +24,8 @@ from typing import IO, Any, NamedTuple
 from cmdgen.cli.errors import describe
 from cmdgen.cli.naming import check_inside, fill
 from cmdgen.files import decode_text, parse_json
-from cmdgen.metadata import read_job
-from cmdgen.options import option
+from cmdgen.metadata import FIELDS, read_job
+from cmdgen.options import option, read_value, with_values
 from cmdgen.request import Plan, Request, threads_option
 from cmdgen.video.formats import STDOUT, Encoding, choose_encoding, list_outputs
 
@@ -99,9 +99,9 @@ class Job:
         return self.resolved
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> list[str]:
         """Return the files of a job that was checked."""
-        return list_outputs(Path(self.target), self.encoding, self.plan.model.frames)
+        return list_outputs(self.target, self.encoding, self.plan.model.frames)
 
     def describe(self) -> dict[str, Any]:
         """Return the job for JSON."""
@@ -285,7 +285,7 @@ def make_jobs(entries: Iterable[Entry | None], request: Request, *, num: int) ->
                     raise ValueError(f"output {short(output)}: all of them go to stdout")
                 # in the folder of --output, if it has one
                 values["output"] = str(Path(request.output or "").parent / check_inside(output))
-            merged = replace(request, **values)
+            merged = with_values(request, values)
             yield from [_make_job(entry.line, merged, index + i, i) for i in range(num)]
         except ValueError as error:
             yield Refused(index, entry.line, error)
@@ -299,7 +299,7 @@ def _make_job(line: int, request: Request, index: int, offset: int) -> Job:
         raise ValueError('the prompt is empty: say what to show, such as "a corgi swimming"')
     if request.output is None:
         raise ValueError("no output: give a name with --output, or - for stdout")
-    seed = randbits(32) if request.seed is None else request.seed + offset
+    seed = randbits(32) if request.seed is None else read_value(FIELDS["seed"], request.seed + offset)
     target = fill(request.output, prompt, {"index": index, "line": line, "seed": seed})
     encoding = choose_encoding(
         target,
@@ -311,5 +311,5 @@ def _make_job(line: int, request: Request, index: int, offset: int) -> Job:
         if frames not in (None, 1):
             raise ValueError(f"{target} holds one frame, not {frames}: give the name of a video")
         frames = 1
-    request = replace(request, prompt=prompt or None, seed=seed, frames=frames)
+    request = with_values(request, {"prompt": prompt or None, "seed": seed, "frames": frames})
     return Job(index, line, request, target, encoding)

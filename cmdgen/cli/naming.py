@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from cmdgen.cli.progress import Say
@@ -25,8 +26,11 @@ def slug(prompt: str, length: int = SLUG_BYTES) -> str:
     It has at most `length` letters and SLUG_BYTES bytes, no dot and no separator; never empty.
     """
     # words of letters, marks that belong to them, and numbers
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).lower())
-    kept = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in folded)
+    if prompt.isascii():
+        kept = re.sub("[^a-z0-9]", " ", prompt.lower())
+    else:
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).lower())
+        kept = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in folded)
     name = "-".join(kept.split()).encode()
     if len(name) > SLUG_BYTES:
         # cut between words, or, if the first one alone is too long, between letters
@@ -44,33 +48,39 @@ def fill(template: str, prompt: str, numbers: dict[str, int]) -> str:
 
     `numbers` are index, line and seed. Raises ValueError, with the fields that are possible.
     """
-
-    def replace(match: re.Match[str]) -> str:
-        name, spec = _read_field(match)
+    filled = []
+    for text, name, spec in _parse(template):
+        filled.append(text)
         if name == "slug":
-            return slug(prompt, int(spec[1:] or SLUG_BYTES))
-        return format(numbers[name], spec) if name else match[0][0]
-
-    return _BRACES.sub(replace, template)
+            filled.append(slug(prompt, int(spec[1:] or SLUG_BYTES)))
+        elif name:
+            filled.append(format(numbers[name], spec))
+    return "".join(filled)
 
 
 def fields(template: str) -> set[str]:
     """Return the names of a template's fields. Raises ValueError if it is not a template."""
-    return {_read_field(match)[0] for match in _BRACES.finditer(template)} - {""}
+    return {name for _, name, _ in _parse(template)} - {""}
 
 
-def _read_field(match: re.Match[str]) -> tuple[str, str]:
-    """Return a field's name and format; both are empty for a doubled brace."""
-    if match[0] in ("{{", "}}"):
-        return "", ""
-    name, colon, spec = (match[1] or "").partition(":")
-    if name in FIELDS and (not colon or re.fullmatch(FIELDS[name], spec)):
-        return name, spec
-    names = ", ".join(f"{{{field}}}" for field in FIELDS)
-    raise ValueError(
-        f"output {match.string!r}: {match[0]} is none of {names}, such as {{index:04d}} or "
-        "{slug:.20}; a brace itself is written twice"
-    )
+@lru_cache(64)
+def _parse(template: str) -> tuple[tuple[str, str, str], ...]:
+    """Return the pieces of a template: a text, and the name and format of the field after it, if any."""
+    pieces, end = [], 0
+    for match in _BRACES.finditer(template):
+        text, end = template[end : match.start()], match.end()
+        if match[0] in ("{{", "}}"):
+            pieces.append((text + match[0][0], "", ""))
+            continue
+        name, colon, spec = (match[1] or "").partition(":")
+        if name not in FIELDS or (colon and not re.fullmatch(FIELDS[name], spec)):
+            names = ", ".join(f"{{{field}}}" for field in FIELDS)
+            raise ValueError(
+                f"output {template!r}: {match[0]} is none of {names}, such as {{index:04d}} or "
+                "{slug:.20}; a brace itself is written twice"
+            )
+        pieces.append((text, name, spec))
+    return (*pieces, (template[end:], "", ""))
 
 
 def check_inside(path: str) -> str:

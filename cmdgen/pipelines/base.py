@@ -25,7 +25,7 @@ from cmdgen.metadata import describe_plan
 from cmdgen.pipelines.clip import Clip, Inputs, Made
 from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.observer import Observer
-from cmdgen.request import Plan, Request, resolve, shared_settings
+from cmdgen.request import Plan, Request, resolve, shared_settings, with_prompt
 from cmdgen.store.parts import hash_weights, load_part, network_configs
 from cmdgen.video.formats import Pixels
 from cmdgen.video.pixels import CONVERT
@@ -110,17 +110,16 @@ class Pipeline(ABC):
 
         Reads no weights. Raises ValueError, saying what is possible, where it cannot be made.
         """
-        plan = resolve(request, self.config)
-        # prompt and seeds do not matter for key steps and slices
-        key = batch, shared_settings(request), shared_settings(plan)
+        # prompt and seeds do not matter for all that is checked and chosen
+        key = batch, shared_settings(request)
         if key not in self._plans:
+            plan = resolve(request, self.config)
             self._plans[key] = replace(
                 plan,
                 key_steps=choose_key_steps(request, plan.model, self.folder),
                 slices=choose_slices(Work(plan.model, self.dtype, batch), self.device, plan.max_memory),
             )
-        chosen = self._plans[key]
-        return replace(plan, key_steps=chosen.key_steps, slices=chosen.slices)
+        return with_prompt(self._plans[key], request)
 
     def part(self, name: str) -> Any:
         """Return one part of the model, read when first needed.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from stat import S_ISCHR, S_ISFIFO
 from types import MappingProxyType
@@ -120,6 +120,7 @@ _TABLE = (
     Format("safetensors", (".safetensors",), metadata="header", video=False),
 )
 FORMATS: Mapping[str, Format] = MappingProxyType({kind.name: kind for kind in _TABLE})
+_BY_SUFFIX = {suffix: kind for kind in _TABLE for suffix in kind.suffixes}
 
 # a number, or %% for a percent sign
 _FIELD = re.compile(r"(%%|%(?:0\d+)?d)")
@@ -212,6 +213,10 @@ def is_stream(target: str) -> bool:
     return False
 
 
+# the same for all clips of most batches
+_encoding = lru_cache(64)(Encoding)
+
+
 def choose_encoding(
     target: str,
     *,
@@ -238,7 +243,7 @@ def choose_encoding(
         parse_pattern(target)
     if loop is not None:
         _check_loops(kind)
-    return Encoding(kind.name, crf, codec, loop or 0, metadata, sidecar)
+    return _encoding(kind.name, crf, codec, loop or 0, metadata, sidecar)
 
 
 def _list_formats(field: str) -> str:
@@ -253,14 +258,13 @@ def _find_format(name: str) -> Format:
 
 
 def _find_by_name(target: str) -> Format:
-    path = Path(target)
-    suffix = path.suffix.lower()
-    if suffix == ".png" and {*_FIELD.findall(path.name)} - {"%%"}:
+    name = os.path.basename(target)
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix == ".png" and "%" in name and {*_FIELD.findall(name)} - {"%%"}:
         return FORMATS["frames"]
-    by_suffix = {suffix: kind for kind in FORMATS.values() for suffix in kind.suffixes}
-    if suffix not in by_suffix:
-        raise ValueError(f"{target}: the name must end in {', '.join(by_suffix)} or %04d.png, or give a format")
-    return by_suffix[suffix]
+    if suffix not in _BY_SUFFIX:
+        raise ValueError(f"{target}: the name must end in {', '.join(_BY_SUFFIX)} or %04d.png, or give a format")
+    return _BY_SUFFIX[suffix]
 
 
 def _check_loops(kind: Format) -> None:
@@ -329,9 +333,10 @@ def name_sidecar(target: Path) -> Path:
     return target.parent / f"{target.name}.json"
 
 
-def list_outputs(target: Path, encoding: Encoding, frames: int) -> list[Path]:
+def list_outputs(target: str, encoding: Encoding, frames: int) -> list[str]:
     """Return the files of a clip of so many frames: a sidecar, if it has one, and those of the clip."""
     files = [target]
     if encoding.format == "frames":
-        files = [target.with_name(target.name % number) for number in range(1, frames + 1)]
-    return [name_sidecar(target), *files] if encoding.sidecar else files
+        folder, name = os.path.split(target)
+        files = [os.path.join(folder, name % number) for number in range(1, frames + 1)]
+    return [f"{target}.json", *files] if encoding.sidecar else files

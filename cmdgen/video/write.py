@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from errno import ELOOP, ENOENT, ENOTDIR
+from functools import cached_property, lru_cache
 from io import BufferedWriter
 from itertools import pairwise
 from pathlib import Path
@@ -98,35 +99,55 @@ def check_output(
         if sys.stdout.isatty():
             raise ValueError("stdout is a terminal: send the video to a file or a program")
         return
-    path = Path(target)
     if is_stream(os.fspath(target)):
-        if not os.access(path, os.W_OK):
-            raise ValueError(f"{path} may not be written to")
+        if not os.access(target, os.W_OK):
+            raise ValueError(f"{target} may not be written to")
         return
+    path, taken = os.path.abspath(target), []
     try:
-        taken, sidecar = [path] if os.path.lexists(path) else [], name_sidecar(path)
+        # unlike os.path.exists, this raises for a name that is too long
+        if _is_there(path):
+            taken = [Path(target)]
+        if os.path.isdir(path):
+            raise ValueError(f"{target} is a folder: give the name of a file in it")
         if encoding.format == "frames":
-            taken = list_frames(path)[:1]
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: give the name of a file in it")
-        if encoding.sidecar and sidecar.exists():
-            taken.append(sidecar)
+            # of a sequence one file will do
+            taken = list_frames(Path(target))[:1]
+        if encoding.sidecar and os.path.exists(name_sidecar(Path(path))):
+            taken.append(name_sidecar(Path(target)))
         for file in taken:
             if not overwrite:
                 raise kept(file)
             if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
                 raise ValueError(f"{file} exists and may not be replaced: give another name")
-        folder = Path(os.path.realpath(path)).parent
-        if makes_folder:
-            folder = next(each for each in (folder, *folder.parents) if each.exists())
-        if not folder.is_dir():
-            raise ValueError(f"{path}: there is no folder {folder}: make it first")
-        # a nameless file: permissions alone do not tell what a mounted folder allows
-        tempfile.TemporaryFile(dir=folder).close()
+        # what a symlink points to is written
+        _check_folder(os.path.dirname(os.path.realpath(path) if taken else path), makes_folder)
     except FileExistsError:
         raise
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise ValueError(f"{target}: {error.strerror}") from error
+
+
+def _is_there(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno not in (ENOENT, ENOTDIR, ELOOP):
+            raise
+        return False
+    return True
+
+
+@lru_cache(256)
+def _check_folder(name: str, makes_folder: bool) -> None:
+    """Raise OSError where no file can be made in a folder; asked once for the files of a batch."""
+    folder = Path(os.path.realpath(name))
+    if makes_folder:
+        folder = next(each for each in (folder, *folder.parents) if each.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(ENOTDIR, f"there is no folder {folder}: make it first")
+    # a nameless file: permissions alone do not tell what a mounted folder allows
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def write_still(
