@@ -1,12 +1,14 @@
 """`cmdgen` and `python -m cmdgen`."""
 
-import signal
+try:
+    import signal
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # while modules are imported, Ctrl-C ends the process in silence
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-from cmdgen.cli.app import main
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # while modules are imported, Ctrl-C ends the process in silence
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from cmdgen.cli.app import main
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 if __name__ == "__main__":
     main()

@@ -33,8 +33,8 @@ STREAMS = ("y4m", "raw", "mp4")
 PREVIEW_SHARE = 0.1
 # times the pixels of the model's own clip from which memory is estimated first
 _LARGE = 8
-# notes that are remembered, so that each is printed once: a pipe may never end
-_MAX_NOTES = 1000
+# notes that are remembered, so that each is printed once, and names of files of a pipe
+_MAX_NOTES, _MAX_NAMES = 1000, 100_000
 
 
 def group(jobs: Iterable[Job | Refused | None], most: int) -> Iterator[list[Job] | Refused]:
@@ -160,6 +160,9 @@ class Batch:
             if preview is not None and name == os.path.realpath(preview):
                 raise ValueError(f"{job.target} is the preview's name: give another one")
             index, line = self.targets.setdefault(name, (job.index, job.line))
+            if self.total is None and len(self.targets) > _MAX_NAMES:
+                # a pipe may never end
+                del self.targets[next(iter(self.targets))]
             if index != job.index:
                 text = (
                     f"{job.target} is the name of a clip of line {line} already: let names differ, by "

@@ -35,6 +35,8 @@ STDIN = "-"
 # bytes of a video that comes through a pipe
 MOST_PIPED = 2**32
 SMALLER = "ask for a smaller --size, fewer --frames, or work within --max-memory"
+# sizes that inputs are kept at: a batch may come from a pipe that never ends
+_MAX_SIZES = 8
 
 
 def spool(path: Path) -> Path:
@@ -144,6 +146,8 @@ class InputFiles:
         model = plan.model
         key = model.size, model.frames, model.fps
         if key not in self._inputs:
+            if len(self._inputs) >= _MAX_SIZES:
+                self._inputs.clear()
             self._inputs[key] = self._read_files(pipeline, plan, say)
         return self._inputs[key]
 

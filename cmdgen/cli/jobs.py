@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from itertools import chain, islice
 from pathlib import Path
 from queue import Empty, Queue
 from reprlib import repr as short
@@ -127,12 +128,15 @@ class Refused:
         return {"index": self.index, "line": self.line, "error": describe(self.error)}
 
 
+_END = Entry(0, {})
+
+
 def open_entries(file: str | None) -> tuple[Iterator[Entry | None], bool]:
     """Return the entries of a file, and whether it is read to its end before jobs start.
 
     "-" is stdin, whose entries start as they come: None stands where no line is there yet. None is
-    a prompt piped to stdin; a terminal has none. Raises OSError and ValueError for what cannot be
-    read.
+    what is piped to stdin, one prompt or, as for "-", more; a terminal has none. Raises OSError and
+    ValueError for what cannot be read.
     """
     if file is None and os.isatty(0):
         return iter(()), True
@@ -141,9 +145,15 @@ def open_entries(file: str | None) -> tuple[Iterator[Entry | None], bool]:
     if os.path.isdir(descriptor):
         raise ValueError(f"{file} is a folder, not a file of prompts")
     stream, status = os.fdopen(descriptor, "rb"), os.fstat(descriptor)
-    if file is None or (S_ISREG(status.st_mode) and status.st_size <= MAX_AHEAD_BYTES):
+    if S_ISREG(status.st_mode) and status.st_size <= MAX_AHEAD_BYTES:
         return read_entries(stream), True
-    return _as_they_come(stream), False
+    entries = _as_they_come(stream)
+    if file is None:
+        first = list(islice(filter(None, entries), 1))
+        if (second := next(entries, _END)) is _END:
+            return iter(first), True
+        entries = chain(first, [second], entries)
+    return entries, False
 
 
 def _as_they_come(stream: IO[bytes]) -> Iterator[Entry | None]:

@@ -32,6 +32,8 @@ from cmdgen.video.pixels import CONVERT
 
 # timesteps that are projected at once: all of them, except for very long schedules
 TIMESTEPS_TOGETHER = 64
+# plans that are kept: a batch may come from a pipe that never ends
+_MAX_PLANS = 1000
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class Pipeline(ABC):
         # prompt and seeds do not matter for all that is checked and chosen
         key = batch, shared_settings(request)
         if key not in self._plans:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
             plan = resolve(request, self.config)
             self._plans[key] = replace(
                 plan,
