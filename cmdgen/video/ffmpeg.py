@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Thread
 from typing import IO
 
@@ -47,6 +47,8 @@ def run_ffmpeg(
 
 
 def _listen(stderr: IO[bytes], said: bytearray) -> None:
-    while part := stderr.read(2**16):
-        if len(said) < MOST_SAID:
-            said += part
+    # it is closed where Ctrl-C comes while this thread is waited for
+    with suppress(ValueError):
+        while part := stderr.read(2**16):
+            if len(said) < MOST_SAID:
+                said += part
