@@ -45,6 +45,8 @@ def read_job(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{short(key)} is the same for all jobs: give it as a flag")
         if name not in FIELDS:
             raise ValueError(f"{short(key)} is not one of {', '.join(sorted(JOB_FIELDS))}")
+        if value is None:
+            raise ValueError(f"{short(key)} is null: leave it out")
         typed[name] = read_json(name, value)
     return typed
 

@@ -141,7 +141,6 @@ def test_any_object_is_a_job_or_an_error_in_a_line(values):
         ({"rehash": "0,1,4+0,2"}, {"rehash": ((0, 1, 4), (0, 2))}),
         ({"rehash": "off"}, {"rehash": None}),
         ({"negative": "a\tcar"}, {"negative": "a car"}),
-        ({"steps": None}, {"steps": None}),
     ],
 )
 def test_options_of_a_line_win_over_flags(values, expected):
@@ -155,6 +154,9 @@ def test_options_of_a_line_win_over_flags(values, expected):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
+        ({"prompt": None}, "'prompt' is null: leave it out"),
+        ({"steps": None}, "'steps' is null: leave it out"),
+        ({"sidecar": None}, "'sidecar' is null: leave it out"),
         ({"steps": "5"}, "steps '5' is not a whole number"),
         ({"steps": 5.0}, "steps 5.0 is not a whole number"),
         ({"steps": True}, "steps True is not a whole number"),
