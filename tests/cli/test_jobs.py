@@ -154,7 +154,7 @@ def test_options_of_a_line_win_over_flags(values, expected):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"prompt": None}, "'prompt' is null: leave it out"),
+        ({"prompt": None}, "has no prompt"),
         ({"steps": None}, "'steps' is null: leave it out"),
         ({"sidecar": None}, "'sidecar' is null: leave it out"),
         ({"steps": "5"}, "steps '5' is not a whole number"),
