@@ -61,12 +61,29 @@ def create_folder(path: Path) -> Iterator[Path]:
     place = path.absolute()
     if not place.parent.is_dir():
         raise ValueError(f"folder {place.parent} does not exist")
-    with temporary_folder(place.parent) as folder:
-        (temporary := folder / place.name).mkdir()
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        publish({temporary: place})
+    try:
+        with temporary_folder(place.parent) as folder:
+            (temporary := folder / place.name).mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                _sync(file)
+            publish({temporary: place})
+    except OSError as error:
+        # what cannot be found or reached is no fault of the folder
+        if type(error) not in (OSError, PermissionError):
+            raise
+        raise OSError(f"{path} was not written: {error.strerror or str(error).rpartition(': ')[2]}") from error
+
+
+@contextmanager
+def fill_folder(path: Path) -> Iterator[Path]:
+    """Give a folder that exists, to replace files in it, or a temporary one as `create_folder` does."""
+    if path.is_dir():
+        yield path
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with create_folder(path) as folder:
+        yield folder
 
 
 @contextmanager
@@ -94,7 +111,7 @@ def hold_folder(path: Path) -> Iterator[None]:
     Raises OSError where another process holds it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with _lock(path) as got:
+    with _lock(path.resolve()) as got:
         if got is False:
             raise OSError(f"{path} is in use by another cmdgen: wait for its end, or give another folder")
         for folder in {hidden.parent for hidden in path.rglob(f"{_HIDDEN}*")}:

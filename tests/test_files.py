@@ -10,6 +10,7 @@ import pytest
 from cmdgen import files
 from cmdgen.files import (
     create_folder,
+    fill_folder,
     hold_folder,
     parse_json,
     publish,
@@ -164,8 +165,24 @@ def test_a_folder_is_held_by_one_process_and_an_empty_one_does_not_stay(tmp_path
     assert not folder.exists()
     with hold_folder(folder):
         write_json(folder / "file", {})
-    with hold_folder(folder):
+    (tmp_path / "link").symlink_to("run")
+    with hold_folder(tmp_path / "link"):
         assert (folder / "file").exists()
+        with pytest.raises(OSError, match="is in use by another cmdgen"):
+            hold_folder(folder).__enter__()
+
+
+def test_a_new_folder_appears_whole_and_the_files_of_an_old_one_are_replaced(tmp_path: Path) -> None:
+    place = tmp_path / "new" / "folder"
+    for text in ("old", "new"):
+        with fill_folder(place) as folder:
+            assert (folder == place) == (text == "new")
+            write_json(folder / "a.json", {"text": text})
+        assert read_json(place / "a.json") == {"text": text}
+    says = f"^{tmp_path}/other was not written: File too large$"
+    with full_disk(100), pytest.raises(OSError, match=says), create_folder(tmp_path / "other") as folder:
+        write_json(folder / "a.json", {"text": "x" * 200})
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:

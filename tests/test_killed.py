@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cmdgen import files
-from cmdgen.files import create_folder, write_json
+from cmdgen.files import write_json
 from cmdgen.latents import Latents, save_latents
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.store.catalogue import create_model
@@ -64,8 +64,7 @@ def latents(folder: Path, value: int) -> None:
 def make_folder(folder: Path) -> None:
     """As a run's tokenizer is made: where it is there already, it is whole."""
     if not (folder / "m").is_dir():
-        with create_folder(folder / "m") as target:
-            Tokenizer.train(["a dog"], 520).save_pretrained(target)
+        Tokenizer.train(["a dog"], 520).save_pretrained(folder / "m")
 
 
 def encode(folder: Path) -> None:

@@ -1,10 +1,12 @@
 """Networks that live in folders: config.json beside weights in safetensors."""
 
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import nn
 
+from cmdgen.files import fill_folder
 from cmdgen.schema import Folder, check_choices, config_path, read_config, write_config
 from cmdgen.weights import build_empty, load_weights, save_weights
 
@@ -40,9 +42,10 @@ class Pretrained(nn.Module, Generic[C]):
         return model.eval()
 
     def save_pretrained(self, folder: Folder, *, dtype: torch.dtype | None = None) -> None:
-        """Write the folder that `from_pretrained` and the library read."""
-        save_weights(self, folder, self.filename, dtype)
-        write_config(self.config, folder)
+        """Write the folder that `from_pretrained` and the library read; a new one appears whole."""
+        with fill_folder(Path(folder)) as place:
+            save_weights(self, place, self.filename, dtype)
+            write_config(self.config, place)
 
     @staticmethod
     def rename_stored(name: str) -> str | None:

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
-from cmdgen.files import read_json, read_text, replace_with, write_json
+from cmdgen.files import fill_folder, read_json, read_text, replace_with, write_json
 from cmdgen.schema import Folder
 
 _BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
@@ -113,16 +113,16 @@ class Tokenizer:
 
     def save_pretrained(self, folder: Folder, *, length: int = 77) -> None:
         """Write a folder that transformers' `CLIPTokenizer` opens; `length` is its default."""
-        folder = Path(folder)
         special = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": self.pad, "unk_token": _EOS}
-        write_json(folder / "vocab.json", self.vocab)
-        with replace_with(folder / "merges.txt") as temporary:
-            lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **special}
-        write_json(folder / "tokenizer_config.json", config)
-        if self.words is not None:
-            write_json(folder / "words.json", {"words": sorted(self.words)})
+        with fill_folder(Path(folder)) as place:
+            write_json(place / "vocab.json", self.vocab)
+            with replace_with(place / "merges.txt") as temporary:
+                lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
+                temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, **special}
+            write_json(place / "tokenizer_config.json", config)
+            if self.words is not None:
+                write_json(place / "words.json", {"words": sorted(self.words)})
 
 
 def _backend(model: BPE) -> Backend:

@@ -7,7 +7,6 @@ alone), a loss, an evaluation, a sheet of samples and how to export itself.
 import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any, Protocol
@@ -15,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cmdgen.files import create_folder
 from cmdgen.training.checkpoint import NAME, Log, check_origin, load_checkpoint, save_checkpoint
 from cmdgen.training.config import TrainConfig
 from cmdgen.training.context import Run
@@ -46,10 +44,7 @@ class Stage(Protocol):
     def export(self, folder: Path) -> None:
         """Write the trained parts into a model folder."""
         for part, module in self.modules.items():
-            place = folder / part
-            # a new part is whole when it appears
-            with nullcontext(place) if place.is_dir() else create_folder(place) as target:
-                module.save_pretrained(target)  # type: ignore[operator]
+            module.save_pretrained(folder / part)  # type: ignore[operator]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cmdgen.files import create_folder
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.training.context import Run
@@ -49,8 +48,7 @@ class Text:
             tokenizer = Tokenizer.train(texts, run.model.text.vocab_size)
         # before the first checkpoint: token ids must never change under the weights
         shutil.rmtree(place, ignore_errors=True)
-        with create_folder(place) as temporary:
-            tokenizer.save_pretrained(temporary, length=run.model.text.max_position_embeddings)
+        tokenizer.save_pretrained(place, length=run.model.text.max_position_embeddings)
         return cls(run, tokenizer, encoder)
 
     def __call__(self, ids: Tensor) -> Tensor:
