@@ -125,7 +125,8 @@ def _check_range(title: str, value: Any, described: Option) -> None:
     low, high = described.low, described.high
     if low is not None and high is not None and not low <= value <= high:
         top = "2^63 - 1" if high == 2**63 - 1 else high
-        raise ValueError(f"{title} {short(value)} is not between {low} and {top}")
+        hint = ": leave it out for a random one" if described.shown == "random" else ""
+        raise ValueError(f"{title} {short(value)} is not between {low} and {top}{hint}")
     if low is not None and not value >= low:
         raise ValueError(f"{title} {short(value)} is not at least {low}")
 

@@ -1,6 +1,7 @@
 """Makes the jobs of one command: several in a forward, each to its file, or all to one stream."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -331,12 +332,19 @@ class Batch:
             if steps.motion:
                 full = _list_steps(steps.motion, model.motion_steps)
                 self.note(f"rehash: motion in full at {full}")
+        self.note_prompts(jobs)
+
+    def note_prompts(self, jobs: list[Job]) -> None:
+        """Note what a model does not read of prompts."""
+        pipeline, name = self.pipeline, self.pipeline.config.name
         if not isinstance(pipeline, StillPipeline):
             return
         for job in jobs:
             of, prompt = "" if self.alone else f"line {job.line}: ", job.plan.prompt
             if unknown := dict.fromkeys(pipeline.tokenizer.unknown_words(prompt)):
                 self.note(f"note: {of}unknown words for {name}: {', '.join(unknown)}")
+            if weights := re.findall(r"\([^()]*[^()\d]:\s*[\d.]+\)", prompt):
+                self.note(f"note: {of}weights are read as words: {', '.join(weights)}")
             if not pipeline.fits(prompt):
                 self.note(f"note: {of}{name} reads only the start of this long prompt")
 

@@ -8,7 +8,7 @@ import typer
 
 from cmdgen.cli.command import Only, expand
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.progress import Quiet
+from cmdgen.cli.progress import AsJson, JsonOrQuiet
 from cmdgen.cli.stop import Stop
 from cmdgen.files import replace_with
 from cmdgen.options import SIZE, Size, option, write_size
@@ -45,7 +45,7 @@ class Sheet:
 
 @app.command(cls=Command)
 @expand
-def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)]) -> None:
+def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)], say: AsJson) -> None:
     """Write a contact sheet of captioned clips and print its path.
 
     Examples:
@@ -64,7 +64,7 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)]) -> Non
     picture = draw_sheet(clips, sheet.columns)
     with replace_with(sheet.output) as temporary:
         picture.save(temporary, "PNG")
-    typer.echo(sheet.output)
+    say.result(sheet.output, {"output": str(sheet.output)})
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def precompute(
     shared: Annotated[Shared, Only(("preset", "data", "size", "frames", "fps"))],
     train: Annotated[TrainConfig, Only(("precision",))],
     machine: Annotated[Request, Only(("device", "max_memory"))],
-    say: Quiet,
+    say: JsonOrQuiet,
 ) -> None:
     """Encode clips with a VAE, once for many runs, and print the folder.
 
@@ -130,4 +130,4 @@ def precompute(
             say.note(source.note)
         held_out = latents.held_out or recipe(model.name, "content").train.held_out
         Encodings(source, codec, latents.output, report).precompute(held_out)
-    typer.echo(latents.output)
+    say.result(latents.output, {"output": str(latents.output)})

@@ -38,6 +38,7 @@ def print_forecast(jobs: Iterable[Job | Refused | None], batch: Batch) -> None:
         else:
             plan = replace(shared_settings(jobs_together[0].plan), negative="")
             groups.append(foresee(plan, len(jobs_together)))
+            batch.note_prompts(jobs_together)
             records += map(_describe, jobs_together)
     report: dict[str, Any] = {
         **{"model": pipeline.config.name, "folder": str(pipeline.folder)},

@@ -205,6 +205,8 @@ def read_input(video: Path, model: ModelConfig, say: Say) -> "np.ndarray":
         changes.append(f"cropped and resized to {write_size(model.size)}")
     if source.held:
         changes.append(f"the last frame held for {source.held} more")
+    if source.damaged:
+        changes.append("it is damaged: some of it is a decoder's guess")
     say.note(f"{video}, {source}: {', '.join(changes) or 'unchanged'}")
     return clip
 

@@ -11,7 +11,7 @@ import typer
 from cmdgen.cli.command import Device, expand
 from cmdgen.cli.errors import within_memory
 from cmdgen.cli.help import Command, Group
-from cmdgen.cli.progress import Quiet, Say
+from cmdgen.cli.progress import AsJson, JsonOrQuiet, Say
 from cmdgen.cli.stop import Stop
 from cmdgen.options import option, options_of
 from cmdgen.training.config import DATA, Shared, Start, build_model, presets_of, recipe
@@ -69,7 +69,7 @@ def _show(value: object) -> str:
 def _command(stage: str) -> Callable[..., None]:
     settings_type: Any = _settings(stage)
 
-    def command(start: Start, shared: Shared, settings: settings_type, request: Device, say: Quiet) -> None:
+    def command(start: Start, shared: Shared, settings: settings_type, request: Device, say: JsonOrQuiet) -> None:
         _train(stage, start, shared, vars(settings), request.device, say)
 
     return expand(command)
@@ -103,8 +103,10 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
     deadline = None if config.minutes is None else started + 60 * config.minutes
     smaller = "ask for a smaller --batch or --size, more --accumulate, or --gradient-checkpointing"
     with Stop("this step") as stop, within_memory(smaller), say.progress(deadline=deadline) as show:
+        phases = set()
 
         def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
+            phases.add(phase)
             show(phase, done, total, f"loss {figures['loss']:.4g}" if "loss" in figures else "")
             late = deadline is not None and time.monotonic() > deadline
             if phase.startswith("encode") and (stop() or late):
@@ -120,7 +122,10 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
             f"note: the learning rate, {learning_rate(config, done):.2g} by now, falls until step "
             f"{config.steps}: the same command goes on, and fewer --steps end it earlier"
         )
-    typer.echo(start.folder)
+    later = [*_SUMMARIES][[*_SUMMARIES].index(stage) + 1 :] if "train" in phases else []
+    if stale := [name for name in later if (start.folder / "training" / name).is_dir()]:
+        say.note(f"note: {', '.join(stale)} learned from another {stage}: train them again with --restart")
+    say.result(start.folder, {"output": str(start.folder), "stage": stage, "steps": done, "of": config.steps})
     raise typer.Exit(stop.code)
 
 
@@ -143,7 +148,7 @@ class Export:
 
 @app.command(cls=Command)
 @expand
-def export(options: Export) -> None:
+def export(options: Export, say: AsJson) -> None:
     """Copy a finished run's model, without training state, to a folder.
 
     Examples:
@@ -155,4 +160,4 @@ def export(options: Export) -> None:
     sizes = export_model(options.run, options.target, DTYPES[options.dtype])
     for name, size in (sizes | {"in all": sum(sizes.values())}).items():
         typer.echo(f"{size / 2**20:7.2f} MiB  {name}", err=True)
-    typer.echo(options.target)
+    say.result(options.target, {"output": str(options.target), "bytes": sizes})

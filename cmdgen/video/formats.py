@@ -241,6 +241,8 @@ def choose_encoding(
         raise ValueError("a sidecar lies beside a file: give a name instead of -")
     if kind.name == "frames":
         parse_pattern(target)
+        if Path(target).suffix.lower() != ".png":
+            raise ValueError(f"{target}: the name of frames must end in .png, such as %04d.png")
     if loop is not None:
         _check_loops(kind)
     return _encoding(kind.name, crf, codec, loop or 0, metadata, sidecar)
@@ -284,8 +286,6 @@ def parse_pattern(target: str | Path) -> re.Pattern[str]:
     digits = int(numbers[0][2:-1] or 1) if numbers else 0
     if len(numbers) != 1 or not 1 <= digits <= 9 or any("%" in text for text in pieces[::2]):
         raise ValueError(f"{target}: the name of frames needs one number in it, such as %04d.png")
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{target}: the name of frames must end in .png, such as %04d.png")
     names = (rf"(\d{{{digits},}})" if piece in numbers else re.escape(piece.replace("%%", "%")) for piece in pieces)
     return re.compile("".join(names), re.ASCII)
 

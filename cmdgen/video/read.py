@@ -93,6 +93,7 @@ class Source:
     `width` and `height` are as it is shown: turned upright, with square pixels. `fps` is the mean,
     None for a still or a sequence of pictures, `seconds` the whole length, None where it is not
     known. `held` counts the frames at the clip's end that repeat the last one for want of more.
+    `damaged` says that a part could not be decoded: what stands there is the decoder's guess.
     """
 
     width: int = 0
@@ -100,6 +101,7 @@ class Source:
     fps: float | None = None
     seconds: float | None = None
     held: int = 0
+    damaged: bool = False
 
     def __str__(self) -> str:
         """Return such as 1920x1080, 29.97 fps, 12.4 s."""
@@ -324,6 +326,7 @@ def _describe(text: str, source: Source) -> None:
     """Read what ffmpeg says of a file."""
     if "max_pixels" in text:
         raise Image.DecompressionBombError
+    source.damaged = re.search("conceal|corrupt|error while decoding|decode error|Invalid data", text) is not None
     if fps := re.search(r"^  Stream #0:.* Video: .*?([\d.]+) fps", text, re.MULTILINE):
         source.fps = float(fps[1]) or None
     if length := re.search(r"^  Duration: (\d+):(\d\d):(\d\d\.\d+)", text, re.MULTILINE):

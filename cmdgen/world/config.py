@@ -1,6 +1,6 @@
 """What a rendered world shows. Never imports torch: the command line reads its defaults here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from cmdgen.options import option, read_fields
@@ -53,4 +53,7 @@ MINI_WORLD = WorldConfig(
     variety=0.5,
 )
 
-WORLDS = {"world": WORLD, "mini": MINI_WORLD}
+# without emoji, and so without their font
+SHAPES_WORLD = replace(MINI_WORLD, sprites="shapes")
+
+WORLDS = {"world": WORLD, "mini": MINI_WORLD, "shapes": SHAPES_WORLD}

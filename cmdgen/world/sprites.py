@@ -58,7 +58,7 @@ def _open_font(path: str | None) -> ImageFont.FreeTypeFont:
     except OSError as error:
         if path is not None:
             raise ValueError(f"font {path}: {error}; a colour bitmap font is needed") from None
-    raise FileNotFoundError(f"{_FONT} not found: install it, in Debian as fonts-noto-color-emoji")
+    raise FileNotFoundError(f"{_FONT} not found: install it (Debian: fonts-noto-color-emoji); --data shapes needs none")
 
 
 @cache

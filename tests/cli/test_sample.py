@@ -896,3 +896,20 @@ def test_threads_are_as_many_as_asked_for(sample, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.set_num_threads", chosen.append)
     assert sample(PROMPT, "-o", tmp_path / "a.mp4", "--threads", 3).code == 0
     assert chosen == [3]
+
+
+def test_weights_of_words_are_said_to_be_words(sample, tmp_path):
+    result = sample("a (dog:1.3) swimming (in the ocean: 0.5)", "-o", tmp_path / "a.mp4")
+    assert "note: weights are read as words: (dog:1.3), (in the ocean: 0.5)\n" in result.err
+    assert "weights" not in sample("a dog (at 12:30) swimming", "-o", tmp_path / "b.mp4").err
+
+
+def test_a_dry_run_names_unknown_words(sample):
+    assert "note: unknown words for tiny: zebra" in sample("a zebra", "-o", "a.mp4", "--dry-run").err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1])
+def test_a_seed_that_other_tools_take_is_refused_with_what_to_do(refused, seed):
+    result = refused(PROMPT, "-o", "a.mp4", "--seed", seed)
+    assert result.code == 2
+    assert result.err == f"error: seed {seed} is not between 0 and 2^63 - 1: leave it out for a random one\n"

@@ -58,6 +58,15 @@ def test_a_run_goes_on_from_anywhere_and_says_what_it_leaves_out(
     assert train("vae", "--steps", 3).code == 0
 
 
+def test_a_stage_trained_again_says_what_learned_from_the_last_one(train, videos: Path) -> None:
+    assert "learned from another" not in train("vae", "--data", videos, "--steps", 1).err
+    train("autoencoder", "--steps", 1)
+    assert "learned from another" not in train("vae", "--steps", 1).err
+    again = train("vae", "--steps", 2, "--json")
+    assert "note: autoencoder learned from another vae: train them again with --restart" in again.err
+    assert json.loads(again.out)["steps"] == 2
+
+
 def test_a_gated_run_is_gated_in_all_its_parts(train, tmp_path: Path) -> None:
     gate = ("--attention", "gated", "--attention-threshold", 1.5, "--attention-features", 8)
     assert train("vae", *gate, "--steps", 1).code == 0

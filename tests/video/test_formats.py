@@ -36,7 +36,7 @@ def test_a_format_that_is_said_wins_over_the_name():
         ("a.gif", {"loop": -1}, "loop -1 is not from 0"),
         ("a.mp4", {"sidecar": True, "metadata": False}, "sidecar holds the metadata"),
         ("-", {"sidecar": True}, "give a name instead of -"),
-        ("-", {"format": "mkv"}, "mkv cannot go to stdout: mp4, gif, webp, y4m, raw can"),
+        ("-", {"format": "mkv"}, "mkv cannot go to stdout or a pipe: mp4, gif, webp, y4m, raw can"),
         ("-", {"format": "frames"}, "frames cannot go to stdout"),
         ("%d-%d.png", {}, "needs one number in it, such as %04d.png"),
         ("%s%d.png", {}, "needs one number in it, such as %04d.png"),

@@ -195,3 +195,20 @@ def test_a_gif_that_asks_for_no_time_is_shown_as_players_do(tmp_path):
     pages[0].save(tmp_path / "a.gif", save_all=True, append_images=pages[1:], duration=10)
     clip, source = read_clip(tmp_path / "a.gif", frames=3, size=(8, 8), fps=10)
     assert source.fps == pytest.approx(10) and len({int(frame.mean()) for frame in clip}) == 3
+
+
+def test_a_sequence_may_be_of_other_pictures(tmp_path):
+    for number in range(3):
+        Image.new("L", (8, 8), 100 * number).save(tmp_path / f"f-{number}.jpg")
+    clip, _ = read_clip(tmp_path / "f-%d.jpg", frames=3, size=(8, 8), fps=8)
+    assert np.abs(clip[:, 0, 0, 0].astype(int) - [0, 100, 200]).max() <= 2
+
+
+def test_a_damaged_film_says_so(film, tmp_path):
+    path = film("a.h264", "-c:v", "libx264", "-preset", "ultrafast", "-g", "4", "-qp", "8", count=16)
+    assert not read_clip(path, frames=16, size=(16, 16), fps=None)[1].damaged
+    data = bytearray(path.read_bytes())
+    for place in range(len(data) // 3, len(data), 97):
+        data[place] ^= 0x55
+    (tmp_path / "b.h264").write_bytes(data)
+    assert read_clip(tmp_path / "b.h264", frames=16, size=(16, 16), fps=None)[1].damaged
