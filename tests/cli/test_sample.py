@@ -740,14 +740,6 @@ def test_what_a_file_does_not_say_was_the_default_whatever_the_users_file_says(c
     assert again.read_bytes() == first.read_bytes()
     # what is no part of the clip is as the user likes it
     assert (tmp_path / "again.mp4.json").exists()
-    # null is the default as well
-    unset = dict.fromkeys(("rehash", "rehash_policy", "crf", "seed"))
-    file = jobs(json.dumps({"prompt": "a dog", **unset}))
-    result = cmdgen(*sample, "-f", file, "-o", tmp_path / "null.mp4")
-    assert result.code == 0, result.err
-    metadata = read_metadata(tmp_path / "null.mp4")
-    assert metadata["content_seed"] == 6 and metadata["seed"] != 5
-    assert not {"rehash", "crf", "format"} & set(metadata)
 
 
 def test_like_knows_the_format_by_its_name_too(sample, tmp_path):
