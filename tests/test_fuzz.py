@@ -90,7 +90,8 @@ def make_cache(folder: Path) -> Path:
 def make_run(folder: Path) -> Path:
     path = folder / "training" / "run.json"
     path.parent.mkdir()
-    shared = Shared("mini", "shapes", (32, 48), 4, Path("latents"), "gated", 1.5, 8)
+    gate = {"attention": "gated", "attention_threshold": 1.5, "attention_features": 8}
+    shared = Shared("mini", "shapes", (32, 48), 4, latents=Path("latents"), **gate)
     path.write_text(json.dumps(shared.to_json()))
     return path
 
@@ -142,7 +143,7 @@ def read_lines(path: Path) -> None:
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object]]] = {
     "checkpoint": (make_checkpoint, lambda path: load_checkpoint(path.parent)),
     "cache": (make_cache, lambda path: read(path.parent, ("x",), 4)["x"][torch.arange(4)]),
-    "run": (make_run, lambda path: settle(path.parent.parent, Shared())),
+    "run": (make_run, lambda path: settle(path.parent.parent, Shared(), "vae")),
     "log": (make_log, lambda path: Log(path, 3).close()),
     "latents": (make_latents, read_latents),
     "tokenizer": (make_tokenizer, lambda path: Tokenizer.from_pretrained(path.parent)),
