@@ -12,7 +12,7 @@ import typer
 
 from cmdgen import __version__
 from cmdgen.cli.command import Device
-from cmdgen.cli.errors import Failure, describe
+from cmdgen.cli.errors import Failure, shorten
 from cmdgen.cli.progress import AsJson
 from cmdgen.cli.settings import config_path, read_settings
 from cmdgen.video.formats import CODECS
@@ -117,7 +117,7 @@ def _try(check: Callable[..., None], *arguments: Any) -> dict[str, Any]:
     try:
         check(record, *arguments)
     except (RuntimeError, OSError, ValueError, MemoryError, subprocess.SubprocessError) as error:
-        record["error"] = describe(error)
+        record["error"] = shorten(str(error))
     return record
 
 
@@ -203,5 +203,5 @@ def _check_op(op: "Op", device: "torch.device") -> dict[str, Any]:
     try:
         (error,) = errors(op, inputs)
     except (RuntimeError, OSError, subprocess.SubprocessError) as failure:
-        return {"runs": "kernel", "reason": describe(failure), "agrees": False}
+        return {"runs": "kernel", "reason": shorten(str(failure)), "agrees": False}
     return {"runs": "kernel", "error": error.size, "allowed": error.allowed, "agrees": error.agrees}

@@ -66,7 +66,7 @@ def test_values_are_offered(offered) -> None:
     assert offered("rehash", "calibrate", "--sampler", "") == list(SAMPLERS)
     assert offered("profile", "--device", "c") == ["cpu", "cuda"]
     assert offered("models", "init", "cmd-") == [name for name in PRESETS if "cmd-" in name]
-    assert offered("train", "vae", "--data", "") == ["world", "mini"]
+    assert offered("train", "vae", "--data", "") == ["world", "mini", "shapes"]
     assert offered("completion", "") == SHELLS
     # numbers have no end
     assert offered("profile", "--steps", "") == []

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 
@@ -230,11 +229,3 @@ def test_stdout_gets_the_video_and_nothing_else(streamed, tiny_model, latents, t
     assert streamed(*decode, path)[:2] == (0, f"{path}\n".encode())
     assert out == path.read_bytes()
     assert read_video(path)[0].shape == (4, 32, 48, 3)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_is_no_file_of_latents_and_nothing_waits_for_it(cmdgen, tmp_path):
-    path = tmp_path / "a.safetensors"
-    os.mkfifo(path)
-    result = cmdgen("inspect", path)
-    assert (result.code, result.err) == (1, f"error: {path} is not a file\n")
