@@ -112,12 +112,12 @@ class DenoisingStage(Stage):
         """Return the first held-out clips."""
         return {name: tensor[:count] for name, tensor in self.held_out.items()}
 
-    def sample(self, batch: Batch) -> Tensor:
-        """Return x0 sampled under the conditions of a batch."""
+    def sample(self, batch: Batch, steps: int | None = None) -> Tensor:
+        """Return x0 sampled under the conditions of a batch, in SHEET_STEPS unless told otherwise."""
         noise = torch.randn(batch["x0"].shape, generator=seeded("sheet")).to(self.run.device)
         positive, negative = self.condition(batch), self.condition(self.without(batch))
         denoise = guide(self.predict, self.guidance, positive, negative)
-        return ddim(denoise, noise, self.noise, steps=SHEET_STEPS)
+        return ddim(denoise, noise, self.noise, steps=steps or SHEET_STEPS)
 
     def sheet(self) -> Tensor:
         """Draw held-out clips above clips sampled for their conditions."""
