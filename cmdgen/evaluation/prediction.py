@@ -23,7 +23,7 @@ from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Request
 
 # decibels above the baseline, and per cent of a classifier's score on real frames
-_ABOVE, _OF_REAL = 4.0, 85.0
+_ABOVE, _OF_REAL = {"psnr": 4.0, "psnr_first": 1.5}, 85.0
 _NOTES = [
     "Prediction: {current} frames after {past}; interpolation: {current} between {past} and {future}. {clips} test "
     "clips, the best of {trajectories} samples of each, PSNR and SSIM each on its own; beside: one sample, and the "
@@ -140,8 +140,8 @@ def _figures(means: dict[str, float]) -> Iterator[Figure]:
                 continue
             kind, unit = ("PSNR", "dB") if metric[:4] == "psnr" else ("SSIM", "")
             beside = {"one sample": means[f"{key} one"], simple: means[f"{key} simple"]}
-            target = means[f"{key} simple"] + (_ABOVE if unit else 0)
-            reason = f"{simple} + {_ABOVE:g}" if unit else simple
+            above = _ABOVE.get(metric, 0.0)
+            target, reason = means[f"{key} simple"] + above, f"{simple} + {above:g}" if above else simple
             value = means[key]
             yield Figure(key.replace(" ", "_"), f"{task}: {kind}{label}", value, unit, beside, target, reason=reason)
     if "digits" in means:
