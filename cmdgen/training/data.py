@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cmdgen.config import ModelConfig
-from cmdgen.data.clips import Clips, ClipSource
+from cmdgen.data.clips import Clips, ClipSource, Indices
 from cmdgen.data.digits import Digits
 from cmdgen.data.folder import Folder
 from cmdgen.training.config import CLIPS
@@ -55,7 +55,7 @@ class TrainingData:
         """() -> (at most `count`,) int64, indices that training never sees."""
         return self.source.indices("test", count)
 
-    def clips(self, indices: Tensor) -> Clips:
+    def clips(self, indices: Indices) -> Clips:
         """(B,) -> clips, rendered or read."""
         return self.source.render(indices, self.size, self.frames, str(self.device))
 

@@ -1,15 +1,22 @@
 """Training EVDM: the frames in the middle of a clip, given some of those around them."""
 
+import math
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from cmdgen.config import EvdmConfig
+from cmdgen.data.folder import Folder
 from cmdgen.evaluation.prediction import blend, clip_psnr, repeat_last
 from cmdgen.training.config import EvdmLoss
 from cmdgen.training.context import Run
 from cmdgen.training.denoising import DenoisingStage
 from cmdgen.training.loop import Batch
 from cmdgen.video.pixels import to_grey, to_unit
+
+# bytes of clips of files that stay in memory
+_KEPT = 2**31
 
 
 class EvdmStage(DenoisingStage):
@@ -20,6 +27,8 @@ class EvdmStage(DenoisingStage):
     def __init__(self, run: Run) -> None:
         assert isinstance(run.model.content, EvdmConfig)
         self.data, self.config = run.data, run.model.content
+        size = 3 * math.prod((run.data.frames, *run.data.size))
+        self.clip = lru_cache(max(1, _KEPT // size))(lambda index: run.data.clips([index]).frames)
         frames = self.read(run.data.held_out(run.config.held_out)).to(run.device)
         x0, self.known = self.split(frames)
         # the held-out loss and the sheet are of prediction
@@ -29,7 +38,12 @@ class EvdmStage(DenoisingStage):
 
     def read(self, indices: Tensor) -> Tensor:
         """(B,) -> clips (B, C, T, H, W) in [-1, 1]."""
-        frames = to_unit(self.data.clips(indices).frames)
+        if isinstance(self.data.source, Folder):
+            # to decode a file takes longer than to learn from it
+            levels = torch.cat([self.clip(index) for index in indices.tolist()])
+        else:
+            levels = self.data.clips(indices).frames
+        frames = to_unit(levels)
         return (to_grey(frames) if self.config.channels == 1 else frames).transpose(1, 2)
 
     def split(self, frames: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,3 +91,16 @@ def test_presets_and_stages_belong_together(tmp_path: Path) -> None:
         build_model(Shared("evdm-small", frames=20))
     gated = build_model(Shared("evdm-small", attention="gated", attention_threshold=1.0)).content
     assert (gated.attention, gated.attention_threshold) == ("gated", 1.0)
+
+
+def test_files_are_decoded_once(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, reads = tiny(past=1, current=1, future=1), []
+    data = open_data(str(videos), None, model, CPU)
+    render = type(data.source).render
+    monkeypatch.setattr(type(data.source), "render", lambda *args: reads.append(args[1]) or render(*args))
+    stage = EvdmStage(replace(build(tmp_path, model), data=data))
+    first = stage.read(data.training)
+    assert torch.equal(stage.read(data.training.flip(0)), first.flip(0))
+    assert torch.equal(first, stage.read(data.training))
+    # four to learn from, and one that is held out
+    assert sorted(index for some in reads for index in some if isinstance(some, list)) == list(range(5))
