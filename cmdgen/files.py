@@ -51,12 +51,13 @@ def replace_with(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 
 @contextmanager
-def create_folder(path: Path) -> Iterator[Path]:
+def create_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder, which becomes `path` if the block ends well.
 
-    Raises ValueError where `path` exists, or where its parent does not.
+    Raises ValueError where `path` exists, unless `overwrite`, or where its parent does not.
     """
-    if os.path.lexists(path):
+    old = [path.absolute()] if os.path.lexists(path) else []
+    if old and not overwrite:
         raise ValueError(f"{path} exists already: give another folder")
     place = path.absolute()
     if not place.parent.is_dir():
@@ -67,7 +68,7 @@ def create_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 _sync(file)
-            publish({temporary: place})
+            publish({temporary: place}, old=old)
     except OSError as error:
         # what cannot be found or reached is no fault of the folder
         if type(error) not in (OSError, PermissionError):

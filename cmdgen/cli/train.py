@@ -144,6 +144,7 @@ class Export:
     run: Path = option(MISSING, "Folder of the run.", argument=True)
     target: Path = option(MISSING, "Folder to write.", argument=True)
     dtype: str = option("float16", "Type of the weights.", choices=("float32", "float16", "bfloat16"))
+    overwrite: bool = option(False, "Replace a model that is there.")
 
 
 @app.command(cls=Command)
@@ -157,7 +158,7 @@ def export(options: Export, say: AsJson) -> None:
     from cmdgen.pipelines.device import DTYPES
     from cmdgen.training.export import export_model
 
-    sizes = export_model(options.run, options.target, DTYPES[options.dtype])
+    sizes = export_model(options.run, options.target, DTYPES[options.dtype], overwrite=options.overwrite)
     for name, size in (sizes | {"in all": sum(sizes.values())}).items():
         typer.echo(f"{size / 2**20:7.2f} MiB  {name}", err=True)
     say.result(options.target, {"output": str(options.target), "bytes": sizes})

@@ -14,15 +14,19 @@ from cmdgen.store.parts import PARTS, read_model
 from cmdgen.weights import read_tensors, save_tensors
 
 
-def export_model(run: Path, target: Path, dtype: torch.dtype) -> dict[str, int]:
+def export_model(run: Path, target: Path, dtype: torch.dtype, *, overwrite: bool = False) -> dict[str, int]:
     """Copy a model folder, floating weights cast to `dtype`, whole or not at all; return bytes by file.
 
-    Raises ValueError where the run is no whole model yet, or `target` exists.
+    Raises ValueError where the run is no whole model yet, or `target` exists: with `overwrite`, where
+    that is no other model.
     """
     read_model(run)
+    own = target.resolve() in (run.resolve(), *run.resolve().parents)
+    if overwrite and target.exists() and (own or not (target / "model_index.json").is_file()):
+        raise ValueError(f"{target} is not another model, and is not replaced: give another folder")
     parts = [path for part in PARTS for path in sorted((run / part).glob("*"))]
     sizes = {}
-    with create_folder(target) as folder:
+    with create_folder(target, overwrite=overwrite) as folder:
         for source in (run / "model_index.json", run / CALIBRATION, *parts):
             if not source.is_file():
                 continue

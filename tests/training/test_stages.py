@@ -131,6 +131,22 @@ def test_stages_of_a_run_share_what_the_first_was_told(trained: Path) -> None:
         settle(trained, Shared("cmd-sd15"), "vae")
 
 
+def test_export_replaces_another_model_alone_and_when_asked(trained: Path, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    export_model(trained, target, torch.float16)
+    (target / "old").touch()
+    with pytest.raises(ValueError, match="model exists already: give another folder"):
+        export_model(trained, target, torch.float16)
+    export_model(trained, target, torch.float32, overwrite=True)
+    assert not (target / "old").exists()
+    assert load_file(target / "vae/diffusion_pytorch_model.safetensors")["quant_conv.weight"].dtype == torch.float32
+    (tmp_path / "mine").mkdir()
+    for place in (tmp_path / "mine", tmp_path, trained, trained.parent):
+        with pytest.raises(ValueError, match="is not another model, and is not replaced: give another folder"):
+            export_model(trained, place, torch.float16, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
+
+
 def test_export_is_the_model_alone_in_half_precision(trained: Path, tmp_path: Path) -> None:
     (trained / "rehash.json").write_text("{}")
     sizes = export_model(trained, tmp_path / "tiny", torch.float16)
