@@ -58,7 +58,9 @@ def _open_font(path: str | None) -> ImageFont.FreeTypeFont:
     except OSError as error:
         if path is not None:
             raise ValueError(f"font {path}: {error}; a colour bitmap font is needed") from None
-    raise FileNotFoundError(f"{_FONT} not found: install it (Debian: fonts-noto-color-emoji); --data shapes needs none")
+    raise FileNotFoundError(
+        f"{_FONT} not found: install it (Debian: fonts-noto-color-emoji), or train on --data shapes"
+    )
 
 
 @cache

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmdgen.world.config import MINI_WORLD, WORLD, WorldConfig
+from cmdgen.world import sprites
+from cmdgen.world.config import MINI_WORLD, WORLD, WORLDS, WorldConfig
 from cmdgen.world.sprites import Sprites, load_sprites
 from cmdgen.world.tables import read_tables
 from cmdgen.world.world import World
@@ -233,3 +234,13 @@ def test_adjectives_change_the_picture() -> None:
     assert colours[0] > 2 * colours[2] and not torch.equal(masked.frames, before.frames)
     little, whole = (w.render(small, (48, 48)).mask for w in (world, plain))
     assert little is not None and whole is not None and little.sum() < 0.6 * whole.sum()
+
+
+def test_without_the_font_there_is_a_world_that_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sprites, "_FONT", "none.ttf")
+    sprites._open_font.cache_clear()
+    with pytest.raises(FileNotFoundError, match=r"none\.ttf not found: install it .*, or train on --data shapes"):
+        sprites._open_font(None)
+    sprites._open_font.cache_clear()
+    world = World(WORLDS["shapes"])
+    assert world.render(world.indices("train", 1), (16, 16), frames=2).frames.float().std() > 0
