@@ -142,10 +142,10 @@ def _lines(file: Path) -> list[str]:
 def _find_fault(file: Path, *, fps: int, frames: int) -> str:
     """Return why a file is no clip to learn from; empty where it is one, as far as its header says."""
     try:
-        count = count_frames(file, fps)
+        count = count_frames(file, fps, frames)
     except ValueError as error:
         return str(error)
-    return "" if count is None or count >= frames else _too_short(file, count, fps, frames)
+    return "" if count >= frames else _too_short(file, count, fps, frames)
 
 
 def _too_short(file: Path, count: int, fps: int, frames: int) -> str:

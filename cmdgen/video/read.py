@@ -158,23 +158,25 @@ def read_video(path: File, *, max_frames: int | None = None) -> tuple[np.ndarray
     return frames, source.fps or 1.0
 
 
-def count_frames(path: File, fps: float) -> int | None:
-    """Return how many frames at `fps` a file holds by its header; None where it does not say.
+def count_frames(path: File, fps: float, most: int) -> int:
+    """Return how many frames at `fps` a file holds, at most `most`: a video as its header says.
 
     Raises what `read_clip` raises for a file that is none from its start.
     """
     file, source = Path(path), Source()
     if _picture_format(file):
-        read_clip(file, frames=1, size=(1, 1), fps=fps)
-        return None
+        return most - read_clip(file, frames=most, size=(1, 1), fps=fps)[1].held
     with _decode(file) as (output, said):
         output.read()
     text = said.decode(errors="replace")
+    try:
+        _describe(text, source)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} has more than the {MOST_PIXELS} pixels it may have") from error
     if not _STREAM.search(text):
         raise ValueError(f"{path} is not a readable video or picture")
-    _describe(text, source)
-    # a stream of the video alone has no length before its end
-    return None if source.seconds is None else round(source.seconds * fps)
+    # a stream without a container has no length before its end
+    return most if source.seconds is None else min(most, round(source.seconds * fps))
 
 
 def fit(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:

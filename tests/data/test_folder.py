@@ -96,14 +96,18 @@ def film(path: Path, count: int = 20, fps: int = 8) -> Path:
 def test_what_is_too_short_or_unreadable_is_left_out_before_it_is_needed(tmp_path: Path) -> None:
     paths = [film(tmp_path / f"{name}.mkv", count) for name, count in (("a", 20), ("b", 20), ("c", 15), ("d", 20))]
     paths[3].write_bytes(b"\0" * 100)
+    write_video(tmp_path / "e.gif", np.arange(4, dtype=np.uint8).repeat(768).reshape(4, 16, 16, 3) * 60, 8, None)
+    (tmp_path / "e.txt").write_text("a gif\n")
+    paths.append(tmp_path / "e.gif")
     folder = Folder(tmp_path, frames=16)
     assert len(folder) == 2
     assert [*folder.left_out] == paths[2:]
     assert folder.left_out[paths[2]].endswith("c.mkv has 15 frames at 8 fps, 16 are needed")
     assert folder.left_out[paths[3]].endswith("d.mkv is not a readable video or picture")
+    assert folder.left_out[paths[4]].endswith("e.gif has 4 frames at 8 fps, 16 are needed")
     paths[0].unlink()
     paths[0].with_suffix(".txt").unlink()
-    with pytest.raises(ValueError, match=r"holds 3 captioned videos, 1 of use, at least 2 are needed: .*c\.mkv has 15"):
+    with pytest.raises(ValueError, match=r"holds 4 captioned videos, 1 of use, at least 2 are needed: .*c\.mkv has 15"):
         Folder(tmp_path, frames=16)
 
 
