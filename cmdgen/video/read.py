@@ -67,10 +67,10 @@ _SQUARE = (
     ":flags=bicubic+accurate_rnd+full_chroma_int,format=rgb24"
 )
 # a stream, or a picture that phones store in tiles, as ffmpeg describes it: what is in the bracket
-# behind its pixels' format, and its height
+# behind its pixels' format, and its size
 _STREAM = re.compile(
     r"^  Stream (?:#0:\S+: Video|group #0:(?P<tiles>\d+).*Tile Grid): "
-    r".*?, \w+(?:\((?P<tags>.*?)\))?, \d+x(?P<height>\d+)",
+    r".*?, \w+(?:\((?P<tags>.*?)\))?, (?P<width>\d+)x(?P<height>\d+)",
     re.MULTILINE,
 )
 # ffmpeg's names of curves of HDR, and of primaries beyond those of sRGB
@@ -284,9 +284,9 @@ def _at_times(shown: _Shown, fps: float | None) -> Generator[np.ndarray, None, N
 
 def _video(file: Path, fps: float | None, limit: int | None, source: Source) -> Generator[np.ndarray, None, None]:
     """Give the frames of a video as ffmpeg decodes them; a picture in tiles is shown for ever."""
-    stream, scan, colours = _choose_filters(file)
-    still, rate = stream != "V:0", []
-    if fps is not None and not still:
+    stream, scan, colours, whole = _choose_filters(file)
+    rate = []
+    if fps is not None and whole is None:
         assert limit is not None
         # where time leaps, ffmpeg makes all frames between at once: let it make no more than are
         # needed. The unit of time must be short for that
@@ -301,27 +301,31 @@ def _video(file: Path, fps: float | None, limit: int | None, source: Source) -> 
     try:
         with _decode(file, *arguments, "-f", "image2pipe", "-c:v", "ppm") as (output, said):
             for frame in _read_ppm(output):
+                if whole is not None and {*frame.shape[:2]} != whole:
+                    raise ValueError(f"{file} is a picture in tiles: this ffmpeg reads one, a newer imageio-ffmpeg all")
                 yield frame
-        while still and fps is not None:
+        while whole is not None and fps is not None:
             yield frame
     finally:
         _describe(said.decode(errors="replace"), source)
 
 
-def _choose_filters(file: Path) -> tuple[str, list[str], list[str]]:
-    """Return ffmpeg's name of what to show, and the filters of its scan and of its colours."""
+def _choose_filters(file: Path) -> tuple[str, list[str], list[str], set[int] | None]:
+    """Return ffmpeg's name of what to show, the filters of its scan and of its colours, and sides of tiles joined."""
     with _decode(file) as (output, said):
         output.read()
     found = _STREAM.search(said.decode(errors="replace"))
     if found is None:
-        return "V:0", [], []
+        return "V:0", [], [], None
     tags, colours = found["tags"] or "", []
     if _WIDE.search(tags):
         colours = [_TO_SRGB]
     elif not re.search("bt|smpte|fcc|gbr|ycgco", tags) and int(found["height"]) >= _HD:
         colours = ["setparams=colorspace=bt709"]
     scan = ["bwdif=mode=send_frame:deint=interlaced"] if "first" in tags else []
-    return f"g:{found['tiles']}" if found["tiles"] else "V:0", scan, colours
+    if found["tiles"] is None:
+        return "V:0", scan, colours, None
+    return f"g:{found['tiles']}", scan, colours, {int(found["width"]), int(found["height"])}
 
 
 def _describe(text: str, source: Source) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmdgen.video import read
 from cmdgen.video.read import read_clip, read_video
 
 QUARTERS = ((220, 40, 30), (30, 180, 60), (40, 60, 220), (230, 220, 40))
@@ -133,6 +134,13 @@ def test_a_picture_in_tiles_is_whole_and_upright(tmp_path, ffmpeg, turned):
     clip, source = read_clip(path, frames=3, size=(16, 16), fps=8)
     assert (source.width, source.held, (clip == clip[0]).all()) == (2 * side, 0, True)
     assert read_video(path)[0].shape == (1, 2 * side, 2 * side, 3)
+
+
+def test_an_ffmpeg_that_does_not_join_tiles_is_found_out(film, monkeypatch):
+    path = film("a.mkv", "-c:v", "ffv1", count=1)
+    monkeypatch.setattr(read, "_choose_filters", lambda file: ("V:0", [], [], {64, 128}))
+    with pytest.raises(ValueError, match=r"a\.mkv is a picture in tiles: this ffmpeg reads one"):
+        seen(path)
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "tiff", "ppm", "tga", "jp2"])
