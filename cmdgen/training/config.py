@@ -298,7 +298,7 @@ _PAPER_RECIPES = {
 # where ours are not the defaults
 _OWN_RECIPES = {
     "evdm": Recipe(
-        TrainConfig(batch=16, lr=3e-3, final_lr=0.05, weight_decay=0.0, steps=60_000, evaluate_steps=1000),
+        TrainConfig(batch=16, lr=4e-3, final_lr=0.05, weight_decay=0.0, steps=60_000, evaluate_steps=1000),
         EvdmLoss(min_snr=0.0, past_dropout=0.25, partial=0.25),
     )
 }
