@@ -97,7 +97,9 @@ class AutoencoderConfig:
     patch: int = 2
     width: int = 384
     heads: int = 8
+    # blocks of the encoder; of the decoder too, unless it says otherwise
     depth: int = 8
+    decoder_depth: int | None = None
     motion_channels: int = 8
     # "pixel": weights per pixel and channel, the paper's; "patch": one smooth map for all channels
     importance: str = "pixel"
@@ -126,6 +128,8 @@ class DiTConfig:
     depth: int = 28
     heads: int = 16
     text_width: int | None = 1024
+    # by what was measured on training captions: directions in which texts differ little count as much
+    text_whitened: bool = False
     num_classes: int | None = None
     context_channels: int | None = 4
     context_patch: int = 8
@@ -265,6 +269,32 @@ CMD_UCF = ModelConfig(
     guidance=4.0,
 )
 
+_MINI_CONTENT = UNetConfig(
+    sample_size=16,
+    in_channels=8,
+    out_channels=8,
+    block_out_channels=(64, 96, 128),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    cross_attention_dim=128,
+    attention_head_dim=4,
+    use_linear_projection=True,
+)
+_MINI_AUTOENCODER = AutoencoderConfig(
+    channels=8, width=160, heads=5, depth=4, importance="patch", motion_activation="linear"
+)
+_MINI_MOTION = DiTConfig(
+    width=256,
+    depth=6,
+    heads=4,
+    text_width=128,
+    context_channels=8,
+    context_patch=4,
+    learned_sigma=False,
+    noise=NoiseConfig(prediction_type="v_prediction", timestep_spacing="trailing"),
+)
+
 MINI = ModelConfig(
     name="mini",
     text=TextConfig(
@@ -276,34 +306,12 @@ MINI = ModelConfig(
         max_position_embeddings=32,
         eos_token_id=1,
     ),
-    content=UNetConfig(
-        sample_size=16,
-        in_channels=8,
-        out_channels=8,
-        block_out_channels=(64, 96, 128),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=128,
-        attention_head_dim=4,
-        use_linear_projection=True,
-    ),
+    content=_MINI_CONTENT,
     vae=VaeConfig(
         latent_channels=8, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=64
     ),
-    autoencoder=AutoencoderConfig(
-        channels=8, width=160, heads=5, depth=4, importance="patch", motion_activation="linear"
-    ),
-    motion=DiTConfig(
-        width=256,
-        depth=6,
-        heads=4,
-        text_width=128,
-        context_channels=8,
-        context_patch=4,
-        learned_sigma=False,
-        noise=NoiseConfig(prediction_type="v_prediction", timestep_spacing="trailing"),
-    ),
+    autoencoder=_MINI_AUTOENCODER,
+    motion=_MINI_MOTION,
     noise=NoiseConfig(prediction_type="v_prediction", timestep_spacing="trailing"),
     height=64,
     width=64,
@@ -311,6 +319,34 @@ MINI = ModelConfig(
     steps=25,
     motion_steps=25,
     guidance=3.0,
+)
+
+# what replaces mini: larger frames and more to draw, as many tokens
+MINI2 = replace(
+    MINI,
+    name="mini2",
+    content=replace(_MINI_CONTENT, sample_size=24),
+    vae=VaeConfig(
+        latent_channels=8, block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=8, sample_size=96
+    ),
+    autoencoder=replace(_MINI_AUTOENCODER, patch=3, decoder_depth=6),
+    motion=replace(_MINI_MOTION, depth=5, context_patch=6, text_whitened=True),
+    height=96,
+    width=96,
+)
+
+# the same where a GPU trains
+MINI2_GPU = replace(
+    MINI2,
+    name="mini2-gpu",
+    content=replace(_MINI_CONTENT, sample_size=32),
+    vae=VaeConfig(
+        latent_channels=8, block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=8, sample_size=128
+    ),
+    autoencoder=replace(_MINI_AUTOENCODER, depth=3, decoder_depth=5),
+    motion=replace(_MINI_MOTION, depth=5, text_whitened=True),
+    height=128,
+    width=128,
 )
 
 # by data set, what sets its networks apart: channels, past frames, frames made at once, width
@@ -338,7 +374,8 @@ _SMALL_NOISE = replace(MINI.noise, clip_sample=True)
 EVDM_SMALL = _evdm("evdm-small", _SMALL, _SMALL_NOISE, steps=10)
 EVDM_WORLD = _evdm("evdm-world", replace(_SMALL, channels=3), _SMALL_NOISE, steps=10)
 
-PRESETS = {preset.name: preset for preset in (MINI, CMD_SD15, CMD_SD21, CMD_UCF, EVDM_SMALL, EVDM_WORLD, *_EVDM_PAPER)}
+_OURS = (MINI, MINI2, MINI2_GPU, CMD_SD15, CMD_SD21, CMD_UCF, EVDM_SMALL, EVDM_WORLD)
+PRESETS = {preset.name: preset for preset in (*_OURS, *_EVDM_PAPER)}
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 

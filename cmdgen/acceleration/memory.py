@@ -109,7 +109,7 @@ class Work:
         """Build the autoencoder; one block is enough, as it holds nothing when it has ended."""
         if self.model.autoencoder is None:
             return None
-        return build_empty(CmdAutoencoder, replace(self.model.autoencoder, depth=1)).to(self.dtype)
+        return build_empty(CmdAutoencoder, replace(self.model.autoencoder, depth=1, decoder_depth=None)).to(self.dtype)
 
     @property
     def runs(self) -> "tuple[Run, ...]":

@@ -9,6 +9,8 @@ from torch import Tensor
 Indices = Tensor | Sequence[int]
 # height, width
 Size = tuple[int, int]
+# to learn from, to steer by, to measure once
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class ClipSource(Protocol):
     """Clips and captions by index: the same index is always the same clip."""
 
     def indices(self, split: str, count: int) -> Tensor:
-        """Return at most `count` indices, (N,) int64, of "train" or "test", which share none."""
+        """Return at most `count` indices, (N,) int64, of one of SPLITS; none of "train" is in another."""
 
     def captions(self, indices: Indices, variant: int = 0) -> list[str]:
         """Return one caption each, fast; another variant may phrase it differently."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmdgen.data.clips import Clips, Indices, Size
+from cmdgen.data.clips import SPLITS, Clips, Indices, Size
 from cmdgen.files import check_file, read_json
 
 # of npm's digits, the last of each class; IDX has files of their own
@@ -36,10 +36,10 @@ class Digits:
         self._pictures = lru_cache(4)(self._resize)
 
     def indices(self, split: str, count: int) -> Tensor:
-        """-> (N,) int64: `count` clips of "train" or "test", a million at most."""
-        if split not in self._splits:
-            raise ValueError(f"split {split!r} is not one of train, test")
-        return torch.arange(min(count, _TRAIN)) + (_TEST if split == "test" else 0)
+        """-> (N,) int64: `count` clips of "train", or of "validation" and "test", which are one; a million at most."""
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+        return torch.arange(min(count, _TRAIN)) + (0 if split == "train" else _TEST)
 
     def captions(self, indices: Indices, variant: int = 0) -> list[str]:
         """Return what each clip shows; every `variant` is phrased alike."""

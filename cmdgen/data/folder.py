@@ -14,7 +14,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from cmdgen.data.clips import Clips, Indices, Size
+from cmdgen.data.clips import SPLITS, Clips, Indices, Size
 from cmdgen.files import parse_json, read_text
 from cmdgen.video.read import count_frames, read_clip
 
@@ -75,15 +75,16 @@ class Folder:
         self.key = " ".join([f"{fps} fps", self.contents, *(str(stat.st_mtime_ns) for stat in stats)])
         order = sorted(range(len(names)), key=lambda i: crc32(names[i].encode()))
         held_out = max(1, int(_HELD_OUT * len(names)))
-        self._splits = {"test": sorted(order[:held_out]), "train": sorted(order[held_out:])}
+        test = sorted(order[:held_out])
+        self._splits = {"train": sorted(order[held_out:]), "validation": test, "test": test}
 
     def __len__(self) -> int:
         return len(self._files)
 
     def indices(self, split: str, count: int) -> Tensor:
-        """-> (N,) int64: at most `count` files of "train" or "test"."""
+        """-> (N,) int64: at most `count` files of "train", or of "validation" and "test", which are one."""
         if split not in self._splits:
-            raise ValueError(f"split {split!r} is not one of train, test")
+            raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
         return torch.tensor(self._splits[split][:count])
 
     def captions(self, indices: Indices, variant: int = 0) -> list[str]:

@@ -143,7 +143,8 @@ class CmdAutoencoder(Pretrained[AutoencoderConfig]):
         self.embed_content = nn.Linear(patch * patch * channels, width)
         self.embed_motion_width = nn.Linear(config.motion_channels, width)
         self.embed_motion_height = nn.Linear(config.motion_channels, width)
-        self.decoder = nn.ModuleList(Block(config) for _ in range(config.depth))
+        depth = config.depth if config.decoder_depth is None else config.decoder_depth
+        self.decoder = nn.ModuleList(Block(config) for _ in range(depth))
         self.output = Unpatch(width, channels, patch)
 
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor]:

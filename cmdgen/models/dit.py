@@ -76,6 +76,8 @@ class DiT(Pretrained[DiTConfig]):
     """Predict noise (and its variance) of an image, or of motion latents for a content frame."""
 
     config_type = DiTConfig
+    text_mean: Tensor
+    text_whitening: Tensor
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__(config)
@@ -87,6 +89,9 @@ class DiT(Pretrained[DiTConfig]):
         self.embed_time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         if config.text_width is not None:
             self.embed_text = nn.Linear(config.text_width, width)
+            if config.text_whitened:
+                self.register_buffer("text_mean", torch.zeros(config.text_width))
+                self.register_buffer("text_whitening", torch.eye(config.text_width))
         if config.num_classes is not None:
             # the last row is the null class of guidance
             self.embed_label = nn.Embedding(config.num_classes + 1, width)
@@ -136,12 +141,26 @@ class DiT(Pretrained[DiTConfig]):
         dtype = self.final.weight.dtype
         condition = self.embed_time(timestep_embedding(timestep, FREQUENCIES, dtype=dtype))
         if text is not None:
-            condition = condition + self.embed_text(text.mean(dim=1))
+            condition = condition + self.embed_text(self.pool(text))
         if labels is not None:
             condition = condition + self.embed_label(labels)
         condition = F.silu(condition)  # (B, D)
         layers = [*(block.get_submodule("modulation") for block in self.blocks)]
         return torch.cat([layer(condition) for layer in (*layers, self.final_modulation)], dim=-1)
+
+    @property
+    def whitening(self) -> tuple[Tensor, Tensor]:
+        """Return what whitens the mean state: a mean (D) and a matrix (D, D)."""
+        return self.text_mean, self.text_whitening
+
+    def pool(self, text: Tensor) -> Tensor:
+        """(B, L, D) -> (B, D): the mean state, whitened if the configuration says so, in float32 at least."""
+        pooled = text.mean(dim=1)
+        if not self.config.text_whitened:
+            return pooled
+        wide = torch.promote_types(text.dtype, torch.float32)
+        mean, matrix = (part.to(wide) for part in self.whitening)
+        return ((pooled.to(wide) - mean) @ matrix).to(text.dtype)
 
     def place(self, height: int, width: int, *, context: Tensor | None = None, split: int | None = None) -> Tensor:
         """() -> (B or 1, L, D): the positions of a sample's tokens, then the tokens of its context.

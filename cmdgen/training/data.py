@@ -53,7 +53,7 @@ class TrainingData:
 
     def held_out(self, count: int) -> Tensor:
         """() -> (at most `count`,) int64, indices that training never sees."""
-        return self.source.indices("test", count)
+        return self.source.indices("validation", count)
 
     def clips(self, indices: Indices) -> Clips:
         """(B,) -> clips, rendered or read."""

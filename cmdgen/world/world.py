@@ -12,9 +12,9 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from cmdgen.data.clips import Clips, Indices, Size
+from cmdgen.data.clips import SPLITS, Clips, Indices, Size
 from cmdgen.world.captions import caption, pick
-from cmdgen.world.config import WorldConfig
+from cmdgen.world.config import WORLDS, WorldConfig
 from cmdgen.world.render import Shot, Specs
 from cmdgen.world.sprites import load_sprites
 from cmdgen.world.tables import read_tables
@@ -22,6 +22,8 @@ from cmdgen.world.tables import read_tables
 # shares of subjects with a colour and with a size
 _TINTED = 0.35
 _SIZED = 0.25
+# of so many training indices one is kept for validation
+_VALIDATED = 32
 # what is hashed: one stream of random numbers for each
 _SUBJECT, _MOTION, _SCENE, _LOOK, _SCROLL, _CAPTION, _PARTNER, _ADJECTIVE, _WORD = range(9)
 # clips drawn together, fewer of large ones: memory is bounded, and small ones stay in the cache
@@ -100,12 +102,13 @@ class World:
         return Specs(actors, motion, scene, adjectives[:, :2], adjectives[:, 2:])
 
     def indices(self, split: str, count: int) -> Tensor:
-        """Find the first `count` of "train", or of "test": held-out (subject, motion, scene).
+        """Find the first `count` of "train", of "validation", or of "test": held-out (subject, motion, scene).
 
-        A training clip shows no held-out combination, not even by its second subject.
+        A training clip shows no held-out combination, not even by its second subject; a clip for
+        validation shows what others train on.
         """
-        if split not in ("train", "test"):
-            raise ValueError(f"split {split!r} is not one of train, test")
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
         blocks = [torch.empty(0, dtype=torch.int64)]
         start, block = 0, 4096
         while sum(map(len, blocks)) < count:
@@ -114,21 +117,25 @@ class World:
             # (N, 2): a partner that is not there is held out of nothing
             held_out = self._held_out[specs.actors, specs.motion[:, None], specs.scene[:, None]]
             held_out &= specs.actors >= 0
-            blocks.append(candidates[held_out[:, 0] if split == "test" else ~held_out.any(1)])
+            if split == "test":
+                chosen = held_out[:, 0]
+            else:
+                chosen = ~held_out.any(1) & ((candidates % _VALIDATED == 0) == (split == "validation"))
+            blocks.append(candidates[chosen])
             start += block
             if start > _SEARCH and not sum(map(len, blocks)):
                 share = self.config.held_out
                 raise ValueError(f"held out {share} leaves this world no {split} split")
         return torch.cat(blocks)[:count]
 
-    def captions(self, indices: Indices, variant: int = 0) -> list[str]:
-        """Write one caption each; `variant` rewords it."""
+    def captions(self, indices: Indices, variant: int = 0, *, motions: Tensor | None = None) -> list[str]:
+        """Write one caption each; `variant` rewords it, and `motions` (B,) stand for the clips' own."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         specs, keys = self.specs(indices), indices * 1009 + variant
         texts = []
         for actors, tints, grades, motion, scene, draws, words in zip(
             *(part.tolist() for part in (specs.actors, specs.tint, specs.grade)),
-            *(part.tolist() for part in (specs.motion, specs.scene)),
+            *(part.tolist() for part in (specs.motion if motions is None else motions, specs.scene)),
             self._draw(keys, _CAPTION, 6).tolist(),
             self._draw(keys, _WORD, 2).tolist(),
             strict=True,
@@ -173,3 +180,10 @@ class World:
                 mask[rows.to(device)] = (cover > 0.5).view(-1, *mask.shape[1:])
         labels = {name: getattr(specs, name).to(device) for name in ("subject", "motion", "scene")}
         return Clips(video, mask, self.captions(indices, variant), labels)
+
+
+def open_world(name: str) -> World:
+    """Return a rendered world by its name; ValueError where there is none."""
+    if name not in WORLDS:
+        raise ValueError(f"data {name!r} is not one of the worlds {', '.join(WORLDS)}")
+    return World(WORLDS[name])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cmdgen.config import PRESETS, SAMPLERS
+from cmdgen.world.config import WORLDS
 
 ROOT = Path(__file__).parents[2]
 SHELLS = ["bash", "zsh", "fish"]
@@ -66,7 +67,7 @@ def test_values_are_offered(offered) -> None:
     assert offered("rehash", "calibrate", "--sampler", "") == list(SAMPLERS)
     assert offered("profile", "--device", "c") == ["cpu", "cuda"]
     assert offered("models", "init", "cmd-") == [name for name in PRESETS if "cmd-" in name]
-    assert offered("train", "vae", "--data", "") == ["world", "mini", "shapes"]
+    assert offered("train", "vae", "--data", "") == list(WORLDS)
     assert offered("completion", "") == SHELLS
     # numbers have no end
     assert offered("profile", "--steps", "") == []

@@ -29,7 +29,8 @@ def test_list_names_what_can_be_used_and_what_can_be_made(models) -> None:
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()[1:]]
     assert [row[:2] for row in rows] == [["packaged", "mini"], *(["preset", name] for name in PRESETS)]
-    assert rows[3][2:6] == ["2012.5", "M", "3,838.6", "MiB"]
+    (large,) = [row for row in rows if row[1] == "cmd-sd21"]
+    assert large[2:6] == ["2012.5", "M", "3,838.6", "MiB"]
     code, out, _ = models("list", "--json")
     assert code == 0
     assert [row["kind"] for row in json.loads(out)] == [row[0] for row in rows]
@@ -79,7 +80,7 @@ def test_show_tries_out_what_the_unet_of_others_predicts(models, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("init", "maxi", "-o", "x"), "preset 'maxi' is not one of mini, cmd-sd15"),
+        (("init", "maxi", "-o", "x"), "preset 'maxi' is not one of mini, mini2, mini2-gpu, cmd-sd15"),
         (("init", "mini", "-o", "x", "--dtype", "int8"), "dtype 'int8' is not one of float32"),
         (("init", "mini", "-o", "no/x"), "folder "),
         (("init", "mini", "-o", "x", "--seed", str(2**63)), "seed 9223372036854775808 is not"),

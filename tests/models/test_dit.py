@@ -202,3 +202,15 @@ def test_saved_model_comes_back_exactly(tmp_path: Path) -> None:
     again = DiT.from_pretrained(tmp_path)
     assert again.config == MOTION
     torch.testing.assert_close(predict(again), predict(model), rtol=0, atol=0)
+
+
+def test_whitened_text_is_the_mean_state_through_what_was_measured() -> None:
+    model, text = build(replace(MOTION, text_whitened=True)), CONDITIONS["text"]
+    model.text_mean.copy_(text.mean(dim=(0, 1)))
+    model.text_whitening.copy_(torch.diag(torch.arange(7.0)))
+    assert not model.pool(text)[:, 0].any()
+    torch.testing.assert_close(model.pool(text)[:, 3], 3 * (text.mean(dim=1) - text.mean(dim=(0, 1)))[:, 3])
+    plain = build(MOTION)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    white = ((text.mean(dim=1) - text.mean(dim=(0, 1))) * torch.arange(7.0))[:, None]
+    torch.testing.assert_close(predict(model), predict(plain, text=white))

@@ -201,7 +201,7 @@ def full(network, plan):
 GUIDED = {"guidance": 3.0, "motion_guidance": 2.0}
 
 
-@pytest.mark.parametrize("reads_text", [True, False])
+@pytest.mark.parametrize("text_pool", ["mean", "none", "whitened"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(
     "asked",
@@ -212,13 +212,14 @@ GUIDED = {"guidance": 3.0, "motion_guidance": 2.0}
         GUIDED | {"rehash": 4, "rehash_policy": "uniform", "guidance_interval": (0.3, 1.0)},
     ],
 )
-def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(exact, monkeypatch, sampler, asked, reads_text):
+def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(exact, monkeypatch, sampler, asked, text_pool):
     # the timesteps come in two parts
     monkeypatch.setattr(base, "TIMESTEPS_TOGETHER", 5)
     unet, dit = exact.unet, exact.motion
-    if not reads_text:
+    if text_pool != "mean":
         torch.manual_seed(0)
-        dit = DiT(replace(dit.config, text_width=None)).double()
+        changes = {"text_width": None} if text_pool == "none" else {"text_whitened": True}
+        dit = DiT(replace(dit.config, **changes)).double()
         for parameter in dit.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         monkeypatch.setitem(exact._parts, "motion", dit)
@@ -233,7 +234,7 @@ def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(exact, monkey
         return x, unet.project_time(t), *unet.project_text(text)
 
     def motion_way(x, t, text, context):
-        text = text if reads_text else None
+        text = None if text_pool == "none" else text
         ground = dit.place(*x.shape[-2:], context=context, split=6)
         return x, dit.modulations(t, text=text), ground
 
