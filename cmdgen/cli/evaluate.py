@@ -2,18 +2,19 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmdgen.cli.command import Device
 from cmdgen.cli.progress import JsonOrQuiet
 from cmdgen.evaluation.settings import Evaluation
-from cmdgen.world.config import MINI_WORLD
 
 if TYPE_CHECKING:
     import torch
 
     from cmdgen.evaluation.report import Report
+
+# where a model is measured
+DATA = "mini"
 
 
 def evaluate(options: Evaluation, request: Device, say: JsonOrQuiet) -> None:
@@ -41,7 +42,7 @@ def evaluate(options: Evaluation, request: Device, say: JsonOrQuiet) -> None:
     device = use_device(request.device)
     with say.progress() as show:
         if options.train_probe is not None:
-            _train_probe(options.train_probe, device, partial(show, "train"))
+            _train_probe(options, device, partial(show, "train"))
             say.result(options.train_probe, {"output": str(options.train_probe)})
         elif options.real is not None:
             from cmdgen.evaluation.compare import compare_folders
@@ -62,12 +63,14 @@ def _measure(options: Evaluation, device: str, show: Callable[[str, int, int], N
 
     pipeline = open_pipeline(options.model, device=device)
     if isinstance(pipeline, EvdmPipeline):
-        return evaluate_prediction(pipeline, open_source(options.data or "mini")[0], options, show)
-    return load_evaluator(options.model, device, options.probe, show=show).evaluate(options)
+        return evaluate_prediction(pipeline, open_source(options.data or DATA)[0], options, show)
+    return load_evaluator(options.model, device, options.probe, options.data or DATA, show=show).evaluate(options)
 
 
-def _train_probe(folder: Path, device: "torch.device", show: Callable[[int, int], None]) -> None:
+def _train_probe(options: Evaluation, device: "torch.device", show: Callable[[int, int], None]) -> None:
     from cmdgen.evaluation.probe import train_probe
-    from cmdgen.world.world import World
+    from cmdgen.world.world import open_world
 
-    train_probe(World(MINI_WORLD), device=device, on_step=show).save_pretrained(folder)
+    assert options.train_probe is not None
+    probe = train_probe(open_world(options.data or DATA), device=device, on_step=show)
+    probe.save_pretrained(options.train_probe)

@@ -69,7 +69,7 @@ class Evaluation(_Options):
     batch: int = _count(32, "Clips at a time.")
     seed: int = _seed()
     data: str | None = option(
-        None, "Where a model with an evdm/ predicts frames of test clips.", shown="mini", complete="world"
+        None, "World of the test clips; or a folder, for a model that predicts.", shown="mini", complete="world"
     )
     trajectories: int = _count(10, "Samples of each such clip, of which the best counts.")
     steps: int | None = option(None, "Sampling steps of such a model.", low=1, shown="the model's own")

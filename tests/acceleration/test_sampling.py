@@ -23,7 +23,7 @@ from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Request
 from cmdgen.store.find import find_model
 from cmdgen.video.read import read_metadata
-from cmdgen.world.config import WorldConfig
+from cmdgen.world.config import WORLDS, WorldConfig
 
 PROMPT = "a dog swimming in the ocean"
 STEPS = {"steps": 6, "motion_steps": 6}
@@ -255,7 +255,7 @@ def test_a_calibration_of_no_numbers_is_refused_and_not_written(cmdgen, tiny_mod
 def test_compare_has_a_row_for_each_way_at_equal_full_steps(
     cmdgen, tiny_model: Path, calibration: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(measure, "MINI_WORLD", WORLD)
+    monkeypatch.setitem(WORLDS, "mini", WORLD)
     monkeypatch.setattr(measure, "PACKAGED", tmp_path / "probe")
     probe = Probe(ProbeConfig(WORLD.subjects, WORLD.motions, WORLD.scenes))
     probe.save_pretrained(tmp_path / "probe")

@@ -11,23 +11,24 @@ from cmdgen.cli.app import app
 from cmdgen.evaluation import measure
 from cmdgen.evaluation.probe import HEADS, Probe, ProbeConfig
 from cmdgen.evaluation.settings import Evaluation
-from cmdgen.world.config import WorldConfig
+from cmdgen.world.config import WORLDS, WorldConfig
 
 WORLD = WorldConfig(
     subjects=("dog", "fish", "car"),
-    motions=("spinning", "growing"),
+    motions=("growing", "shrinking"),
     scenes=("grass", "space"),
     **{"pairs": 0.0, "adjectives": False, "flips": False, "sprites": "shapes", "held_out": 0.3},
 )
 KEYS = {
     *("vae_psnr", "vae_psnr_subject", "autoencoder_psnr", "autoencoder_psnr_subject"),
-    *("named_subject", "named_motion", "named_scene", "frechet"),
+    *("named_subject", "named_motion", "named_scene", "frechet", "time_variance", "text_shift"),
 }
 
 
 @pytest.fixture
 def probe_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(measure, "MINI_WORLD", WORLD)
+    monkeypatch.setitem(WORLDS, "mini", WORLD)
+    monkeypatch.setattr(measure, "SWAP_SEARCHED", 16)
     torch.manual_seed(0)
     Probe(ProbeConfig(WORLD.subjects, WORLD.motions, WORLD.scenes)).save_pretrained(tmp_path)
     return tmp_path
@@ -45,8 +46,11 @@ def test_eval_prints_every_figure_as_json(tiny_model: Path, probe_folder: Path) 
         assert isinstance(figure["met"], bool) and figure["value"] is not None
     subject = data["figures"]["autoencoder_psnr_subject"]
     assert subject["target"] == pytest.approx(subject["beside"]["mean frame"] + 5)
+    assert "real content" in data["figures"]["named_motion"]["beside"]
+    # random weights do not read
+    assert abs(data["figures"]["text_shift"]["value"]) < 0.1
     frechet = data["figures"]["frechet"]
-    assert frechet["target"] == pytest.approx(0.5 * frechet["beside"]["frozen"])
+    assert frechet["target"] == pytest.approx(0.5 * frechet["beside"]["frozen"], abs=1e-6)
 
 
 def test_eval_without_generated_clips_measures_reconstruction(tiny_model: Path, probe_folder: Path) -> None:
