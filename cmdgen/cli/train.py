@@ -1,4 +1,4 @@
-"""`cmdgen train vae|autoencoder|content|motion|evdm` and `cmdgen train export`."""
+"""`cmdgen train vae|autoencoder|content|motion|decoder|evdm` and `cmdgen train export`."""
 
 import time
 from collections.abc import Callable
@@ -22,6 +22,7 @@ _SUMMARIES = {
     "autoencoder": "Clips of latents to content frame and motion latents, and back. Needs vae.",
     "content": "Text to content frame, with the text encoder. Needs autoencoder.",
     "motion": "Text and content frame to motion latents. Needs content.",
+    "decoder": "The VAE's decoder on what the autoencoder rebuilds: sharper. Needs autoencoder, comes last.",
     "evdm": "Frames from past and future frames, in pixels: a model of its own.",
 }
 _HELP = """{}

@@ -1,8 +1,10 @@
 """Training the CMD autoencoder on cached latents: what moves may count more, z is kept small."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from cmdgen.data.clips import Clips
 from cmdgen.evaluation.metrics import psnr
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.training.config import AutoencoderLoss
@@ -11,6 +13,7 @@ from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import l1_plus_l2, moving_weights
 from cmdgen.training.randomness import Order
 from cmdgen.training.sheets import compare
+from cmdgen.world.world import World
 
 # held-out clips of a sheet
 SHEET_CLIPS = 6
@@ -31,7 +34,7 @@ class AutoencoderStage(Stage):
         self.modules = {"autoencoder": self.autoencoder}
         self.order, self.codec = Order(len(self.latents), run.config.seed), run.codec()
         clips = run.data.clips(run.data.held_out(len(self.held_out)))
-        self.frames, self.mask = clips.frames, clips.mask
+        self.frames, self.regions = clips.frames, self._regions(clips)
         mean = self.codec.decode(self.held_out.mean(dim=2, keepdim=True))
         self.mean_frame = mean.expand_as(self.frames)
 
@@ -73,9 +76,20 @@ class AutoencoderStage(Stage):
             device = decoded.device
             pair = decoded.float() / 255, self.frames.to(device).float() / 255
             figures[f"psnr{name}"] = psnr(*pair)
-            if self.mask is not None:
-                figures[f"psnr_subject{name}"] = psnr(*pair, self.mask.to(device))
+            for region, mask in self.regions.items():
+                figures[f"psnr_{region}{name}"] = psnr(*pair, mask.to(device))
         return figures
+
+    def _regions(self, clips: Clips) -> dict[str, Tensor]:
+        """Return where PSNR is measured, (B, T, H, W) bool each: the subject, its edge, it in each motion."""
+        if clips.mask is None:
+            return {}
+        regions = {"subject": clips.mask, "edge": edge_ring(clips.mask)}
+        for number in clips.labels["motion"].unique() if "motion" in clips.labels else ():
+            of_motion = (clips.labels["motion"] == number).view(-1, 1, 1, 1)
+            assert isinstance(self.run.data.source, World)
+            regions[f"subject_{self.run.data.source.motions[number]}"] = clips.mask & of_motion
+        return regions
 
     def _reconstruct(self, latents: Tensor) -> list[Tensor]:
         """(B, C, T, H, W) -> reconstruction, content and motion."""
@@ -92,3 +106,11 @@ class AutoencoderStage(Stage):
         above, below = self.frames[: len(still)].to(still.device), self.codec.decode(output)
         rows = [torch.cat((frames[:, ::2], still), dim=1) for frames in (above, below)]
         return compare(rows[0], rows[1])
+
+
+def edge_ring(mask: Tensor, radius: int = 3) -> Tensor:
+    """(B, T, H, W) bool -> the same: the pixels within `radius` of the silhouette's edge, on both sides."""
+    cover, window = mask.float(), 2 * radius + 1
+    grown = F.max_pool2d(cover, window, 1, radius)
+    shrunk = 1 - F.max_pool2d(1 - cover, window, 1, radius)
+    return grown > shrunk

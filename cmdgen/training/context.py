@@ -88,7 +88,8 @@ class Run:
         """Return what a checkpoint of this stage, once it is built, belongs to."""
         numbers = {"batch": self.config.batch, "seed": self.config.seed, "clips": self.data.count}
         weights = {
-            part: fingerprint(weight_paths(place, NETWORKS[part].filename))
+            # of the VAE what latents depend on: its decoder learns on at last
+            part: self.codec().key if part == "vae" else fingerprint(weight_paths(place, NETWORKS[part].filename))
             for part, place in self.parts.items()
             if part in NETWORKS
         }

@@ -15,6 +15,7 @@ from cmdgen.config import NoiseConfig, UNetConfig
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import ddim
 from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, split_sigma, velocity
+from cmdgen.evaluation.swap import Swap, find_mirrored
 from cmdgen.schema import write_config
 from cmdgen.training.cache import Rows
 from cmdgen.training.config import CaptionedLoss, ContentLoss, DenoisingLoss, MotionLoss
@@ -23,7 +24,8 @@ from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import min_snr_weights, variational_bound
 from cmdgen.training.randomness import Order, seeded
 from cmdgen.training.sheets import compare
-from cmdgen.training.text import Text
+from cmdgen.training.text import GAIN, Text
+from cmdgen.world.world import World
 
 SHEET_STEPS = 20
 
@@ -81,7 +83,7 @@ class DenoisingStage(Stage):
         batch = self.example(self.order.rows(step, size), generator)
         return batch | {
             "noise": torch.randn(batch["x0"].shape, generator=generator),
-            "timestep": torch.randint(len(self.alphas), (size,), generator=generator),
+            "timestep": draw_timesteps(size, len(self.alphas), self.options.timestep_shift, generator),
         }
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -154,15 +156,28 @@ class CaptionedStage(DenoisingStage):
 
 
 class Pairs:
-    """Content and motion of all clips, and the frozen autoencoder that made them."""
+    """Content and motion of all clips, and the frozen autoencoder that made them.
+
+    An unbounded motion is standardised: its moments are measured here and kept in autoencoder/.
+    """
 
     def __init__(self, run: Run) -> None:
         encodings, self.autoencoder = run.encodings(), run.read("autoencoder")
         self.rows = encodings.pairs(self.autoencoder, run.finished("autoencoder"))
+        config = self.autoencoder.config
+        if config.motion_activation == "linear":
+            mean, std = _moments(self.rows["motion"])
+            self.autoencoder.config = replace(config, motion_mean=mean, motion_std=std)
+            write_config(self.autoencoder.config, run.folder / "autoencoder")
         self.held_out = encodings.held_out(run.config.held_out)
         with torch.no_grad(), run.autocast():
             parts = [self.autoencoder.encode(part) for part in self.held_out.split(8)]
-        self.content, self.motion = (torch.cat(part).float() for part in zip(*parts, strict=True))
+        self.content, motion = (torch.cat(part).float() for part in zip(*parts, strict=True))
+        self.motion = self.autoencoder.standardise(motion)
+
+    def standardised(self, rows: Tensor) -> Tensor:
+        """(B,) -> (B, D, T, S)."""
+        return self.autoencoder.standardise(self.rows["motion"][rows].float())
 
 
 class ContentStage(CaptionedStage):
@@ -199,18 +214,19 @@ class MotionStage(CaptionedStage):
     sheet_clips = 6
 
     def __init__(self, run: Run) -> None:
-        pairs = Pairs(run)
+        self.pairs = pairs = Pairs(run)
         text = Text.read(run)
         self.content, self.autoencoder = pairs.rows["content"], pairs.autoencoder
-        config = self.autoencoder.config
-        if config.motion_activation == "linear":
-            mean, std = _moments(pairs.rows["motion"])
-            self.autoencoder.config = replace(config, motion_mean=mean, motion_std=std)
-            write_config(self.autoencoder.config, run.folder / "autoencoder")
-        self.split = pairs.content.shape[-1] // config.patch
+        self.split = pairs.content.shape[-1] // self.autoencoder.config.patch
         self.variance = pairs.held_out[:8].var(dim=2).mean()
-        held_out = {"x0": self.autoencoder.standardise(pairs.motion), "content": pairs.content}
+        held_out = {"x0": pairs.motion, "content": pairs.content}
         super().__init__(run, "motion", pairs.rows["motion"], text, held_out)
+        if self.denoiser.config.text_whitened and run.initial("motion") is None:
+            with torch.no_grad():
+                for buffer, measured in zip(self.denoiser.whitening, text.whitening(), strict=True):
+                    buffer.copy_(measured)
+                self.denoiser.embed_text.weight /= GAIN
+        self.swap = self._find_swap()
 
     def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
         """Return standardised motion, and content frames: at sampling they are not real either."""
@@ -237,10 +253,36 @@ class MotionStage(CaptionedStage):
         return self.autoencoder.decode(batch["content"], motion).float()
 
     def evaluate(self) -> dict[str, float]:
-        """Return the held-out loss, and how much sampled clips move, of what real clips do."""
+        """Return the held-out loss, how much sampled clips move, of what real clips do, and `text_shift`."""
         batch = self.held(8)
         variance = self.latents(self.sample(batch), batch).var(dim=2).mean()
-        return super().evaluate() | {"time_variance_ratio": float(variance / self.variance)}
+        figures = super().evaluate() | {"time_variance_ratio": float(variance / self.variance)}
+        if self.swap is not None:
+            figures["text_shift"] = self.swap.shift(self._predict_captions, self.noise)
+        return figures
+
+    def _find_swap(self) -> Swap | None:
+        """Return clips for `text_shift`, where the data is a world that has them."""
+        world, training = self.run.data.source, self.run.data.training
+        rows = find_mirrored(world, training) if isinstance(world, World) else None
+        if rows is None:
+            return None
+        assert isinstance(world, World)
+        parts = (self.content[rows.flatten()].float(), self.pairs.standardised(rows.flatten()))
+        content, motion = (part.unflatten(0, rows.shape).to(self.run.device) for part in parts)
+        return Swap(world, training[rows], content, motion)
+
+    def _predict_captions(self, x: Tensor, timestep: Tensor, content: Tensor, captions: list[str]) -> Tensor:
+        return self.predict(x, timestep, *self.condition({"ids": self.text.ids(captions), "content": content}))
+
+
+def draw_timesteps(count: int, timesteps: int, shift: float, generator: torch.Generator) -> Tensor:
+    """() -> (B,) int64, from 0, clean: uniform for a shift of 1, noisier ones more often above it.
+
+    s u / (1 + (s - 1) u) of a uniform u, as Esser et al. 2024 (arXiv:2403.03206, Eq. 23).
+    """
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    return (timesteps * shift * uniform / (1 + (shift - 1) * uniform)).long()
 
 
 def _moments(motion: Rows) -> tuple[tuple[float, ...], tuple[float, ...]]:

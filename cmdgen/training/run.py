@@ -21,13 +21,14 @@ from cmdgen.training.denoising import ContentStage, MotionStage
 from cmdgen.training.evdm import EvdmStage
 from cmdgen.training.loop import Stage, train
 from cmdgen.training.recompute import recompute_blocks
-from cmdgen.training.vae import VaeStage
+from cmdgen.training.vae import DecoderStage, VaeStage
 
 BUILD: dict[str, Callable[[Run], Stage]] = {
     "vae": VaeStage,
     "autoencoder": AutoencoderStage,
     "content": ContentStage,
     "motion": MotionStage,
+    "decoder": DecoderStage,
     "evdm": EvdmStage,
 }
 

@@ -12,6 +12,9 @@ from cmdgen.training.context import Run
 
 # captions that a tokenizer learns from, in two phrasings
 CAPTIONS = 10_000
+# captions that whitening is measured on: of so many clips, in so many wordings; and its deviation,
+# which makes up for a learning rate that suits the rest of the model
+WHITENED, WORDINGS, GAIN = 4096, 4, 3.0
 
 
 class Text:
@@ -58,6 +61,18 @@ class Text:
     def ids(self, texts: list[str]) -> Tensor:
         """() -> (B, L) int64."""
         return self.tokenizer(texts, self.length).to(self.device)
+
+    @torch.no_grad()
+    def whitening(self) -> tuple[Tensor, Tensor]:
+        """() -> (D), (D, D): the mean of the mean states of captions, and what makes them vary alike."""
+        indices = self.data.training[:WHITENED]
+        texts = [text for variant in range(WORDINGS) for text in self.data.captions(indices, variant)]
+        states = torch.cat([self(self.ids(texts[i : i + 256])).mean(dim=1) for i in range(0, len(texts), 256)]).float()
+        mean = states.mean(dim=0)
+        _, deviations, directions = torch.linalg.svd((states - mean) / len(states) ** 0.5, full_matrices=False)
+        # what hardly varies at all is noise
+        scales = GAIN / (deviations.square() + (0.01 * deviations[0]).square()).sqrt()
+        return mean, directions.mT * scales @ directions
 
     def draw(self, rows: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
         """(B,) -> (B, L) int64: captions in another phrasing each time, some left empty."""

@@ -1,4 +1,7 @@
-"""Training the VAE on single frames: the subject and its edges count more, and a small KL."""
+"""Training the VAE on single frames: the subject and its edges count more, and a small KL.
+
+At last its decoder alone, on frames that the CMD autoencoder has rebuilt.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from cmdgen.evaluation.metrics import psnr
 from cmdgen.models.vae import KlVae
-from cmdgen.training.config import VaeLoss
+from cmdgen.training.config import DecoderLoss, VaeLoss
 from cmdgen.training.context import Run
 from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import edge_difference, gaussian_kl, l1_plus_l2
@@ -20,6 +23,8 @@ from cmdgen.video.pixels import to_levels, to_unit
 FRAMES = 2
 # clips that the scale of the latents is measured on
 MEASURED = 64
+# of so many batches of the decoder's last stage one is not rebuilt
+CLEAN = 3
 
 
 class VaeStage(Stage):
@@ -30,17 +35,22 @@ class VaeStage(Stage):
             raise ValueError(f"preset {run.model.name} works on pixels: it has no VAE to train")
         if run.config.batch % FRAMES:
             raise ValueError(f"batch {run.config.batch} is not a multiple of the {FRAMES} frames of a clip")
-        assert isinstance(run.loss, VaeLoss)
+        assert isinstance(run.loss, DecoderLoss)
         self.run, self.weights, seed = run, run.loss, run.config.seed
-        self.vae: KlVae = run.build("vae")
-        if run.initial("vae") is None:
-            _narrow_posterior(self.vae)
+        self.vae = self.build()
         self.modules = {"vae": self.vae}
         self.training = run.data.training
         self.order = Order(len(self.training), seed)
         held_out = run.data.held_out(run.config.held_out)
         self.held_out = self._frames(held_out, seeded(seed, "held out"))
         self.measured = self._frames(self.training[:MEASURED], seeded(seed, "scale"))["frames"]
+
+    def build(self) -> KlVae:
+        """Return the VAE of `init`, or a new one."""
+        vae: KlVae = self.run.build("vae")
+        if self.run.initial("vae") is None:
+            _narrow_posterior(vae)
+        return vae
 
     def batch(self, step: int) -> Batch:
         """Return frames (B, 3, H, W) uint8, the subject's mask (B, 1, H, W) and noise."""
@@ -53,44 +63,49 @@ class VaeStage(Stage):
         return batch | {"noise": noise}
 
     def _frames(self, indices: Tensor, generator: torch.Generator) -> Batch:
+        """(B,) -> frames and masks of `FRAMES` frames of each clip, and which these are, (B, FRAMES)."""
         clips = self.run.data.clips(indices)
-        count, device = clips.frames.shape[1], clips.frames.device
-        order = torch.rand((len(indices), count), generator=generator).argsort(dim=1)
-        chosen = order[:, :FRAMES].to(device)
-        rows = torch.arange(len(indices), device=device)[:, None]
-        frames = clips.frames[rows, chosen].flatten(0, 1)
+        chosen = torch.rand(clips.frames.shape[:2], generator=generator).argsort(dim=1)[:, :FRAMES]
+        frames = _pick(clips.frames, chosen)
         mask = torch.zeros_like(frames[:, :1], dtype=torch.bool)
         if clips.mask is not None:
-            mask = clips.mask[rows, chosen].flatten(0, 1)[:, None]
-        return {"frames": frames.to(self.run.device), "mask": mask.to(self.run.device)}
+            mask = _pick(clips.mask, chosen)[:, None]
+        return {"frames": frames.to(self.run.device), "mask": mask.to(self.run.device), "chosen": chosen}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the error of a reconstruction from a sample of the posterior, and the KL."""
-        frames = to_unit(batch["frames"])
-        mean, logvar = (moment.float() for moment in self.vae.encode(frames))
+        assert isinstance(self.weights, VaeLoss)
+        mean, logvar = (moment.float() for moment in self.vae.encode(to_unit(batch["frames"])))
         output = self.vae.decode(mean + (0.5 * logvar).exp() * batch["noise"]).float()
-        weights = 1 + self.weights.mask * batch["mask"].float()
-        pixels = l1_plus_l2(output, frames, weights)
+        loss, parts = self.compare(output, batch)
+        parts["kl"] = gaussian_kl(mean, logvar)
+        return loss + self.weights.kl * parts["kl"], parts
+
+    def compare(self, output: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, 3, H, W) -> the weighted errors of pixels and of edges."""
+        frames, weights = to_unit(batch["frames"]), 1 + self.weights.mask * batch["mask"].float()
+        pixels = l1_plus_l2(output, frames, weights, l1=self.weights.l1)
         edges = edge_difference(output, frames, weights)
-        kl = gaussian_kl(mean, logvar)
-        loss = pixels + self.weights.edges * edges + self.weights.kl * kl
-        return loss, {"pixels": pixels, "edges": edges, "kl": kl}
+        return pixels + self.weights.edges * edges, {"pixels": pixels, "edges": edges}
 
     def evaluate(self) -> dict[str, float]:
         """Return PSNR on held-out frames, overall and inside the subject's mask."""
-        frames, mask = self.held_out["frames"], self.held_out["mask"][:, 0]
-        output, target = self._reconstruct(frames).float() / 255, frames.float() / 255
-        figures = {"psnr": psnr(output, target)}
-        if mask.any():
-            figures["psnr_subject"] = psnr(output, target, mask)
-        return figures
+        return self._psnr(self._reconstruct(self.held_out["frames"]))
+
+    def _psnr(self, output: Tensor) -> dict[str, float]:
+        """(B, 3, H, W) uint8 -> of the held-out frames, overall and inside the subject's mask."""
+        pair, mask = (output.float() / 255, self.held_out["frames"].float() / 255), self.held_out["mask"][:, 0]
+        return {"psnr": psnr(*pair)} | ({"psnr_subject": psnr(*pair, mask)} if mask.any() else {})
 
     def _means(self, frames: Tensor) -> Tensor:
         return torch.cat([self.vae.encode(to_unit(part))[0] for part in frames.split(16)])
 
     def _reconstruct(self, frames: Tensor) -> Tensor:
-        parts = [self.vae.decode(part) for part in self._means(frames).split(16)]
-        return to_levels(torch.cat(parts))
+        return self._decode(self._means(frames))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) unscaled -> (B, 3, H, W) uint8."""
+        return to_levels(torch.cat([self.vae.decode(part) for part in latents.split(16)]))
 
     def sheet(self) -> Tensor:
         """Draw held-out frames, one of a clip, above their reconstructions."""
@@ -102,6 +117,67 @@ class VaeStage(Stage):
         scale = 1 / float(self._means(self.measured).float().std())
         self.vae.config = replace(self.vae.config, scaling_factor=round(scale, 6))
         super().export(folder)
+
+
+class DecoderStage(VaeStage):
+    """Frames that the CMD autoencoder has rebuilt, every third batch untouched: latents keep their meaning."""
+
+    def __init__(self, run: Run) -> None:
+        encodings, self.autoencoder = run.encodings(), run.read("autoencoder")
+        self.latents = encodings.latents()
+        self.pairs = encodings.pairs(self.autoencoder, run.finished("autoencoder"))
+        super().__init__(run)
+        held_out = encodings.held_out(run.config.held_out)
+        with torch.no_grad(), run.autocast():
+            rebuilt = [self.autoencoder.decode(*self.autoencoder.encode(part)).float() for part in held_out.split(8)]
+        self.rebuilt = self._unscaled(torch.cat(rebuilt), self.held_out["chosen"])
+
+    def build(self) -> KlVae:
+        """Return the VAE of the run, of which the decoder learns."""
+        vae: KlVae = self.run.read("vae")
+        for module in (vae.decoder, vae.post_quant_conv):
+            module.requires_grad_(True)
+        return vae
+
+    @torch.no_grad()
+    def batch(self, step: int) -> Batch:
+        """Return frames (B, 3, H, W) uint8, the subject's mask (B, 1, H, W) and latents (B, C, h, w)."""
+        rows = self.order.rows(step, self.run.config.batch // FRAMES)
+        batch = self._frames(self.training[rows], seeded(self.run.config.seed, "decoder", step))
+        if step % CLEAN:
+            halves = [self.pairs[name][rows].to(self.run.device).float() for name in ("content", "motion")]
+            with self.run.autocast():
+                latents = self.autoencoder.decode(*halves).float()
+        else:
+            latents = self.latents[rows].to(self.run.device).float()
+        return batch | {"latents": self._unscaled(latents, batch["chosen"])}
+
+    def _unscaled(self, latents: Tensor, chosen: Tensor) -> Tensor:
+        """(B, C, T, h, w), (B, N) -> (B N, C, h, w)."""
+        return _pick(latents.movedim(1, 2), chosen) / self.vae.config.scaling_factor
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the error of what is decoded."""
+        return self.compare(self.vae.decode(batch["latents"]).float(), batch)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return PSNR on held-out frames, by the VAE alone and as the autoencoder rebuilds them."""
+        rebuilt = self._psnr(self._decode(self.rebuilt))
+        return super().evaluate() | {f"{name}_rebuilt": value for name, value in rebuilt.items()}
+
+    def sheet(self) -> Tensor:
+        """Draw held-out frames, one of a clip, above what becomes of them."""
+        frames, rebuilt = (each[::FRAMES][:16] for each in (self.held_out["frames"], self.rebuilt))
+        return compare(frames[:, None], self._decode(rebuilt)[:, None])
+
+    def export(self, folder: Path) -> None:
+        """Write vae/; its encoder and so the scale of its latents are the same."""
+        Stage.export(self, folder)
+
+
+def _pick(clips: Tensor, chosen: Tensor) -> Tensor:
+    """(B, T, ...), (B, N) -> (B N, ...): of each clip the chosen frames."""
+    return clips[torch.arange(len(clips))[:, None], chosen].flatten(0, 1)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def test_the_test_split_shows_digits_of_its_own(folder: Path) -> None:
     assert not set(digits.indices("train", 40).tolist()) & set(digits.indices("test", 40).tolist())
     # the brightest square is of the last image: 250 in both, the second brightest is not
     assert {int(clip.max()) for clip in train.frames} - {int(clip.max()) for clip in test.frames}
-    with pytest.raises(ValueError, match="split 'all' is not one of train, test"):
+    with pytest.raises(ValueError, match="split 'all' is not one of train, validation, test"):
         digits.indices("all", 1)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cmdgen.evaluation import swap
 from cmdgen.training import denoising, text
 from cmdgen.world.config import WORLDS, WorldConfig
 from tests.videos import write_video
@@ -25,6 +26,7 @@ def little_work() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(WORLDS, "shapes", SHAPES)
         patch.setattr(denoising, "SHEET_STEPS", 2)
+        patch.setattr(swap, "MIRRORED", SHAPES.motions)
         patch.setattr(text, "CAPTIONS", 20)
         patch.setattr(os, "fsync", lambda _: None)
         yield

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from cmdgen.config import PRESETS
-from cmdgen.training.config import LOSSES, AutoencoderLoss, TrainConfig, VaeLoss, presets_of, recipe
+from cmdgen.training.config import LOSSES, OWN, AutoencoderLoss, TrainConfig, VaeLoss, presets_of, recipe
 
-PAPER = [name for name in presets_of("vae") if name != "mini"]
+PAPER = [name for name in presets_of("vae") if name not in OWN]
 
 
 @pytest.mark.parametrize("stage", [stage for stage in LOSSES if "mini" in presets_of(stage)])
@@ -20,10 +20,11 @@ def test_mini_keeps_the_defaults_that_it_was_trained_beside(stage: str) -> None:
     assert (train.clip_norm, train.gradient_checkpointing, train.held_out) == (1.0, False, 32)
     assert type(loss) is LOSSES[stage]
     expected = {
-        "vae": {"mask": 3.0, "edges": 1.0, "kl": 1e-6},
+        "vae": {"mask": 3.0, "l1": 1.0, "edges": 1.0, "kl": 1e-6},
+        "decoder": {"mask": 3.0, "l1": 0.2, "edges": 0.2},
         "autoencoder": {"l1": 1.0, "moving": 6.0, "motion_l2": 1e-4, "content_pull": 0.0},
-        "content": {"min_snr": 5.0, "text_dropout": 0.1, "freeze_text": False},
-        "motion": {"min_snr": 5.0, "text_dropout": 0.1, "content_noise": 0.2},
+        "content": {"min_snr": 5.0, "timestep_shift": 1.0, "text_dropout": 0.1, "freeze_text": False},
+        "motion": {"min_snr": 5.0, "timestep_shift": 1.0, "text_dropout": 0.1, "content_noise": 0.2},
     }
     assert vars(loss) == expected[stage]
 
@@ -68,5 +69,11 @@ def test_evdm_is_trained_as_mcvd_where_a_preset_is_the_papers() -> None:
     assert set(presets_of("evdm")) | set(presets_of("vae")) == set(PRESETS)
     train, loss = recipe("evdm-kth", "evdm")
     assert (train.batch, train.lr, train.warmup, train.ema, train.weight_decay) == (64, 2e-4, 5000, 0.999, 0.0)
-    assert vars(loss) == {"min_snr": 0.0, "past_dropout": 0.5, "future_dropout": 0.5, "partial": 0.0}
+    assert vars(loss) == {
+        "min_snr": 0.0,
+        "timestep_shift": 1.0,
+        "past_dropout": 0.5,
+        "future_dropout": 0.5,
+        "partial": 0.0,
+    }
     assert recipe("evdm-small", "evdm") != recipe("evdm-kth", "evdm")

@@ -13,33 +13,38 @@ from safetensors.torch import load_file
 from cmdgen.config import AutoencoderConfig, VaeConfig
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.schema import read_config
-from cmdgen.training.config import LOSSES, Shared, Start, TrainConfig
+from cmdgen.training.config import LOSSES, Loss, Shared, Start, TrainConfig
 from cmdgen.training.context import Run
 from cmdgen.training.data import open_data
 from cmdgen.training.export import export_model
 from cmdgen.training.run import run_stage, settle
+from cmdgen.training.text import GAIN, WHITENED, WORDINGS, Text
 from tests.conftest import tiny_config
 
 CONFIG = TrainConfig(steps=2, batch=4, warmup=2, log_steps=1, evaluate_steps=10, held_out=4)
-PARTS = {"vae": "vae", "autoencoder": "autoencoder", "content": "unet", "motion": "motion"}
+PARTS = {"vae": "vae", "autoencoder": "autoencoder", "content": "unet", "motion": "motion", "decoder": "vae"}
 
 
-def run(
+def describe(
     folder: Path,
     stage: str,
     steps: int = 2,
     *,
-    init: Path | None = None,
-    restart: bool = False,
     learned: bool = False,
     device: str = "cpu",
-) -> int:
+    precision: str = "auto",
+    loss: Loss | None = None,
+    **start: Any,
+) -> Run:
     model, place = tiny_config(), torch.device(device)
-    model = replace(model, motion=replace(model.motion, learned_sigma=learned))
-    data = open_data("shapes", 10, model, place)
-    start, config = Start(folder, init=init, restart=restart), replace(CONFIG, steps=steps)
-    shared = Shared("mini", "world")
-    return run_stage(Run(stage, start, shared, config, LOSSES[stage](), model, data, place))
+    model = replace(model, motion=replace(model.motion, learned_sigma=learned, text_whitened=True))
+    data, config = open_data("shapes", 10, model, place), replace(CONFIG, steps=steps, precision=precision)
+    shared, loss = Shared("mini", "world"), loss or LOSSES[stage]()
+    return Run(stage, Start(folder, **start), shared, config, loss, model, data, place)
+
+
+def run(folder: Path, stage: str, steps: int = 2, **options: Any) -> int:
+    return run_stage(describe(folder, stage, steps, **options))
 
 
 def records(folder: Path, stage: str) -> list[dict[str, float]]:
@@ -72,6 +77,8 @@ def test_four_stages_give_a_folder_that_samples(trained: Path) -> None:
         assert sheet.read_bytes().startswith(b"\x89PNG")
     last = records(trained, "autoencoder")[-1]
     assert {"psnr", "psnr_subject", "psnr_mean_frame", "psnr_subject_mean_frame"} <= last.keys()
+    assert "psnr_edge" in last and {"psnr_subject_jumping", "psnr_subject_spinning"} & last.keys()
+    assert {"time_variance_ratio", "text_shift"} <= records(trained, "motion")[-1].keys()
 
 
 @pytest.mark.gpu
@@ -113,6 +120,33 @@ def test_motion_with_learned_variance_trains_on_the_bound(trained: Path, tmp_pat
     shutil.copytree(trained, folder)
     run(folder, "motion", restart=True, learned=True)
     assert records(folder, "motion")[0]["bound"] > 0
+
+
+def test_last_stage_changes_the_decoder_alone_and_keeps_the_cache(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    cached = {path: path.stat().st_mtime_ns for path in (folder / "training" / "cache").rglob("*.safetensors")}
+    before, scale = weights(folder, "vae"), read_config(folder / "vae", VaeConfig).scaling_factor
+    run(folder, "decoder", restart=True, precision="bf16")
+    changed = {name.split(".")[0] for name, tensor in weights(folder, "vae").items() if not tensor.equal(before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert read_config(folder / "vae", VaeConfig).scaling_factor == scale
+    run(folder, "motion", restart=True)
+    assert {path: path.stat().st_mtime_ns for path in cached} == cached
+    last = records(folder, "decoder")[-1]
+    assert {"psnr", "psnr_subject", "psnr_rebuilt", "psnr_subject_rebuilt"} <= last.keys()
+
+
+def test_whitening_makes_all_directions_of_the_text_vary_alike(trained: Path) -> None:
+    text = Text.read(describe(trained, "motion"))
+    mean, whitening = text.whitening()
+    data = text.data
+    captions = [caption for variant in range(WORDINGS) for caption in data.captions(data.training[:WHITENED], variant)]
+    pooled = (text(text.ids(captions)).mean(dim=1) - mean) @ whitening
+    deviations = torch.linalg.svdvals(pooled / len(pooled) ** 0.5)
+    assert deviations[0] == pytest.approx(GAIN, rel=1e-3)
+    # before, the second is a fraction of the first
+    assert deviations[1] == pytest.approx(GAIN, rel=0.1)
 
 
 def test_missing_stage_names_the_command_that_makes_it(tmp_path: Path) -> None:
