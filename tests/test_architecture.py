@@ -185,6 +185,13 @@ def test_what_needs_no_tensor_answers_without_torch(tmp_path: Path) -> None:
         assert says in done.stderr and done.stdout.endswith("False\n"), (arguments, done)
 
 
+def test_a_dry_run_does_without_torchs_compiler(tmp_path: Path) -> None:
+    code = "import sys; from cmdgen.cli.app import main\ntry: main(sys.argv[1:])\n"
+    code += "finally: print('torch._dynamo' in sys.modules)"
+    done = run(code, "sample", "a dog", "-o", str(tmp_path / "a.mp4"), "--dry-run")
+    assert done.returncode == 0 and done.stdout.endswith("False\n"), done
+
+
 def test_options_are_read_without_pydantic() -> None:
     code = "import sys; from cmdgen.cli.app import main\ntry: main(sys.argv[1:])\n"
     code += "finally: print('pydantic' in sys.modules)"

@@ -55,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = _evaluate(function, args, kwargs)
+        result = evaluate(function, args, kwargs)
         # torch keeps the Python object of a storage for as long as the storage lives
         given, held = (
             {id(storage): storage for storage in map(Tensor.untyped_storage, _tensors(values))}
@@ -223,12 +223,14 @@ def _cut(run: Run, slices: Slices, rows: int) -> Slices:
 # The shape functions of these operators are Python, and the first of them imports torch's compiler,
 # which takes a second. On the meta device others of the same result take their place.
 _POINTWISE = {
-    *("add", "sub", "rsub", "mul", "div", "pow", "exp", "sqrt", "cos", "tanh", "gelu", "silu"),
+    *("add", "sub", "rsub", "mul", "div", "pow", "exp", "sqrt", "cos", "sin", "tanh", "gelu", "silu"),
     *("addcmul", "round", "clamp"),
 }
 aten = torch.ops.aten
 _STAND_INS: dict[object, Callable[..., object]] = {
     aten.arange.default: lambda end, **options: torch.empty(end, **{"dtype": torch.long} | options),
+    aten.eq.Scalar: lambda x, _: torch.empty_like(x, dtype=torch.bool),
+    aten.index.Tensor: lambda x, indices: _index(x, indices),
     aten.addmm.default: lambda bias, x, weight: aten.mm(x, weight),
     aten.mean.dim: aten.sum.dim_IntList,
     aten.polar.default: aten.complex.default,
@@ -240,7 +242,7 @@ _STAND_INS: dict[object, Callable[..., object]] = {
 }
 
 
-def _evaluate(function: Any, args: Any, kwargs: Any) -> Any:
+def evaluate(function: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator; on the meta device without its shape function where there is another way."""
     tensors = _tensors(args)
     device = tensors[0].device if tensors else kwargs.get("device")
@@ -256,6 +258,14 @@ def _evaluate(function: Any, args: Any, kwargs: Any) -> Any:
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     # in the largest one's order of memory
     return torch.empty_like(max(tensors, key=Tensor.numel).expand(shape), dtype=dtype)
+
+
+def _index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
+    """Return a tensor of the size that indices of the first axes give."""
+    first = [index.shape for index in indices if index is not None and index.dtype != torch.bool]
+    if len(first) < len(indices):
+        return aten.index.Tensor(x, indices)
+    return x.new_empty(*torch.broadcast_shapes(*first), *x.shape[len(indices) :])
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:

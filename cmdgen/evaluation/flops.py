@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
-from cmdgen.acceleration.memory import FusedAttention, peak_bytes
+from cmdgen.acceleration.memory import FusedAttention, LiveBytes, evaluate, peak_bytes
 from cmdgen.acceleration.rehash import CutDiT, CutUNet
 from cmdgen.config import CMD_SD21, ModelConfig
 from cmdgen.latents import latent_shapes
@@ -68,7 +68,7 @@ class Count:
 
 
 class _AttentionCounter(TorchFunctionMode):
-    """Multiply-adds inside fused attention; elsewhere it is a batched product like any other."""
+    """Multiply-adds of attention, which it counts instead of computing: nothing on the meta device has values."""
 
     multiply_adds = 0
 
@@ -76,20 +76,32 @@ class _AttentionCounter(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             q, k, v = args
             self.multiply_adds += prod(q.shape[:-1]) * k.shape[-2] * (k.shape[-1] + v.shape[-1])
+            return q.new_empty(*q.shape[:-1], v.shape[-1])
         return func(*args, **(kwargs or {}))
 
 
-class _WeightCounter(TorchDispatchMode):
-    """Which tensors of a network are operands, and how many of their numbers are read."""
+class _Counter(TorchDispatchMode):
+    """Multiply-adds by torch's formulas, and which tensors of a network are read, how many numbers of each.
+
+    torch's own counter would import its compiler, which takes seconds.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         state = network.state_dict(keep_vars=True)
         self.names = {id(tensor): name for name, tensor in state.items()}
         self.reads: dict[str, int] = {}
+        self.flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = evaluate(func, args, kwargs)
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
         looked_up = func is torch.ops.aten.embedding.default
         for operand in tree_leaves((args, kwargs)):
             if (name := self.names.get(id(operand))) is not None:
@@ -100,13 +112,13 @@ class _WeightCounter(TorchDispatchMode):
 def count(run: Callable[[], object], network: nn.Module | None = None) -> Count:
     """Count a function of tensors on the meta device."""
     with (
-        torch.inference_mode(),
-        _WeightCounter(network or nn.Module()) as weights,
+        # inference mode would hand over whole what is made of other operators
+        torch.no_grad(),
         _AttentionCounter() as attention,
-        FlopCounterMode(display=False) as counter,
+        _Counter(network or nn.Module()) as counter,
     ):
         run()
-    return Count(counter.get_total_flops() // 2, attention.multiply_adds, weights.reads)
+    return Count(counter.flops // 2 + attention.multiply_adds, attention.multiply_adds, counter.reads)
 
 
 @dataclass(frozen=True)
@@ -176,8 +188,13 @@ def list_forwards(model: ModelConfig) -> dict[str, Forward]:
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode()
+@torch.no_grad()
 def _list_forwards(model: ModelConfig) -> dict[str, Forward]:
+    with LiveBytes(), _AttentionCounter():
+        return _prepare_forwards(model)
+
+
+def _prepare_forwards(model: ModelConfig) -> dict[str, Forward]:
     networks = build_networks(model)
     text, unet, vae = (networks[name] for name in ("text_encoder", "unet", "vae"))
     empty = partial(torch.empty, device="meta")
