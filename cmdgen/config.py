@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+SOLVERS = ("ddim", "euler", "lcm")
 # of tokens among themselves: everywhere softmax, or FAVOR+ where L > threshold * head width
 ATTENTIONS = ("softmax", "gated")
 
@@ -29,6 +30,25 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
+class VisionConfig:
+    """CLIP vision transformer; the defaults are ViT-H/14's (Stable Video Diffusion)."""
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    projection_dim: int = 1024
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+
+# layers along time inside of a network: none, or beside those of a frame, as in SVD
+TEMPORAL = ("none", "blend")
+
+
+@dataclass(frozen=True)
 class UNetConfig:
     """Stable Diffusion UNet; the defaults are SD 1.5's."""
 
@@ -44,10 +64,28 @@ class UNetConfig:
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     norm_num_groups: int = 32
+    # one of TEMPORAL; frames that it was trained on
+    temporal: str = "none"
+    num_frames: int | None = None
+    # of numbers that join the timestep: the width of each, and of all
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
     # one of ATTENTIONS; gated, with this threshold and so many random features
     attention: str = "softmax"
     attention_threshold: float = 2.0
     attention_features: int = 256
+
+
+@dataclass(frozen=True)
+class MotionConfig:
+    """AnimateDiff's motion modules, of a UNet that stays as it is; the defaults are version 2's."""
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    motion_layers_per_block: int = 2
+    motion_max_seq_length: int = 32
+    motion_norm_num_groups: int = 32
+    motion_num_attention_heads: int = 8
+    use_motion_mid_block: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,6 +100,8 @@ class VaeConfig:
     norm_num_groups: int = 32
     sample_size: int = 512
     scaling_factor: float = 0.18215
+    # one of TEMPORAL; it is the decoder's
+    temporal: str = "none"
 
     @property
     def stride(self) -> int:
@@ -73,7 +113,7 @@ class VaeConfig:
 class NoiseConfig:
     """Diffusion noise schedule and parametrisation; the defaults are Stable Diffusion's.
 
-    All but the last, which its folders give: absent, it is diffusers' own default for DDIM.
+    All but `set_alpha_to_one`, which its folders give: absent, it is diffusers' default for DDIM.
     """
 
     num_train_timesteps: int = 1000
@@ -87,6 +127,13 @@ class NoiseConfig:
     clip_sample: bool = False
     # where DDIM's last step leads: to the clean sample, or to the little noise of timestep 0
     set_alpha_to_one: bool = True
+    # one of SOLVERS, whose scheduler of diffusers a folder has. Euler's way ends on the clean
+    # sample, and begins, where it does so at the noisiest timestep, on the share of noise there is
+    solver: str = "ddim"
+    # "continuous": times are a quarter of log sigma, spaced between these as Karras et al. do
+    timestep_type: str = "discrete"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
 
 
 @dataclass(frozen=True)
@@ -181,9 +228,10 @@ class EvdmConfig:
 class ModelConfig:
     """One text-to-video model: its parts, the clip it makes, how it is sampled by default.
 
-    Without autoencoder and motion model it makes stills, clips of one frame, as Stable Diffusion
-    does; every other model makes them too, of the content frame alone. With an EVDM it has no text,
-    and continues and fills in clips.
+    CMD has an autoencoder and a motion model; AnimateDiff an adapter, motion modules of its UNet;
+    Stable Video Diffusion a vision encoder in place of text; EVDM is a content model alone, which
+    continues and fills in clips. A model without any of these makes stills, clips of one frame; so
+    do the first two, without what moves them.
     """
 
     name: str
@@ -193,6 +241,10 @@ class ModelConfig:
     autoencoder: AutoencoderConfig | None
     motion: DiTConfig | None
     noise: NoiseConfig = NoiseConfig(set_alpha_to_one=False)
+    adapter: MotionConfig | None = None
+    vision: VisionConfig | None = None
+    # of an adapter's base model, for stills
+    still_noise: NoiseConfig | None = None
     frames: int = 16
     height: int = 512
     width: int = 512
@@ -204,6 +256,23 @@ class ModelConfig:
     motion_guidance: float = 1.0
     # where on the noise schedule guidance is on, from 0, clean, to 1, noise; None: everywhere
     guidance_interval: tuple[float, float] | None = None
+    # of a picture that is animated: guidance of the first frame, from which it rises evenly to the
+    # last; how much is to move; the deviation of the noise that is added to the picture
+    guidance_first: float | None = None
+    motion_amount: int | None = None
+    image_noise: float | None = None
+    # files of lora/ that change the weights, each FILE:SCALE
+    loras: tuple[str, ...] = ()
+
+    @property
+    def moves(self) -> bool:
+        """Return whether it can make videos."""
+        return self.motion is not None or self.looks_along_time
+
+    @property
+    def looks_along_time(self) -> bool:
+        """Return whether all frames of a video go through its UNet together."""
+        return self.adapter is not None or self.vision is not None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -374,10 +443,83 @@ _SMALL_NOISE = replace(MINI.noise, clip_sample=True)
 EVDM_SMALL = _evdm("evdm-small", _SMALL, _SMALL_NOISE, steps=10)
 EVDM_WORLD = _evdm("evdm-world", replace(_SMALL, channels=3), _SMALL_NOISE, steps=10)
 
+ANIMATEDIFF = ModelConfig(
+    name="animatediff",
+    text=TextConfig(),
+    content=UNetConfig(),
+    vae=VaeConfig(),
+    autoencoder=None,
+    motion=None,
+    adapter=MotionConfig(use_motion_mid_block=False),
+    noise=NoiseConfig(beta_schedule="linear"),
+    still_noise=NoiseConfig(set_alpha_to_one=False),
+    steps=25,
+)
+
+ANIMATEDIFF_LIGHTNING = replace(
+    ANIMATEDIFF,
+    name="animatediff-lightning",
+    adapter=MotionConfig(),
+    noise=NoiseConfig(beta_schedule="linear", timestep_spacing="trailing", solver="euler"),
+    steps=4,
+    guidance=1.0,
+)
+
+ANIMATELCM = replace(
+    ANIMATEDIFF,
+    name="animatelcm",
+    adapter=MotionConfig(),
+    noise=NoiseConfig(beta_schedule="linear", solver="lcm"),
+    sampler="lcm",
+    steps=6,
+    guidance=2.0,
+)
+
+_SVD_UNET = UNetConfig(
+    sample_size=96,
+    in_channels=8,
+    cross_attention_dim=1024,
+    attention_head_dim=(5, 10, 20, 20),
+    use_linear_projection=True,
+    temporal="blend",
+    num_frames=14,
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=768,
+)
+
+SVD = ModelConfig(
+    name="svd",
+    text=None,
+    content=_SVD_UNET,
+    vae=VaeConfig(sample_size=768, temporal="blend"),
+    autoencoder=None,
+    motion=None,
+    vision=VisionConfig(),
+    noise=NoiseConfig(
+        prediction_type="v_prediction", solver="euler", timestep_type="continuous", sigma_min=0.002, sigma_max=700.0
+    ),
+    frames=14,
+    height=576,
+    width=1024,
+    fps=7,
+    steps=25,
+    guidance=3.0,
+    guidance_first=1.0,
+    motion_amount=127,
+    image_noise=0.02,
+)
+
+SVD_XT = replace(SVD, name="svd-xt", content=replace(_SVD_UNET, num_frames=25), frames=25)
+
+# models that `cmdgen train` makes
 _OURS = (MINI, MINI2, MINI2_GPU, CMD_SD15, CMD_SD21, CMD_UCF, EVDM_SMALL, EVDM_WORLD)
 PRESETS = {preset.name: preset for preset in (*_OURS, *_EVDM_PAPER)}
+# models of others, with public weights
+PUBLIC = {preset.name: preset for preset in (ANIMATEDIFF, ANIMATEDIFF_LIGHTNING, ANIMATELCM, SVD, SVD_XT)}
 
-SAMPLERS = ("ddim", "ddpm", "dpm++")
+SAMPLERS = ("ddim", "ddpm", "dpm++", "lcm")
+# the steps of the sampler that latent consistency models are distilled from: lcm has no more
+LCM_STEPS = 50
 
 # what step rehash has measured of a model, in its folder
 CALIBRATION = "rehash.json"

@@ -2,9 +2,12 @@
 
 assets/configs.json has the tables. It lists the keys of diffusers and transformers that have no
 field here: "fixed" keys are written with the one value that we support, or a value of a list is
-read, and any other is refused; "written" keys are never read. "ranges" are the smallest and largest values of fields;
-other integers lie in 1 .. 2^20, other numbers in -10^6 .. 10^6. "parameters" counts those of each
-preset, so that listing them builds nothing. Never imports torch.
+read, and any other is refused; "written" keys are never read. "variants" are other classes of
+theirs that a configuration of ours describes, too, by `_class_name`: the values of our fields that
+such a class has in its code, other names of keys and of blocks, and what is fixed there. "ranges"
+are the smallest and largest values of fields; other integers lie in 1 .. 2^20, other numbers in
+-10^6 .. 10^6. "parameters" counts those of each preset, so that listing them builds nothing. Never
+imports torch.
 """
 
 import os
@@ -14,16 +17,19 @@ from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from cmdgen.config import ATTENTIONS, SAMPLERS, NoiseConfig, VaeConfig
+from cmdgen.config import ATTENTIONS, SAMPLERS, SOLVERS, TEMPORAL, NoiseConfig, VaeConfig
 from cmdgen.files import read_json, write_json
 
 Folder = str | os.PathLike[str]
 C = TypeVar("C")
 
-# ours alone: written only where they are used, so that diffusers need not warn of them
-_GATE = ("attention", "attention_features", "attention_threshold")
+# written only where they are not the default, so that diffusers need not warn of them
+_OPTIONAL = {
+    *("attention", "attention_features", "attention_threshold", "num_frames", "sigma_max", "sigma_min"),
+    *("solver", "temporal", "timestep_type"),
+}
 _CHOICES = {
     "activation": ("relu", "silu"),
     "attention": ATTENTIONS,
@@ -36,9 +42,13 @@ _CHOICES = {
     "motion_activation": ("tanh", "linear"),
     "prediction_type": ("epsilon", "v_prediction"),
     "sampler": SAMPLERS,
+    "solver": SOLVERS,
+    "temporal": TEMPORAL,
     "timestep_spacing": ("leading", "trailing", "linspace"),
+    "timestep_type": ("discrete", "continuous"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
+_BLOCKS = {"down_block_types", "up_block_types"}
 # in all blocks of a network, each of which takes time to build: Stable Diffusion has 8
 _MOST_LAYERS = 256
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
@@ -57,8 +67,11 @@ def read_config(folder: Folder, cls: type[C]) -> C:
     path = config_path(folder, cls)
     # schedulers of diffusers hold infinities under keys that we do not read
     data = read_json(path, finite=False)
+    variants = _tables()["variants"].get(cls.__name__, {})
+    variant = variants.get(str(data.get("_class_name")), {})
+    fixed = variant.get("fixed", _tables()["fixed"].get(cls.__name__, {}))
     try:
-        for key, only in _tables()["fixed"].get(cls.__name__, {}).items():
+        for key, only in fixed.items():
             possible = only if isinstance(only, list) else [only]
             values = data[key] if isinstance(data.get(key), list) else [data.get(key, possible[0])]
             # True equals 1, but is not what is meant
@@ -69,7 +82,7 @@ def read_config(folder: Folder, cls: type[C]) -> C:
                 raise ValueError(
                     f"{key} {short(data[key])} is not supported, only {expected} {'are' if possible[1:] else 'is'}"
                 )
-        config = cls(**check_fields(cls, data))
+        config = cls(**check_fields(cls, _read_variant(data, variant)))
         blocks, layers = len(getattr(config, "block_out_channels", ())), getattr(config, "layers_per_block", 1)
         if blocks * layers > _MOST_LAYERS:
             raise ValueError(f"{blocks} blocks of {layers} layers are more than {_MOST_LAYERS} layers")
@@ -78,15 +91,46 @@ def read_config(folder: Folder, cls: type[C]) -> C:
         raise ValueError(f"{path}: {error}") from error
 
 
+def _read_variant(data: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:
+    """Return what a class of theirs says, under the names that it has here."""
+    data = {**data, **variant.get("values", {})}
+    for ours, theirs in variant.get("renamed", {}).items():
+        if theirs in data:
+            data[ours] = data[theirs]
+    for key in _BLOCKS:
+        if "blocks" in variant and isinstance(data.get(key), list):
+            data[key] = [str(kind).replace(variant["blocks"], "2D") for kind in data[key]]
+    return data
+
+
+def class_name(config: object) -> str | None:
+    """Return the class of theirs that a configuration describes, where its values decide."""
+    variants = _tables()["variants"].get(type(config).__name__, {}).items()
+    fitting = (
+        name
+        for name, variant in variants
+        if variant["values"] and all(getattr(config, key) == value for key, value in variant["values"].items())
+    )
+    return next(fitting, None)
+
+
 def write_config(config: object, folder: Folder) -> None:
     """Write the configuration of one part of a model, as diffusers or transformers would."""
-    cls = type(config)
+    cls: Any = type(config)
     fixed, written = (_tables()[kind].get(cls.__name__, {}) for kind in ("fixed", "written"))
-    data = {**fixed, **written, **asdict(config)}  # type: ignore[call-overload]
-    if data.get("attention") == "softmax":
-        data = {key: value for key, value in data.items() if key not in _GATE}
+    unused = {item.name for item in fields(cls) if getattr(config, item.name) == item.default} & _OPTIONAL
+    own = {key: value for key, value in asdict(cast(Any, config)).items() if key not in unused}
+    name = class_name(config)
+    if name is not None:
+        variant = _tables()["variants"][cls.__name__][name]
+        own = {key: value for key, value in own.items() if key not in variant["values"]}
+        own = {variant.get("renamed", {}).get(key, key): value for key, value in own.items()}
+        for key in _BLOCKS & own.keys():
+            own[key] = [kind.replace("2D", variant["blocks"]) for kind in own[key]]
+        fixed, written = variant["fixed"], {"_class_name": name}
+    data = {**fixed, **written, **own}
     if isinstance(config, VaeConfig):
-        for key in ("down_block_types", "up_block_types"):
+        for key in _BLOCKS & data.keys():
             data[key] = [data[key]] * len(config.block_out_channels)
     write_json(config_path(folder, cls), data)
 

@@ -17,7 +17,8 @@ class Guided:
     """A denoiser guided from negative to positive conditions; its two branches are one batch."""
 
     predict: Callable[..., Tensor]
-    scale: float
+    # one for all rows, or one for each: (B, 1, ...)
+    scale: float | Tensor
     positive: tuple[Tensor, ...]
     negative: tuple[Tensor, ...]
     interval: tuple[float, float] | None = None
@@ -28,7 +29,7 @@ class Guided:
             raise ValueError(f"{counts[0]} positive conditions, {counts[1]} negative ones")
         self.both = tuple(map(torch.cat, zip(self.negative, self.positive, strict=True)))
 
-    def at(self, t: int) -> Denoise:
+    def at(self, t: float) -> Denoise:
         """Return the denoiser of a timestep: out of the interval, the positive branch alone."""
         if self.interval is None or self.interval[0] <= t <= self.interval[1]:
             return self
@@ -40,7 +41,11 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, C, ...), (B,) -> (B, C or 2 C, ...), in the dtype of x."""
-        prediction, sigma = split_sigma(self.branches(x, t), x.shape[1])
+        return self.combine(self.branches(x, t), x)
+
+    def combine(self, output: Tensor, x: Tensor) -> Tensor:
+        """(2 B, C or 2 C, ...), (B, C, ...) -> (B, C or 2 C, ...): both branches as one output."""
+        prediction, sigma = split_sigma(output, x.shape[1])
         # the scale magnifies rounding: combine in the dtype of the sample, not of the network
         negative, positive = prediction.to(x.dtype).chunk(2)
         guided = negative + self.scale * (positive - negative)
@@ -51,7 +56,7 @@ class Guided:
 
 def guide(
     predict: Callable[..., Tensor],
-    scale: float,
+    scale: float | Tensor,
     positive: tuple[Tensor, ...],
     negative: tuple[Tensor, ...],
     *,
@@ -64,6 +69,6 @@ def guide(
     motion model, is kept in both branches. Scale 1 runs the positive branch alone; so do timesteps
     outside of `interval`, its ends within (Kynkäänniemi et al. 2024, arXiv:2404.07724).
     """
-    if scale == 1:
+    if isinstance(scale, float | int) and scale == 1:
         return lambda x, t: predict(x, t, *positive)
     return Guided(predict, scale, positive, negative, interval)

@@ -1,4 +1,4 @@
-"""Samplers as pure functions over a denoiser: DDIM, ancestral DDPM, DPM-Solver++(2M).
+"""Samplers as pure functions over a denoiser: DDIM, ancestral DDPM, DPM-Solver++(2M), LCM.
 
 A denoiser maps samples (B, C, ...) and timesteps (B,) to its raw output (B, C or 2 C, ...). A
 sampler calls it once for each timestep that VISITED lists, in that order. Coefficients are float64
@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cmdgen.config import NoiseConfig
+from cmdgen.config import LCM_STEPS, NoiseConfig
 from cmdgen.diffusion import schedule
 from cmdgen.diffusion.guidance import Denoise, Guided
-from cmdgen.diffusion.schedule import alphas_cumprod, timesteps
+from cmdgen.diffusion.schedule import alphas_cumprod, signal_powers, timesteps
 from cmdgen_kernels.guided_ddim_step import guided_ddim_step
 
 Generators = Sequence[torch.Generator] | None
@@ -38,11 +38,16 @@ def ddim(
     """(B, C, ...) of unit noise -> (B, C, ...). Eq. 12 of Song et al. 2021 (arXiv:2010.02502).
 
     `eta` 0 is deterministic, 1 as noisy as DDPM. The last step ends without noise, or, where
-    `set_alpha_to_one` is false as in Stable Diffusion, with that of timestep 0.
+    `set_alpha_to_one` is false as in Stable Diffusion, with that of timestep 0. Euler's method on
+    samples that are not scaled down as noise grows makes the same steps (its Eq. 14).
     """
-    end = 1.0 if config.set_alpha_to_one else float(alphas_cumprod(config)[0])
+    euler, visited = config.solver == "euler", timesteps(config, steps)
+    end = 1.0 if config.set_alpha_to_one or euler else float(alphas_cumprod(config)[0])
     x = noise
-    for t, alpha, after in _walk(config, timesteps(config, steps), end, on_step):
+    if euler and config.timestep_spacing != "leading":
+        # as diffusers' Euler begins there
+        x = x * (1 - float(signal_powers(config, visited[:1]))) ** 0.5
+    for t, alpha, after in _walk(config, visited, end, on_step):
         sigma = eta * math.sqrt((1 - after) / (1 - alpha) * (1 - alpha / after))
         if config.clip_sample:
             x0, eps, _ = _predict(denoise, x, t, alpha, config, on_estimate)
@@ -126,26 +131,60 @@ def dpm_solver_pp(
     return x
 
 
+def lcm(
+    denoise: Denoise,
+    noise: Tensor,
+    config: NoiseConfig,
+    *,
+    steps: int,
+    generators: Generators = None,
+    on_step: OnStep = None,
+    on_estimate: OnEstimate = None,
+) -> Tensor:
+    """(B, C, ...) of unit noise -> (B, C, ...). Algorithm 3 of Luo et al. 2023 (arXiv:2310.04378).
+
+    Each step jumps to a clean sample and, except for the last, adds the noise of the next timestep.
+    """
+    x = noise
+    for t, alpha, after in _walk(config, lcm_timesteps(config, steps), 1.0, on_step):
+        x0, _, _ = _predict(denoise, x, t, alpha, config, on_estimate)
+        # the boundary condition of a consistency model: at t = 0 it is the sample itself
+        scaled, data = 10 * t, 0.5
+        x = scaled / math.hypot(scaled, data) * x0 + data**2 / (scaled**2 + data**2) * x
+        if after < 1:
+            x = schedule.add_noise(x, _draw(x, generators), after)
+    return x
+
+
+def lcm_timesteps(config: NoiseConfig, steps: int) -> Tensor:
+    """() -> (steps,) int64: those of `lcm`, falling, of the 50 that it is distilled at."""
+    stride = config.num_train_timesteps // LCM_STEPS
+    if not 1 <= steps <= LCM_STEPS or not stride:
+        raise ValueError(f"steps {steps} of lcm is not between 1 and {LCM_STEPS}")
+    index = torch.arange(steps) * LCM_STEPS // steps
+    return (LCM_STEPS - index) * stride - 1
+
+
 def solver_timesteps(config: NoiseConfig, steps: int) -> Tensor:
     """() -> (steps,) int64: those of `dpm_solver_pp`, falling.
 
-    Unless trailing, they are those of one step more, without its last, as in diffusers: DDIM's
+    Unless trailing or continuous, they are those of one step more, without its last, as in diffusers: DDIM's
     would waste a step near zero.
     """
-    if config.timestep_spacing == "trailing":
+    if config.timestep_spacing == "trailing" or config.timestep_type == "continuous":
         return timesteps(config, steps)
     return timesteps(config, min(steps + 1, config.num_train_timesteps))[:steps]
 
 
-SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp}
-# (a noise schedule, steps) -> (steps,) int64: the timesteps at which each calls its denoiser
-VISITED = {"ddim": timesteps, "ddpm": timesteps, "dpm++": solver_timesteps}
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp, "lcm": lcm}
+# (a noise schedule, steps) -> (steps,): the timesteps at which each calls its denoiser
+VISITED = {"ddim": timesteps, "ddpm": timesteps, "dpm++": solver_timesteps, "lcm": lcm_timesteps}
 
 
-def _walk(config: NoiseConfig, visited: Tensor, end: float, on_step: OnStep) -> Iterator[tuple[int, float, float]]:
+def _walk(config: NoiseConfig, visited: Tensor, end: float, on_step: OnStep) -> Iterator[tuple[float, float, float]]:
     """(steps,) -> each timestep, its signal power, and the next one's, which is `end` at last."""
     steps = visited.tolist()
-    powers = [*alphas_cumprod(config)[visited].tolist(), end]
+    powers = [*signal_powers(config, visited).tolist(), end]
     for i, t in enumerate(steps):
         yield t, powers[i], powers[i + 1]
         if on_step is not None:
@@ -153,7 +192,7 @@ def _walk(config: NoiseConfig, visited: Tensor, end: float, on_step: OnStep) -> 
 
 
 def _predict(
-    denoise: Denoise, x: Tensor, t: int, alpha: float, config: NoiseConfig, on_estimate: OnEstimate
+    denoise: Denoise, x: Tensor, t: float, alpha: float, config: NoiseConfig, on_estimate: OnEstimate
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(B, C, ...) -> clean sample, clipped if so configured, noise, and learned variance, if any."""
     output = _choose(denoise, t)(x, _at(t, x))
@@ -165,12 +204,14 @@ def _predict(
     return x0, eps, learned
 
 
-def _linear_step(denoise: Denoise, x: Tensor, t: int, keep: float, move: float) -> Tensor:
+def _linear_step(denoise: Denoise, x: Tensor, t: float, keep: float, move: float) -> Tensor:
     """(B, C, ...) -> (B, C, ...): weights of the sample and of what is predicted at timestep t."""
     denoise = _choose(denoise, t)
     if isinstance(denoise, Guided):
         output = denoise.branches(x, _at(t, x))
-        return guided_ddim_step(x, output, guidance=denoise.scale, keep=keep, move=move)
+        if isinstance(denoise.scale, float | int):
+            return guided_ddim_step(x, output, guidance=denoise.scale, keep=keep, move=move)
+        return keep * x + move * denoise.combine(output, x)
     prediction, _ = schedule.split_sigma(denoise(x, _at(t, x)), x.shape[1])
     return keep * x + move * prediction.to(x.dtype)
 
@@ -182,12 +223,12 @@ def _between(noisy: Tensor, x: Tensor, alpha: float, after: float, sigma: float)
     return (x - share * noisy) / (math.sqrt(after) - share * math.sqrt(alpha))
 
 
-def _choose(denoise: Denoise, t: int) -> Denoise:
+def _choose(denoise: Denoise, t: float) -> Denoise:
     """Return the denoiser of a timestep."""
     return denoise.at(t) if isinstance(denoise, Guided) else denoise
 
 
-def _at(t: int, x: Tensor) -> Tensor:
+def _at(t: float, x: Tensor) -> Tensor:
     """(B, ...) -> (B,): the timestep of each sample."""
     return torch.full((x.shape[0],), t, device=x.device)
 

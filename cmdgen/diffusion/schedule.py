@@ -23,16 +23,34 @@ def alphas_cumprod(noise: NoiseConfig) -> Tensor:
     return (1 - roots ** (1 / power)).cumprod(dim=0)
 
 
+# of the steps between the ends of a range of sigma, in Karras et al. 2022 (arXiv:2206.00364)
+_RHO = 7
+
+
+def signal_powers(noise: NoiseConfig, times: Tensor) -> Tensor:
+    """(S,) -> (S,) float64: the signal's power at times that `timesteps` gives."""
+    if noise.timestep_type == "continuous":
+        # of sigma = exp(4 t), where the signal has unit size: 1 / (1 + sigma^2)
+        return (-8 * times.double()).sigmoid()
+    return alphas_cumprod(noise)[times]
+
+
 def timesteps(noise: NoiseConfig, steps: int) -> Tensor:
-    """() -> (steps,) int64: the training timesteps to visit, falling.
+    """() -> (steps,): the training timesteps to visit, int64, or continuous times, falling.
 
     "leading" starts each of `steps` equal parts, moved up by `steps_offset`; "trailing" ends each,
     and so begins at the noisiest; "linspace" goes evenly from the noisiest to timestep 0
-    (Lin et al. 2023, arXiv:2305.08891, table 2).
+    (Lin et al. 2023, arXiv:2305.08891, table 2). Continuous times are log(sigma) / 4, as Stable
+    Video Diffusion has them, of sigmas from the largest to the smallest (eq. 5 of Karras et al.).
     """
     total = noise.num_train_timesteps
     if not 1 <= steps <= total:
         raise ValueError(f"steps {steps} is not between 1 and {total}")
+    if noise.timestep_type == "continuous":
+        if noise.sigma_min is None or noise.sigma_max is None:
+            raise ValueError("continuous timesteps lie between sigma_min and sigma_max: one is missing")
+        first, last = (sigma ** (1 / _RHO) for sigma in (noise.sigma_max, noise.sigma_min))
+        return torch.linspace(first, last, steps, dtype=torch.float64).log() * _RHO / 4
     check_choice(noise.timestep_spacing, "timestep_spacing")
     index = torch.arange(steps)
     if noise.timestep_spacing == "leading":

@@ -10,16 +10,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import AutoencoderConfig
-from cmdgen.models.attention import self_attention
+from cmdgen.models.attention import MOST_ROWS, self_attention
 from cmdgen.models.layers import add_normalised
 from cmdgen.models.pretrained import Pretrained
 from cmdgen_kernels import content_frame, geglu, motion_latents, motion_tokens, rotate
 
 # an axis has tens of positions: slower rotations than this would tell nothing apart
 SLOWEST_ROTATION = 1 / 100
-# rows of attention over time in one call: CUDA's attention kernels fail from 65,536 on, and their gradient
-# counts in 32 bits the bytes of 8 heads
-MOST_ROWS = 2**15
 
 
 def axial_rotation(sizes: tuple[int, ...], head_dim: int, like: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ class Evdm(Pretrained[EvdmConfig]):
         if width % 8 or width // config.reduction < 2:
             raise ValueError(f"width {width} is not a multiple of 8, and of twice the reduction {config.reduction}")
         channels = config.channels * config.patch**2
-        self.time_embedding = TimeEmbedding(width, 4 * width)
+        self.time_embedding = TimeEmbedding(width, 4 * width, 4 * width)
         self.conv_in = nn.Conv2d(channels * config.frames, width, 3, padding=1)
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [width]
         for i, wide in enumerate(widths):

@@ -1,4 +1,4 @@
-"""What UNet, VAE and DiT share: time embedding, attention, residual block, resampling."""
+"""What UNet, VAE and DiT share: time embedding, attention, feed-forward, residual block, resampling."""
 
 import math
 
@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.models.attention import Attend
+from cmdgen_kernels import geglu
 from cmdgen_kernels.convolution import convolution, convolution_obstacle
 from cmdgen_kernels.gated_attention import softmax_attention
 from cmdgen_kernels.group_norm_silu import group_norm_silu, group_norm_silu_obstacle
@@ -55,16 +56,70 @@ class Attention(nn.Module):
         return keys, values
 
     def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
-        """(B, L, D), what `project` made of a context, or nothing for x itself -> (B, L, D)."""
-        q = rearrange(self.to_q(x), "b l (n d) -> b n l d", n=self.heads)
+        """(B, L, D), what `project` made of a context, or nothing for x itself -> (B, L, D).
+
+        A context of fewer rows is one of clips, whose frames, rows of x, follow one another.
+        """
         k, v = self.project(x) if context is None else context
+        q = rearrange(self.to_q(x), "(b t) l (n d) -> b n (t l) d", n=self.heads, b=len(k))
         out = self.attend(q, k, v)  # (B, N, L, D / N)
-        return self.to_out[0](rearrange(out, "b n l d -> b l (n d)"))
+        return self.to_out[0](rearrange(out, "b n (t l) d -> (b t) l (n d)", l=x.shape[1]))
+
+    def read_token(self, token: Tensor) -> Tensor:
+        """(B, 1, D') -> (B, 1, D): what attention to one token is, whatever asks: its own value."""
+        return self.to_out[0](self.to_v(token))
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers on sinusoids: of a timestep, of several numbers, of the index of a frame."""
+
+    def __init__(self, width: int, inner_width: int, out_width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, inner_width)
+        self.linear_2 = nn.Linear(inner_width, out_width)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """(B,) or (B, n) -> (B, D)."""
+        weight = self.linear_1.weight
+        width = weight.shape[1] * len(numbers) // numbers.numel()
+        # Stable Diffusion's are float32 whatever the weights are, also where these are float64
+        sinusoids = timestep_embedding(numbers.flatten(), width).to(weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(sinusoids.view(len(numbers), -1))))
+
+
+class GatedLinear(nn.Module):
+    """GEGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D')."""
+        return geglu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # diffusers has a dropout between the two
+        self.net = nn.ModuleList([GatedLinear(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        return self.net[2](self.net[0](x))
 
 
 def normalise(norm: nn.GroupNorm, x: Tensor, *, shift: Tensor | None = None, activation: str = "silu") -> Tensor:
-    """(B, C, H, W), (B, C) -> (B, C, H, W): the activation of norm(x + shift)."""
+    """(B, C, H, W), (B, C) -> (B, C, H, W): the activation of norm(x + shift).
+
+    A shift of fewer rows is one of clips, whose frames, rows of x, follow one another.
+    """
     groups, eps = norm.num_groups, norm.eps
+    if shift is not None and len(shift) != len(x):
+        shift = shift.repeat_interleave(len(x) // len(shift), dim=0)
     return group_norm_silu(x, norm.weight, norm.bias, shift, groups=groups, eps=eps, activation=activation)
 
 
@@ -105,7 +160,7 @@ class ResnetBlock(nn.Module):
         h, conv, norm = normalise(self.norm1, x), self.conv1, self.norm2
         if group_norm_silu_obstacle(h, norm.weight, norm.bias) is None:
             # the norm's kernel adds the convolution's bias, with the time: they move the moments alone
-            shift = (conv.bias if shift is None else conv.bias + shift).expand(len(x), -1)
+            shift = conv.bias[None] if shift is None else conv.bias + shift
             h = F.conv2d(h, conv.weight, None, padding=1)  # (B, C', H, W)
         else:
             h = conv(h)  # (B, C', H, W)

@@ -27,18 +27,24 @@ class Pretrained(nn.Module, Generic[C]):
 
     @classmethod
     def from_pretrained(
-        cls, folder: Folder, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls,
+        folder: Folder,
+        *,
+        weights: Folder | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
     ) -> Self:
         """Read a folder that `save_pretrained` or the library wrote, in evaluation mode.
 
-        Nothing is initialised first. ValueError names the file that is wrong.
+        `weights` is another folder with the file of the weights. Nothing is initialised first.
+        ValueError names the file that is wrong.
         """
         config: Any = read_config(folder, cls.config_type)
         try:
             model = build_empty(cls, config)
         except ValueError as error:
             raise ValueError(f"{config_path(folder, cls.config_type)}: {error}") from error
-        load_weights(model, folder, cls.filename, dtype=dtype, device=device, rename=cls.rename_stored)
+        load_weights(model, weights or folder, cls.filename, dtype=dtype, device=device, rename=cls.rename_stored)
         return model.eval()
 
     def save_pretrained(self, folder: Folder, *, dtype: torch.dtype | None = None) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmdgen.config import TextConfig
+from cmdgen.config import TextConfig, VisionConfig
 from cmdgen.models.pretrained import Pretrained
 
 
@@ -38,11 +38,12 @@ class Embeddings(nn.Module):
         return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
 
 
-class CausalAttention(nn.Module):
-    """Multi-head attention of each token to itself and those before it."""
+class SelfAttention(nn.Module):
+    """Multi-head attention: of a text's token to itself and those before it, of a picture's to all."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
+        self.causal = isinstance(config, TextConfig)
         width, self.heads = config.hidden_size, config.num_attention_heads
         if width % self.heads:
             raise ValueError(f"hidden_size {width} is not a multiple of heads {self.heads}")
@@ -57,14 +58,14 @@ class CausalAttention(nn.Module):
             rearrange(projection(x), "b l (n d) -> b n l d", n=self.heads)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, N, L, D / N)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, N, L, D / N)
         return self.out_proj(rearrange(out, "b n l d -> b l (n d)"))
 
 
 class FeedForward(nn.Module):
     """Linear, GELU or its sigmoid approximation, linear."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
         self.quick = config.hidden_act == "quick_gelu"
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -77,11 +78,11 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """Causal attention and feed-forward, each normalised before and around a skip."""
+    """Attention and feed-forward, each normalised before and around a skip."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig | VisionConfig) -> None:
         super().__init__()
-        self.self_attn = CausalAttention(config)
+        self.self_attn = SelfAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = FeedForward(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

@@ -1,126 +1,30 @@
-"""The Stable Diffusion UNet (Rombach et al. 2022, arXiv:2112.10752): denoises the content frame.
+"""The Stable Diffusion UNet (Rombach et al. 2022, arXiv:2112.10752), also with layers along time.
 
 Timestep and text are projected apart from the rest. A sampler knows its timesteps beforehand and
 its text stays: it projects all of them once (`project_time`, `project_text`) and passes the part of
 each step to `denoise`. `forward` does one after the other.
 
-Parameter names equal diffusers' `UNet2DConditionModel`: its files load here, ours load there.
+Of a video, frames are rows of the samples, (B T, C, h, w), and clips, B, are rows of all else: T is
+told from these. The layers along time are AnimateDiff's, which `attach` adds, or Stable Video
+Diffusion's, where the configuration has `temporal` "blend": that one reads an image, one token.
+
+Parameter names equal diffusers' `UNet2DConditionModel`, `UNetMotionModel` and
+`UNetSpatioTemporalConditionModel`: its files load here, ours load there.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import UNetConfig
-from cmdgen.models.attention import self_attention
-from cmdgen.models.layers import (
-    Attention,
-    Conv2d,
-    Downsample,
-    KeysValues,
-    ResnetBlock,
-    Upsample,
-    add_normalised,
-    normalise,
-    timestep_embedding,
-)
+from cmdgen.models.layers import Attention, Conv2d, Downsample, ResnetBlock, TimeEmbedding, Upsample, normalise
 from cmdgen.models.pretrained import Pretrained
-from cmdgen_kernels import geglu
+from cmdgen.models.temporal import BlendedResnet, BlendedTransformer, MotionAdapter
+from cmdgen.models.transformer import Conditions, SpatialTransformer
 
-_EPS = 1e-5
-
-
-class Conditions(NamedTuple):
-    """Timestep and text as the layers read them, by layer."""
-
-    shifts: dict[nn.Module, Tensor]
-    text: dict[nn.Module, KeysValues]
-
-
-class TimeEmbedding(nn.Module):
-    """Two linear layers on the sinusoids of the timestep."""
-
-    def __init__(self, width: int, time_width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(width, time_width)
-        self.linear_2 = nn.Linear(time_width, time_width)
-
-    def forward(self, timestep: Tensor) -> Tensor:
-        """(B,) -> (B, D)."""
-        weight = self.linear_1.weight
-        # Stable Diffusion's are float32 whatever the weights are, also where these are float64
-        sinusoids = timestep_embedding(timestep, weight.shape[1]).to(weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(sinusoids)))
-
-
-class GatedLinear(nn.Module):
-    """GEGLU (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, width: int, inner_width: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, 2 * inner_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D')."""
-        return geglu(self.proj(x))
-
-
-class FeedForward(nn.Module):
-    """GEGLU to four times the width and back."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # diffusers has a dropout between the two
-        self.net = nn.ModuleList([GatedLinear(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return self.net[2](self.net[0](x))
-
-
-class TransformerBlock(nn.Module):
-    """Attention among positions, attention to the text, feed-forward, each around a skip."""
-
-    def __init__(self, width: int, heads: int, config: UNetConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        attend = self_attention(config, width // heads)
-        self.attn1 = Attention(width, width, heads, bias=False, attend=attend)
-        self.norm2 = nn.LayerNorm(width)
-        self.attn2 = Attention(width, config.cross_attention_dim, heads, bias=False)
-        self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
-
-    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
-        """(B, H*W, D) -> (B, H*W, D)."""
-        x, h = add_normalised(self.norm2, x, self.attn1(self.norm1(x)))
-        x, h = add_normalised(self.norm3, x, self.attn2(h, conditions.text[self.attn2]))
-        return x + self.ff(h)
-
-
-class SpatialTransformer(nn.Module):
-    """A transformer block over the positions of a feature map, around a skip."""
-
-    def __init__(self, channels: int, heads: int, config: UNetConfig) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
-        # the same map either way: Stable Diffusion 1 stores it as a 1x1 convolution, 2 as a matrix
-        linear = config.use_linear_projection
-        self.proj_in, self.proj_out = (
-            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1) for _ in range(2)
-        )
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, config)])
-
-    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        tokens = rearrange(normalise(self.norm, x, activation="none"), "b c h w -> b (h w) c")
-        tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        tokens = self.transformer_blocks[0](tokens, conditions)  # (B, H*W, C)
-        tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
+_EPS, _SMALL_EPS = 1e-5, 1e-6
 
 
 class Stage(nn.Module):
@@ -129,14 +33,41 @@ class Stage(nn.Module):
     def __init__(self, in_channels: tuple[int, ...], channels: int, heads: int, config: UNetConfig) -> None:
         super().__init__()
         groups, time_width = config.norm_num_groups, 4 * config.block_out_channels[0]
-        self.resnets = nn.ModuleList(ResnetBlock(before, channels, groups, _EPS, time_width) for before in in_channels)
+        blends = config.temporal == "blend"
+        # as diffusers has it: the stages that train with a smaller one
+        eps = _SMALL_EPS if blends and (isinstance(self, UpStage) or heads) else _EPS
+        self.resnets = nn.ModuleList(
+            BlendedResnet(before, channels, groups, (eps, eps), time_width)
+            if blends
+            else ResnetBlock(before, channels, groups, eps, time_width)
+            for before in in_channels
+        )
         if heads:
-            self.attentions = nn.ModuleList(SpatialTransformer(channels, heads, config) for _ in in_channels)
+            self.add_attention(len(in_channels), channels, heads, config)
+
+    def add_attention(self, layers: int, channels: int, heads: int, config: UNetConfig) -> None:
+        """Add a transformer for each of so many layers."""
+        kind = BlendedTransformer if config.temporal == "blend" else SpatialTransformer
+        self.attentions = nn.ModuleList(kind(channels, heads, config) for _ in range(layers))
 
     def layer(self, i: int, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
-        x = self.resnets[i](x, conditions.shifts[self.resnets[i]])
-        return self.attentions[i](x, conditions) if hasattr(self, "attentions") else x
+        x = self.residual(i, x, conditions)
+        if hasattr(self, "attentions"):
+            x = self.attentions[i](x, conditions)
+        # a still is what Stable Diffusion makes, without them
+        modules: Any = getattr(self, "motion_modules", None)
+        if modules is not None and len(x) > conditions.clips:
+            x = modules[i](x, conditions.clips)
+        return x
+
+    def residual(self, i: int, x: Tensor, conditions: Conditions) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W): a layer's residual block."""
+        resnet = self.resnets[i]
+        if isinstance(resnet, BlendedResnet):
+            blocks = resnet.spatial_res_block, resnet.temporal_res_block
+            return resnet(x, conditions.clips, *(conditions.shifts[block] for block in blocks))
+        return resnet(x, conditions.shifts[resnet])
 
 
 class DownStage(Stage):
@@ -160,12 +91,11 @@ class MidStage(Stage):
 
     def __init__(self, channels: int, heads: int, config: UNetConfig) -> None:
         super().__init__((channels, channels), channels, 0, config)
-        self.attentions = nn.ModuleList([SpatialTransformer(channels, heads, config)])
+        self.add_attention(1, channels, heads, config)
 
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        last = self.resnets[1]
-        return last(self.layer(0, x, conditions), conditions.shifts[last])
+        return self.residual(1, self.layer(0, x, conditions), conditions)
 
 
 class UpStage(Stage):
@@ -204,7 +134,11 @@ class UNet(Pretrained[UNetConfig]):
         heads = (heads,) * levels if isinstance(heads, int) else heads
 
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0])
+        self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0], 4 * widths[0])
+        if config.projection_class_embeddings_input_dim is not None:
+            self.add_embedding = TimeEmbedding(
+                config.projection_class_embeddings_input_dim, 4 * widths[0], 4 * widths[0]
+            )
         self.down_blocks, skips = nn.ModuleList(), [widths[0]]
         for i, kind in enumerate(config.down_block_types):
             last, width = i == levels - 1, widths[i]
@@ -224,18 +158,28 @@ class UNet(Pretrained[UNetConfig]):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=_EPS)
         self.conv_out = Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        """(B, C, h, w), (B,), (B, L, D) -> (B, C, h, w)."""
-        time = self.project_time(timestep.expand(sample.shape[0]))
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, numbers: Tensor | None = None
+    ) -> Tensor:
+        """(B, C, h, w), (B,), (B, L, D) -> (B, C, h, w); of clips, samples are (B T, C, h, w)."""
+        time = self.project_time(timestep.expand(len(encoder_hidden_states)), numbers)
         return self.denoise(sample, time, *self.project_text(encoder_hidden_states))
 
-    def project_time(self, timestep: Tensor) -> Tensor:
-        """(B,) -> (B, P): the shifts of all residual blocks."""
-        time = F.silu(self.time_embedding(timestep))  # (B, D)
+    def project_time(self, timestep: Tensor, numbers: Tensor | None = None) -> Tensor:
+        """(B,), (B, n) where the UNet reads n numbers -> (B, P): the shifts of all residual blocks."""
+        time = self.time_embedding(timestep)  # (B, D)
+        if numbers is not None:
+            time = time + self.add_embedding(numbers)
+        time = F.silu(time)
         return torch.cat([resnet.time_emb_proj(time) for resnet in self._resnets()], dim=-1)
 
     def project_text(self, states: Tensor) -> tuple[Tensor, ...]:
-        """(B, L, D) -> keys, values of each attention to the text, (B, N, L, D / N) each."""
+        """(B, L, D) -> keys, values of each attention to the text, (B, N, L, D / N) each.
+
+        Where that is one token, (B, 1, D) -> what each attention to it is, (B, 1, D').
+        """
+        if self.config.temporal == "blend":
+            return tuple(reader.read_token(states) for reader in self._readers())
         return tuple(part for reader in self._readers() for part in reader.project(states))
 
     def denoise(self, sample: Tensor, time: Tensor, *text: Tensor) -> Tensor:
@@ -246,23 +190,46 @@ class UNet(Pretrained[UNetConfig]):
 
     def hand_out(self, time: Tensor, text: tuple[Tensor, ...]) -> Conditions:
         """(B, P), the projected text -> both by layer."""
-        resnets = self._resnets()
+        resnets, readers = self._resnets(), self._readers()
         shifts = time.split([resnet.conv1.out_channels for resnet in resnets], dim=-1)
-        pairs = zip(text[::2], text[1::2], strict=True)
+        parts = text if self.config.temporal == "blend" else zip(text[::2], text[1::2], strict=True)
         return Conditions(
-            shifts=dict(zip(resnets, shifts, strict=True)), text=dict(zip(self._readers(), pairs, strict=True))
+            len(time), dict(zip(resnets, shifts, strict=True)), text=dict(zip(readers, parts, strict=True))
         )
+
+    def attach(self, adapter: MotionAdapter) -> None:
+        """Add motion modules; ValueError where they are those of another UNet."""
+        config, other = self.config, adapter.config
+        pairs = {
+            "block_out_channels": (other.block_out_channels, config.block_out_channels),
+            "layers": (other.motion_layers_per_block, config.layers_per_block),
+        }
+        for name, (got, expected) in pairs.items():
+            if got != expected:
+                raise ValueError(f"{name} {got} of the motion modules are not the UNet's, {expected}")
+        for ours, theirs in zip(self.down_blocks, adapter.down_blocks, strict=True):
+            ours.motion_modules = theirs.motion_modules
+        if other.use_motion_mid_block:
+            self.mid_block.motion_modules = adapter.mid_block.motion_modules
+        for ours, theirs in zip(self.up_blocks, adapter.up_blocks, strict=True):
+            ours.motion_modules = theirs.motion_modules
+
+    @staticmethod
+    def rename_stored(name: str) -> str | None:
+        """Skip motion modules, which `MotionAdapter` reads, in the file of a UNet that has them."""
+        return None if ".motion_modules." in name else name
 
     def _stages(self) -> tuple[Any, ...]:
         return (*self.down_blocks, self.mid_block, *self.up_blocks)
 
     def _resnets(self) -> list[ResnetBlock]:
-        return [resnet for stage in self._stages() for resnet in stage.resnets]
+        blocks = (block for stage in self._stages() for block in stage.resnets.modules())
+        return [block for block in blocks if isinstance(block, ResnetBlock)]
 
     def _readers(self) -> list[Attention]:
         """List the attentions to the text."""
-        readers = (getattr(stage, "attentions", ()) for stage in self._stages())
-        return [part.transformer_blocks[0].attn2 for parts in readers for part in parts]
+        parts = (part for stage in self._stages() for part in getattr(stage, "attentions", ()))
+        return [reader for part in parts for reader in part.readers()]
 
     def embed(self, sample: Tensor) -> Tensor:
         """(B, C, h, w) -> the first skip (B, C', h, w)."""

@@ -1,6 +1,10 @@
 """The KL autoencoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752).
 
-Parameter names equal diffusers' `AutoencoderKL`: its files load here, ours load there.
+Where its configuration has `temporal` "blend", as in Stable Video Diffusion, the decoder looks along
+time, too: all frames of a clip are decoded together, (T, c, h, w).
+
+Parameter names equal diffusers' `AutoencoderKL` and `AutoencoderKLTemporalDecoder`: its files load
+here, ours load there.
 """
 
 from itertools import pairwise
@@ -12,9 +16,10 @@ from torch import Tensor, nn
 from cmdgen.config import VaeConfig
 from cmdgen.models.layers import Attention, Conv2d, Downsample, KeysValues, ResnetBlock, Upsample, normalise
 from cmdgen.models.pretrained import Pretrained
+from cmdgen.models.temporal import BlendedResnet, TemporalConv, clip_view
 from cmdgen_kernels import wide_attention
 
-_EPS = 1e-6
+_EPS, _TIME_EPS = 1e-6, 1e-5
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
@@ -32,26 +37,45 @@ class SpatialAttention(Attention):
         return x + rearrange(super().forward(tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
 
+class FrameResnet(BlendedResnet):
+    """A residual block of each frame, beside one along time; its rows are the frames of one clip."""
+
+    def __init__(self, inputs: int, channels: int, groups: int) -> None:
+        super().__init__(inputs, channels, groups, (_EPS, _TIME_EPS))
+
+    def forward(self, x: Tensor, clips: int = 1, *shifts: Tensor | None) -> Tensor:
+        """(T, C, H, W) -> (T, C', H, W)."""
+        return super().forward(x, clips)
+
+
+def _resnet(inputs: int, channels: int, groups: int, *, blends: bool) -> nn.Module:
+    return FrameResnet(inputs, channels, groups) if blends else ResnetBlock(inputs, channels, groups, _EPS)
+
+
 class MidBlock(nn.Module):
     """Residual block, attention, residual block."""
 
-    def __init__(self, channels: int, *, groups: int) -> None:
+    def __init__(self, channels: int, *, groups: int, layers: int = 2, blends: bool = False) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([SpatialAttention(channels, groups=groups)])
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups, _EPS) for _ in range(2))
+        self.resnets = nn.ModuleList(_resnet(channels, channels, groups, blends=blends) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        x = self.resnets[0](x)
+        # diffusers' decoder of clips has as many residual blocks here as layers, and uses two
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=False):
+            x = resnet(attention(x))
+        return x
 
 
 class Level(nn.Module):
     """Residual blocks, then another resolution except in the last level."""
 
-    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, layers: int, groups: int, *, blends: bool = False) -> None:
         super().__init__()
         inputs = (in_channels, *(out_channels,) * (layers - 1))
-        self.resnets = nn.ModuleList(ResnetBlock(n, out_channels, groups, _EPS) for n in inputs)
+        self.resnets = nn.ModuleList(_resnet(n, out_channels, groups, blends=blends) for n in inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H/2, W/2) or (B, C', 2H, 2W)."""
@@ -73,7 +97,8 @@ class UpBlock(Level):
     """A level of the decoder: doubles the resolution."""
 
     def __init__(self, before: int, width: int, config: VaeConfig, *, last: bool) -> None:
-        super().__init__(before, width, config.layers_per_block + 1, config.norm_num_groups)
+        layers, blends = config.layers_per_block + 1, config.temporal == "blend"
+        super().__init__(before, width, layers, config.norm_num_groups, blends=blends)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(width)])
 
 
@@ -106,21 +131,27 @@ class Decoder(nn.Module):
     def __init__(self, config: VaeConfig) -> None:
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        blends = config.temporal == "blend"
         self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups=groups)
+        layers = config.layers_per_block if blends else 2
+        self.mid_block = MidBlock(widths[0], groups=groups, layers=layers, blends=blends)
         self.up_blocks = nn.ModuleList(
             UpBlock(before, width, config, last=i == len(widths) - 1)
             for i, (before, width) in enumerate(pairwise((widths[0], *widths)))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.time_conv_out = TemporalConv(config.out_channels) if blends else None
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, c, h, w) -> (B, 3, H, W)."""
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(normalise(self.conv_norm_out, x))
+        x = self.conv_out(normalise(self.conv_norm_out, x))
+        if self.time_conv_out is None:
+            return x
+        return rearrange(self.time_conv_out(clip_view(x, 1)), "1 c t (h w) -> t c h w", h=x.shape[2])
 
 
 class KlVae(Pretrained[VaeConfig]):
@@ -133,7 +164,8 @@ class KlVae(Pretrained[VaeConfig]):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
-        self.post_quant_conv = Conv2d(config.latent_channels, config.latent_channels, 1)
+        if config.temporal == "none":
+            self.post_quant_conv = Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> mean and log variance, each (B, c, h, w), unscaled."""
@@ -152,7 +184,7 @@ class KlVae(Pretrained[VaeConfig]):
     def decode(self, z: Tensor) -> Tensor:
         """(B, c, h, w) unscaled -> (B, 3, H, W), about [-1, 1]."""
         z = z.contiguous(memory_format=torch.channels_last)
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(z if self.config.temporal == "blend" else self.post_quant_conv(z))
 
     def to_latents(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, c, h, w) scaled: mean, or sample given a generator."""

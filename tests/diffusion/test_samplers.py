@@ -6,21 +6,27 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 from torch import Tensor
 
-from cmdgen.config import CMD_SD15, PRESETS, DiTConfig, NoiseConfig
+from cmdgen.config import CMD_SD15, LCM_STEPS, PRESETS, DiTConfig, NoiseConfig
 from cmdgen.config import SAMPLERS as NAMES
 from cmdgen.diffusion.guidance import Denoise, guide
 from cmdgen.diffusion.samplers import SAMPLERS, VISITED, ddim, ddpm, dpm_solver_pp
-from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, timesteps, velocity
+from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, signal_powers, timesteps, velocity
 
-Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
+Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler | EulerDiscreteScheduler | LCMScheduler
 Sampler = Callable[..., Tensor]
 
 STABLE_DIFFUSION = CMD_SD15.noise
 MOTION = DiTConfig().noise
 MINI = PRESETS["mini"].noise
+# AnimateDiff's; in few steps, AnimateDiff-Lightning's; Stable Video Diffusion's
+ANIMATE = NoiseConfig(beta_schedule="linear")
+LIGHTNING = replace(ANIMATE, timestep_spacing="trailing", solver="euler")
+SVD = NoiseConfig(
+    prediction_type="v_prediction", solver="euler", timestep_type="continuous", sigma_min=0.002, sigma_max=700.0
+)
 SPACINGS = [
     replace(STABLE_DIFFUSION, timestep_spacing=spacing, steps_offset=offset, set_alpha_to_one=one)
     for spacing, offset, one in itertools.product(("leading", "trailing"), (0, 1), (False, True))
@@ -137,6 +143,11 @@ def scheduler_of(name: str, config: NoiseConfig) -> Scheduler:
             return peer(DDIMScheduler, config, clip_sample=clip, set_alpha_to_one=end)
         case "dpm++":
             return peer(DPMSolverMultistepScheduler, config)
+        case "lcm":
+            scheduler = peer(LCMScheduler, config)
+            # a clean sample that much noise hides magnifies what float32 powers lose
+            scheduler.alphas_cumprod = alphas_cumprod(config)
+            return scheduler
         case "ddpm":
             return peer(DDPMScheduler, config, clip_sample=clip)
     return peer(DDPMScheduler, config, clip_sample=clip, variance_type="learned_range")
@@ -152,6 +163,8 @@ def scheduler_of(name: str, config: NoiseConfig) -> Scheduler:
         *itertools.product(("ddim", "ddim noisy", "dpm++"), SPACINGS),
         ("dpm++", replace(STABLE_DIFFUSION, timestep_spacing="linspace")),
         ("ddpm learned", MOTION),
+        *itertools.product(("ddim", "lcm"), (ANIMATE,)),
+        ("lcm", STABLE_DIFFUSION),
         *itertools.product(("ddim", "ddim noisy", "ddpm"), (replace(MINI, clip_sample=True),)),
     ],
 )
@@ -185,6 +198,61 @@ def test_every_sample_on_the_way_is_that_of_diffusers(name: str, config: NoiseCo
     for before, after in zip(actual, expected, strict=True):
         scale = after.abs().max()
         torch.testing.assert_close(before / scale, after / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (LIGHTNING, {}),
+        (replace(LIGHTNING, timestep_spacing="leading"), {}),
+        (SVD, {"timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True}),
+    ],
+    ids=["trailing", "leading", "continuous"],
+)
+@pytest.mark.parametrize("steps", [4, 8, 25])
+def test_eulers_method_is_ddim_on_samples_of_other_sizes(config: NoiseConfig, settings: dict, steps: int) -> None:
+    scheduler = peer(EulerDiscreteScheduler, config, **settings)
+    scheduler.set_timesteps(steps)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        called.append(float(t[0]))
+        mixing = 0.3 * torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+        return torch.einsum("oc,bchw->bohw", mixing, x).tanh() * (1 + t.view(-1, 1, 1, 1) / 10000)
+
+    noise = torch.randn(1, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    called: list[float] = []
+    expected = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        output = denoise(scheduler.scale_model_input(expected, t), t.expand(1))
+        expected = scheduler.step(output, t, expected).prev_sample
+    theirs, called = called, []
+    actual = ddim(denoise, noise, config, steps=steps)
+    assert called == pytest.approx(theirs, abs=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
+def test_distilled_models_are_called_at_the_published_timesteps() -> None:
+    assert timesteps(LIGHTNING, 4).tolist() == [999, 749, 499, 249]
+    assert timesteps(LIGHTNING, 8).tolist() == [999, 874, 749, 624, 499, 374, 249, 124]
+    assert timesteps(ANIMATE, 25).tolist()[:2] == [961, 921] and timesteps(ANIMATE, 25)[-1] == 1
+    assert VISITED["lcm"](ANIMATE, 4).tolist() == [999, 759, 499, 259]
+    assert VISITED["lcm"](ANIMATE, 6).tolist() == [999, 839, 679, 499, 339, 179]
+    assert VISITED["lcm"](ANIMATE, 8).tolist() == [999, 879, 759, 639, 499, 379, 259, 139]
+    times = timesteps(SVD, 25)
+    assert (float(times[0]), float(times[-1])) == pytest.approx((1.63777, -1.55365), abs=1e-5)
+    assert float(signal_powers(SVD, times)[0]) == pytest.approx(1 / (1 + 700**2))
+
+
+def test_each_row_may_be_guided_on_a_scale_of_its_own() -> None:
+    def conditional(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return half(x * text.view(-1, 1, 1, 1), t)
+
+    noise, scales = torch.randn(2, 4, 3, 5), (1.5, 4.0)
+    conditions = (torch.ones(2),), (torch.zeros(2),)
+    together = ddim(guide(conditional, torch.tensor(scales).view(2, 1, 1, 1), *conditions), noise, MINI, steps=3)
+    for i, scale in enumerate(scales):
+        alone = ddim(guide(conditional, scale, *conditions), noise, MINI, steps=3)
+        torch.testing.assert_close(together[i], alone[i])
 
 
 @pytest.mark.parametrize("steps", [3, 7, 30, 333])
@@ -230,6 +298,7 @@ def test_ddim_guides_as_guidance_does(predict: Denoise, eta: float) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_denoiser_is_called_once_for_each_timestep_known_beforehand(name: str, steps: int, spacing: str) -> None:
     config = replace(STABLE_DIFFUSION, timestep_spacing=spacing)
+    steps = min(steps, LCM_STEPS) if name == "lcm" else steps
     called: list[list[int]] = []
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
@@ -273,13 +342,13 @@ def test_one_generator_state_gives_one_sample(name: str) -> None:
 def test_a_batch_is_its_samples_one_by_one(name: str, settings: dict[str, float]) -> None:
     if settings and name != "ddim":
         settings = {}
-    noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).double()
     run = partial(SAMPLERS[name], network, config=MOTION, steps=6, **settings)
     together = run(noise, generators=seeded(3, 4))
     for i, seed in enumerate((3, 4)):
         alone = run(noise[i : i + 1], generators=seeded(seed))
         torch.testing.assert_close(together[i : i + 1], alone)
-    if name == "ddpm" or settings:
+    if name in ("ddpm", "lcm") or settings:
         assert not torch.allclose(together, run(noise, generators=seeded(3, 5)))
         with pytest.raises(AssertionError, match="1 generators for a batch of 2"):
             run(noise, generators=seeded(3))

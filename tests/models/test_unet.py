@@ -27,8 +27,8 @@ TINY_MINI = replace(
 
 
 def peer(config: UNetConfig) -> UNet2DConditionModel:
-    gate = ("attention", "attention_threshold", "attention_features")
-    theirs = {name: value for name, value in asdict(config).items() if name not in gate}
+    others = ("attention", "attention_threshold", "attention_features", "temporal", "num_frames")
+    theirs = {name: value for name, value in asdict(config).items() if name not in others}
     return UNet2DConditionModel(**theirs).eval()
 
 

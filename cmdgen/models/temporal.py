@@ -1,0 +1,263 @@
+"""Layers that look along time, of UNets and VAEs whose other layers see single frames.
+
+    AnimateDiff   motion modules between the layers of a Stable Diffusion UNet, which stays as it is
+                  (Guo et al. 2023, arXiv:2307.04725)
+    blended       of Stable Video Diffusion: beside a layer of one frame, one along time; a learned
+                  share of either is the result (Blattmann et al. 2023, arXiv:2311.15127)
+
+Frames are rows: a feature map is (B T, C, H, W), channels_last. Seen as (B, C, T, H W) it is a
+channels_last map, too, of whose sides one is time: its norm takes the moments of a whole clip, and
+a convolution along time has a filter of 3x1. Seen as (B, T, H W, C) it holds tokens. Both are
+views: nothing is transposed in memory.
+
+Parameter names equal diffusers' `MotionAdapter` and `UNetSpatioTemporalConditionModel`.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cmdgen.config import MotionConfig, UNetConfig
+from cmdgen.models.attention import MOST_ROWS
+from cmdgen.models.layers import Attention, FeedForward, ResnetBlock, TimeEmbedding, normalise
+from cmdgen.models.pretrained import Pretrained
+from cmdgen.models.transformer import Conditions, SpatialTransformer
+
+# what the authors call it, and diffusers
+_OLD_NAMES = {
+    ".temporal_transformer.": ".",
+    ".attention_blocks.0.pos_encoder.": ".pos_embed.",
+    ".attention_blocks.0.": ".attn1.",
+    ".attention_blocks.1.": ".attn2.",
+    ".norms.0.": ".norm1.",
+    ".norms.1.": ".norm2.",
+    ".ff_norm.": ".norm3.",
+}
+
+
+def positions(length: int, width: int) -> Tensor:
+    """() -> (1, length, width) float32: sines and cosines of each position, in turn.
+
+    Sec. 3.5 of Vaswani et al. 2017 (arXiv:1706.03762), in the paper's order.
+    """
+    rates = torch.exp(torch.arange(0, width, 2) * (-torch.log(torch.tensor(10000.0)) / width))
+    angle = torch.arange(length)[:, None] * rates
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[None]
+
+
+class TimeAttention(Attention):
+    """Attention of each position to itself at all times."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, width, heads, bias=False)
+
+    def forward(self, x: Tensor, context: object = None) -> Tensor:
+        """(B, T, P, D) -> (B, T, P, D)."""
+        q, k, v = (
+            rearrange(project(x), "b t p (n d) -> b p n t d", n=self.heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        # fused attention takes four axes: positions of one clip are a batch without a copy
+        clips = (zip(*(x.split(MOST_ROWS) for x in clip), strict=True) for clip in zip(q, k, v, strict=True))
+        out = torch.cat([self.attend(*part) for parts in clips for part in parts])  # (B P, N, T, D / N)
+        return self.to_out[0](rearrange(out, "(b p) n t d -> b t p (n d)", b=len(x)))
+
+
+class PositionEmbedding(nn.Module):
+    """Sinusoids of the frames' indices, a buffer that files hold."""
+
+    pe: Tensor
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("pe", positions(length, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, P, D) -> (B, T, P, D)."""
+        return x + self.pe[0, : x.shape[1], None].to(x.dtype)
+
+
+class MotionBlock(nn.Module):
+    """Attention along time, twice, and feed-forward, each around a skip."""
+
+    def __init__(self, width: int, config: MotionConfig) -> None:
+        super().__init__()
+        heads = config.motion_num_attention_heads
+        # positions join what attention reads, not what is passed on
+        self.pos_embed = PositionEmbedding(config.motion_max_seq_length, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = TimeAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = TimeAttention(width, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, P, D) -> (B, T, P, D)."""
+        x = x + self.attn1(self.pos_embed(self.norm1(x)))
+        x = x + self.attn2(self.pos_embed(self.norm2(x)))
+        return x + self.ff(self.norm3(x))
+
+
+class MotionModule(nn.Module):
+    """AnimateDiff's: a transformer along time, around a skip."""
+
+    def __init__(self, channels: int, config: MotionConfig) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(config.motion_norm_num_groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList([MotionBlock(channels, config)])
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, clips: int) -> Tensor:
+        """(B T, C, H, W), B -> (B T, C, H, W)."""
+        clip = normalise(self.norm, clip_view(x, clips), activation="none")
+        tokens = self.proj_in(rearrange(clip, "b c t p -> b t p c"))
+        tokens = self.proj_out(self.transformer_blocks[0](tokens))
+        return x + rearrange(tokens, "b t (h w) c -> (b t) c h w", h=x.shape[2])
+
+
+def clip_view(x: Tensor, clips: int) -> Tensor:
+    """(B T, C, H, W), B -> (B, C, T, H W): the same memory."""
+    return rearrange(x, "(b t) c h w -> b c t (h w)", b=clips)
+
+
+class MotionModules(nn.Module):
+    """The motion modules of one stage of a UNet."""
+
+    def __init__(self, channels: int, layers: int, config: MotionConfig) -> None:
+        super().__init__()
+        self.motion_modules = nn.ModuleList(MotionModule(channels, config) for _ in range(layers))
+
+
+class MotionAdapter(Pretrained[MotionConfig]):
+    """The motion modules of a whole UNet, which `UNet.attach` puts into their places."""
+
+    config_type = MotionConfig
+
+    def __init__(self, config: MotionConfig) -> None:
+        super().__init__(config)
+        widths, layers = config.block_out_channels, config.motion_layers_per_block
+        self.down_blocks = nn.ModuleList(MotionModules(width, layers, config) for width in widths)
+        if config.use_motion_mid_block:
+            self.mid_block = MotionModules(widths[-1], 1, config)
+        self.up_blocks = nn.ModuleList(MotionModules(width, layers + 1, config) for width in reversed(widths))
+
+    @staticmethod
+    def rename_stored(name: str) -> str | None:
+        """Map the names of the authors' files to diffusers'; skip what is not of motion modules.
+
+        A UNet that was saved with them has them in its file.
+        """
+        if ".motion_modules." not in name or name.endswith("attention_blocks.1.pos_encoder.pe"):
+            return None
+        for old, new in _OLD_NAMES.items():
+            name = name.replace(old, new)
+        return name
+
+
+class TemporalConv(nn.Conv3d):
+    """A convolution along time, of a map seen as (B, C, T, P)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, P) -> (B, C, T, P)."""
+        return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
+
+
+class TemporalResnet(ResnetBlock):
+    """A residual block along time, without its skip, of a map seen as (B, C, T, P)."""
+
+    def __init__(self, channels: int, groups: int, eps: float, time_width: int = 0) -> None:
+        super().__init__(channels, channels, groups, eps, time_width)
+        # in place of convolutions of a frame
+        self.conv1, self.conv2 = TemporalConv(channels), TemporalConv(channels)  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """(B, C, T, P), (B, C) -> (B, C, T, P)."""
+        return self.conv2(normalise(self.norm2, self.conv1(normalise(self.norm1, x)), shift=shift))
+
+
+class Mixer(nn.Module):
+    """A learned share, the sigmoid of `mix_factor`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.zeros(1))
+
+    def forward(self) -> Tensor:
+        """() -> (1,)."""
+        return self.mix_factor.sigmoid()
+
+
+class BlendedResnet(nn.Module):
+    """A residual block of each frame, then one along time, of which a share counts.
+
+    The share that is learned is the frames', in the UNet, or time's, in the VAE.
+    """
+
+    def __init__(self, inputs: int, channels: int, groups: int, eps: tuple[float, float], time_width: int = 0) -> None:
+        super().__init__()
+        self.spatial_res_block = ResnetBlock(inputs, channels, groups, eps[0], time_width)
+        self.temporal_res_block = TemporalResnet(channels, groups, eps[1], time_width)
+        self.time_mixer = Mixer()
+        self.learns_time = not time_width
+
+    def forward(self, x: Tensor, clips: int, shift: Tensor | None = None, later: Tensor | None = None) -> Tensor:
+        """(B T, C, H, W), B, the shifts (B, C') of both blocks -> (B T, C', H, W)."""
+        x = self.spatial_res_block(x, shift)
+        added = self.temporal_res_block(clip_view(x, clips), later)
+        share = self.time_mixer() if self.learns_time else 1 - self.time_mixer()
+        return x + share * rearrange(added, "b c t (h w) -> (b t) c h w", h=x.shape[2])
+
+
+class FrameBlock(nn.Module):
+    """Feed-forward, attention along time, to the image, feed-forward, each around a skip."""
+
+    def __init__(self, width: int, heads: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm_in = nn.LayerNorm(width)
+        self.ff_in = FeedForward(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = TimeAttention(width, heads)
+        # of one token: neither the norm nor queries and keys of `attn2` matter
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, config.cross_attention_dim, heads, bias=False)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, token: Tensor) -> Tensor:
+        """(B, T, P, D), (B, 1, D) -> (B, T, P, D)."""
+        x = x + self.ff_in(self.norm_in(x))
+        x = x + self.attn1(self.norm1(x)) + token[:, None]
+        return x + self.ff(self.norm3(x))
+
+
+class BlendedTransformer(SpatialTransformer):
+    """A transformer block of each frame, then one along time; a learned share of either."""
+
+    def __init__(self, channels: int, heads: int, config: UNetConfig) -> None:
+        super().__init__(channels, heads, config)
+        self.temporal_transformer_blocks = nn.ModuleList([FrameBlock(channels, heads, config)])
+        self.time_pos_embed = TimeEmbedding(channels, 4 * channels, channels)
+        self.time_mixer = Mixer()
+
+    def transform(self, tokens: Tensor, conditions: Conditions) -> Tensor:
+        """(B T, P, C) -> (B T, P, C)."""
+        still = super().transform(tokens, conditions).unflatten(0, (conditions.clips, -1))  # (B, T, P, C)
+        (block,) = self._frame_blocks()
+        index = self.time_pos_embed(torch.arange(still.shape[1], device=still.device))  # (T, C)
+        token = conditions.text[block.attn2]
+        assert isinstance(token, Tensor), "the image is one token"
+        moving = block(still + index[:, None], token)
+        return moving.lerp(still, self.time_mixer()).flatten(0, 1)
+
+    def readers(self) -> list[Attention]:
+        """List the attentions to the image."""
+        return super().readers() + [block.attn2 for block in self._frame_blocks()]
+
+    def _frame_blocks(self) -> list[FrameBlock]:
+        return [block for block in self.temporal_transformer_blocks if isinstance(block, FrameBlock)]

@@ -1,0 +1,76 @@
+"""The transformer among the positions of a feature map, which reads the text, and what it reads."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from cmdgen.config import UNetConfig
+from cmdgen.models.attention import self_attention
+from cmdgen.models.layers import Attention, FeedForward, KeysValues, add_normalised, normalise
+
+
+class Conditions(NamedTuple):
+    """Timestep and text as the layers read them, by layer."""
+
+    # rows of both; of a video, a row is a clip, whose frames are rows of the feature maps
+    clips: int
+    shifts: dict[nn.Module, Tensor]
+    # where the text is one token, what attention to it is: (B, 1, D)
+    text: dict[nn.Module, KeysValues | Tensor]
+
+
+class TransformerBlock(nn.Module):
+    """Attention among positions, attention to the text, feed-forward, each around a skip."""
+
+    def __init__(self, width: int, heads: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        attend = self_attention(config, width // heads)
+        self.attn1 = Attention(width, width, heads, bias=False, attend=attend)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, config.cross_attention_dim, heads, bias=False)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """(B, H*W, D) -> (B, H*W, D)."""
+        text, mixed = conditions.text[self.attn2], self.attn1(self.norm1(x))
+        if isinstance(text, Tensor):
+            mixed = (mixed.unflatten(0, (len(text), -1)) + text[:, None]).flatten(0, 1)
+        else:
+            x, h = add_normalised(self.norm2, x, mixed)
+            mixed = self.attn2(h, text)
+        x, h = add_normalised(self.norm3, x, mixed)
+        return x + self.ff(h)
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of a feature map, around a skip."""
+
+    def __init__(self, channels: int, heads: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        # the same map either way: Stable Diffusion 1 stores it as a 1x1 convolution, 2 as a matrix
+        linear = config.use_linear_projection
+        self.proj_in, self.proj_out = (
+            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1) for _ in range(2)
+        )
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, config)])
+
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        tokens = rearrange(normalise(self.norm, x, activation="none"), "b c h w -> b (h w) c")
+        tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        tokens = self.transform(tokens, conditions)  # (B, H*W, C)
+        tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
+
+    def transform(self, tokens: Tensor, conditions: Conditions) -> Tensor:
+        """(B, H*W, C) -> (B, H*W, C)."""
+        return self.transformer_blocks[0](tokens, conditions)
+
+    def readers(self) -> list[Attention]:
+        """List the attentions to the text."""
+        return [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
