@@ -62,8 +62,10 @@ def describe_plan(plan: Plan, *, content: bool = True, motion: bool = True) -> d
         values["rehash"] = (steps.content if content else (), steps.motion if motion else ())
         values |= {"rehash_policy": steps.policy, "rehash_threshold": steps.threshold}
     unused = set() if content else {"content_seed", "steps", "guidance"}
-    if not (motion and plan.moves):
+    if not (motion and plan.samples_motion):
         unused |= {"motion_seed", "motion_steps", "motion_guidance"}
+    if model.looks_along_time:
+        unused.add("content_seed")
     return {
         name: values[name] if described.read is None else described.write(values[name])
         for name, described in FIELDS.items()

@@ -60,6 +60,11 @@ class Option:
     default: Any = None
 
     @property
+    def repeats(self) -> bool:
+        """Return whether the option may be given several times."""
+        return self.type == tuple[str, ...]
+
+    @property
     def kind(self) -> Any:
         """Return the class of the values: of a tuple of numbers, tuple."""
         return get_origin(self.type) or self.type
@@ -108,6 +113,8 @@ def read_value(described: Option, value: Any) -> Any:
         value = float(value) if abs(value) < 2**53 else math.inf
     if kind is Path and isinstance(value, str):
         value = Path(value)
+    if described.repeats and isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+        return tuple(check_text(title, text) for text in value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{title} {short(value)} is not {_KINDS.get(kind, 'text')}")
     if isinstance(value, str) and described.complete != "file":

@@ -15,7 +15,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TypeVar
 
-from cmdgen.config import POLICIES, SAMPLERS, EvdmConfig, ModelConfig
+from cmdgen.config import LCM_STEPS, POLICIES, SAMPLERS, EvdmConfig, ModelConfig
 from cmdgen.options import SIZE, Size, option, parse_memory, parse_output, read_fields, with_values, write_size
 
 # groups of options
@@ -110,13 +110,21 @@ class Request:
         "Take the content frame from a video, or latents of `cmdgen encode`; sample the motion."
     )
     motion_from: Path | None = _input("Take the motion from a video, or latents; sample the content frame.")
-    image: Path | None = _input("Animate a picture of any size: it becomes the content frame.")
+    image: Path | None = _input("Animate a picture of any size: of CMD, it becomes the content frame.")
 
     steps: int | None = _how("Sampling steps of the content frame.", low=1)
     motion_steps: int | None = _how("Sampling steps of the motion.", low=1)
     sampler: str | None = _how("How noise becomes a sample.", choices=SAMPLERS)
     guidance: float | None = _how("How closely the content frame follows the prompt; 1 is off.", low=0, high=100)
     motion_guidance: float | None = _how("How closely the motion follows the prompt; 1 is off.", low=0, high=100)
+
+    guidance_first: float | None = _how(
+        "Guidance of the first frame, where a picture is animated; --guidance is the last one's.", low=0, high=100
+    )
+    motion_amount: int | None = _how("How much moves, where a picture is animated.", low=0, high=1023)
+    image_noise: float | None = _how(
+        "Noise that is added to a picture that is animated: with more, less of it stays.", low=0, high=10
+    )
 
     guidance_interval: tuple[float, float] | None = _faster(
         None, "Guide only between these shares of the noise schedule, such as 0.1-0.8.", **_INTERVAL
@@ -148,12 +156,15 @@ class Request:
     no_metadata: bool = _file(False, "Write no metadata into the file.")
 
     model: str = _machine("mini", "Packaged model, folder, or OWNER/NAME of `cmdgen models pull`.", complete="model")
+    lora: tuple[str, ...] = _machine(
+        (), "LoRA that changes the weights: a safetensors file, or OWNER/NAME; repeatable.", metavar="NAME[:SCALE]"
+    )
     max_memory: int | None = _machine(
         None, "Memory limit beside the weights, such as 4GB; same result.", shown="none", **_MEMORY
     )
-    device: str = _machine("auto", "auto, cpu, cuda or cuda:N.", complete="device")
+    device: str = _machine("auto", "auto, cpu, cuda, cuda:N or mps.", complete="device")
     dtype: str = _machine(
-        "auto", "auto (float32 on a CPU, else bfloat16), float32, float16, bfloat16.", complete="dtype"
+        "auto", "auto (float32 on a CPU, float16 on mps, else bfloat16), float32, float16, bfloat16.", complete="dtype"
     )
     compile: bool = _machine(False, "Compile the networks with torch.compile. The first clip of a size takes minutes.")
 
@@ -214,6 +225,16 @@ class Plan:
         """Return whether the clip is a video, not a still."""
         return self.model.frames > 1
 
+    @property
+    def samples_motion(self) -> bool:
+        """Return whether the clip's motion is a part of its own, as in CMD."""
+        return self.moves and self.model.motion is not None
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows of a UNet's batch one clip is."""
+        return self.model.frames if self.model.looks_along_time else 1
+
 
 Values = TypeVar("Values", Request, Plan)
 
@@ -232,7 +253,13 @@ def with_prompt(plan: Plan, request: Request) -> Plan:
 
 
 # fields of `Request` that replace a model's default of the same name
-_DEFAULTS = ["frames", "fps", "sampler", "steps", "motion_steps", "guidance", "motion_guidance", "guidance_interval"]
+_DEFAULTS = [
+    *("frames", "fps", "sampler", "steps", "motion_steps", "guidance", "motion_guidance", "guidance_interval"),
+    *("guidance_first", "motion_amount", "image_noise"),
+]
+# fields that say nothing to a model without CMD's two parts; without text; without a picture
+_CMD_ONLY = ("content_seed", "motion_seed", "motion_steps", "motion_guidance", "content_from", "motion_from")
+_TEXT_ONLY, _PICTURE_ONLY = ("prompt", "negative"), ("guidance_first", "motion_amount", "image_noise")
 
 
 def resolve(request: Request, model: ModelConfig) -> Plan:
@@ -241,6 +268,7 @@ def resolve(request: Request, model: ModelConfig) -> Plan:
     `Pipeline.plan` calls this and adds key steps and slices. Raises ValueError, saying what is
     possible, where this model cannot make the clip.
     """
+    _check_applies(request, model)
     values = {name: getattr(request, name) for name in _DEFAULTS}
     if request.size is not None:
         values["height"], values["width"] = request.size
@@ -251,6 +279,22 @@ def resolve(request: Request, model: ModelConfig) -> Plan:
     return with_prompt(plan, request)
 
 
+def _check_applies(request: Request, model: ModelConfig) -> None:
+    refused: dict[str, str] = {}
+    if model.looks_along_time:
+        refused |= dict.fromkeys(_CMD_ONLY, "content and motion are one")
+    if model.vision is None:
+        refused |= dict.fromkeys(_PICTURE_ONLY, "it animates no picture")
+    else:
+        refused |= dict.fromkeys(_TEXT_ONLY, "it reads no text, it animates --image")
+    if model.adapter is not None:
+        refused["image"] = "it makes videos from text alone"
+    for name, reason in refused.items():
+        # an empty text says nothing
+        if getattr(request, name) not in (None, ""):
+            raise ValueError(f"{name.replace('_', ' ')} has no effect with {model.name}: {reason}")
+
+
 def _check_clip(model: ModelConfig) -> None:
     multiple = model.size_multiple
     if model.height % multiple or model.width % multiple:
@@ -259,7 +303,12 @@ def _check_clip(model: ModelConfig) -> None:
             f"size {model.width}x{model.height}: both sides must be multiples of {multiple}, such "
             f"as {write_size((nearest[0], nearest[1]))}"
         )
-    if model.frames > 1 and model.motion is None and not isinstance(model.content, EvdmConfig):
+    if model.adapter is not None and model.frames > model.adapter.motion_max_seq_length:
+        longest = model.adapter.motion_max_seq_length
+        raise ValueError(f"frames {model.frames}: the motion modules of {model.name} know at most {longest}")
+    if model.frames == 1 and model.vision is not None:
+        raise ValueError(f"frames 1: {model.name} animates a picture, it makes no stills")
+    if model.frames > 1 and not model.moves and not isinstance(model.content, EvdmConfig):
         raise ValueError(f"frames {model.frames}: {model.name} has no motion model, it makes stills of 1")
     if model.frames > 1 and model.motion is not None and model.frames % model.motion.patch:
         patch = model.motion.patch
@@ -270,6 +319,8 @@ def _check_clip(model: ModelConfig) -> None:
             raise ValueError(
                 f"{name.replace('_', ' ')} {getattr(model, name)} is not between 1 and {noise.num_train_timesteps}"
             )
+    if model.sampler == "lcm" and model.steps > LCM_STEPS:
+        raise ValueError(f"steps {model.steps} of lcm is not between 1 and {LCM_STEPS}")
     if model.fps > MAX_FPS:
         raise ValueError(f"fps {model.fps} is not between 1 and {MAX_FPS}")
 

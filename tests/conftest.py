@@ -71,8 +71,9 @@ def tiny_config() -> ModelConfig:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_settings(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Whoever runs the tests may have a configuration: none of it counts, in no process."""
+    """Whoever runs the tests may have settings and models: none of them count, in no process."""
     os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+    os.environ["XDG_DATA_HOME"] = str(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

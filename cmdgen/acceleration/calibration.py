@@ -208,7 +208,8 @@ def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeyS
     """
     if not request.rehashes:
         return None
-    totals = {"content": model.steps} | ({"motion": model.motion_steps} if model.frames > 1 else {})
+    moves = model.frames > 1 and model.motion is not None
+    totals = {"content": model.steps} | ({"motion": model.motion_steps} if moves else {})
     if isinstance(request.rehash, tuple):
         return _check_listed(request.rehash, totals)
     budgets: dict[str, int | None] = {"content": None, "motion": None}

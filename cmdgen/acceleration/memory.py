@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from cmdgen.acceleration.slicer import decode_clip, decode_pictures, encode_clip, encode_pictures
 from cmdgen.config import ModelConfig
 from cmdgen.latents import latent_shapes
-from cmdgen.models.autoencoder import MOST_ROWS, CmdAutoencoder
+from cmdgen.models.attention import MOST_ROWS
+from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
 from cmdgen.video.pixels import to_rgb24, to_unit
@@ -114,7 +115,7 @@ class Work:
     @property
     def runs(self) -> "tuple[Run, ...]":
         """Return what the VAE runs and, for videos, what the autoencoder runs."""
-        return (run_vae, run_autoencoder) if self.model.frames > 1 else (run_vae,)
+        return (run_vae, run_autoencoder) if self.model.frames > 1 and self.model.autoencoder else (run_vae,)
 
     def peak(self, slices: Slices) -> int:
         """Return the most bytes of tensors at once, beside the weights."""
@@ -145,7 +146,8 @@ def run_vae(work: Work, slices: Slices) -> None:
         if work.vae is not None:
             encode_pictures(work.vae, pictures.to(work.dtype), slices.strips)
     elif work.vae is not None:
-        to_rgb24(decode_pictures(work.vae, latents[0][: slices.pictures], slices.strips))
+        together = slices.pictures if work.model.vision is None else work.model.frames
+        to_rgb24(decode_pictures(work.vae, latents[0][:together], slices.strips))
 
 
 def run_autoencoder(work: Work, slices: Slices) -> None:
@@ -175,6 +177,8 @@ def choose_slices(work: Work, device: torch.device, max_memory: int | None = Non
     slices, (rows, _) = _fastest_slices(work, device), work.model.latent_size
     if max_memory is None:
         return slices
+    if work.model.vision is not None:
+        raise ValueError(f"max memory: {work.model.name} decodes all frames together, in no less memory")
     for run in work.runs:
         while count_peak(run, work, slices) > max_memory:
             smaller = _cut(run, slices, rows)

@@ -59,8 +59,8 @@ def fetch(parts: Iterable[Tensor]) -> Iterator[Tensor]:
     stream: torch.cuda.Stream | None = None
     previous: Pending | None = None
     for part in parts:
-        if part.device.type == "cpu":
-            yield part
+        if part.device.type != "cuda":
+            yield part.cpu()
             continue
         stream = stream or torch.cuda.Stream(part.device)
         current = start(lambda part: part, part, lambda _: None, stream=stream)

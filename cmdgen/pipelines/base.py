@@ -26,8 +26,9 @@ from cmdgen.pipelines.clip import Clip, Inputs, Made
 from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request, resolve, shared_settings, with_prompt
+from cmdgen.store.lora import Lora, merge_lora
 from cmdgen.store.parts import hash_weights, load_part, network_configs
-from cmdgen.video.formats import Pixels
+from cmdgen.video.formats import Pixels, describe_origin
 from cmdgen.video.pixels import CONVERT
 
 # timesteps that are projected at once: all of them, except for very long schedules
@@ -45,14 +46,24 @@ class Denoising:
     seeds: Sequence[int]
     schedule: NoiseConfig
     steps: int
-    guidance: float
+    # of all rows, or of each, (B, 1, ...)
+    guidance: float | Tensor
+    # rows of one clip
+    frames: int = 1
 
 
 class Pipeline(ABC):
     """A model folder, ready to sample; its weights are read when first needed."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, *, compile: bool = False
+        self,
+        folder: Path,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        compile: bool = False,
+        loras: Sequence[Lora] = (),
     ) -> None:
         self.folder, self.config = folder, config
         self.device, self.dtype = device, dtype
@@ -63,6 +74,7 @@ class Pipeline(ABC):
         self.prepared: dict[object, Callable[..., Any]] = {}
         self.pool = cache(torch.cuda.graph_pool_handle)
         self._parts: dict[str, Any] = {}
+        self.loras = tuple(loras)
         self._hash: str | None = None
         self._hashing = Lock()
         # searching for key steps and slices takes time
@@ -130,14 +142,28 @@ class Pipeline(ABC):
 
         Raises ValueError, naming the file at fault.
         """
-        if name not in self._parts:
-            self._parts[name] = load_part(self.folder, name, dtype=self.dtype, device=self.device)
+        if not self.has(name):
+            self._parts[name] = self.read_part(name)
         return self._parts[name]
+
+    def read_part(self, name: str) -> Any:
+        """Read one part of the model."""
+        return self.change(name, load_part(self.folder, name, dtype=self.dtype, device=self.device))
+
+    def change(self, name: str, part: Any) -> Any:
+        """Return a part with what LoRA changes of its weights."""
+        for lora in self.loras if name in ("unet", "text_encoder") else ():
+            merge_lora(part, name, lora)
+        return part
+
+    def has(self, name: str) -> bool:
+        """Return whether a part has been read."""
+        return name in self._parts
 
     @property
     def loaded(self) -> bool:
         """Return whether all weights have been read."""
-        return all(name in self._parts for name in network_configs(self.config))
+        return all(self.has(name) for name in network_configs(self.config))
 
     def load(self, observer: Observer | None = None, *names: str) -> None:
         """Read the weights that are not read yet, of all parts unless some are named.
@@ -175,6 +201,8 @@ class Pipeline(ABC):
         """Return what tells this pipeline from others in metadata."""
         about = {"cmdgen": __version__, "model": self.config.name, "weights": self.weights_hash}
         about |= {"dtype": dtype_name(self.dtype), "device": self.device.type}
+        if self.loras:
+            about["lora"] = ", ".join(f"{lora.path.name}:{lora.scale:g}" for lora in self.loras)
         # compiled code rounds differently
         return about | ({"compile": True} if self.uses_compiler else {})
 
@@ -184,6 +212,9 @@ class Pipeline(ABC):
         with self._hashing:
             if self._hash is None:
                 self._hash = hash_weights(self.folder)
+                if self.loras:
+                    changes = [(describe_origin(lora.path)["sha256"], lora.scale) for lora in self.loras]
+                    self._hash = hashlib.blake2b(repr((self._hash, changes)).encode(), digest_size=16).hexdigest()
         return self._hash
 
     def denoise(
@@ -195,15 +226,19 @@ class Pipeline(ABC):
         observer: Observer,
         look: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
-        """(B, *shape) of each clip's noise -> (B, *shape), float32, by the plan's sampler.
+        """(B, *shape) of each row's noise -> (B, *shape), float32, by the plan's sampler.
 
         `conditions` are those of the positive and of the negative branch of guidance. `look` gets
         the clean sample that each step is heading for.
         """
-        noise, generators = self.noise(what.part, what.shape, what.seeds)
+        noise, generators = self.noise(what.part, what.shape, what.seeds, frames=what.frames)
         interval = plan.model.guidance_interval
         if interval is not None:
             low, high = (share * what.schedule.num_train_timesteps for share in interval)
+            if what.schedule.timestep_type == "continuous":
+                # shares of the steps
+                visited = VISITED[plan.model.sampler](what.schedule, what.steps)
+                low, high = (float(visited.quantile(share)) for share in interval)
             interval = low, high
         return SAMPLERS[plan.model.sampler](
             guide(predict, what.guidance, *conditions, interval=interval),
@@ -215,9 +250,16 @@ class Pipeline(ABC):
             on_estimate=look,
         )
 
-    def noise(self, part: str, shape: tuple[int, ...], seeds: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
-        """() -> (B, *shape) float32, each from its seed's generator, and the generators."""
-        generators = [seeded(part, seed) for seed in seeds]
+    def noise(
+        self, part: str, shape: tuple[int, ...], seeds: Sequence[int], *, frames: int = 1
+    ) -> tuple[Tensor, list[torch.Generator]]:
+        """() -> (B, *shape) float32, each row from a generator of its own, and the generators.
+
+        A row is a frame of a clip, which has one seed: its noise depends on the frame's index, not
+        on how many there are.
+        """
+        parts = [f"{part}/{i}" if i else part for i in range(frames)]
+        generators = [seeded(name, seed) for seed in seeds for name in parts]
         noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
         return noise.to(self.device), generators
 
@@ -229,7 +271,9 @@ class Pipeline(ABC):
         A network's weights for timesteps are read once for a clip, not at each step. A sampler
         calls its denoiser once for each timestep: nothing is looked up on the device.
         """
-        visited = VISITED[plan.model.sampler](schedule, steps).to(self.device)
+        visited = VISITED[plan.model.sampler](schedule, steps)
+        # not all devices have float64
+        visited = (visited.float() if visited.is_floating_point() else visited).to(self.device)
         for some in visited.split(TIMESTEPS_TOGETHER):
             yield from project(some)
 

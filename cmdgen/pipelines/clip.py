@@ -69,6 +69,8 @@ class Inputs:
     # whether they are a part of what is made
     keep: bool = True
     origin: Mapping[str, object] = field(default_factory=dict)
+    # uint8 (H, W, 3) of any size, for models that animate a picture
+    image: np.ndarray | None = None
 
 
 class Made(NamedTuple):

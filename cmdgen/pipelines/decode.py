@@ -59,6 +59,25 @@ class Decoder:
 
         return start(decode, content, show, stream=stream)
 
+    def clips(self, latents: Tensor, pixels: Pixels) -> tuple[np.ndarray, Tensor]:
+        """(B, C, T, h, w) -> uint8 (B, T, ...) in `pixels`, the middle frames (B, H, W, 3) uint8."""
+        count = latents.shape[2]
+        if self.vae.config.temporal == "none":
+            middle = self.start_pictures(latents[:, :, count // 2]).finish()
+            return self.frames(latents, pixels), middle
+        made: list[np.ndarray] = []
+        middles: list[Tensor] = []
+        sums: list[Tensor] = []
+        for i, clip in enumerate(rearrange(latents, "b c t h w -> b t c h w")):
+            decoded = self.decode(clip, sums)
+            self.check(torch.stack(sums), "vae")
+            middles.append(to_rgb24(decoded[count // 2 :][:1]).cpu())
+            self.observer.content(i, middles[-1][0].numpy())
+            made.append(CONVERT[pixels](decoded).cpu().numpy())
+            self.observer.frames(i, made[-1])
+            self.observer.step("decode", i + 1, len(latents))
+        return np.stack(made), torch.cat(middles)
+
     def frames(self, latents: Tensor, pixels: Pixels) -> np.ndarray:
         """(B, C, T, h, w) -> uint8 (B, T, ...) in `pixels`; all clips' first frames come first."""
         batch, _, count = latents.shape[:3]

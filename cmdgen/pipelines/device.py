@@ -11,10 +11,12 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is a GPU if there is one. ValueError lists the names."""
+    """Return the device of a name; "auto" is an NVIDIA GPU if there is one. ValueError lists the names."""
     possible = ["cpu"]
     if torch.cuda.is_available():
         possible += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        possible.append("mps")
     if name == "auto":
         return torch.device("cuda" if "cuda" in possible else "cpu")
     if name not in possible:
@@ -33,7 +35,7 @@ def use_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of a name; "auto" is the fastest safe one. ValueError lists the names."""
     if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
+        name = {"cpu": "float32", "mps": "float16"}.get(device.type, "bfloat16")
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -1,6 +1,8 @@
 """From a model's name to its pipeline."""
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from cmdgen.acceleration.compiled import check_compiler
 from cmdgen.config import EvdmConfig, UNetConfig
@@ -9,39 +11,56 @@ from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.device import choose_device, choose_dtype
 from cmdgen.pipelines.evdm import EvdmPipeline
 from cmdgen.pipelines.still import StillPipeline
+from cmdgen.pipelines.video_unet import MotionPipeline, PicturePipeline
 from cmdgen.store.find import find_model
+from cmdgen.store.lora import find_lora
 from cmdgen.store.parts import read_model
 
 
 def open_pipeline(
-    model: str | os.PathLike[str] = "mini", *, device: str = "auto", dtype: str = "auto", compile: bool = False
+    model: str | os.PathLike[str] = "mini",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    compile: bool = False,
+    lora: Sequence[str] = (),
 ) -> Pipeline:
     """Return the pipeline that a model calls for; reads its configuration, no weights.
 
     `model` is a packaged name, a folder, or OWNER/NAME that `cmdgen models pull` brought; "auto" is
     a GPU if there is one, and bfloat16 on it. With `compile` the denoisers go through torch's
-    compiler, which takes minutes for the first clip of a size. Raises ValueError, saying what is
+    compiler, which takes minutes for the first clip of a size. `lora` names files, or OWNER/NAME that
+    was pulled, each with :SCALE or not, which change its weights. Raises ValueError, saying what is
     possible.
     """
     folder = find_model(os.fspath(model))
     config = read_model(folder)
     kind: type[Pipeline] = StillPipeline if config.motion is None else CmdPipeline
+    reads = config.text is not None or config.vision is not None
     if isinstance(config.content, EvdmConfig):
         kind = EvdmPipeline
-    elif config.text is None or config.vae is None or not isinstance(config.content, UNetConfig):
+    elif not reads or config.vae is None or not isinstance(config.content, UNetConfig):
         raise ValueError(f"{folder} makes no video from text: it needs text_encoder, unet, vae")
     place = choose_device(device)
     number = choose_dtype(dtype, place)
     if compile:
         check_compiler(place)
-    return kind(folder, config, place, number, compile=compile)
+    if config.looks_along_time:
+        kind = MotionPipeline if config.vision is None else PicturePipeline
+    loras = [find_lora(f"{folder / 'lora' / Path(name).name}") for name in config.loras]
+    return kind(folder, config, place, number, compile=compile, loras=[*loras, *map(find_lora, lora)])
 
 
 def load_pipeline(
-    model: str | os.PathLike[str] = "mini", *, device: str = "auto", dtype: str = "auto", compile: bool = False
+    model: str | os.PathLike[str] = "mini",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    compile: bool = False,
+    lora: Sequence[str] = (),
 ) -> StillPipeline:
     """Return the pipeline of a model that makes clips or stills from text; see `open_pipeline`."""
-    pipeline = open_pipeline(model, device=device, dtype=dtype, compile=compile)
+    pipeline = open_pipeline(model, device=device, dtype=dtype, compile=compile, lora=lora)
     if not isinstance(pipeline, StillPipeline):
         raise ValueError(f"{pipeline.folder} makes no video from text: it continues clips, with cmdgen predict")
     return pipeline

@@ -1,6 +1,6 @@
 """Text to a still: text encoder, UNet, VAE decoder, as in Stable Diffusion."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +21,9 @@ from cmdgen.pipelines.decode import Decoder, encode_frames
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request
 from cmdgen.video.formats import Pixels
+
+# of guidance: what the positive and what the negative branch reads
+Branches = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 class StillPipeline(Pipeline):
@@ -70,46 +73,67 @@ class StillPipeline(Pipeline):
     ) -> Tensor:
         """(B + 1, L, D) -> (B, C, h, w): content frames, scaled latents, in float32.
 
-        `predict` stands for the UNet's own `denoise`.
+        Of a UNet that looks along time, rows are all frames of one clip after another. `predict`
+        stands for the UNet's own `denoise`.
         """
-        plan, count, unet = plans[0], len(plans), self.unet
+        plan, count = plans[0], len(plans)
         if inputs.content is not None:
             return self.repeat(inputs.content, count)
+        projected = self.unet.project_text(text if plan.model.guidance != 1 else text[:count])
+        positive = tuple(rows[:count] for rows in projected)
+        negative = tuple(rows[-1:].expand(count, -1, -1, -1) for rows in projected)
+        project = self.unet.project_time
+        return self.sample_frames(plans, (positive, negative), project, plan.model.guidance, observer, predict)
+
+    def sample_frames(
+        self,
+        plans: Sequence[Plan],
+        conditions: Branches,
+        project_time: Callable[[Tensor], Tensor],
+        guidance: float | Tensor,
+        observer: Observer,
+        predict: Predict | None = None,
+    ) -> Tensor:
+        """() -> (B T, C, h, w): what the UNet makes of noise, scaled latents, in float32.
+
+        `conditions` have a row for each clip: what the UNet reads and, after these, still latents
+        (B, C, h, w) that join the channels of all frames of a clip.
+        """
+        plan, unet = plans[0], self.unet
         if predict is None:
             predict = (
                 self.graphed("content", unet.denoise)
                 if plan.key_steps is None
                 else rehash(CutUNet(unet), plan.key_steps.content, self.graphed)
             )
-        model, vae = plan.model, self.vae.config
-        states = text if model.guidance != 1 else text[:count]
-        projected = unet.project_text(states)
-        positive = tuple(rows[:count] for rows in projected)
-        negative = tuple(rows[-1:].expand(count, -1, -1, -1) for rows in projected)
-        times = self.project_times(unet.project_time, plan, model.noise, model.steps)
+        model, vae, middle = plan.model, self.vae.config, plan.rows // 2
+        schedule = model.noise if plan.moves or model.still_noise is None else model.still_noise
+        times = self.project_times(project_time, plan, schedule, model.steps)
 
-        def denoise(x: Tensor, t: Tensor, *text: Tensor) -> Tensor:
+        def denoise(x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+            if model.vision is not None:
+                x = torch.cat([x, conditions[-1].repeat_interleave(plan.rows, dim=0)], dim=1)
+                conditions = conditions[:-1]
             # in the same order of memory at every step: a graph's inputs are then one copy
             x = x.to(self.dtype, memory_format=torch.channels_last)
-            return predict(x, next(times).repeat(len(x), 1), *text)
+            return predict(x, next(times).repeat(len(conditions[0]), 1), *conditions)
 
         decoder = self.decoder(plan, observer)
 
         def look(content: Tensor) -> None:
-            latent = content[:1].to(self.dtype)
+            latent = content[middle : middle + 1].to(self.dtype)
             observer.estimate(lambda: decoder.picture(latent))
 
         what = Denoising(
             part="content",
             shape=(vae.latent_channels, model.height // vae.stride, model.width // vae.stride),
             seeds=[each.content_seed for each in plans],
-            schedule=model.noise,
+            schedule=schedule,
             steps=model.steps,
-            guidance=model.guidance,
+            guidance=guidance,
+            frames=plan.rows,
         )
-        content = self.denoise(
-            what, denoise, (positive, negative), plan, observer, look if observer.estimates else None
-        )
+        content = self.denoise(what, denoise, conditions, plan, observer, look if observer.estimates else None)
         return self.check_finite(content, "unet")
 
     def decoder(self, plan: Plan, observer: Observer | None = None) -> Decoder:
@@ -155,7 +179,9 @@ class StillPipeline(Pipeline):
 
         It runs once, for what others wrote: `cmdgen models pull` and `show` ask, sampling does not.
         """
-        expected, unet = self.config.noise.prediction_type, self.unet
+        # of one frame
+        schedule, unet = self.config.still_noise or self.config.noise, self.unet
+        expected = schedule.prediction_type
         ids = self.tokenizer([""], self.text_length).to(self.device)
         text = self.text_encoder(ids).last_hidden_state
 
@@ -166,7 +192,7 @@ class StillPipeline(Pipeline):
         # a few positions tell what is predicted of noise
         side = 2 ** len(unet.config.block_out_channels)
         noise = self.noise("check", (unet.config.in_channels, side, side), [0])[0]
-        predicts = recognise_prediction(predict, noise, self.config.noise)
+        predicts = recognise_prediction(predict, noise, schedule)
         if predicts not in (expected, None):
             path = self.folder / "scheduler" / "scheduler_config.json"
             raise ValueError(f"{path}: prediction_type is {expected}, but unet/ predicts {predicts}: correct it")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cmdgen.config import PRESETS, ModelConfig
+from cmdgen.config import PRESETS, PUBLIC, ModelConfig
 from cmdgen.headers import FLOATS, open_weights, weight_paths
 from cmdgen.schema import read_config, read_counts
 from cmdgen.store.parts import NETWORKS, PARTS, build_part, network_configs, read_index
@@ -60,7 +60,7 @@ class Model:
 
 def describe_preset(model: ModelConfig, *, dtype: str = "float16") -> Model:
     """Describe the parts of a preset; those of any other configuration are counted on the meta device."""
-    known, parts = read_counts() if PRESETS.get(model.name) == model else {}, []
+    known, parts = read_counts() if (PRESETS | PUBLIC).get(model.name) == model else {}, []
     for name, config in network_configs(model).items():
         count = known[model.name][name] if known else count_part(name, config)
         parts.append(Network(name, count, count * SIZES[dtype], dtype, _presets(name, config)))

@@ -2,11 +2,18 @@
 
 from pathlib import Path
 
-from cmdgen.config import PRESETS, packaged_models
+from cmdgen.config import PRESETS, PUBLIC, packaged_models
+
+
+def composed_models() -> Path:
+    """Return the folder of the models that `cmdgen models pull NAME` put together."""
+    from platformdirs import user_data_path
+
+    return user_data_path("cmdgen") / "models"
 
 
 def find_model(name: str) -> Path:
-    """Return the folder of a packaged model, of a path, or of OWNER/NAME in the local cache.
+    """Return the folder of a packaged model, of a path, of a name that was pulled, or of OWNER/NAME.
 
     Raises ValueError for a preset without weights and for a file, FileNotFoundError for an unknown name.
     """
@@ -15,13 +22,14 @@ def find_model(name: str) -> Path:
         return packaged[name]
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).is_file():
-        raise ValueError(
-            f"{name} is one file, a model is a folder: diffusers makes it of a checkpoint, by "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
-        )
+    if (composed := composed_models() / name).is_dir():
+        return composed
+    if name in PUBLIC:
+        raise ValueError(f"{name} is not here yet: cmdgen models pull {name}")
     if name in PRESETS:
         raise ValueError(f"{name} is a preset, its weights are random: cmdgen models init {name} -o DIR")
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file: cmdgen models import {name} -o DIR makes a model folder of it")
     # after the cheap answers: it imports the hub's client
     from cmdgen.store.hub import cached_folder
 

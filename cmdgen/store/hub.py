@@ -5,22 +5,31 @@ huggingface_hub reads HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT.
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from cmdgen.config import CALIBRATION
+from cmdgen.config import CALIBRATION, MotionConfig
 from cmdgen.files import create_folder
 from cmdgen.headers import weight_names
-from cmdgen.store.catalogue import check_folder
+from cmdgen.schema import read_config
+from cmdgen.store.catalogue import check_folder, read_licence
 from cmdgen.store.parts import NETWORKS, PARTS
 
 # files beside the parts
 _BESIDE = ("model_index.json", "README.md", "LICENSE.md", CALIBRATION)
+_MOTION = PARTS["motion_adapter"].filename
+# what repositories call a LoRA's file
+LORAS = ("pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors")
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+# takes a line for the user
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -42,18 +51,27 @@ def parse_name(name: str) -> tuple[str, str]:
     return repo, revision or "main"
 
 
-def choose_files(names: Iterable[str], repo: str) -> list[str]:
+def choose_files(names: Iterable[str], repo: str, *, full: bool = False) -> list[str]:
     """Choose the files of a repository that a model is read from; ValueError if it is none of ours.
 
-    Of weights that is one form: whole, else the fp16 variant, else shards. Pickled files are never
-    chosen, nor parts that are not read, such as a safety checker.
+    Of weights that is one form: the fp16 variant, else whole, else shards; with `full` the variant
+    comes after the whole. Pickled files are never chosen, nor parts that are not read, such as a
+    safety checker.
     """
     names = sorted(names)
     pickled = [name for name in names if name.endswith(_PICKLED)]
     unsafe = f"{repo}: pickled weights are refused, reading them could run any code"
+    lora = [name for name in LORAS if name in names]
+    if lora and not {"model_index.json", "config.json"} & {*names}:
+        return [*lora[:1], *({"README.md"} & {*names})]
     if "model_index.json" not in names:
         if pickled and not any(name.endswith(".safetensors") for name in names):
             raise ValueError(f"{unsafe}; it has {pickled[0]} and no safetensors")
+        if "config.json" in names or any(name.endswith(".safetensors") for name in names):
+            raise ValueError(
+                f"{repo} is no whole model: motion modules need --base OWNER/NAME, a Stable Diffusion 1.5 in "
+                "diffusers' layout"
+            )
         raise ValueError(f"{repo} has no model_index.json: expected a folder in diffusers' layout")
     chosen = [name for name in names if name in _BESIDE]
     for part in PARTS:
@@ -63,7 +81,7 @@ def choose_files(names: Iterable[str], repo: str) -> list[str]:
         files = [name for name in texts if ".safetensors.index" not in name]
         if part in NETWORKS and "config.json" in inside:
             filename = PARTS[part].filename
-            weights = _choose_weights(inside, filename)
+            weights = _choose_weights(inside, filename, full=full)
             if not weights and any(name.endswith(_PICKLED) for name in inside):
                 raise ValueError(f"{unsafe}; {part} has no safetensors")
             if not weights:
@@ -90,43 +108,96 @@ def find_cached() -> list[Snapshot]:
     return sorted(snapshots, key=lambda snapshot: (snapshot.repo, snapshot.commit))
 
 
-def cached_folder(name: str) -> Path | None:
-    """Return the folder of REPO or REPO@REVISION in the local cache, if it is there."""
+def choose_adapter(
+    names: Iterable[str], repo: str, file: str | None, *, lora: str | None = None, full: bool = False
+) -> list[str]:
+    """Choose the files of a repository that motion modules are read from; ValueError if it has none."""
+    names = sorted(names)
+    weights = [file] if file is not None else _choose_weights(names, _MOTION, full=full)
+    if not set(weights) <= set(names) or not weights:
+        raise ValueError(f"{repo} has no {file or _MOTION}: name a file of it with --file")
+    if not weights[0].endswith(".safetensors"):
+        raise ValueError(f"{repo}: {weights[0]} is no safetensors file: pickled weights could run any code")
+    if lora is not None and lora not in names:
+        raise ValueError(f"{repo} has no {lora}")
+    return [*(name for name in names if name in ("config.json", lora, *_BESIDE)), *weights]
+
+
+def cached_folder(name: str, *markers: str) -> Path | None:
+    """Return the folder of REPO or REPO@REVISION in the local cache, if it has one of `markers`."""
     try:
         repo, revision = parse_name(name)
     except ValueError:
         return None
-    index = huggingface_hub.try_to_load_from_cache(
-        repo, "model_index.json", cache_dir=constants.HF_HUB_CACHE, revision=revision
-    )
-    return Path(index).parent if isinstance(index, str) else None
+    for marker in markers or ("model_index.json",):
+        path = huggingface_hub.try_to_load_from_cache(repo, marker, cache_dir=constants.HF_HUB_CACHE, revision=revision)
+        if isinstance(path, str):
+            return Path(path).parent
+    return None
 
 
-def pull(name: str) -> Path:
+def pull(name: str, *, full: bool = False, report: Report = lambda _: None) -> Path:
     """Bring REPO or REPO@REVISION into the local cache, unless it is there, and give its folder.
 
-    Where the hub does not answer, that is what the cache has, which may be a part of a model.
-    ValueError where we read none of it; FileNotFoundError where there is no such model,
-    ConnectionError where network or hub fail, another OSError where token or disk do.
+    Before the weights come, `report` gets a line with their size and licence. Where the hub does
+    not answer, the folder is what the cache has, which may be a part of a model. ValueError where
+    we read none of it; FileNotFoundError where there is no such model, ConnectionError where
+    network or hub fail, another OSError where token or disk do.
     """
+    choose = partial(choose_files, repo=name, full=full)
+    return _pull(name, ("model_index.json", *LORAS), choose, _check_model, report)
+
+
+def _check_model(folder: Path) -> None:
+    # a LoRA has nothing to check
+    if (folder / "model_index.json").is_file():
+        check_folder(folder)
+
+
+def pull_adapter(
+    name: str, file: str | None, *, lora: str | None = None, full: bool = False, report: Report = lambda _: None
+) -> Path:
+    """Bring motion modules into the local cache: those of a repository, or of one file in it.
+
+    `lora` is a file beside them.
+    """
+
+    def check(folder: Path) -> None:
+        if file is None:
+            read_config(folder, MotionConfig)
+
+    choose = partial(choose_adapter, repo=name, file=file, lora=lora, full=full)
+    return _pull(name, (file or "config.json",), choose, check, report)
+
+
+def _pull(
+    name: str,
+    markers: tuple[str, ...],
+    choose: Callable[[Iterable[str]], list[str]],
+    check: Callable[[Path], object],
+    report: Report,
+) -> Path:
     repo, revision = parse_name(name)
     api = huggingface_hub.HfApi(library_name="cmdgen")
     try:
-        info = api.model_info(repo, revision=revision)
+        info = api.model_info(repo, revision=revision, files_metadata=True)
     except (errors.HTTPError, OSError) as error:
         reason = _explain(error, repo, revision)
         if not isinstance(reason, ConnectionError):
             raise reason from error
-        folder = cached_folder(name)
+        folder = cached_folder(name, *markers)
         if folder is None:
             raise ConnectionError(f"{reason}; {name} is not in the local cache") from error
         return folder
-    files = choose_files((file.rfilename for file in info.siblings or []), name)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    files = choose(sizes)
     # configurations first: a model that we cannot build is refused before its gigabytes come
     small = [name for name in files if not name.endswith(".safetensors")]
     try:
         described = api.snapshot_download(repo, revision=revision, allow_patterns=small)
-        check_folder(Path(described))
+        check(Path(described))
+        licence = read_licence(Path(described)) or "not stated"
+        report(f"{name}: {sum(sizes[file] for file in files) / 1e6:,.0f} MB, licence: {licence}")
         return Path(api.snapshot_download(repo, revision=revision, allow_patterns=files))
     except (errors.HTTPError, OSError) as error:
         raise _explain(error, repo, revision) from error
@@ -164,10 +235,10 @@ def _explain(error: Exception, repo: str, revision: str) -> OSError:
     return ConnectionError(f"{hub} cannot be reached ({type(error).__name__})")
 
 
-def _choose_weights(names: list[str], filename: str) -> list[str]:
+def _choose_weights(names: list[str], filename: str, *, full: bool) -> list[str]:
     """Choose the files of one part's weights; none where we can read none of them."""
     wholes, indices = weight_names(filename)
-    whole = [name for name in wholes if name in names]
+    whole = [name for name in (wholes if full else reversed(wholes)) if name in names]
     if whole:
         return whole[:1]
     for index in indices:

@@ -6,24 +6,28 @@ of models is a row. Never imports torch before it builds or reads a network.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmdgen.config import (
+    ANIMATEDIFF,
+    SVD,
     AutoencoderConfig,
     DiTConfig,
     EvdmConfig,
     ModelConfig,
+    MotionConfig,
     NoiseConfig,
     TextConfig,
     UNetConfig,
     VaeConfig,
+    VisionConfig,
 )
 from cmdgen.files import read_json, write_json
-from cmdgen.schema import Folder, check_fields, check_value, read_config, write_config
+from cmdgen.schema import Folder, check_fields, check_value, class_name, read_config, write_config
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +61,8 @@ class Part:
 
 _ROWS = (
     Part("scheduler", "noise", NoiseConfig, opens="diffusers.DDIMScheduler"),
+    # the schedule of stills, where another one is that of videos
+    Part("still_scheduler", "still_noise", NoiseConfig),
     Part("tokenizer", stage="content", opens="transformers.CLIPTokenizer"),
     Part(
         "text_encoder",
@@ -68,7 +74,14 @@ _ROWS = (
         "model.safetensors",
     ),
     Part("unet", "content", UNetConfig, "unet.UNet", "content", "diffusers.UNet2DConditionModel"),
+    Part("motion_adapter", "adapter", MotionConfig, "temporal.MotionAdapter", opens="diffusers.MotionAdapter"),
     Part("transformer", "content", DiTConfig, "dit.DiT"),
+    Part(
+        *("image_encoder", "vision", VisionConfig, "vision.ClipVisionModel"),
+        opens="transformers.CLIPVisionModelWithProjection",
+        filename="model.safetensors",
+    ),
+    Part("feature_extractor", opens="transformers.CLIPImageProcessor"),
     Part("evdm", "content", EvdmConfig, "evdm.Evdm", "evdm"),
     Part("vae", "vae", VaeConfig, "vae.KlVae", "vae", "diffusers.AutoencoderKL"),
     Part("autoencoder", "autoencoder", AutoencoderConfig, "autoencoder.CmdAutoencoder", "autoencoder"),
@@ -83,12 +96,18 @@ _EQUAL = (
     ("unet.in_channels", "vae.latent_channels"),
     ("unet.in_channels", "autoencoder.channels"),
     ("unet.cross_attention_dim", "text_encoder.hidden_size"),
+    ("unet.cross_attention_dim", "image_encoder.projection_dim"),
     ("transformer.in_channels", "vae.latent_channels"),
     ("transformer.in_channels", "autoencoder.channels"),
     ("vae.latent_channels", "autoencoder.channels"),
     ("motion.in_channels", "autoencoder.motion_channels"),
     ("motion.context_channels", "autoencoder.channels"),
     ("motion.text_width", "text_encoder.hidden_size"),
+)
+# those of motion modules, which no training changes
+_ADAPTED = (
+    ("motion_adapter.block_out_channels", "unet.block_out_channels"),
+    ("motion_adapter.motion_layers_per_block", "unet.layers_per_block"),
 )
 # fields of ModelConfig that model_index.json keeps under "cmdgen"
 _SAMPLING = [
@@ -102,7 +121,15 @@ def load_part(
     folder: Folder, name: str, *, dtype: "torch.dtype | None" = None, device: "torch.device | str" = "cpu"
 ) -> Any:
     """Read one network of a model; ValueError names the file that is wrong."""
-    return PARTS[name].network.from_pretrained(Path(folder) / name, dtype=dtype, device=device)
+    place = weights = Path(folder) / name
+    if name == "motion_adapter" and _read_class(Path(folder) / "unet") == "UNetMotionModel":
+        # the UNet's file has them as they were last used
+        weights = Path(folder) / "unet"
+    return PARTS[name].network.from_pretrained(place, weights=weights, dtype=dtype, device=device)
+
+
+def _read_class(place: Path) -> str:
+    return str(read_json(place / "config.json").get("_class_name"))
 
 
 @lru_cache(maxsize=16)
@@ -142,24 +169,36 @@ def read_model(folder: Folder) -> ModelConfig:
     """Read what a whole model is from model_index.json and the config.json of its parts.
 
     The content model is a UNet in unet/, a class-conditional DiT in transformer/, or an EVDM in
-    evdm/, which is a model alone. A folder that is not ours, without autoencoder/ and motion/, is
-    Stable Diffusion: a model of stills.
+    evdm/, which is a model alone. motion_adapter/ is AnimateDiff's, image_encoder/ with a UNet that
+    looks along time Stable Video Diffusion's. A folder that is not ours, without autoencoder/ and
+    motion/, is Stable Diffusion: a model of stills.
     """
     folder = Path(folder)
     index = read_index(folder)
     names = {name for name in PARTS if (folder / name).is_dir()}
-    moves = "cmdgen" in index or bool(names & {"autoencoder", "motion"})
     # reading a part that is missing says so
-    names |= {"scheduler"} if names & {"transformer", "evdm"} else {"scheduler", "unet"}
-    names |= {"autoencoder", "motion"} if moves and "evdm" not in names else set()
+    alone = bool(names & {"transformer", "evdm"})
+    names |= {"scheduler"} if alone else {"scheduler", "unet"}
+    kind = "" if alone else _read_class(folder / "unet")
+    adapts, blends = (
+        "motion_adapter" in names or kind == "UNetMotionModel",
+        kind == "UNetSpatioTemporalConditionModel",
+    )
+    if adapts or blends:
+        # Stable Diffusion's folder may have an image encoder, for its safety checker
+        names |= {"motion_adapter"} if adapts else {"image_encoder", "vae"}
+    else:
+        names -= {"image_encoder"}
+        if "evdm" not in names and ("cmdgen" in index or names & {"autoencoder", "motion"}):
+            names |= {"autoencoder", "motion"}
     values: dict[str, Any] = {part.field: None for part in NETWORKS.values()}
     configs: dict[str, Any] = {}
     for name, part in PARTS.items():
         if name in names and part.config is not None:
             configs[name] = values[part.field] = read_config(folder / name, part.config)
     values["name"] = folder.resolve().name
-    if not moves:
-        values |= _describe_stills(folder.absolute(), values["content"], values["vae"])
+    if not names & {"autoencoder", "motion", "evdm"}:
+        values |= _describe_public(folder.absolute(), values)
     try:
         sampling = check_value(index.get("cmdgen", {}), dict, "cmdgen")
         sampling = {key: value for key, value in sampling.items() if key in _SAMPLING}
@@ -172,36 +211,89 @@ def read_model(folder: Folder) -> ModelConfig:
 
 def check_agreement(folder: Folder, configs: Mapping[str, Any]) -> None:
     """Raise ValueError where two parts of a model do not fit together."""
-    for equation in _EQUAL:
+    unet = configs.get("unet")
+    if unet is not None and unet.temporal == "blend":
+        # the picture that is animated has half of the channels
+        configs = {**configs, "unet": replace(unet, in_channels=unet.in_channels // 2)}
+    for equation in (*_EQUAL, *_ADAPTED):
         (name, _, key), (other, _, other_key) = (side.partition(".") for side in equation)
         got = getattr(configs.get(name), key, None)
         expected = getattr(configs.get(other), other_key, None)
         if None not in (got, expected) and got != expected:
             raise ValueError(f"{folder}: {key} of {name}/ is {got}, but {other_key} of {other}/ is {expected}")
+    if "motion_adapter" in configs and unet is not None and unet.use_linear_projection:
+        raise ValueError(f"{folder}: unet/ is Stable Diffusion 2's, motion_adapter/ is for Stable Diffusion 1")
 
 
 def write_model_index(folder: Folder, model: ModelConfig) -> None:
     """Write model_index.json and the scheduler's configuration; the parts write themselves."""
+    opened = {part.name: part.opens.split(".") for part in _ROWS if part.opens and _has(model, part)}
+    for name, (library, _) in opened.items():
+        if kind := class_name(getattr(model, PARTS[name].field or "name")):
+            opened[name] = [library, kind]
     data: dict[str, Any] = {"_class_name": "EvdmPipeline" if isinstance(model.content, EvdmConfig) else "CmdPipeline"}
-    if isinstance(model.content, UNetConfig):
+    if model.vision is not None:
+        data = {"_class_name": "StableVideoDiffusionPipeline", **opened}
+        write_json(Path(folder) / "feature_extractor" / "preprocessor_config.json", _PREPROCESSOR)
+    elif model.adapter is not None:
+        data = {"_class_name": "AnimateDiffPipeline", **opened}
+        if model.still_noise is not None:
+            write_config(model.still_noise, Path(folder) / "still_scheduler")
+    elif isinstance(model.content, UNetConfig):
         data = {
             "_class_name": "StableDiffusionPipeline",
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
             "safety_checker": [None, None],
-            **{part.name: part.opens.split(".") for part in _ROWS if part.opens},
+            **opened,
         }
-    data["cmdgen"] = {key: getattr(model, key) for key in _SAMPLING}
+    if model.moves or not isinstance(model.content, UNetConfig):
+        # without it, a folder is Stable Diffusion's own
+        sampling = {key: getattr(model, key) for key in _SAMPLING}
+        data["cmdgen"] = {key: value for key, value in sampling.items() if value not in (None, ())}
     write_config(model.noise, Path(folder) / "scheduler")
     write_json(Path(folder) / "model_index.json", data)
 
 
-def _describe_stills(
-    folder: Path, content: UNetConfig | DiTConfig | EvdmConfig, vae: VaeConfig | None
-) -> dict[str, Any]:
-    """Return what Stable Diffusion's folder does not say: one frame, of the size of training."""
-    side = content.sample_size if isinstance(content, UNetConfig) else 0
-    side *= 1 if vae is None else vae.stride
+def _has(model: ModelConfig, part: Part) -> bool:
+    if part.config is None:
+        return (model.text if part.name == "tokenizer" else model.vision) is not None
+    return type(getattr(model, part.field)) is part.config
+
+
+def _describe_public(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what folders that are not ours do not say: how they are sampled, by default."""
+    content, vae, noise = values["content"], values["vae"], values["noise"]
     # a snapshot in the hub's cache lies in the folder of its repository
     repository = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
-    return {"name": repository.rpartition("--")[2], "frames": 1, "height": side, "width": side}
+    found: dict[str, Any] = {"name": repository.rpartition("--")[2]}
+    if values["vision"] is not None:
+        found |= {key: getattr(SVD, key) for key in _SAMPLING if key != "name"}
+        return found | ({"frames": content.num_frames} if content.num_frames else {})
+    side = content.sample_size if isinstance(content, UNetConfig) else 0
+    side *= 1 if vae is None else vae.stride
+    found |= {"height": side, "width": side}
+    if values["adapter"] is None:
+        return found | {"frames": 1}
+    found |= {key: getattr(ANIMATEDIFF, key) for key in ("frames", "steps", "guidance", "fps")}
+    if noise.beta_schedule != ANIMATEDIFF.noise.beta_schedule:
+        # the base model's: motion modules were trained on another one
+        found |= {"noise": ANIMATEDIFF.noise, "still_noise": noise}
+    return found
+
+
+# of CLIP's pictures, as its folder says it to transformers; `models.vision` knows it
+_PREPROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "crop_size": {"height": 224, "width": 224},
+    "size": {"shortest_edge": 224},
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}

@@ -59,7 +59,8 @@ def measure(sampler: str, protected: int) -> tuple[Line, Calibration]:
     return network, measurement.finish("content", sampler, 3)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+# those of lcm are not even
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "lcm"])
 def test_similarity_is_the_cosine_of_features(sampler: str) -> None:
     _, found = measure(sampler, 1)
     # timesteps are even: so is the angle between neighbours

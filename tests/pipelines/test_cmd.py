@@ -185,8 +185,8 @@ def exact(tiny_model):
     config = load_pipeline(tiny_model).config
     model = CmdPipeline(tiny_model, config, torch.device("cpu"), torch.float64)
 
-    def noise(part, shape, seeds):
-        start, generators = CmdPipeline.noise(model, part, shape, seeds)
+    def noise(part, shape, seeds, **settings):
+        start, generators = CmdPipeline.noise(model, part, shape, seeds, **settings)
         return start.double(), generators
 
     model.noise = noise

@@ -1,14 +1,7 @@
 """Pulling, against a hub that runs in the test and is asked by huggingface_hub itself."""
 
-import hashlib
 import json
 import shutil
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
@@ -30,101 +23,6 @@ SD = [
 ]
 
 
-@dataclass
-class Hub:
-    """One repository, acme/model, of the files of a folder."""
-
-    folder: Path | None = None
-    # files that a request was made for
-    asked: list[str] = field(default_factory=list)
-    # what every request, or every one for a file, is refused with
-    status: int | None = None
-    code: str | None = None
-    files_alone: bool = False
-
-    def names(self) -> list[str]:
-        assert self.folder is not None
-        files = (path for path in self.folder.rglob("*") if path.is_file())
-        return sorted(str(path.relative_to(self.folder)) for path in files)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    served = Hub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-        def answer(self, status: int, body: bytes = b"{}", **headers: str) -> None:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            file = path.partition(f"/resolve/{COMMIT}/")[2]
-            if served.status and (file or not served.files_alone):
-                self.answer(served.status, X_Error_Code=served.code or "")
-            elif not path.startswith(("/api/models/acme/model", "/acme/model/")):
-                self.answer(404, X_Error_Code="RepoNotFound")
-            elif file:
-                served.asked.append(file)
-                body = (served.folder / file).read_bytes()
-                tag = f'"{hashlib.sha256(body).hexdigest()}"'
-                self.answer(200, body, X_Repo_Commit=COMMIT, ETag=tag)
-            elif "/tree/" in path:
-                entries = [
-                    {
-                        "type": "file",
-                        "path": name,
-                        "oid": hashlib.sha1(name.encode()).hexdigest(),
-                        "size": (served.folder / name).stat().st_size,
-                    }
-                    for name in served.names()
-                ]
-                self.answer(200, json.dumps(entries).encode())
-            elif "/revision/" in path and not path.endswith(("/main", COMMIT)):
-                self.answer(404, X_Error_Code="RevisionNotFound")
-            else:
-                files = [{"rfilename": name} for name in served.names()]
-                info = {"id": "acme/model", "sha": COMMIT, "siblings": files}
-                self.answer(200, json.dumps(info).encode())
-
-        do_HEAD = do_GET
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    yield served
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.fixture
-def models(capsys):
-    """Runs a command in this process: its exit code, stdout, and the last line of stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as end:
-            main(["models", *arguments])
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, [*err.splitlines(), ""][-2] if err else ""
-
-    return run
-
-
 def test_of_a_stock_repository_one_form_of_each_weight_is_chosen() -> None:
     assert choose_files(SD, "sd") == [
         *("README.md", "model_index.json", "rehash.json", "scheduler/scheduler_config.json"),
@@ -132,7 +30,7 @@ def test_of_a_stock_repository_one_form_of_each_weight_is_chosen() -> None:
         *("text_encoder/model.safetensors.index.json",),
         *("text_encoder/model-00001-of-00002.safetensors",),
         *("text_encoder/model-00002-of-00002.safetensors",),
-        *("unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
+        *("unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors"),
         *("vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors"),
     ]
 
@@ -150,7 +48,8 @@ def test_shards_of_a_variant_are_chosen_with_their_index(index: str) -> None:
         (["a.ckpt", "README.md"], "a: pickled weights are refused, reading them could run any"),
         (["model_index.json", "vae/config.json", "vae/x.bin"], "vae has no safetensors"),
         (["model_index.json", "vae/config.json"], "a: vae has no diffusion_pytorch_model.safe"),
-        (["model.safetensors", "pytorch_model.bin"], "a has no model_index.json: expected"),
+        (["model.safetensors", "pytorch_model.bin"], "a is no whole model: motion modules need --base OWNER"),
+        (["README.md"], "a has no model_index.json: expected"),
     ],
 )
 def test_what_cannot_be_read_is_refused_before_it_is_downloaded(names, message) -> None:

@@ -1,0 +1,125 @@
+"""A UNet that looks along time, then the VAE: AnimateDiff from text, Stable Video Diffusion from a picture.
+
+    AnimateDiff   text ─► UNet with motion modules, all frames together ─► VAE, frame by frame
+    SVD           picture ─► CLIP, one token ─────────┐
+                  picture ─► VAE, beside all frames ─► UNet of blended layers ─► VAE of blended layers
+
+arXiv:2307.04725, arXiv:2311.15127.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from cmdgen.models.vision import ClipVisionModel
+from cmdgen.pipelines.clip import Clip, Inputs, Made
+from cmdgen.pipelines.observer import Observer
+from cmdgen.pipelines.still import Branches, StillPipeline
+from cmdgen.request import Plan, Request
+from cmdgen.store.parts import load_part
+from cmdgen.video.formats import Pixels
+from cmdgen.video.pixels import to_unit
+from cmdgen.video.read import fit, read_video
+
+
+class MotionPipeline(StillPipeline):
+    """A Stable Diffusion 1.x folder with motion modules; a clip of one frame is its still."""
+
+    def read_part(self, name: str) -> Any:
+        """Read one part of the model; the UNet comes with its motion modules."""
+        part = load_part(self.folder, name, dtype=self.dtype, device=self.device)
+        if name == "unet" and self.config.adapter is not None:
+            part.attach(self.part("motion_adapter"))
+        return self.change(name, part)
+
+    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
+        """Make clips; see `Pipeline.make`."""
+        if not plans[0].moves:
+            return super().make(plans, observer, pixels, inputs)
+        with observer.stage("text"):
+            text = self.encode_text(plans)
+        with observer.stage("content"):
+            frames = self.sample_content(plans, text, observer, inputs)
+        return self.decode_clips(plans, frames, observer, pixels)
+
+    def decode_clips(self, plans: Sequence[Plan], frames: Tensor, observer: Observer, pixels: Pixels) -> Made:
+        """(B T, C, h, w) -> the clips."""
+        latents = rearrange(frames, "(b t) c h w -> b c t h w", b=len(plans))
+        with observer.stage("VAE decode"):
+            made, middles = self.decoder(plans[0], observer).clips(latents.to(self.dtype), pixels)
+        return Made(made, middles.numpy(), latents[:, :, latents.shape[2] // 2].cpu(), None)
+
+
+class PicturePipeline(MotionPipeline):
+    """Stable Video Diffusion: a picture that moves."""
+
+    @property
+    def image_encoder(self) -> ClipVisionModel:
+        """Return the vision encoder; reading it raises ValueError, naming the file at fault."""
+        return self.part("image_encoder")
+
+    def sample(self, prompt: str | None = None, **options: Any) -> Clip:
+        """Make one clip of the picture that `image` names; see `Pipeline.sample`."""
+        request = Request(prompt, **options)
+        if request.image is None:
+            raise ValueError(f"{self.config.name} animates a picture: give it as image")
+        picture = read_video(request.image, max_frames=1)[0][0]
+        return self.run([self.plan(request)], inputs=Inputs(image=picture))[0]
+
+    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
+        """Make clips of one picture; see `Pipeline.make`."""
+        if inputs.image is None:
+            raise ValueError(f"{self.config.name} animates a picture: give it with --image")
+        model, unet = plans[0].model, self.unet
+        with observer.stage("image"):
+            conditions = self.encode_picture(inputs.image, plans)
+        # as it was trained: the rate counts from 0
+        about = self.config.fps - 1.0, float(model.motion_amount or 0), float(model.image_noise or 0)
+        numbers = torch.tensor([about], device=self.device)
+
+        def project(times: Tensor) -> Tensor:
+            return unet.project_time(times, numbers.expand(len(times), -1))
+
+        first = model.guidance if model.guidance_first is None else model.guidance_first
+        scale = torch.linspace(first, model.guidance, model.frames, device=self.device)
+        rows = scale.repeat(len(plans)).view(-1, 1, 1, 1)
+        with observer.stage("content"):
+            guidance = 1.0 if max(first, model.guidance) <= 1 else rows
+            frames = self.sample_frames(plans, conditions, project, guidance, observer)
+        return self.decode_clips(plans, frames, observer, pixels)
+
+    def encode_picture(self, picture: np.ndarray, plans: Sequence[Plan]) -> Branches:
+        """uint8 (H, W, 3) -> what the UNet reads of it, and its latents; of nothing, zeros."""
+        model = plans[0].model
+        whole, fitted = (
+            to_unit(torch.tensor(each, device=self.device).permute(2, 0, 1)[None])
+            for each in (picture, fit(picture, model.size))
+        )
+        token = self.check_finite(self.image_encoder.see(whole), "image_encoder")[:, None]  # (1, 1, D)
+        noise, _ = self.noise("image", tuple(fitted.shape[1:]), [plan.seed for plan in plans])
+        still = self.encode_exactly(fitted + (model.image_noise or 0) * noise)
+        positive = tuple(rows.expand(len(plans), -1, -1) for rows in self.unet.project_text(token))
+        nothing = self.unet.project_text(torch.zeros_like(token))
+        negative = tuple(rows.expand(len(plans), -1, -1) for rows in nothing)
+        return (*positive, still), (*negative, torch.zeros_like(still))
+
+    def encode_exactly(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, C, h, w), unscaled, in float32 whatever the weights are.
+
+        In half precision the encoder overflows, and it runs once.
+        """
+        encoder = self.vae.encoder, self.vae.quant_conv
+        for part in encoder:
+            part.float()
+        try:
+            return self.check_finite(self.vae.encode(pictures)[0], "vae")
+        finally:
+            for part in encoder:
+                part.to(self.dtype)
+
+    def check_prediction(self) -> None:
+        """Check nothing: without a picture, noise does not tell what is predicted."""
