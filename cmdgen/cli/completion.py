@@ -12,6 +12,7 @@ import typer
 from typer.completion import completion_init, get_completion_script, shell_completion
 
 from cmdgen.config import packaged_models
+from cmdgen.store.find import composed_models
 from cmdgen.video.formats import CODECS, FORMATS
 from cmdgen.world.config import WORLDS
 
@@ -31,17 +32,18 @@ def one_of(values: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Return the packaged models, and those in the hub's cache."""
+    """Return the packaged models, and those that were pulled."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cached = Path(HF_HUB_CACHE).glob("models--*--*/snapshots/*/model_index.json")
     names = {path.parts[-4].removeprefix("models--").replace("--", "/", 1) for path in cached}
+    names |= {path.parent.name for path in composed_models().glob("*/model_index.json")}
     return one_of([*packaged_models(), *sorted(names)])(incomplete)
 
 
 # what completes an option, by `Option.complete`; other values are possible, too
 WORDS: dict[str | None, tuple[str, ...]] = {
-    "device": ("auto", "cpu", "cuda"),
+    "device": ("auto", "cpu", "cuda", "mps"),
     "dtype": ("auto", "float32", "float16", "bfloat16"),
     "format": tuple(FORMATS),
     "codec": tuple(CODECS),

@@ -1,7 +1,8 @@
 """`cmdgen models`: the models there are, what they consist of, where to get more."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,21 +13,35 @@ from cmdgen.cli.completion import complete_model, one_of
 from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import AsJson
-from cmdgen.config import PRESETS, packaged_models
+from cmdgen.config import ANIMATEDIFF, PRESETS, PUBLIC, packaged_models
 from cmdgen.options import option
-from cmdgen.store.find import find_model
+from cmdgen.store.find import composed_models, find_model
 
 if TYPE_CHECKING:
     from cmdgen.store.catalogue import Model
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="List, describe, pull and create models.")
 
+_SHAPES = PRESETS | PUBLIC
 _NAME = typer.Argument(
     metavar="NAME|DIR",
-    autocompletion=lambda incomplete: complete_model(incomplete) + one_of(PRESETS)(incomplete),
+    autocompletion=lambda incomplete: complete_model(incomplete) + one_of(_SHAPES)(incomplete),
     help="A packaged model, a preset, a folder, or OWNER/NAME in the local cache.",
 )
-_REPOSITORY = typer.Argument(metavar="REPO[@REV]", help="OWNER/NAME on the Hugging Face hub.")
+_REPOSITORY = typer.Argument(
+    metavar="NAME|REPO[@REV]",
+    autocompletion=one_of(PUBLIC),
+    help="A known name, or OWNER/NAME on the Hugging Face hub.",
+)
+_BASE = typer.Option("--base", metavar="REPO", help="The Stable Diffusion 1.5 that motion modules go into.")
+_FILE = typer.Option("--file", metavar="NAME", help="One file of motion modules in their repository.")
+_LORA = typer.Option(
+    "--lora", metavar="REPO[:SCALE]", help="LoRA that the model is put together with, or a file; repeatable."
+)
+_FULL = typer.Option("--full", help="Prefer float32 to half-precision files.")
+_CHECKPOINT = typer.Argument(metavar="FILE", help="A checkpoint in one file, .safetensors.")
+_FOLDER = typer.Option("--output", "-o", help="The folder to write.")
+_TOKENIZER = typer.Option("--tokenizer", metavar="NAME|DIR", help="The model whose tokenizer it reads with.")
 _COPY = typer.Option("--output", "-o", metavar="PATH", help="A folder for a copy.  [default: the hub's cache]")
 
 
@@ -40,20 +55,20 @@ def list_models(say: AsJson) -> None:
     models = packaged_models().items()
     rows = [{"kind": "packaged", **_record(describe_folder(folder, name))} for name, folder in models]
     rows += [{"kind": "preset", **_record(describe_preset(preset))} for preset in PRESETS.values()]
+    rows += [{"kind": "public", **_record(describe_preset(public))} for public in PUBLIC.values()]
+    composed = sorted(composed_models().glob("*/model_index.json"))
+    rows += [_describe_pulled(path.parent, path.parent.name) for path in composed]
     for snapshot in find_cached():
         refs = sorted(snapshot.refs)
         name = f"{snapshot.repo}@{refs[0] if refs else snapshot.commit[:12]}"
-        try:
-            rows.append({"kind": "cached", **_record(describe_folder(snapshot.folder, name))})
-        except ValueError as error:
-            # a broken model must not hide the others
-            rows.append({"kind": "cached", "name": name, "error": describe(error)})
+        rows.append(_describe_pulled(snapshot.folder, name))
     cells = [("", "", "parameters", "size", "")]
     for row in rows:
         if "error" in row:
             cells.append((row["kind"], row["name"], "", "", f"not usable: {row['error']}"))
         else:
-            place = row["folder"] or f"cmdgen models init {row['name']} -o DIR"
+            verb = "pull {name}" if row["kind"] == "public" else "init {name} -o DIR"
+            place = row["folder"] or f"cmdgen models {verb}".format(**row)
             numbers = f"{row['parameters'] / 1e6:.1f} M", _size(row["bytes"])
             cells.append((row["kind"], row["name"], *numbers, place))
     say.result("\n".join(_align(cells, right=(2, 3))), rows)
@@ -74,9 +89,12 @@ def show(model: Annotated[str, _NAME], say: AsJson) -> None:
     """
     from cmdgen.store.catalogue import describe_preset
 
-    if model in PRESETS and model not in packaged_models():
-        described = describe_preset(PRESETS[model])
+    pulled = composed_models() / model
+    if model in _SHAPES and model not in packaged_models() and not pulled.is_dir():
+        described = describe_preset(_SHAPES[model])
         place, licence = f"a preset: cmdgen models init {model} -o DIR", "none: no weights"
+        if model in PUBLIC:
+            place, licence = f"not here yet: cmdgen models pull {model}", "of each part, by pull"
     else:
         described = _describe_files(find_model(model), model)
         place, licence = str(described.folder), described.licence or "not stated"
@@ -96,7 +114,7 @@ def show(model: Annotated[str, _NAME], say: AsJson) -> None:
 class Init:
     """Options of `cmdgen models init`."""
 
-    preset: str = option(MISSING, "Shape of the model.", choices=tuple(PRESETS), argument=True)
+    preset: str = option(MISSING, "Shape of the model.", choices=tuple(_SHAPES), argument=True)
     output: Path = option(MISSING, "The folder to write.", flags=("--output", "-o"))
     seed: int = option(0, "Same seed, same weights.", low=0, high=2**63 - 1)
     dtype: str = option("float16", "Type of the weights.", choices=("float32", "float16", "bfloat16"))
@@ -115,7 +133,7 @@ def init(options: Init) -> None:
     from cmdgen.pipelines.device import DTYPES
     from cmdgen.store.create import create_model
 
-    preset, dtype = PRESETS[options.preset], DTYPES[options.dtype]
+    preset, dtype = _SHAPES[options.preset], DTYPES[options.dtype]
     create_model(preset, options.output, seed=options.seed, dtype=dtype)
     tokenizer = "; the tokenizer is cmdgen's own, not CLIP's" if preset.text is not None else ""
     typer.echo(f"note: random weights: the videos are noise{tokenizer}", err=True)
@@ -123,27 +141,95 @@ def init(options: Init) -> None:
 
 
 @app.command(cls=Command)
-def pull(repository: Annotated[str, _REPOSITORY], output: Annotated[Path | None, _COPY] = None) -> None:
+def pull(
+    repository: Annotated[str, _REPOSITORY],
+    output: Annotated[Path | None, _COPY] = None,
+    base: Annotated[str | None, _BASE] = None,
+    file: Annotated[str | None, _FILE] = None,
+    lora: Annotated[list[str] | None, _LORA] = None,
+    full: Annotated[bool, _FULL] = False,
+) -> None:
     """Download a model from the Hugging Face hub and print its folder.
 
     Takes configurations, tokenizer and safetensors files, into the hub's cache (HF_HOME). HF_TOKEN
-    opens gated and private models; with HF_HUB_OFFLINE=1 only the cache is used.
+    opens gated and private models; with HF_HUB_OFFLINE=1 only the cache is used. What stopped midway
+    goes on where it was.
+
+    NAME is one of animatediff, animatediff-v2, animatediff-lightning, animatelcm, svd, svd-xt,
+    svd-xt-1.1: its parts come from several repositories, and --model NAME samples it. So does the
+    name of motion modules of AnimateDiff that are pulled with --base. A repository that holds
+    a LoRA alone is one for `cmdgen sample --lora`.
 
     Examples:
-        cmdgen models pull OWNER/NAME
+        cmdgen models pull animatediff-lightning
         cmdgen models pull OWNER/NAME@v1 -o DIR
+        cmdgen models pull OWNER/MOTION --base OWNER/NAME
     """
     from cmdgen.store import hub
+    from cmdgen.store.recipes import RECIPES, Recipe, pull_recipe
 
     if output is not None and (output.exists() or output.is_symlink()):
         raise ValueError(f"{output} exists already: give another folder")
-    folder = hub.pull(repository)
+    recipe = RECIPES.get(repository)
+    if recipe is None and base is not None:
+        recipe = Recipe(ANIMATEDIFF, base, repository, file)
+    elif file is not None or (recipe is None and lora):
+        raise ValueError("--file and --lora go with motion modules, which need --base")
+    elif recipe is not None and base is not None:
+        if recipe.adapter is None:
+            raise ValueError(f"--base has no effect: {repository} has no motion modules")
+        recipe = replace(recipe, base=base)
+    report = partial(typer.echo, err=True)
+    if recipe is None:
+        folder = hub.pull(repository, full=full, report=report)
+        if not (folder / "model_index.json").is_file():
+            typer.echo("note: it is a LoRA, for --lora of cmdgen sample", err=True)
+            typer.echo(folder)
+            return
+    else:
+        name = hub.parse_name(repository)[0].rpartition("/")[2]
+        folder = pull_recipe(name, recipe, loras=lora or (), full=full, report=report)
     described = _describe_files(folder, repository)
     typer.echo(f"licence: {described.licence or 'not stated'}", err=True)
     typer.echo(f"{described.parameters / 1e6:.1f} M parameters, {_size(described.bytes)}", err=True)
     if output is not None:
         hub.copy_snapshot(folder, output)
     typer.echo(output or folder)
+
+
+@app.command("import", cls=Command)
+def import_file(
+    file: Annotated[Path, _CHECKPOINT],
+    output: Annotated[Path, _FOLDER],
+    tokenizer: Annotated[str | None, _TOKENIZER] = None,
+) -> None:
+    """Write the model folder of a checkpoint: Stable Diffusion 1 or 2 in one safetensors file.
+
+    Weights stay as they are stored. The file has no tokenizer: it is copied from a model that was
+    pulled.
+
+    Examples:
+        cmdgen models import realistic.safetensors -o DIR --tokenizer animatediff
+    """
+    from cmdgen.store.hub import find_cached
+    from cmdgen.store.single import import_checkpoint
+
+    cached = [snapshot.folder for snapshot in find_cached() if (snapshot.folder / "tokenizer").is_dir()]
+    folders = [find_model(tokenizer)] if tokenizer is not None else cached
+    if not folders or not (folders[0] / "tokenizer" / "vocab.json").is_file():
+        raise ValueError(f"{file} has no tokenizer: name a Stable Diffusion that was pulled with --tokenizer")
+    import_checkpoint(file, output, folders[0] / "tokenizer")
+    typer.echo(output)
+
+
+def _describe_pulled(folder: Path, name: str) -> dict[str, Any]:
+    """Return a row of the list; a broken model must not hide the others."""
+    from cmdgen.store.catalogue import describe_folder
+
+    try:
+        return {"kind": "cached", **_record(describe_folder(folder, name))}
+    except ValueError as error:
+        return {"kind": "cached", "name": name, "error": describe(error)}
 
 
 def _describe_files(folder: Path, name: str) -> "Model":

@@ -40,7 +40,7 @@ def test_commands_are_offered(offered) -> None:
     assert {"sample", "eval", "doctor", "models", "train", "completion"} <= set(commands)
     assert offered() == commands
     assert offered("mod") == ["models"]
-    assert offered("models", "") == ["list", "show", "init", "pull"]
+    assert offered("models", "") == ["list", "show", "init", "pull", "import"]
     # nothing is printed by a flag that would end the command
     assert offered("--version", "") == commands
 
@@ -80,7 +80,7 @@ def test_values_after_an_equals_sign_are_offered_in_each_shells_words(offered) -
     # as zsh and fish have it, and as bash has
     assert offered("profile", "--dtype=b", shell="fish") == ["--dtype=bfloat16"]
     assert offered("profile", "--dtype", "=", "b") == ["bfloat16"]
-    assert offered("profile", "--device", "=") == ["auto", "cpu", "cuda"]
+    assert offered("profile", "--device", "=") == ["auto", "cpu", "cuda", "mps"]
     assert offered("profile", "--steps=3", "--mod") == ["--model"]
 
 

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from cmdgen.cli.app import main
-from cmdgen.config import PRESETS, packaged_models
+from cmdgen.config import PRESETS, PUBLIC, packaged_models
 
 
 @pytest.fixture
@@ -28,7 +28,11 @@ def test_list_names_what_can_be_used_and_what_can_be_made(models) -> None:
     code, out, err = models("list")
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()[1:]]
-    assert [row[:2] for row in rows] == [["packaged", "mini"], *(["preset", name] for name in PRESETS)]
+    assert [row[:2] for row in rows] == [
+        ["packaged", "mini"],
+        *(["preset", name] for name in PRESETS),
+        *(["public", name] for name in PUBLIC),
+    ]
     (large,) = [row for row in rows if row[1] == "cmd-sd21"]
     assert large[2:6] == ["2012.5", "M", "3,838.6", "MiB"]
     code, out, _ = models("list", "--json")
