@@ -41,6 +41,7 @@ def advise(pipeline: Pipeline, request: Request, batch: int) -> str:
         options.append(f"--size {write_size(fitting.size)}")
     if fitting.frames != model.frames:
         options.append(f"--frames {fitting.frames}")
-    # rounded down, as it must fit
-    options.append(f"--max-memory {limit // 10**6}MB")
+    if fitting.max_memory is not None:
+        # rounded down, as it must fit
+        options.append(f"--max-memory {limit // 10**6}MB")
     return f"{start}: {' '.join(options)} should fit"

@@ -337,7 +337,7 @@ class Batch:
     def note_prompts(self, jobs: list[Job]) -> None:
         """Note what a model does not read of prompts."""
         pipeline, name = self.pipeline, self.pipeline.config.name
-        if not isinstance(pipeline, StillPipeline):
+        if not isinstance(pipeline, StillPipeline) or pipeline.config.text is None:
             return
         for job in jobs:
             of, prompt = "" if self.alone else f"line {job.line}: ", job.plan.prompt

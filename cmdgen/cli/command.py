@@ -31,7 +31,8 @@ def parameter(described: Option) -> Parameter:
     name, kind, value_type = described.name, str if described.read else described.kind, cast(Any, str)
     default = Parameter.empty if described.required else described.default
     if kind in _TYPERS:
-        value_type = described.type
+        # an option of several values is repeated
+        value_type = list[str] if described.repeats else described.type
     elif default not in (None, Parameter.empty):
         default = described.write(default)
     words = described.choices or WORDS.get(described.complete, ())

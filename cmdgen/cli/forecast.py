@@ -63,7 +63,7 @@ def _describe(job: Job) -> dict[str, Any]:
     return {
         **job.describe(),
         "format": job.encoding.format,
-        **{name: getattr(model, name) for name in _SETTINGS},
+        **{name: getattr(model, name) for name in _SETTINGS if job.plan.samples_motion or "motion" not in name},
         "rehash": rehash and {name: value for name, value in rehash.items() if value},
     }
 
@@ -75,7 +75,7 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         if "skipped" in job:
             yield f"{job['output']}  exists already"
             continue
-        motion = "" if job["frames"] == 1 else f" + {job['motion_steps']}"
+        motion = f" + {job['motion_steps']}" if "motion_steps" in job else ""
         yield (
             "{output}  seed {seed}, {frames} x {width}x{height}, {fps} frames a second, "
             f"{{steps}}{motion} steps of {{sampler}}"

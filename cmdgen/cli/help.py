@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from cmdgen.cli.errors import EXIT_CODES
+from cmdgen.options import Option
 
 # titles of what is in no group
 OPTIONS, COMMANDS = "Options", "Commands"
@@ -34,7 +35,7 @@ class _Plain:
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         options = getattr(self.callback, "options", {})
         for each in parameters:
-            keep = partial(_keep, each, each.name in options, each.process_value)
+            keep = partial(_keep, each, options.get(each.name), each.process_value)
             vars(each).setdefault("process_value", keep)
         return parameters
 
@@ -45,11 +46,14 @@ class _Plain:
         return summarise(self.help)
 
 
-def _keep(parameter: Any, is_field: bool, check: Any, context: Any, value: Any) -> Any:
+def _keep(parameter: Any, described: Option | None, check: Any, context: Any, value: Any) -> Any:
     """Return None and texts as they are: Typer would import pydantic for them, 0.07 s."""
     needed = parameter.required or parameter.multiple or parameter.nargs == -1
-    if (value is None and not needed) or (is_field and isinstance(value, str)):
+    if (value is None and not needed) or (described is not None and isinstance(value, str)):
         return value
+    if described is not None and described.repeats:
+        # texts, each of one use of the option
+        return value or ()
     return check(context, value)
 
 

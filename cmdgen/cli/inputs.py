@@ -112,7 +112,9 @@ class InputFiles:
         Reads no tensors. Raises ValueError where it has others, Failure where latents do not fit
         the model.
         """
-        if not self.paths:
+        if model.vision is not None and IMAGE not in self.paths:
+            raise ValueError(f"{model.name} animates a picture: give one with --image")
+        if not self.paths or model.looks_along_time:
             return request
         from cmdgen.latents import check_fit, fit_model, latent_shapes, read_header
 
@@ -154,6 +156,8 @@ class InputFiles:
     def _read_files(self, pipeline: "StillPipeline", plan: Plan, say: Say) -> "Inputs":
         from cmdgen.pipelines.clip import Inputs
 
+        if plan.model.vision is not None:
+            return Inputs(origin=self.origin, image=_read_picture(self.paths[IMAGE], plan.model, say))
         content = motion = None
         if IMAGE in self.paths:
             picture = read_input(self.paths[IMAGE], replace(plan.model, frames=1), say)
@@ -167,6 +171,18 @@ class InputFiles:
         if MOTION in self.paths:
             motion = latents[self.paths[MOTION]].motion
         return Inputs(content, motion, origin=self.origin)
+
+
+def _read_picture(path: Path, model: ModelConfig, say: Say) -> "np.ndarray":
+    """A file -> uint8 (H, W, 3), of the size that it has: the model sees it as a whole, too."""
+    from cmdgen.video.read import read_video
+
+    with on_the_way("ask for a smaller picture"):
+        picture = read_video(path, max_frames=1)[0][0]
+    size = picture.shape[:2]
+    change = "unchanged" if size == model.size else f"cropped and resized to {write_size(model.size)}"
+    say.note(f"{path}, {write_size(size)}: {change}")
+    return picture
 
 
 def _read_latents(path: Path, pipeline: "StillPipeline", plan: Plan, say: Say) -> "Latents":

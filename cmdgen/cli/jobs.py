@@ -274,13 +274,16 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         values = parse_json(text)
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from error
-    if values.get("prompt") is None:
-        raise ValueError("has no prompt")
     return values
 
 
-def make_jobs(entries: Iterable[Entry | None], request: Request, *, num: int) -> Iterator[Job | Refused | None]:
-    """Yield `num` jobs for each entry; `request` has the values that an entry does not set."""
+def make_jobs(
+    entries: Iterable[Entry | None], request: Request, *, num: int, reads_text: bool = True
+) -> Iterator[Job | Refused | None]:
+    """Yield `num` jobs for each entry; `request` has the values that an entry does not set.
+
+    Each has a prompt, unless the model does not read text.
+    """
     index = 1
     for entry in entries:
         if entry is None:
@@ -290,12 +293,16 @@ def make_jobs(entries: Iterable[Entry | None], request: Request, *, num: int) ->
             if isinstance(entry.values, ValueError):
                 raise entry.values
             values = read_job(entry.values)
+            if reads_text and request.prompt is None and values.get("prompt") is None:
+                raise ValueError("has no prompt")
             if (output := values.pop("output", None)) is not None:
                 if request.output == STDOUT:
                     raise ValueError(f"output {short(output)}: all of them go to stdout")
                 # in the folder of --output, if it has one
                 values["output"] = str(Path(request.output or "").parent / check_inside(output))
             merged = with_values(request, values)
+            if reads_text and not (merged.prompt or "").strip():
+                raise ValueError('the prompt is empty: say what to show, such as "a corgi swimming"')
             yield from [_make_job(entry.line, merged, index + i, i) for i in range(num)]
         except ValueError as error:
             yield Refused(index, entry.line, error)
@@ -304,9 +311,6 @@ def make_jobs(entries: Iterable[Entry | None], request: Request, *, num: int) ->
 
 def _make_job(line: int, request: Request, index: int, offset: int) -> Job:
     prompt = (request.prompt or "").strip()
-    # None where nothing is made from text
-    if request.prompt is not None and not prompt:
-        raise ValueError('the prompt is empty: say what to show, such as "a corgi swimming"')
     if request.output is None:
         raise ValueError("no output: give a name with --output, or - for stdout")
     seed = randbits(32) if request.seed is None else read_value(FIELDS["seed"], request.seed + offset)

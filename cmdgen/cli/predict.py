@@ -98,7 +98,7 @@ def _make(context: typer.Context, given: "Given", request: Request, jobs: Batchi
         given.check_like(recorded, jobs.like, say)
     if not request.model:
         raise ValueError("give --model, a folder with an evdm/: none ships yet, `cmdgen train evdm` makes one")
-    queue = list(make_jobs([Entry(1, {})], request, num=jobs.num))
+    queue = list(make_jobs([Entry(1, {})], request, num=jobs.num, reads_text=False))
     alone = len(queue) == 1
     if isinstance(queue[0], Refused):
         raise queue[0].error

@@ -90,7 +90,7 @@ def _measure(request: Request, options: Profiling, say: Say) -> dict[str, Any]:
     machine = {name: getattr(request, name) for name in ("device", "dtype", "compile")}
     load = partial(load_pipeline, request.model, **machine)
     pipeline = load()
-    clip = replace(request, steps=options.steps, motion_steps=options.steps)
+    clip = replace(request, steps=options.steps, motion_steps=options.steps if pipeline.config.motion else None)
     if options.suite:
         ways = plan_suite(pipeline, clip)
     else:
@@ -124,7 +124,8 @@ def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
       capture_seconds                 what the first clip of a process takes more
                                       on a GPU, which captures CUDA graphs; no
                                       other figure has it. With --suite: of rows
-      motion_steps, motion_guidance   null for stills, which have no motion
+      motion_steps, motion_guidance   null for stills, and models without a
+                                      motion model
       matmul_flops_per_second         measured before and after the runs: the
                                       fastest of a few products of square
                                       matrices in this dtype
@@ -209,6 +210,8 @@ EPILOG = inspect.cleandoc(to_json.__doc__ or "")
 
 def _title(record: dict[str, Any]) -> list[str]:
     clip = "{frames} frames of {width}x{height}, {sampler} {steps} + {motion_steps} steps"
+    if record["motion_steps"] is None:
+        clip = "{frames} frames of {width}x{height}, {sampler} {steps} steps"
     if record["frames"] == 1:
         clip = "a still of {width}x{height}, {sampler} {steps} steps"
     machine = "{dtype} on {device}, torch {torch}" + ", compiled" * record["compile"]

@@ -51,8 +51,13 @@ def calibrate(
     if target.exists():
         # an error now, not minutes later
         read_calibrations(target, name)
-    plan = pipeline.plan(replace(request, motion_steps=request.motion_steps or request.steps))
-    for part, count in (("content", plan.model.steps), ("motion", plan.model.motion_steps)):
+    if pipeline.config.text is None:
+        raise ValueError(f"{name} reads no text: --rehash-policy uniform needs no calibration")
+    if pipeline.config.motion is not None:
+        request = replace(request, motion_steps=request.motion_steps or request.steps)
+    plan = pipeline.plan(request)
+    counts = {"content": plan.model.steps} | ({"motion": plan.model.motion_steps} if plan.samples_motion else {})
+    for part, count in counts.items():
         if not 2 <= count <= MAX_STEPS:
             raise ValueError(f"{part} in {count} steps: between 2 and {MAX_STEPS} are searched")
     with on_the_way("ask for a smaller --batch or --size"), say.progress() as show:

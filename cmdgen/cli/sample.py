@@ -48,6 +48,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
       cmdgen sample -f - -o - | ffplay -
       cmdgen sample --like corgi.mp4 --motion-seed 7 -o again.mp4
       cmdgen sample "a corgi jumping" --image corgi.png -o jump.mp4
+      cmdgen sample --image photo.png --model svd-xt -o alive.mp4
       cmdgen sample "a cat" --motion-from corgi.mp4 -o cat.mp4
     """
     from cmdgen.store.find import find_model
@@ -72,9 +73,10 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
         check_suffix(jobs.preview, Encoding(STILL), overwrite=True)
     entries: Iterator[Entry | None] = iter([Entry(1, {})])
     complete, total, alone = True, None, False
-    if jobs.file is not None or request.prompt is None:
+    reads_text = bool(request.prompt) or _reads_text(request.model)
+    if jobs.file is not None or (request.prompt is None and reads_text):
         entries, complete = open_entries(jobs.file)
-    queue: Iterable[Job | Refused | None] = make_jobs(entries, request, num=jobs.num)
+    queue: Iterable[Job | Refused | None] = make_jobs(entries, request, num=jobs.num, reads_text=reads_text)
     if complete:
         queue = jobs_ahead = list(islice(queue, MAX_JOBS + 1))
         total = len(jobs_ahead)
@@ -101,7 +103,9 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
 
     if jobs.threads is not None:
         torch.set_num_threads(jobs.threads)
-    pipeline = load_pipeline(request.model, device=request.device, dtype=request.dtype, compile=request.compile)
+    pipeline = load_pipeline(
+        request.model, device=request.device, dtype=request.dtype, compile=request.compile, lora=request.lora
+    )
     if not jobs.dry_run:
         if request.compile:
             say.note("the first step waits for the compiler, for minutes the first time")
@@ -120,6 +124,13 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
         print_forecast(checked, batch)
     else:
         batch.run(checked)
+
+
+def _reads_text(model: str) -> bool:
+    from cmdgen.store.find import find_model
+    from cmdgen.store.parts import read_model
+
+    return read_model(find_model(model)).vision is None
 
 
 def _hash(pipeline: "StillPipeline") -> None:

@@ -52,10 +52,12 @@ def estimate_activations(plan: Plan, dtype: torch.dtype, *, batch: int = 1) -> i
     """Return the bytes beside the weights, at the moment of most; reads no weights."""
     model, forwards = plan.model, list_forwards(plan.model)
     # guidance runs both branches at once
-    doubled = {"content": model.guidance != 1, "motion": model.motion_guidance != 1}
+    guidance = max(model.guidance, model.guidance_first or 0)
+    doubled = {"content": guidance != 1, "motion": model.motion_guidance != 1}
     peaks = [
         forwards[name].peak * dtype.itemsize // 4 * batch * (1 + doubled.get(name, False))
-        for name in ("text", *PARTS[: 1 + plan.moves])
+        for name in ("text", "image", *PARTS)
+        if name in forwards
     ]
     return max(*peaks, Work(model, dtype, batch).peak(plan.slices))
 
@@ -71,7 +73,8 @@ def find_fitting(pipeline: StillPipeline, request: Request, memory: int) -> Requ
         height, width = (max(1, side // part // multiple) * multiple for side in (model.height, model.width))
         for share in (1, 2, 4) if model.frames > 1 else (1,):
             frames = max(1, model.frames // share // least) * least if share > 1 else model.frames
-            smaller = replace(request, size=(height, width), frames=frames, max_memory=memory)
+            limit = memory if model.vision is None else None
+            smaller = replace(request, size=(height, width), frames=frames, max_memory=limit)
             try:
                 plan = pipeline.plan(smaller)
             except ValueError:

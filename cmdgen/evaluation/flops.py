@@ -21,11 +21,14 @@ from torch.utils.flop_counter import flop_registry
 
 from cmdgen.acceleration.memory import FusedAttention, LiveBytes, evaluate, peak_bytes
 from cmdgen.acceleration.rehash import CutDiT, CutUNet
-from cmdgen.config import CMD_SD21, ModelConfig
+from cmdgen.config import CMD_SD21, ModelConfig, UNetConfig
 from cmdgen.latents import latent_shapes
+from cmdgen.models.temporal import MotionAdapter
+from cmdgen.models.unet import UNet
 from cmdgen.pipelines.base import TIMESTEPS_TOGETHER
 from cmdgen.request import Plan, Request, resolve
 from cmdgen.store.parts import build_part, network_configs
+from cmdgen.weights import build_empty
 
 # what the tables count in
 TERA = 10**12
@@ -171,9 +174,20 @@ def build_networks(model: ModelConfig) -> dict[str, Any]:
     Raises ValueError where the model makes no video from text.
     """
     configs = network_configs(model)
-    if not {"text_encoder", "unet", "vae"} <= configs.keys():
+    if not {"unet", "vae"} <= configs.keys() or not {"text_encoder", "image_encoder"} & configs.keys():
         raise ValueError(f"{model.name} makes no video from text: it has no text, UNet or VAE")
-    return {name: build_part(name, config) for name, config in configs.items()}
+    networks = {name: build_part(name, config) for name, config in configs.items()}
+    if "motion_adapter" in networks:
+        networks["unet"] = _attach(configs["unet"], networks.pop("motion_adapter"))
+    return networks
+
+
+@lru_cache(maxsize=2)
+def _attach(config: UNetConfig, adapter: MotionAdapter) -> UNet:
+    # not the one that others may have
+    unet = build_empty(UNet, config)
+    unet.attach(adapter)
+    return unet
 
 
 def list_forwards(model: ModelConfig) -> dict[str, Forward]:
@@ -196,19 +210,35 @@ def _list_forwards(model: ModelConfig) -> dict[str, Forward]:
 
 def _prepare_forwards(model: ModelConfig) -> dict[str, Forward]:
     networks = build_networks(model)
-    text, unet, vae = (networks[name] for name in ("text_encoder", "unet", "vae"))
+    unet, vae = networks["unet"], networks["vae"]
     empty = partial(torch.empty, device="meta")
-    length = text.config.max_position_embeddings
-    ids, time = empty(1, length, dtype=torch.long), empty(1)
-    states = empty(1, length, text.config.hidden_size)
-    still = empty(1, vae.config.latent_channels, *model.latent_size)
-    forwards = {
-        "text": Forward(text, lambda: text(ids)),
-        "content": Forward(unet, lambda: unet(still, time, states)),
-        "content time": Forward(unet, lambda: unet.project_time(time)),
+    still, time = empty(1, vae.config.latent_channels, *model.latent_size), empty(1)
+    numbers: Tensor | None = None
+    # a sample is a clip where the UNet looks along time
+    frames = model.frames if model.looks_along_time else 1
+    rows, pictures = empty(frames, unet.config.in_channels, *model.latent_size), still
+    if model.vision is not None:
+        vision = networks["image_encoder"]
+        numbers, pictures = empty(1, 3), still.expand(frames, -1, -1, -1)
+        seen = empty(1, 3, model.vision.image_size, model.vision.image_size)
+        photo = empty(1, 3, model.height, model.width)
+        states = empty(1, 1, model.vision.projection_dim)
+        forwards = {
+            "image": Forward(vision, lambda: vision(seen)),
+            "image encode": Forward(vae, lambda: vae.encode(photo)),
+        }
+    else:
+        text = networks["text_encoder"]
+        length = text.config.max_position_embeddings
+        ids, states = empty(1, length, dtype=torch.long), empty(1, length, text.config.hidden_size)
+        forwards = {"text": Forward(text, lambda: text(ids))}
+    project_time = partial(unet.project_time, time, numbers)
+    forwards |= {
+        "content": Forward(unet, lambda: unet(rows, time, states, numbers)),
+        "content time": Forward(unet, project_time),
         "content text": Forward(unet, lambda: unet.project_text(states)),
-        **_steps("content", CutUNet(unet), still, unet.project_time(time), *unet.project_text(states)),
-        "VAE decode": Forward(vae, lambda: vae.decode(still)),
+        **_steps("content", CutUNet(unet), rows, project_time(), *unet.project_text(states)),
+        "VAE decode": Forward(vae, lambda: vae.decode(pictures)),
     }
     if model.frames == 1 or not {"autoencoder", "motion"} <= networks.keys():
         return forwards
@@ -246,9 +276,12 @@ def list_uses(plan: Plan, *, batch: int = 1) -> dict[str, list[Use]]:
     of the VAE's slices. The negative prompt and the timesteps are the same for all clips.
     """
     model, forwards = plan.model, list_forwards(plan.model)
-    uses = {"text": [Use(forwards["text"], batch + 1)]}
-    denoisers = [("content", model.steps, model.guidance)]
-    if plan.moves:
+    if model.vision is None:
+        uses = {"text": [Use(forwards["text"], batch + 1)]}
+    else:
+        uses = {"image": [Use(forwards["image"], 1), Use(forwards["image encode"], batch, shared=True)]}
+    denoisers = [("content", model.steps, max(model.guidance, model.guidance_first or 0))]
+    if plan.samples_motion:
         denoisers.append(("motion", model.motion_steps, model.motion_guidance))
     for part, steps, guidance in denoisers:
         branches = 1 if guidance == 1 else 2
@@ -264,8 +297,9 @@ def list_uses(plan: Plan, *, batch: int = 1) -> dict[str, list[Use]]:
             Use(forwards[f"{part} time"], times, projections, shared=True),
         ]
     pictures, together = [batch], plan.slices.pictures
-    if plan.moves:
+    if plan.samples_motion:
         uses["frame decode"] = [Use(forwards["frame decode"], batch)]
+    if plan.moves and model.vision is None:
         # after the content frames
         pictures.append(batch * model.frames)
     runs = sum(ceil(number / together) for number in pictures)
@@ -289,7 +323,9 @@ def count_work(plan: Plan, dtype: torch.dtype, *, batch: int = 1) -> dict[str, W
 
 def _count_stage(uses: list[Use], dtype: torch.dtype) -> Work:
     uses = [use for use in uses if use.runs]
-    state = uses[0].forward.network.state_dict(keep_vars=True)
+    state: dict[str, Tensor] = {}
+    for use in uses:
+        state |= use.forward.network.state_dict(keep_vars=True)
     read = [state[name] for name in {name for use in uses for name in use.forward.count.reads}]
     return Work(
         parameters=_count_parameters(read),

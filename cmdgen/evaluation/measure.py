@@ -281,7 +281,8 @@ def load_evaluator(model: str, device: str, probe: Path | None = None, data: str
     if not folder.is_dir():
         raise FileNotFoundError(f"no probe in {folder}: make one by `cmdgen eval --train-probe FOLDER`")
     if not isinstance(pipeline, CmdPipeline):
-        raise ValueError(f"{pipeline.config.name} makes stills: videos alone are measured")
+        what = "knows nothing of the small world" if pipeline.config.moves else "makes stills"
+        raise ValueError(f"{pipeline.config.name} {what}: videos alone are measured")
     reader = Probe.from_pretrained(folder).to(pipeline.device)
     return Evaluator(pipeline, open_world(data), reader, show)
 

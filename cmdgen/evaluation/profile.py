@@ -23,6 +23,7 @@ from cmdgen.acceleration.calibration import PARTS
 from cmdgen.config import ModelConfig
 from cmdgen.evaluation.flops import Work, count_work
 from cmdgen.files import replace_with
+from cmdgen.pipelines.clip import Inputs
 from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.observer import Observer
 from cmdgen.pipelines.still import StillPipeline
@@ -61,7 +62,7 @@ class Limits(NamedTuple):
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     """Measure a few square matrix products of random data and a few copies; the fastest count."""
-    size, length = MATMUL_SIZE[device.type], COPY_BYTES[device.type]
+    size, length = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"]), COPY_BYTES.get(device.type, COPY_BYTES["cpu"])
     # float16 is not drawn on every CPU
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     multiplying = _fastest(lambda: torch.mm(a, b), device)
@@ -75,7 +76,7 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of one call, after one to warm up."""
     work()
-    repeats = LIMIT_REPEATS[device.type]
+    repeats = LIMIT_REPEATS.get(device.type, LIMIT_REPEATS["cpu"])
     seconds = []
     for _ in range(LIMIT_RUNS):
         _wait(device)
@@ -178,7 +179,10 @@ class Way:
                 file = open_video(f"{path}.mp4", size, model.fps, about, pixels="yuv420p")
                 write, shown = stack.enter_context(file), iter(smooth_clip(model))
                 observer.write = lambda frames: write(np.stack([next(shown) for _ in frames]))
-            clips = pipeline.run(plans, observer, pixels="yuv420p")
+            picture = None
+            if model.vision is not None:
+                picture = np.zeros((model.height, model.width, 3), np.uint8)
+            clips = pipeline.run(plans, observer, pixels="yuv420p", inputs=Inputs(image=picture))
         if self.encode == "after":
             with observer.stage("video encode"):
                 for i, clip in enumerate(clips):
@@ -235,7 +239,7 @@ def profile(load: Callable[[], StillPipeline], ways: Mapping[str, Way], *, runs:
     # others may have had the machine before or after: its limits are the higher of the two
     limits = Limits(*map(max, before, measure_limits(device, dtype)))
     (*_, last) = ways.values()
-    model, moves = last.plan.model, last.plan.moves
+    model, moves = last.plan.model, last.plan.samples_motion
     names = ("frames", "height", "width", "sampler", "steps", "guidance")
     return {
         **{"model": model.name, **{name: getattr(model, name) for name in names}},

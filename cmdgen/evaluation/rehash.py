@@ -40,7 +40,7 @@ def calibrate(
     (K - P)^3 / 6 times for each prompt.
     """
     model = plan.model
-    steps = dict(zip(PARTS, (model.steps, model.motion_steps)[: 1 + plan.moves], strict=False))
+    steps = dict(zip(PARTS, (model.steps, model.motion_steps)[: 1 + plan.samples_motion], strict=False))
     for part, count in steps.items():
         if count < 2:
             raise ValueError(f"{part} in {count} step has nothing to reuse: ask for 2 or more")

@@ -38,6 +38,18 @@ def jobs(data: bytes, output: str | None = None, *, num: int = 1, **flags) -> li
     return list(make_jobs(read(data), Request(output=output, **flags), num=num))
 
 
+def test_a_line_has_a_prompt_unless_the_model_reads_no_text() -> None:
+    entries = read(b'{"seed": 1}\n{"prompt": ""}')
+    refused = list(make_jobs(entries, Request(output="x.mp4"), num=1))
+    assert [str(each) for each in refused] == [
+        "line 1: has no prompt",
+        'line 2: the prompt is empty: say what to show, such as "a corgi swimming"',
+    ]
+    made = list(make_jobs(entries, Request(output="{index}.mp4"), num=2, reads_text=False))
+    assert [job.target for job in made] == ["1.mp4", "2.mp4", "3.mp4", "4.mp4"]
+    assert [job.request.seed for job in made][:2] == [1, 2]
+
+
 def test_a_line_is_a_prompt_or_an_object_or_skipped():
     text = '\ufeffa cat\r\n\n  # no cat\n\t{"prompt": "a dog", "steps": 3}  \n[a, fish]\nlast'
     assert read(text.encode()) == [
@@ -60,7 +72,6 @@ def test_a_line_is_a_prompt_or_an_object_or_skipped():
         (b'{"prompt": "a", "guidance": -Infinity}', "-Infinity is not a finite number"),
         (b'{"prompt": "a", "seed": ' + b"1" * 5000 + b"}", "integer string conversion"),
         (b'{"prompt": ' + b"[" * 500_000, "is nested too deeply"),
-        (b'{"seed": 1}', "has no prompt"),
         (b"a \xff cat", "is not valid UTF-8"),
         (b"\xff\xfea\0c\0a\0t\0", "is not valid UTF-8"),
         (b"a" * (MAX_LINE_BYTES + 9), f"has {MAX_LINE_BYTES + 10} bytes, more than {MAX_LINE_BYTES}"),

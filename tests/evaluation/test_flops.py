@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, DiTConfig
-from cmdgen.evaluation.flops import TABLE_8, TABLE_9, compare_with_paper, count, count_work, list_forwards
+from cmdgen.config import ANIMATEDIFF, CMD_SD15, CMD_SD21, CMD_UCF, SVD_XT, DiTConfig
+from cmdgen.evaluation.flops import TABLE_8, TABLE_9, TERA, compare_with_paper, count, count_work, list_forwards
 from cmdgen.models.dit import DiT
 from cmdgen.request import Request, resolve
 from cmdgen.weights import build_empty
@@ -229,3 +229,19 @@ def test_random_features_are_read_and_are_no_parameters():
     features = {name: read for name, read in gate.count.reads.items() if name not in parameters}
     assert list(features.values()) == [3 * 48] * 8
     assert sum(gate.count.reads.values()) == sum(plain.count.reads.values()) + 8 * 3 * 48
+
+
+# 10^12 operations of one clip, counted by hand from shapes: `content`, then everything
+@pytest.mark.parametrize(
+    ("model", "content", "total", "parameters"),
+    [
+        (ANIMATEDIFF, 881.4, 924.1, 1_276_658_564 + 83_653_863 + 123_060_480),
+        (SVD_XT, 3847.7, 4024.2, 1_524_623_082 + 97_742_847 + 632_076_800),
+    ],
+    ids=["animatediff", "svd-xt"],
+)
+def test_public_models_compute_what_their_shapes_say(model, content: float, total: float, parameters: int) -> None:
+    work = count_work(resolve(Request(), model), torch.float16)
+    assert work["content"].flops / TERA == pytest.approx(content, abs=0.06)
+    assert sum(stage.flops for stage in work.values()) / TERA == pytest.approx(total, abs=0.06)
+    assert work["load"].parameters == parameters

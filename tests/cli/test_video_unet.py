@@ -1,0 +1,127 @@
+"""The command line with AnimateDiff and Stable Video Diffusion: what it does with any other model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmdgen.config import ANIMATEDIFF_LIGHTNING, SVD
+from cmdgen.store.create import create_model
+from cmdgen.video.read import read_metadata, read_video
+from tests.video_unets import tiny
+
+
+@pytest.fixture(scope="module")
+def animatediff(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "animatediff"
+    create_model(tiny(ANIMATEDIFF_LIGHTNING), folder, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def svd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "svd"
+    create_model(tiny(SVD), folder, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    Image.fromarray((np.random.default_rng(0).random((50, 90, 3)) * 255).astype(np.uint8)).save(path)
+    return path
+
+
+def test_a_prompt_becomes_a_clip_that_is_made_again(cmdgen, animatediff: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    done = cmdgen("sample", "a dog", "--model", animatediff, "-o", first, "--preview", tmp_path / "p.png", "--seed", 3)
+    assert (done.code, done.out) == (0, f"{first}\n"), done.err
+    frames, _ = read_video(first)
+    assert frames.shape == (4, 64, 64, 3) and (tmp_path / "p.png").is_file()
+    about = read_metadata(first)
+    assert about.items() >= {"frames": 4, "steps": 2, "guidance": 1.0, "sampler": "ddim"}.items()
+    assert not about.keys() & {"motion_steps", "content_seed", "motion_seed", "motion_guidance"}
+    done = cmdgen("sample", "--like", first, "--model", animatediff, "-o", again)
+    assert done.code == 0, done.err
+    assert np.array_equal(frames, read_video(again)[0])
+
+
+def test_a_picture_becomes_a_clip_without_a_prompt(cmdgen, svd: Path, picture: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    done = cmdgen("sample", "--image", picture, "--model", svd, "-o", first, "--seed", 3, "--motion-amount", 40)
+    assert (done.code, done.out) == (0, f"{first}\n"), done.err
+    assert f"{picture}, 90x50: cropped and resized to 64x64" in done.err
+    about = read_metadata(first)
+    assert about["image"]["file"] == "picture.png"
+    assert about.items() >= {"motion_amount": 40, "image_noise": 0.02, "guidance_first": 1.0, "fps": 7}.items()
+    done = cmdgen("sample", "--like", first, "--image", picture, "--model", svd, "-o", again)
+    assert done.code == 0, done.err
+    assert np.array_equal(read_video(first)[0], read_video(again)[0])
+    done = cmdgen("sample", "--like", first, "--model", svd, "-o", tmp_path / "c.mp4")
+    assert done.code == 2 and "give that file, too" in done.err
+
+
+def test_lines_of_a_file_are_clips_of_the_picture(cmdgen, svd: Path, picture: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "jobs.jsonl"
+    lines.write_text('{"seed": 1}\n{"seed": 2, "motion-amount": 5, "steps": 1}\na dog\n')
+    done = cmdgen(
+        *("sample", "-f", lines, "--image", picture, "--model", svd, "--json"), *("-o", tmp_path / "{index}-{slug}.mp4")
+    )
+    records = [json.loads(line) for line in done.out.splitlines()]
+    assert [record.get("output", record.get("error")) for record in records] == [
+        str(tmp_path / "1-clip.mp4"),
+        str(tmp_path / "2-clip.mp4"),
+        "prompt has no effect with svd: it reads no text, it animates --image",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("svd", ["a dog", "--image", "PICTURE"], "prompt has no effect with svd: it reads no text"),
+        ("svd", [], "svd animates a picture: give one with --image"),
+        ("svd", ["--image", "PICTURE", "--max-memory", "1GB"], "max memory: svd decodes all frames together"),
+        ("animatediff", ["a dog", "--image", "PICTURE"], "image has no effect with animatediff"),
+        ("animatediff", ["a dog", "--motion-steps", "3"], "motion steps has no effect with animatediff"),
+        ("animatediff", ["a dog", "--frames", "40"], "frames 40: the motion modules of animatediff"),
+        ("animatediff", ["a dog", "--image-noise", "1"], "image noise has no effect with animatediff"),
+    ],
+)
+def test_what_does_not_apply_is_one_line(
+    cmdgen, request, picture: Path, tmp_path: Path, model, arguments, message
+) -> None:
+    words = [str(picture) if word == "PICTURE" else word for word in arguments]
+    done = cmdgen("sample", *words, "--model", request.getfixturevalue(model), "-o", tmp_path / "x.mp4")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done.err
+    assert message in done.err and not (tmp_path / "x.mp4").exists()
+
+
+def test_a_dry_run_says_what_it_takes(cmdgen, svd: Path, animatediff: Path, picture: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.mp4"
+    for model, arguments in ((svd, ["--image", picture]), (animatediff, ["a dog"])):
+        done = cmdgen("sample", *arguments, "--model", model, "-o", output, "--dry-run", "--json")
+        assert done.code == 0, done.err
+        report = json.loads(done.out)
+        assert report["flops"] > 0 and report["memory_bytes"] > 0
+        assert "motion_steps" not in report["jobs"][0] and report["jobs"][0]["frames"] == 4
+
+
+@pytest.mark.parametrize("kind", ["svd", "animatediff"])
+def test_every_stage_is_measured(cmdgen, request, kind: str) -> None:
+    done = cmdgen("profile", "--model", request.getfixturevalue(kind), "--steps", 1, "--runs", 1, "--json")
+    assert done.code == 0, done.err
+    record = json.loads(done.out)
+    reads = "image" if kind == "svd" else "text"
+    assert list(record["stages"]) == ["load", reads, "content", "VAE decode", "video encode"]
+    assert all(stage["seconds"]["median"] > 0 for stage in record["stages"].values())
+    assert record["motion_steps"] is None and record["stages"]["content"]["flops"] > 0
+
+
+def test_a_pulled_model_is_inspected_and_shown(cmdgen, svd: Path, animatediff: Path) -> None:
+    for folder, parts in ((svd, {"unet", "vae", "image_encoder"}), (animatediff, {"unet", "motion_adapter", "vae"})):
+        done = cmdgen("models", "show", folder, "--json")
+        assert done.code == 0, done.err
+        assert parts <= {part["name"] for part in json.loads(done.out)["parts"]}
