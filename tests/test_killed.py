@@ -13,7 +13,7 @@ from cmdgen import files
 from cmdgen.files import write_json
 from cmdgen.latents import Latents, save_latents
 from cmdgen.models.tokenizer import Tokenizer
-from cmdgen.store.catalogue import create_model
+from cmdgen.store.create import create_model
 from cmdgen.training.cache import fill
 from cmdgen.video.formats import Encoding
 from cmdgen.video.write import write_still
