@@ -268,7 +268,7 @@ def resolve(request: Request, model: ModelConfig) -> Plan:
     `Pipeline.plan` calls this and adds key steps and slices. Raises ValueError, saying what is
     possible, where this model cannot make the clip.
     """
-    _check_applies(request, model)
+    check_applies(request, model)
     values = {name: getattr(request, name) for name in _DEFAULTS}
     if request.size is not None:
         values["height"], values["width"] = request.size
@@ -279,7 +279,8 @@ def resolve(request: Request, model: ModelConfig) -> Plan:
     return with_prompt(plan, request)
 
 
-def _check_applies(request: Request, model: ModelConfig) -> None:
+def check_applies(request: Request, model: ModelConfig) -> None:
+    """Raise ValueError for an option, a prompt among them, that says nothing to this model."""
     refused: dict[str, str] = {}
     if model.looks_along_time:
         refused |= dict.fromkeys(_CMD_ONLY, "content and motion are one")

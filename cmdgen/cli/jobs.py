@@ -292,9 +292,9 @@ def make_jobs(
         try:
             if isinstance(entry.values, ValueError):
                 raise entry.values
-            values = read_job(entry.values)
-            if reads_text and request.prompt is None and values.get("prompt") is None:
+            if reads_text and request.prompt is None and entry.values.get("prompt") is None:
                 raise ValueError("has no prompt")
+            values = read_job(entry.values)
             if (output := values.pop("output", None)) is not None:
                 if request.output == STDOUT:
                     raise ValueError(f"output {short(output)}: all of them go to stdout")

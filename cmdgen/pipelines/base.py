@@ -25,7 +25,7 @@ from cmdgen.metadata import describe_plan
 from cmdgen.pipelines.clip import Clip, Inputs, Made
 from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.observer import Observer
-from cmdgen.request import Plan, Request, resolve, shared_settings, with_prompt
+from cmdgen.request import Plan, Request, check_applies, resolve, shared_settings, with_prompt
 from cmdgen.store.lora import Lora, merge_lora
 from cmdgen.store.parts import hash_weights, load_part, network_configs
 from cmdgen.video.formats import Pixels, describe_origin
@@ -124,7 +124,8 @@ class Pipeline(ABC):
 
         Reads no weights. Raises ValueError, saying what is possible, where it cannot be made.
         """
-        # prompt and seeds do not matter for all that is checked and chosen
+        check_applies(request, self.config)
+        # prompt and seeds do not matter for all else that is checked and chosen
         key = batch, shared_settings(request)
         if key not in self._plans:
             if len(self._plans) >= _MAX_PLANS:
