@@ -98,7 +98,10 @@ def test_a_command_that_asks_for_a_code_gets_it(ends_with) -> None:
         (("rehash", "calibrate", "--prompts", "none.txt"), "none.txt: No such file"),
         (("train", "vae", "-o", "run", "--data", "nowhere"), "'nowhere' is neither one of world"),
         (("train", "vae", "-o", "run", "--init", "nowhere"), "init nowhere is not a folder"),
-        (("data", "preview", "-o", "a.png", "--data", "nothing"), "neither one of world, mini, shapes nor"),
+        (
+            ("data", "preview", "-o", "a.png", "--data", "nothing"),
+            "neither one of world, mini, mini2, mini2-gpu, shapes nor",
+        ),
         (("data", "preview", "-o", "a.png", "--font", "none.ttf"), "font none.ttf does not exist"),
         (("data", "precompute", "-o", "x", "--vae", "none"), "vae none is no model folder"),
     ],
@@ -154,6 +157,8 @@ def test_too_little_address_space_is_one_line(megabytes: int) -> None:
 def test_ctrl_c_while_modules_are_imported_is_silent() -> None:
     code = """
 import os, signal, sys
+# who runs the tests in the background may have it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Interrupt:
     def find_spec(self, name, *_):
         if name == "%s":

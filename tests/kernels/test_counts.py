@@ -11,7 +11,7 @@ from cmdgen.config import PRESETS
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.layers import ResnetBlock
-from cmdgen.models.unet import Conditions, TransformerBlock
+from cmdgen.models.transformer import Conditions, TransformerBlock
 from cmdgen.models.vae import SpatialAttention
 from cmdgen.video.pixels import CONVERT
 from tests.kernels.counting import count, feature_map, inference
@@ -62,7 +62,7 @@ def transformer() -> Run:
     """A transformer block of the UNet where it attends first, guidance's two branches."""
     block = inference(lambda: TransformerBlock(320, 5, CMD_SD21.content))
     text = tuple(torch.empty(2, 5, 77, 64, dtype=torch.bfloat16) for _ in range(2))
-    conditions = Conditions(shifts={}, text={block.attn2: text})
+    conditions = Conditions(clips=2, shifts={}, text={block.attn2: text})
     tokens = torch.empty(2, 8192, 320, dtype=torch.bfloat16)
     return lambda: block(tokens, conditions)
 

@@ -12,7 +12,7 @@ from cmdgen.config import MINI
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.layers import ResnetBlock
-from cmdgen.models.unet import Conditions, TransformerBlock
+from cmdgen.models.transformer import Conditions, TransformerBlock
 from cmdgen.models.vae import KlVae
 from cmdgen_kernels import dispatch
 
@@ -43,7 +43,7 @@ def dit() -> tuple[nn.Module, Run]:
 
 def transformer() -> tuple[nn.Module, Run]:
     block = TransformerBlock(48, 3, MINI.content)  # type: ignore[arg-type]
-    conditions = Conditions(shifts={}, text={block.attn2: (noise(2, 3, 7, 16), noise(2, 3, 7, 16))})
+    conditions = Conditions(clips=2, shifts={}, text={block.attn2: (noise(2, 3, 7, 16), noise(2, 3, 7, 16))})
     return block, lambda: block(noise(2, 10, 48), conditions)
 
 
