@@ -32,6 +32,9 @@ class Sheet:
     columns: int = option(8, "Frames of each clip.", low=1, high=16)
     size: Size = option((128, 128), "Size of a frame.", **SIZE)
     split: str = option("train", "train, or test: held out.", choices=("train", "test"))
+    sprites: Path | None = option(
+        None, "Write the subjects' pictures too, as a PNG that --font reads in place of the font."
+    )
 
     def __post_init__(self) -> None:
         if not all(16 <= side <= 1024 for side in self.size):
@@ -51,6 +54,7 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)], say: A
     Examples:
         cmdgen data preview -o sheet.png --data mini --split test
         cmdgen data preview -o cats.png --subjects cat --count 4
+        cmdgen data preview -o sheet.png --data mini --sprites sprites.png
     """
     from cmdgen.data.sheet import draw_sheet
     from cmdgen.training.data import open_source
@@ -60,6 +64,10 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)], say: A
     if sheet.data in WORLDS:
         chosen = {name: value for name in _NARROWED if (value := getattr(world, name))}
         source = World(replace(WORLDS[sheet.data], **chosen))
+    if sheet.sprites is not None:
+        if not isinstance(source, World):
+            raise ValueError(f"--sprites are those of a rendered world, not of {sheet.data}")
+        source.write_sprites(sheet.sprites)
     clips = source.render(source.indices(sheet.split, sheet.count), sheet.size)
     picture = draw_sheet(clips, sheet.columns)
     with replace_with(sheet.output) as temporary:

@@ -34,7 +34,7 @@ class WorldConfig:
     held_out: float = _share(0.1, "Share of the combinations that only the test split shows.")
     # "shapes" are drawn polygons that need no font, for tests
     sprites: str = option("emoji", "Pictures of subjects.", choices=("emoji", "shapes"))
-    font: str | None = _world(None, "NotoColorEmoji.ttf.", shown="where fonts usually are")
+    font: str | None = _world(None, "NotoColorEmoji.ttf, or sprites.", shown="where fonts usually are")
 
     def __post_init__(self) -> None:
         read_fields(self)

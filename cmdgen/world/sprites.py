@@ -1,5 +1,6 @@
-"""Pictures of the subjects: emoji, or shapes where there is no font."""
+"""Pictures of the subjects: emoji of a font or of a file made from it, or shapes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
 
+from cmdgen.files import check_file, replace_with
 from cmdgen.world.tables import Subject
 
 # side of a sprite in the atlas, its smallest copy, and the only size that the font can be drawn at
@@ -17,6 +20,8 @@ _SIDE = 128
 _SMALLEST = 8
 _FONT_SIZE = 109
 _FONT = "NotoColorEmoji.ttf"
+# side of the page that a glyph is drawn on
+_PAGE = 192
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,61 @@ def _open_font(path: str | None) -> ImageFont.FreeTypeFont:
     )
 
 
+def write_sprites(path: Path, subjects: Sequence[Subject], font: str | None) -> None:
+    """Write the font's pictures of subjects as a PNG that stands for the font."""
+    sheet, names = Image.new("RGBA", (_PAGE, _PAGE * len(subjects))), PngInfo()
+    for i, subject in enumerate(subjects):
+        sheet.paste(_draw_page(subject.glyph, font), (0, _PAGE * i))
+    names.add_itxt("glyphs", " ".join(subject.glyph for subject in subjects))
+    with replace_with(path) as temporary:
+        sheet.save(temporary, "PNG", pnginfo=names)
+
+
+@cache
+def _read_sprites(path: Path) -> dict[str, Image.Image]:
+    """Return pages by glyph; ValueError for what `write_sprites` did not write."""
+    try:
+        check_file(path)
+        with Image.open(path, formats=["PNG"]) as sheet:
+            glyphs = str(sheet.info["glyphs"]).split()
+            if sheet.mode != "RGBA" or sheet.size != (_PAGE, _PAGE * len(glyphs)):
+                raise ValueError(f"{len(glyphs)} pictures of another size")
+            return {glyph: sheet.crop((0, _PAGE * i, _PAGE, _PAGE * (i + 1))) for i, glyph in enumerate(glyphs)}
+    except (OSError, SyntaxError, ValueError, KeyError) as error:
+        raise ValueError(f"sprites {path}: not written by `cmdgen data preview --sprites` ({error})") from error
+
+
+@cache
+def _find_sprites(font: str | None) -> Path | None:
+    """Return the sprites that stand for a font: those named, or the user's where no font is found."""
+    if font is not None:
+        return Path(font) if font.endswith(".png") and Path(font).exists() else None
+    try:
+        _open_font(None)
+    except FileNotFoundError:
+        from platformdirs import user_data_path
+
+        if (place := user_data_path("cmdgen") / "sprites.png").exists():
+            return place
+    return None
+
+
+def _draw_page(glyph: str, font: str | None) -> Image.Image:
+    """-> RGBA (192, 192)."""
+    place = _find_sprites(font)
+    if place is None:
+        page = Image.new("RGBA", (_PAGE, _PAGE))
+        ImageDraw.Draw(page).text((20, 20), glyph, font=_open_font(font), embedded_color=True)
+        return page
+    if glyph not in (pages := _read_sprites(place)):
+        raise ValueError(f"sprites {place} have no picture of {glyph}")
+    return pages[glyph]
+
+
 @cache
 def _draw_glyph(glyph: str, font: str | None) -> Tensor:
     """-> (4, 128, 128) premultiplied."""
-    page = Image.new("RGBA", (192, 192))
-    ImageDraw.Draw(page).text((20, 20), glyph, font=_open_font(font), embedded_color=True)
+    page = _draw_page(glyph, font)
     box = page.getbbox()
     if box is None:
         raise ValueError(f"font {font or _FONT} has no picture of {glyph}")

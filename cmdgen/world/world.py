@@ -6,6 +6,7 @@ batch, and on any device up to rounding.
 
 from difflib import get_close_matches
 from itertools import product
+from pathlib import Path
 from typing import TypeVar
 from zlib import crc32
 
@@ -16,7 +17,7 @@ from cmdgen.data.clips import SPLITS, Clips, Indices, Size
 from cmdgen.world.captions import caption, pick
 from cmdgen.world.config import WORLDS, WorldConfig
 from cmdgen.world.render import Shot, Specs
-from cmdgen.world.sprites import load_sprites
+from cmdgen.world.sprites import load_sprites, write_sprites
 from cmdgen.world.tables import read_tables
 
 # shares of subjects with a colour and with a size
@@ -100,6 +101,12 @@ class World:
         adjectives = torch.where(chosen, (draws[:, 4:] * counts).long(), -1)  # (B, 4)
         actors = torch.stack([subject, partner], 1)
         return Specs(actors, motion, scene, adjectives[:, :2], adjectives[:, 2:])
+
+    def write_sprites(self, path: Path) -> None:
+        """Write the subjects' pictures for machines without the font; ValueError for a world of shapes."""
+        if self.config.sprites != "emoji":
+            raise ValueError("this world is drawn without a font: it needs no sprites")
+        write_sprites(path, self._subjects, self.config.font)
 
     def indices(self, split: str, count: int) -> Tensor:
         """Find the first `count` of "train", of "validation", or of "test": held-out (subject, motion, scene).

@@ -1,11 +1,13 @@
 """The world on drawn shapes: no font is needed, and the rest is the same."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image, ImageFont
 from torch import Tensor
 
 from cmdgen.world import sprites
@@ -244,3 +246,50 @@ def test_without_the_font_there_is_a_world_that_needs_none(monkeypatch: pytest.M
     sprites._open_font.cache_clear()
     world = World(WORLDS["shapes"])
     assert world.render(world.indices("train", 1), (16, 16), frames=2).frames.float().std() > 0
+
+
+@pytest.fixture
+def some_font(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pillow's own font in place of the emoji's."""
+    caches = (sprites._find_sprites, sprites._draw_glyph, sprites._read_sprites, sprites.load_sprites)
+    font = ImageFont.load_default(size=100)
+    monkeypatch.setattr(sprites, "_open_font", lambda path: font)
+    for each in caches:
+        each.cache_clear()
+    yield
+    for each in caches:
+        each.cache_clear()
+
+
+def test_sprites_in_a_file_draw_the_clips_that_the_font_draws(some_font, tmp_path, monkeypatch) -> None:
+    config, file = replace(SHAPES, sprites="emoji", subjects=("dog", "cat")), tmp_path / "cmdgen" / "sprites.png"
+    world = World(config)
+    clips = world.render(range(4), (32, 32), 4).frames
+    world.write_sprites(file)
+
+    def no_font(path: str | None) -> None:
+        raise FileNotFoundError("no font")
+
+    monkeypatch.setattr(sprites, "_open_font", no_font)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    for each in (config, replace(config, font=str(file))):
+        for cached in (sprites._find_sprites, sprites._draw_glyph, sprites.load_sprites):
+            cached.cache_clear()
+        assert torch.equal(World(each).render(range(4), (32, 32), 4).frames, clips)
+    other = replace(config, subjects=("whale",), font=str(file))
+    with pytest.raises(ValueError, match=r"sprites\.png have no picture of"):
+        World(other).render(range(1), (32, 32), 4)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", "picture"])
+def test_a_file_that_holds_no_sprites_is_one_line(some_font, tmp_path, content) -> None:
+    file = tmp_path / "a.png"
+    if content == "picture":
+        Image.new("RGBA", (8, 8)).save(file)
+    else:
+        file.write_bytes(content)
+    world = World(replace(SHAPES, sprites="emoji", font=str(file)))
+    with pytest.raises(ValueError, match=r"a\.png: not written by `cmdgen data preview --sprites`"):
+        world.render(range(1), (32, 32), 4)
+    with pytest.raises(ValueError, match="needs no sprites"):
+        World(SHAPES).write_sprites(file)
