@@ -1,6 +1,6 @@
 """Time every op on this machine's GPU: plain PyTorch, torch.compile of it, our kernel.
 
-    python kernels/bench/run.py [--op NAME] [--batch N] [--json]
+    python kernels/bench/run.py [--op NAME] [--preset NAME] [--no-compile] [--batch N] [--json]
 
 One run, one device, bfloat16; the L2 cache is overwritten before each call. Each rate stands beside
 that of a copy or a matrix product in the same run. An op that differs from its definition gets no
@@ -122,7 +122,8 @@ class Bench(NamedTuple):
     """Hold the tools of a measurement, its limits, its dtype and its device."""
 
     clock: Clock
-    compile: Compile
+    # compiling is most of what a run takes
+    compile: Compile | None
     limits: Limits
     dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
@@ -190,9 +191,9 @@ def measure(bench: Bench, name: str, preset: str, place: str, sizes: Sizes, *, b
     op = NAMED[name]
     row, inputs = _check(bench, op, sizes, backward=backward)
     row = {"op": name, "preset": preset, "place": place, **row}
-    runs = {"reference": op.reference, "compiled": bench.compile(op.reference), "ours": op.run}
-    for who, run in runs.items():
-        row[who] = bench.clock(caller(op, run, inputs, backward=backward))._asdict()
+    compiled = bench.compile and bench.compile(op.reference)
+    for who, run in {"reference": op.reference, "compiled": compiled, "ours": op.run}.items():
+        row[who] = run and bench.clock(caller(op, run, inputs, backward=backward))._asdict()
     ours = row["ours"]["median"]
     if op.name in ("gated_attention", "wide_attention"):
         row |= {"unit": "TFLOP/s", "limit": bench.limits.product}
@@ -203,7 +204,7 @@ def measure(bench: Bench, name: str, preset: str, place: str, sizes: Sizes, *, b
         row["rate"] = row["bytes"] / ours / 1e3
     row["percent"] = 100 * row["rate"] / row["limit"]
     for other in ("reference", "compiled"):
-        row[f"over_{other}"] = row[other]["median"] / ours if row["counts"] else None
+        row[f"over_{other}"] = row[other]["median"] / ours if row["counts"] and row[other] else None
     return row
 
 
@@ -269,7 +270,9 @@ def attention_line(row: dict[str, Any]) -> str:
     return text + _gain(row["over_softmax"]) + _trouble(row)
 
 
-def _show(time: dict[str, float]) -> str:
+def _show(time: dict[str, float] | None) -> str:
+    if time is None:
+        return f"{'-':>17}"
     spread = 50 * (time["high"] - time["low"]) / time["median"]
     return f"{time['median']:10.1f} ±{spread:4.1f}%"
 
@@ -289,15 +292,16 @@ def compile_anew(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def run(bench: Bench, *, op: str | None, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure every row, or those of one op, and summarise them."""
+def run(bench: Bench, *, op: str | None, preset: str | None, batch: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every row, or those of one op or preset, and summarise them."""
     result: dict[str, Any] = {"rows": [], "attention": []}
     for name, place, *columns in CASES:
-        for preset, sizes in zip(PRESETS, columns, strict=True):
-            trained = preset == TRAINED and NAMED[name].leaves > 0
-            for backward in (False, True)[: 1 + trained] if op in (None, name) else ():
+        for column, sizes in zip(PRESETS, columns, strict=True):
+            trained = column == TRAINED and NAMED[name].leaves > 0
+            chosen = op in (None, name) and preset in (None, column)
+            for backward in (False, True)[: 1 + trained] if chosen else ():
                 sized = batch, *sizes
-                row = measure(bench, name, preset, place, sized, backward=backward)
+                row = measure(bench, name, column, place, sized, backward=backward)
                 result["rows"].append(row)
                 say(line(row))
     batches, heads, width, features = ATTENTION
@@ -315,6 +319,8 @@ def main() -> None:
     """Parse the command line and time the ops, if there is a GPU."""
     parser = argparse.ArgumentParser(description="Time the kernels on this machine's GPU.")
     parser.add_argument("--op", choices=list(NAMED))
+    parser.add_argument("--preset", choices=PRESETS, help="its sizes alone [all]")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
     parser.add_argument("--batch", type=int, default=BATCH, help=f"clips at a time [{BATCH}]")
     parser.add_argument("--json", action="store_true", help="one object on stdout")
     arguments = parser.parse_args()
@@ -335,8 +341,8 @@ def main() -> None:
     say("microseconds, ± half of what lies between the fastest and the slowest tenth\n")
     columns = "".join(f"{name:>17}" for name in ("reference", "torch.compile", "ours"))
     say(f"{'':54}{columns}   times as fast as both   rate, of the limit")
-    bench = Bench(clock, compile_anew, limits)
-    result = run(bench, op=arguments.op, batch=batch, say=say)
+    bench = Bench(clock, None if arguments.no_compile else compile_anew, limits)
+    result = run(bench, op=arguments.op, preset=arguments.preset, batch=batch, say=say)
     if arguments.json:
         print(json.dumps({**about, "batch": batch, "limits": limits._asdict(), **result}))
 

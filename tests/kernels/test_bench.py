@@ -169,7 +169,7 @@ def test_a_run_measures_what_is_asked_for_and_says_it(monkeypatch):
     monkeypatch.setattr(bench, "LENGTHS", (20, 30))
     monkeypatch.setattr(bench, "ATTENTION", (1, 2, 16, 16))
     said = []
-    result = bench.run(make(), op=None, batch=1, say=said.append)
+    result = bench.run(make(), op=None, preset=None, batch=1, say=said.append)
     trained = [op.name for op in samples.OPS if op.leaves]
     assert len(result["rows"]) == 2 * len(TINY) + len(trained)
     assert [row["op"] for row in result["rows"] if row["pass"] == "training"] == trained
@@ -178,8 +178,12 @@ def test_a_run_measures_what_is_asked_for_and_says_it(monkeypatch):
     assert said[-1].startswith("geometric_mean_over_compiled: 1.0")
     json.dumps(result)
 
-    result = bench.run(make(), op="guided_ddim_step", batch=1, say=said.append)
+    result = bench.run(make(), op="guided_ddim_step", preset=None, batch=1, say=said.append)
     assert (len(result["rows"]), len(result["attention"])) == (2, 0)
+    result = bench.run(make(compile=None), op="geglu", preset="mini", batch=1, say=said.append)
+    (row,) = result["rows"]
+    assert (row["preset"], row["compiled"], row["over_compiled"], row["over_reference"]) == ("mini", None, None, 1.0)
+    assert said[-2].count(" - ") == 2 and result["summary"]["geometric_mean_over_compiled"] is None
 
 
 def test_without_a_gpu_there_is_nothing_to_time():
