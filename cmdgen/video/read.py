@@ -78,6 +78,8 @@ _WIDE = re.compile("smpte2084|arib-std-b67|bt2020|smpte43[12]")
 _TO_SRGB = (
     "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:param=0.9:desat=0,zscale=t=bt709:m=gbr:r=pc"
 )
+# of a picture whose colours are converted
+_PIXELS_TOGETHER = 2**21
 # lines from which colours without a tag are BT.709
 _HD = 720
 _READABLE = f"videos, {', '.join(_PICTURES.groupindex)}, tga, heic and avif"
@@ -219,7 +221,9 @@ def _picture(file: Path, source: Source) -> _Shown:
     late, seconds, format = monotonic() + MOST_SECONDS, 0.0, _picture_format(file)
     with _open_picture(file, format) as image:
         if format not in _ANIMATED or not getattr(image, "is_animated", False):
-            yield _to_rgb(ImageOps.exif_transpose(image)), math.inf
+            # else a picture that stands upright is copied
+            ImageOps.exif_transpose(image, in_place=True)
+            yield _to_rgb(image), math.inf
             return
         for number, page in enumerate(ImageSequence.Iterator(image), 1):
             page.load()
@@ -248,7 +252,16 @@ def _open_picture(file: Path | IO[bytes], format: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    """-> uint8 (h, w, 3) in sRGB, on white where it is transparent."""
+    """-> uint8 (h, w, 3) in sRGB, on white where it is transparent; some rows at a time, to save memory."""
+    frame = np.empty((image.height, image.width, 3), np.uint8)
+    step = max(1, _PIXELS_TOGETHER // image.width)
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        frame[top:bottom] = _rows_to_rgb(image.crop((0, top, image.width, bottom)))
+    return frame
+
+
+def _rows_to_rgb(image: Image.Image) -> np.ndarray:
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         # grey of 16 bits, which Pillow would clip

@@ -220,3 +220,14 @@ def test_a_damaged_film_says_so(film, tmp_path):
         data[place] ^= 0x55
     (tmp_path / "b.h264").write_bytes(data)
     assert read_clip(tmp_path / "b.h264", frames=16, size=(16, 16), fps=None)[1].damaged
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "LA", "CMYK", "I;16"])
+def test_a_picture_whose_rows_are_converted_in_turn_is_the_same(mode: str, tmp_path, monkeypatch) -> None:
+    file = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    noise = np.random.default_rng(0).integers(0, 255, (9, 7, 4), np.uint8)
+    picture = Image.fromarray(noise[..., 0].astype(np.uint16) * 257 if mode == "I;16" else noise)
+    picture.convert(mode).save(file) if mode != "I;16" else picture.save(file)
+    whole, _ = read_video(file)
+    monkeypatch.setattr(read, "_PIXELS_TOGETHER", 14)
+    assert np.array_equal(read_video(file)[0], whole)
