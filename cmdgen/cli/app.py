@@ -128,8 +128,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
     _reopen_streams()
-    # else OpenMP's threads spin in barriers while another process holds a core: 4 to 5 times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # OpenMP's threads spin in barriers, while another process may hold the core that they wait for: a clip
+    # beside two such processes took 7 to 42 s. Asleep at once, it takes 2.3 s where nothing else runs, not
+    # 2.0; after a short spin it takes 2.0 s, and 3.5 s beside them
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}
     code = 0
     try:
         try:
