@@ -206,6 +206,10 @@ class BlendedResnet(nn.Module):
         self.time_mixer = Mixer()
         self.learns_time = not time_width
 
+    def blocks(self) -> tuple[ResnetBlock, ResnetBlock]:
+        """Return both blocks, which the time reaches in turn."""
+        return self.spatial_res_block, self.temporal_res_block
+
     def forward(self, x: Tensor, clips: int, shift: Tensor | None = None, later: Tensor | None = None) -> Tensor:
         """(B T, C, H, W), B, the shifts (B, C') of both blocks -> (B T, C', H, W)."""
         x = self.spatial_res_block(x, shift)

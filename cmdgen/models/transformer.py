@@ -73,4 +73,5 @@ class SpatialTransformer(nn.Module):
 
     def readers(self) -> list[Attention]:
         """List the attentions to the text."""
-        return [block.attn2 for block in self.modules() if isinstance(block, TransformerBlock)]
+        blocks = self.transformer_blocks
+        return [block.attn2 for block in blocks if isinstance(block, TransformerBlock)]
