@@ -57,10 +57,10 @@ def test_options_are_offered_once_with_their_meaning(offered) -> None:
     assert "--mask" not in offered("train", "content", "--")
     # of the help, the first sentence without the default
     assert offered("profile", "--dt", shell="fish")[0].startswith("--dtype\tauto")
-    (meaning,) = offered("data", "preview", "--sp", shell="fish")
+    (meaning,) = offered("data", "preview", "--spl", shell="fish")
     assert meaning.startswith("--split\t") and "default" not in meaning and "." not in meaning
     assert all("\t" in line for line in offered("sample", "--", shell="fish"))
-    assert offered("data", "preview", "--sp", shell="zsh")[0].startswith("""_arguments '*: :(("--split":""")
+    assert offered("data", "preview", "--spl", shell="zsh")[0].startswith("""_arguments '*: :(("--split":""")
 
 
 def test_values_are_offered(offered) -> None:
