@@ -67,7 +67,7 @@ def load_pipeline(
 
 
 def load_predictor(
-    model: str | os.PathLike[str] = "evdm", *, device: str = "auto", dtype: str = "auto", compile: bool = False
+    model: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto", compile: bool = False
 ) -> EvdmPipeline:
     """Return the pipeline of a model that continues and fills in clips; see `open_pipeline`."""
     pipeline = open_pipeline(model, device=device, dtype=dtype, compile=compile)
