@@ -6,6 +6,7 @@ either valid everywhere or refused everywhere, in the same words.
 """
 
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from reprlib import repr as short
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 # bytes of a text: hundreds of times what a text encoder reads
 MAX_TEXT_BYTES = 2**14
@@ -189,6 +190,54 @@ def write_size(size: Size) -> str:
 
 # the settings of an option for a size
 SIZE: dict[str, Any] = {"metavar": "WIDTHxHEIGHT", "read": parse_size, "write": write_size}
+
+
+class Shard(NamedTuple):
+    """The part of a list that process `number`, from 0, of several does: every item with a number like its own."""
+
+    number: int
+    of: int
+
+    def has(self, item: int) -> bool:
+        """Return whether the item with this number, from 0, is in the shard."""
+        return item % self.of == self.number
+
+    def __str__(self) -> str:
+        return f"{self.number + 1}/{self.of}"
+
+
+WHOLE = Shard(0, 1)
+
+
+def parse_shard(text: str) -> Shard:
+    """Return the shard of I/N, from 1/N to N/N; "auto" reads what SLURM and torchrun set."""
+    if text == "auto":
+        return _read_shard()
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"shard {short(text)} is neither auto nor I/N, from 1/N to N/N")
+    return Shard(int(match[1]) - 1, int(match[2]))
+
+
+def _read_shard() -> Shard:
+    """Return which task of a SLURM array this is, which process of torchrun, or, of both, which of all."""
+    task = {"ID": "0", "MIN": "0", "STEP": "1", "COUNT": "1"}
+    task = {name: os.environ.get(f"SLURM_ARRAY_TASK_{name}", value) for name, value in task.items()}
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not os.environ.keys() & {"SLURM_ARRAY_TASK_ID", "RANK"}:
+        raise ValueError("shard auto: neither a SLURM array nor torchrun started this process: give I/N")
+    try:
+        number = (int(task["ID"]) - int(task["MIN"])) // int(task["STEP"])
+        shard = Shard(number * int(world) + int(rank), int(task["COUNT"]) * int(world))
+    except (ValueError, ArithmeticError):
+        shard = Shard(0, 0)
+    if not 0 <= shard.number < shard.of:
+        raise ValueError("shard auto: SLURM_ARRAY_TASK_*, RANK and WORLD_SIZE do not count tasks one by one: give I/N")
+    return shard
+
+
+# the settings of an option for a shard
+SHARD: dict[str, Any] = {"metavar": "I/N", "read": parse_shard, "write": str}
 
 
 def parse_output(text: str) -> str:

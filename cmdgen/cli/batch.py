@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,7 +19,7 @@ from cmdgen.cli.errors import MEMORY, PARTIAL, USAGE, Failure, exit_code, on_the
 from cmdgen.cli.jobs import LATENTS, STILL, Batching, Job, Refused
 from cmdgen.cli.progress import Bars, Say, Show
 from cmdgen.config import ModelConfig
-from cmdgen.options import Size, write_size
+from cmdgen.options import WHOLE, Size, write_size
 from cmdgen.pipelines.base import Pipeline
 from cmdgen.pipelines.clip import Clip, Inputs
 from cmdgen.pipelines.still import StillPipeline
@@ -39,8 +39,11 @@ _MAX_NOTES, _MAX_NAMES = 1000, 100_000
 
 
 def group(jobs: Iterable[Job | Refused | None], most: int) -> Iterator[list[Job] | Refused]:
-    """Yield jobs in order, those together that can be one forward; None ends a group early."""
-    for kind, alike in groupby(jobs, _share):
+    """Yield jobs in order, those together that can be one forward; None ends a group early.
+
+    A group lies in one block of `most` indices: a shard, which has whole blocks, makes the same groups.
+    """
+    for kind, alike in groupby(jobs, partial(_share, most)):
         if isinstance(kind, Refused):
             yield kind
         elif kind is not None:
@@ -49,11 +52,11 @@ def group(jobs: Iterable[Job | Refused | None], most: int) -> Iterator[list[Job]
                 yield cast(list[Job], together)
 
 
-def _share(job: Job | Refused | None) -> object:
+def _share(most: int, job: Job | Refused | None) -> object:
     """Return what jobs of one forward have in common, of others themselves."""
     if not isinstance(job, Job) or job.exists:
         return job
-    return job.target == STDOUT, job.encoding.pixels, shared_settings(job.plan)
+    return (job.index - 1) // most, job.target == STDOUT, job.encoding.pixels, shared_settings(job.plan)
 
 
 class Files(Protocol):
@@ -88,8 +91,11 @@ class Batch:
     # while jobs are made
     stack: ExitStack = field(default_factory=ExitStack)
     show: Show = field(init=False)
+    most: int = field(init=False)
 
     def __post_init__(self) -> None:
+        # clips of a forward: as many in every shard
+        self.most = min(self.options.batch, self.total or self.options.batch)
         self.note, self.detail = map(lru_cache(_MAX_NOTES), (self.say.note, self.say.detail))
 
     def check(self, jobs: Iterable[Job | Refused | None]) -> Iterable[Job | Refused | None]:
@@ -97,16 +103,28 @@ class Batch:
 
         Where the number of jobs is known, all of them are checked now, and errors are reported.
         """
-        checked = (self._check(job) if isinstance(job, Job) else job for job in jobs)
+        own: Iterable[Job | Refused | None] = self._select(jobs)
+        if self.total is not None:
+            own = kept = list(own)
+            self.total = len(kept)
+        checked = (self._check(job) if isinstance(job, Job) else job for job in own)
         if self.total is None:
             return checked
         return [self._report(job) if isinstance(job, Refused) else job for job in checked]
 
+    def _select(self, jobs: Iterable[Job | Refused | None]) -> Iterator[Job | Refused | None]:
+        """Yield the jobs of this shard; of the others, check that their names differ."""
+        shard = self.options.shard or WHOLE
+        for job in jobs:
+            if job is None or shard.has((job.index - 1) // self.options.batch):
+                yield job
+            elif isinstance(job, Job) and job.target != STDOUT and self.total is not None:
+                self._check_names(job, [job.target])
+
     def _check(self, job: Job) -> Job | Refused:
         try:
             request = self.files.fit(job.request, self.pipeline.config)
-            batch = min(self.options.batch, self.total or self.options.batch)
-            plan = self.pipeline.plan(request, batch=batch)
+            plan = self.pipeline.plan(request, batch=self.most)
             if job.encoding.format == LATENTS and (plan.model.motion is None or not plan.moves):
                 name = "a still" if plan.model.frames == 1 else plan.model.name
                 raise ValueError(f"{job.target} holds content and motion: {name} has no motion")
@@ -115,7 +133,7 @@ class Batch:
             if job.target == STDOUT:
                 self._check_stream(job.encoding, plan)
             else:
-                self._check_names(job)
+                self._check_names(job, [job.target, *job.files])
             overwrite, makes_folder = self.options.overwrite, not self.alone
             try:
                 check_output(job.target, job.encoding, overwrite=overwrite, makes_folder=makes_folder)
@@ -154,10 +172,10 @@ class Batch:
                 f"not as the first clip on stdout, {write_size(size)} at {fps} frames a second and encoded alike"
             )
 
-    def _check_names(self, job: Job) -> None:
+    def _check_names(self, job: Job, names: Iterable[str]) -> None:
         """Raise where another job, or the preview, has a name of this one, however it is written."""
         preview = self.options.preview
-        for name in map(_real, job.files):
+        for name in map(_real, names):
             if preview is not None and name == os.path.realpath(preview):
                 raise ValueError(f"{job.target} is the preview's name: give another one")
             index, line = self.targets.setdefault(name, (job.index, job.line))
@@ -247,9 +265,8 @@ class Batch:
     def _finish(self, job: Job, seconds: float) -> None:
         self.made += 1
         if not self.alone:
-            of = "" if self.total is None else f" of {self.total}"
-            seed = job.request.seed
-            self.say.note(f"{job.index}{of}: {job.target}, seed {seed}, {seconds:.1f} s")
+            number = f"{job.index}" if self.total is None else f"{self.made + self.failed} of {self.total}"
+            self.say.note(f"{number}: {job.target}, seed {job.request.seed}, {seconds:.1f} s")
         if job.target != STDOUT:
             model = job.plan.model
             size = {name: getattr(model, name) for name in ("frames", "width", "height", "fps")}

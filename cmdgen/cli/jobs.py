@@ -26,7 +26,7 @@ from cmdgen.cli.errors import describe
 from cmdgen.cli.naming import check_inside, fill
 from cmdgen.files import decode_text, parse_json
 from cmdgen.metadata import FIELDS, read_job
-from cmdgen.options import option, read_value, with_values
+from cmdgen.options import SHARD, Shard, option, read_value, with_values
 from cmdgen.request import Plan, Request, threads_option
 from cmdgen.video.formats import STDOUT, Encoding, choose_encoding, list_outputs
 
@@ -59,6 +59,9 @@ class Batching:
     num: int = _count("Clips of each prompt. Seeds count up from --seed.", high=100_000)
     batch: int = _count("Clips per forward pass; only rounding differs.", high=1024)
     overwrite: bool = _jobs(False, "Replace existing files.")
+    shard: Shard | None = _jobs(
+        None, "Make this part of the clips, 1/N to N/N; auto: as a SLURM array or torchrun counts.", **SHARD
+    )
     skip_existing: bool = _jobs(False, "Make only clips whose files do not exist yet.")
     fail_fast: bool = _jobs(False, "Stop at the first error.")
     like: Path | None = _path("Make this file's clip again, except for the options you change.")

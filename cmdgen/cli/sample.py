@@ -45,6 +45,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
       echo "a cat flying" | cmdgen sample -o cat.gif
       cmdgen sample -f prompts.txt --num 4 -o "clips/{index:04d}-{slug}-{seed}.mp4"
       cmdgen sample -f jobs.jsonl --batch 8 --json --skip-existing --seed 1 -o "{line}.mp4"
+      cmdgen sample -f jobs.jsonl --shard 2/8 --skip-existing --seed 1 -o "{line}.mp4"
       cmdgen sample -f - -o - | ffplay -
       cmdgen sample --like corgi.mp4 --motion-seed 7 -o again.mp4
       cmdgen sample "a corgi jumping" --image corgi.png -o jump.mp4
@@ -80,7 +81,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     if complete:
         queue = jobs_ahead = list(islice(queue, MAX_JOBS + 1))
         total = len(jobs_ahead)
-        alone = jobs.file is None and total == 1
+        alone = jobs.file is None and total == 1 and jobs.shard is None
         if total > MAX_JOBS:
             raise ValueError(f"more than {MAX_JOBS} clips: pipe them in with -f -")
         if total == 0:

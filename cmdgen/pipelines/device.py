@@ -1,5 +1,7 @@
 """Names of devices and dtypes."""
 
+import os
+
 import torch
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -11,14 +13,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is an NVIDIA GPU if there is one. ValueError lists the names."""
+    """Return the device of a name; "auto" is an NVIDIA GPU if there is one, under torchrun the process's own.
+
+    ValueError lists the names.
+    """
     possible = ["cpu"]
     if torch.cuda.is_available():
         possible += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         possible.append("mps")
     if name == "auto":
-        return torch.device("cuda" if "cuda" in possible else "cpu")
+        # torchrun starts a process for each GPU
+        local = os.environ.get("LOCAL_RANK")
+        name = "cpu" if "cuda" not in possible else "cuda" if local is None else f"cuda:{local}"
     if name not in possible:
         raise ValueError(f"device {name!r} is not one of auto, {', '.join(possible)}")
     return torch.device(name)
