@@ -334,7 +334,7 @@ def test_a_hash_tells_weights_from_others_wherever_they_lie(tmp_path, tiny_model
 
 def test_a_hash_of_much_is_kept_until_a_file_changes(tmp_path, tiny_model, monkeypatch):
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
-    monkeypatch.setattr("cmdgen.weights._HASHED_AT_ONCE", 0)
+    monkeypatch.setattr("cmdgen.weights.HASHED_AT_ONCE", 0)
     shutil.copytree(tiny_model, tmp_path / "a")
     files = {"vae": KlVae.filename}
     known = hash_weights(tmp_path / "a", files)

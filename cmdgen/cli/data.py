@@ -11,7 +11,7 @@ from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import AsJson, JsonOrQuiet
 from cmdgen.cli.stop import Stop
 from cmdgen.files import replace_with
-from cmdgen.options import SIZE, Size, option, write_size
+from cmdgen.options import SHARD, SIZE, WHOLE, Shard, Size, option, write_size
 from cmdgen.request import Request, threads_option
 from cmdgen.training.config import CLIPS, CLIPS_OF, DATA, Shared, TrainConfig, build_model, recipe
 from cmdgen.world.config import WORLDS, WorldConfig
@@ -83,6 +83,9 @@ class Latents:
     vae: Path = option(MISSING, "Model folder with the vae/ that training gets.")
     clips: int | None = option(None, "Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world")
     held_out: int | None = option(None, "Clips to evaluate on.", low=1, shown="as many as for `cmdgen train`")
+    shard: Shard | None = option(
+        None, "Encode this part of the files, 1/N to N/N; auto: as a SLURM array or torchrun counts.", **SHARD
+    )
     threads: int | None = threads_option()
 
     def __post_init__(self) -> None:
@@ -104,10 +107,13 @@ def precompute(
 
     `cmdgen train ... --latents FOLDER` finds what was encoded for the same data, size, frames and
     VAE, and at least as many clips; it refuses anything else and never writes there. After a
-    stop, the same command continues. A clip of 16 frames at 512x1024 takes 1 MiB.
+    stop, the same command continues. A clip of 16 frames at 512x1024 takes 1 MiB, a file of
+    them at most 1 GiB. Several machines share the work by --shard in
+    one folder; which of them encodes a file changes no bit of it.
 
     Examples:
         cmdgen data precompute -o latents --vae RUN --data clips/
+        cmdgen data precompute -o latents --vae RUN --data clips/ --shard 2/8
         cmdgen train content -o RUN --latents latents
     """
     model = build_model(shared)
@@ -137,5 +143,5 @@ def precompute(
         if source.note:
             say.note(source.note)
         held_out = latents.held_out or recipe(model.name, "content").train.held_out
-        Encodings(source, codec, latents.output, report).precompute(held_out)
+        Encodings(source, codec, latents.output, report).precompute(held_out, latents.shard or WHOLE)
     say.result(latents.output, {"output": str(latents.output)})

@@ -16,9 +16,10 @@ from cmdgen.files import hold_folder
 from cmdgen.headers import weight_paths
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.vae import KlVae
+from cmdgen.options import WHOLE, Shard
 from cmdgen.request import Slices
 from cmdgen.schema import read_config
-from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
+from cmdgen.training.cache import ROWS, Rows, fill, fingerprint, read, remove_others
 from cmdgen.training.config import Report
 from cmdgen.training.data import TrainingData
 from cmdgen.video.pixels import to_levels, to_unit
@@ -27,6 +28,8 @@ from cmdgen.video.pixels import to_levels, to_unit
 VAE_PIXELS = 2**18
 # largest number of clips that are rendered, read or encoded at once
 CLIPS = 16
+# of a file of latents for many runs: 1 GiB of 16 frames at 512x1024, and no more of larger clips
+SHARED_CLIPS, SHARED_BYTES = 1024, 2**30
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class Codec:
 
 @dataclass(frozen=True)
 class Encodings:
-    """The encoded clips of a run; shards live in `folder`."""
+    """The encoded clips of a run; their files live in `folder`."""
 
     data: TrainingData
     codec: Codec
@@ -132,7 +135,7 @@ class Encodings:
         place = (self.shared or self.folder) / f"{kind}-{self.key}"
         if self.shared is None:
             remove_others(place)
-            self._encode(place, indices)
+            self._encode(place, indices, ROWS)
         try:
             return read(place, ("latents",), len(indices))["latents"]
         except ValueError as error:
@@ -142,15 +145,21 @@ class Encodings:
                 f" first run `cmdgen data precompute -o {self.shared}` for them"
             ) from error
 
-    def precompute(self, held_out: int) -> None:
-        """Encode what `folder` lacks of the clips to learn from and of those to evaluate on.
+    def precompute(self, held_out: int, shard: Shard = WHOLE) -> None:
+        """Encode what `folder` lacks of a shard of the clips to learn from and of those to evaluate on.
 
         It may serve many runs: encodings of other data, sizes and VAEs stay. Raises OSError where
-        another process encodes into it.
+        another process encodes the same into it.
         """
-        with hold_folder(self.folder):
-            self._encode(self.folder / f"held-out-{self.key}", self.data.held_out(held_out))
-            self._encode(self.folder / f"latents-{self.key}", self.data.training)
+        place = self.folder if shard == WHOLE else self.folder / f"shard-{shard.number + 1}-of-{shard.of}"
+        (height, width), vae = self.data.size, self.codec.config
+        assert vae is not None
+        # in half precision
+        size = 2 * vae.latent_channels * self.data.frames * (height // vae.stride) * (width // vae.stride)
+        rows = min(SHARED_CLIPS, max(1, SHARED_BYTES // size))
+        with hold_folder(place):
+            self._encode(self.folder / f"held-out-{self.key}", self.data.held_out(held_out), rows, shard)
+            self._encode(self.folder / f"latents-{self.key}", self.data.training, rows, shard)
 
     @property
     def step(self) -> int:
@@ -158,12 +167,12 @@ class Encodings:
         height, width = self.data.size
         return min(CLIPS, max(1, VAE_PIXELS * CLIPS // (self.data.frames * height * width)))
 
-    def _encode(self, place: Path, indices: Tensor) -> None:
-        def encode(rows: range) -> dict[str, Tensor]:
-            frames = self.data.clips(indices[rows.start : rows.stop]).frames
+    def _encode(self, place: Path, indices: Tensor, rows: int, shard: Shard = WHOLE) -> None:
+        def encode(part: range) -> dict[str, Tensor]:
+            frames = self.data.clips(indices[part.start : part.stop]).frames
             return {"latents": self.codec.encode(frames)}
 
-        fill(place, len(indices), encode, self.report, step=self.step)
+        fill(place, len(indices), encode, self.report, step=self.step, rows=rows, shard=shard)
 
     def pairs(self, autoencoder: CmdAutoencoder, folder: Path) -> dict[str, Rows]:
         """() -> content (N, C, h, w) and raw motion (N, D, T, w' + h'), float16.

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cmdgen.options import Shard
+from cmdgen.training import cache
 from cmdgen.training.cache import Rows, fill, fingerprint, read, remove_others
 from cmdgen.weights import save_tensors
 
@@ -31,8 +33,8 @@ class Encoder:
 
 
 def encode(place: Path, encoder: Encoder, count: int = 10) -> Rows:
-    fill(place, count, encoder, lambda *_: None, step=2, shard=4)
-    return read(place, ("x",), count, shard=4)["x"]
+    fill(place, count, encoder, lambda *_: None, step=2, rows=4)
+    return read(place, ("x",), count)["x"]
 
 
 def values(rows: Rows) -> list[float]:
@@ -62,7 +64,7 @@ def test_interrupted_encoding_keeps_every_step_that_is_done(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         encode(tmp_path / "x-a", Encoder(fail_at=6))
     with pytest.raises(ValueError, match="x-a holds 6 of 10 clips"):
-        read(tmp_path / "x-a", ("x",), 10, shard=4)
+        read(tmp_path / "x-a", ("x",), 10)
     encoder = Encoder()
     assert values(encode(tmp_path / "x-a", encoder)) == list(range(10))
     assert encoder.seen == [6, 7, 8, 9]
@@ -82,6 +84,57 @@ def test_only_caches_of_the_same_kind_are_outdated(tmp_path: Path) -> None:
         encode(tmp_path / name, Encoder())
     remove_others(tmp_path / "latents-b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latents-b", "pairs-a"]
+
+
+def test_shards_make_the_files_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = encode(tmp_path / "x-a", Encoder())
+    place, encoders = tmp_path / "parts" / "x-a", [Encoder(), Encoder()]
+    for number, encoder in enumerate(encoders):
+        if number:
+            with pytest.raises(ValueError, match="x-a holds 6 of 10 clips"):
+                read(place, ("x",), 10)
+        # whatever a second machine would take for new folders
+        fill(place, 10, encoder, lambda *_: None, step=2, rows=4 + number, shard=Shard(number, 2))
+    assert [encoder.seen for encoder in encoders] == [[0, 1, 2, 3, 8, 9], [4, 5, 6, 7]]
+    for path in expected.paths:
+        assert path.read_bytes() == (place / path.name).read_bytes()
+    # whole files are known by the index, and not opened; what was removed is missed
+    monkeypatch.setattr(cache, "open_weights", lambda path: pytest.fail(f"{path} was opened"))
+    assert len(read(place, ("x",), 8)["x"].paths) == 2
+    (place / "000000004.safetensors").unlink()
+    with pytest.raises(ValueError, match="x-a holds 4 of 8 clips"):
+        read(place, ("x",), 8)
+
+
+def test_a_folder_without_an_index_goes_on_as_it_was(tmp_path: Path) -> None:
+    """As a version before indices left it: 64 rows a file."""
+    fill(tmp_path / "x-a", 70, Encoder(), lambda *_: None, step=2)
+    for index in (tmp_path / "x-a").glob("*.json"):
+        index.unlink()
+    encoder = Encoder()
+    fill(tmp_path / "x-a", 80, encoder, lambda *_: None, step=2, rows=1024)
+    assert encoder.seen == list(range(70, 80))
+    assert values(read(tmp_path / "x-a", ("x",), 80)["x"]) == list(range(80))
+
+
+@pytest.mark.parametrize("text", ['{"rows": 0, "files": []}', '{"rows": 4, "files": 4}', '{"rows": "4", "files": []}'])
+def test_a_damaged_index_is_named(text: str, tmp_path: Path) -> None:
+    encode(tmp_path / "x-a", Encoder())
+    index = tmp_path / "x-a" / "index-00001-of-00001.json"
+    index.write_text(text)
+    with pytest.raises(ValueError, match=f"^{index}: .*: remove it, and it is made again$"):
+        read(tmp_path / "x-a", ("x",), 10)
+
+
+def test_a_kill_costs_the_last_minutes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    save = cache.save_tensors
+    monkeypatch.setattr(cache, "_KEEP", 0.0)
+    monkeypatch.setattr(
+        cache, "save_tensors", lambda path, tensors, **s: (saved.append(len(tensors["x"])), save(path, tensors, **s))
+    )
+    encode(tmp_path / "x-a", Encoder())
+    assert saved == [2, 4, 4, 2, 4, 4, 2, 2]
 
 
 def test_fingerprint_follows_weights_and_data(tmp_path: Path) -> None:
@@ -121,4 +174,4 @@ def test_an_encoding_with_nan_or_inf_is_not_kept(tmp_path: Path) -> None:
     huge = torch.full((2, 3), 1e6)
     with pytest.raises(ValueError, match="clip 0 or one of the next 2 is encoded to x with NaN or inf"):
         fill(tmp_path / "x-a", 2, lambda _: {"x": huge}, lambda *_: None, step=2)
-    assert not list(tmp_path.rglob("*.*"))
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cmdgen.config import CMD_SD21, PRESETS, NoiseConfig
+from cmdgen.config import CMD_SD21, PRESETS, NoiseConfig, VaeConfig
 from cmdgen.models.vae import KlVae
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.schema import read_config, write_config
@@ -167,6 +167,29 @@ def test_precompute_within_a_budget_gives_the_same_latents(
     for path in free.rglob("*.safetensors"):
         ours = load_file(within / path.relative_to(free))["latents"]
         torch.testing.assert_close(ours, load_file(path)["latents"], rtol=2e-3, atol=2e-3)
+
+
+def test_shards_of_latents_train_as_whole_ones_do(
+    cmdgen: Run, stock: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = read_config(stock / "vae", VaeConfig)
+    # a file holds two clips of 4 frames of 48x32
+    size = 2 * 4 * vae.latent_channels * 48 * 32 // vae.stride**2
+    monkeypatch.setattr("cmdgen.training.latents.SHARED_BYTES", 2 * size)
+    same = ("--preset", "cmd-sd21", "--data", videos)
+    losses = []
+    for name, shards in {"whole": ["1/1"], "parts": ["2/2", "1/2"]}.items():
+        folder, run = tmp_path / name, tmp_path / f"run-{name}"
+        for shard in shards:
+            assert cmdgen("data", "precompute", "-o", folder, "--vae", stock, *same, "--shard", shard).code == 0
+        assert len(list(folder.rglob("*.safetensors"))) == 3
+        assert len(list(folder.iterdir())) == 2
+        few = ("--batch", 2, "--accumulate", 1, "--steps", 2, "--log-every", 1)
+        done = cmdgen("train", "autoencoder", "-o", run, "--init", stock, *same, "--latents", folder, *few)
+        assert done.code == 0, done.err
+        log = map(json.loads, (run / "training/autoencoder/log.jsonl").read_text().splitlines())
+        losses.append([(line["loss"], line["grad"]) for line in log if "loss" in line])
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
 
 
 def test_what_does_not_fit_is_one_line(cmdgen: Run, stock: Path, videos: Path, tmp_path: Path) -> None:
