@@ -108,8 +108,8 @@ def precompute(
     `cmdgen train ... --latents FOLDER` finds what was encoded for the same data, size, frames and
     VAE, and at least as many clips; it refuses anything else and never writes there. After a
     stop, the same command continues. A clip of 16 frames at 512x1024 takes 1 MiB, a file of
-    them at most 1 GiB. Several machines share the work by --shard in
-    one folder; which of them encodes a file changes no bit of it.
+    them at most 1 GiB. Several machines share the work by --shard in one folder; which of them
+    encodes a file changes no bit of it.
 
     Examples:
         cmdgen data precompute -o latents --vae RUN --data clips/
