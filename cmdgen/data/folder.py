@@ -1,21 +1,24 @@
-"""A folder of captioned video files as a source of clips, one from the beginning of each file."""
+"""Captioned video files in a folder or in WebDataset tars as a source of clips, one from the beginning of each."""
 
 import csv
 import os
 import re
+import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 from reprlib import repr as short
-from typing import Any
+from typing import IO, Any
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from cmdgen.data.clips import SPLITS, Clips, Indices, Size
-from cmdgen.files import parse_json, read_text
+from cmdgen.files import MOST_TEXT, decode_text, parse_json, read_text, temporary_folder
 from cmdgen.video.read import count_frames, read_clip
 
 # the first that a folder has is read; the others are as the Hugging Face hub has them
@@ -30,56 +33,78 @@ _MOST = 2**30
 _HELD_OUT = 0.1
 
 
+@dataclass(frozen=True)
+class Video:
+    """A video file, or one in a tar, where it has a start and a size."""
+
+    name: str
+    captions: list[str]
+    file: Path
+    start: int | None = None
+    size: int = 0
+
+    def __str__(self) -> str:
+        return str(self.file if self.start is None else self.file / self.name)
+
+    @contextmanager
+    def unpacked(self) -> Iterator[Path]:
+        """Give its path, of one in a tar that of a temporary copy."""
+        if self.start is None:
+            yield self.file
+            return
+        with temporary_folder(None) as folder, self.file.open("rb") as tar:
+            # readers know some formats by their suffix
+            (copy := folder / f"clip{PurePath(self.name).suffix}").write_bytes(_part(tar, self.start, self.size))
+            try:
+                yield copy
+            except ValueError as error:
+                raise ValueError(str(error).replace(str(copy), str(self))) from error
+
+
 class Folder:
-    """Videos named in a list, or at any depth with a .txt of captions beside each.
+    """Videos named in a list, or at any depth with a .txt of captions beside each, or in tars.
 
     A line of captions.jsonl is {"file": path in the folder, "caption": text or a list of texts};
     metadata.jsonl and metadata.csv, with file_name and text, are read too; each line of a .txt is a
     caption. Names that start with a dot, and __MACOSX, are no clips; folders of frames are none
     either. Links are followed. ValueError names what is wrong with a caption or a name.
 
+    A tar, or a folder of *.tar without a list, is read as WebDataset has it: KEY.mp4 beside KEY.txt, or
+    beside KEY.json with a caption. Packed, the videos of a folder are the same clips in the same order.
+
     Where the number of `frames` at `fps` a second is given, files that cannot be read or are too
     short are `left_out`, with the reasons; ValueError names one where fewer than 2 are left.
     """
 
     def __init__(self, path: Path, *, fps: int = 8, frames: int | None = None) -> None:
-        if not path.is_dir():
-            raise ValueError(f"{path} is not a folder")
-        root = path.absolute()
-        clips: dict[Path, list[str]] = {}
-        for where, name, captions in _captioned(root):
-            if not captions or not all(captions):
-                raise ValueError(f"{where}: the caption is missing, empty or not text")
-            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-                raise ValueError(f"{where}: {short(name)} lies outside the folder")
-            # False too where no file could have such a name
-            if not os.path.isfile(root / name):
-                raise ValueError(f"{where}: {short(name)} does not exist, or is no file")
-            clips.setdefault(root / name, []).extend(captions)
-        self.left_out: dict[Path, str] = {}
+        if not path.exists():
+            raise ValueError(f"{path} is neither a folder nor a tar")
+        videos = list(_find(path.absolute()))
+        self.left_out: dict[str, str] = {}
         if frames is not None:
             with ThreadPoolExecutor(os.cpu_count()) as threads:
-                reasons = threads.map(partial(_find_fault, fps=fps, frames=frames), clips)
-                self.left_out = {file: reason for file, reason in zip(clips, reasons, strict=True) if reason}
-        found, clips = len(clips), {file: texts for file, texts in clips.items() if file not in self.left_out}
-        if len(clips) < 2:
+                reasons = threads.map(partial(_find_fault, fps=fps, frames=frames), videos)
+                self.left_out = {video.name: reason for video, reason in zip(videos, reasons, strict=True) if reason}
+        found, videos = len(videos), [video for video in videos if video.name not in self.left_out]
+        if len(videos) < 2:
             why = next(iter(self.left_out.values()), "folders of frames are none")
-            count = f"{found} captioned videos" + (f", {len(clips)} of use" if self.left_out else "")
+            count = f"{found} captioned videos" + (f", {len(videos)} of use" if self.left_out else "")
             raise ValueError(f"{path} holds {count}, at least 2 are needed: {why}")
-        self.fps = fps
-        self._files, self._captions = list(clips), list(clips.values())
-        names = [file.relative_to(root).as_posix() for file in self._files]
-        stats = [file.stat() for file in self._files]
+        self.fps, self._videos = fps, videos
+        names, stats = [video.name for video in videos], [video.file.stat() for video in videos]
         # tells one set of clips from another, and when one of them was written
-        self.contents = " ".join(f"{name}:{stat.st_size}" for name, stat in zip(names, stats, strict=True))
+        sizes = [video.size or stat.st_size for video, stat in zip(videos, stats, strict=True)]
+        self.contents = " ".join(f"{name}:{size}" for name, size in zip(names, sizes, strict=True))
         self.key = " ".join([f"{fps} fps", self.contents, *(str(stat.st_mtime_ns) for stat in stats)])
         order = sorted(range(len(names)), key=lambda i: crc32(names[i].encode()))
         held_out = max(1, int(_HELD_OUT * len(names)))
         test = sorted(order[:held_out])
         self._splits = {"train": sorted(order[held_out:]), "validation": test, "test": test}
+        # decoders run in processes of their own
+        self._threads = ThreadPoolExecutor(os.cpu_count())
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._videos)
 
     def indices(self, split: str, count: int) -> Tensor:
         """-> (N,) int64: at most `count` files of "train", or of "validation" and "test", which are one."""
@@ -89,20 +114,38 @@ class Folder:
 
     def captions(self, indices: Indices, variant: int = 0) -> list[str]:
         """Return one caption each; `variant` goes round those that a file has."""
-        texts = [self._captions[i] for i in torch.as_tensor(indices).tolist()]
+        texts = [self._videos[i].captions for i in torch.as_tensor(indices).tolist()]
         return [choices[variant % len(choices)] for choices in texts]
 
     def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0) -> Clips:
         """(B,) -> clips of `size` (height, width): the first frames at the folder's rate, resized."""
-        chosen = [self._files[i] for i in torch.as_tensor(indices).tolist()]
-        clips = torch.stack([_read(file, size, frames, self.fps) for file in chosen])
+        chosen = [self._videos[i] for i in torch.as_tensor(indices).tolist()]
+        clips = torch.stack([*self._threads.map(partial(_read, size=size, frames=frames, fps=self.fps), chosen)])
         return Clips(clips.to(device), None, self.captions(indices, variant))
 
 
-def _captioned(root: Path) -> Iterator[tuple[str, str, list[str]]]:
-    """Return where each clip is named, its name and its captions."""
+def _find(root: Path) -> Iterable[Video]:
+    """Return all videos of a folder or of tars; ValueError names what is wrong with one."""
     listed = next((root / name for name in _LISTS if (root / name).is_file()), None)
-    return _beside(root) if listed is None else _listed(listed)
+    tars = [] if listed else [root] if root.is_file() else sorted(root.glob("*.tar"))
+    if tars:
+        return _packed(tars)
+    videos: dict[str, Video] = {}
+    for where, name, captions in _beside(root) if listed is None else _listed(listed):
+        _check_captions(where, captions)
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise ValueError(f"{where}: {short(name)} lies outside the folder")
+        # False too where no file could have such a name
+        if not os.path.isfile(root / name):
+            raise ValueError(f"{where}: {short(name)} does not exist, or is no file")
+        video = Video((root / name).relative_to(root).as_posix(), [], root / name)
+        videos.setdefault(video.name, video).captions.extend(captions)
+    return videos.values()
+
+
+def _check_captions(where: object, captions: list[str]) -> None:
+    if not captions or not all(captions):
+        raise ValueError(f"{where}: the caption is missing, empty or not text")
 
 
 def _listed(path: Path) -> Iterator[tuple[str, str, list[str]]]:
@@ -120,8 +163,60 @@ def _listed(path: Path) -> Iterator[tuple[str, str, list[str]]]:
         texts = next((row[key] for key in _CAPTIONS if key in row), None)
         if not isinstance(name, str):
             raise ValueError(f'{where}: got {short(row)}, expected {{"file": ..., "caption": ...}}')
-        texts = texts if isinstance(texts, list) else [texts]
-        yield where, name, [" ".join(t.split()) if isinstance(t, str) else "" for t in texts]
+        yield where, name, _clean(texts)
+
+
+def _clean(texts: Any) -> list[str]:
+    """Return captions as lines of text; what is no text is empty."""
+    texts = texts if isinstance(texts, list) else [texts]
+    return [" ".join(text.split()) if isinstance(text, str) else "" for text in texts]
+
+
+def _packed(tars: list[Path]) -> list[Video]:
+    """Find the videos of tars, and the captions of the same keys; in the order of their names."""
+    videos: dict[str, Video] = {}
+    for tar in tars:
+        captions: dict[str, list[str]] = {}
+        own: dict[str, Video] = {}
+        try:
+            # "r:" refuses compressed ones, which cannot be read from the middle
+            with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
+                for member in archive:
+                    folder, _, base = member.name.removeprefix("./").rpartition("/")
+                    # a key ends at the first dot
+                    key, dot, kind = base.partition(".")
+                    name = f"{folder}/{key}".lstrip("/")
+                    if not member.isreg() or member.issparse() or not key:
+                        continue
+                    if kind in ("txt", "json"):
+                        data = _part(file, member.offset_data, min(member.size, MOST_TEXT))
+                        captions[name] = _read_captions(f"{tar}: {member.name}", decode_text(data), kind)
+                    elif _SUFFIXES.fullmatch(dot + kind):
+                        own[name] = Video(f"{name}.{kind}", [], tar, member.offset_data, member.size)
+        except (tarfile.TarError, UnicodeDecodeError, OSError) as error:
+            raise ValueError(f"{tar} is not a readable tar: {error}") from error
+        for name, video in own.items():
+            _check_captions(video, captions.get(name, []))
+            video.captions.extend(captions[name])
+            if videos.setdefault(video.name, video) is not video:
+                raise ValueError(f"{video}: {videos[video.name]} has the same key: keys of a set must differ")
+    return [videos[name] for name in sorted(videos, key=PurePath)]
+
+
+def _part(file: IO[bytes], start: int, size: int) -> bytes:
+    file.seek(start)
+    return file.read(size)
+
+
+def _read_captions(where: str, text: str, kind: str) -> list[str]:
+    """Return the lines of a .txt, or what a .json has as its caption."""
+    if kind == "txt":
+        return [line for line in _clean(text.splitlines()) if line]
+    try:
+        values = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not readable as JSON ({error})") from error
+    return _clean(next((values[key] for key in _CAPTIONS if key in values), None))
 
 
 def _beside(root: Path) -> Iterator[tuple[str, str, list[str]]]:
@@ -132,7 +227,7 @@ def _beside(root: Path) -> Iterator[tuple[str, str, list[str]]]:
             text = file.with_suffix(".txt")
             if not text.is_file():
                 raise ValueError(f"{file} has no caption: there is neither {_LISTS[0]} nor {text.name}")
-            captions = [" ".join(line.split()) for line in _lines(text) if line.strip()]
+            captions = _read_captions(str(text), read_text(text, _MOST), "txt")
             yield str(text), file.relative_to(root).as_posix(), captions
 
 
@@ -140,22 +235,24 @@ def _lines(file: Path) -> list[str]:
     return read_text(file, _MOST).splitlines()
 
 
-def _find_fault(file: Path, *, fps: int, frames: int) -> str:
+def _find_fault(video: Video, *, fps: int, frames: int) -> str:
     """Return why a file is no clip to learn from; empty where it is one, as far as its header says."""
     try:
-        count = count_frames(file, fps, frames)
+        with video.unpacked() as file:
+            count = count_frames(file, fps, frames)
     except ValueError as error:
         return str(error)
-    return "" if count >= frames else _too_short(file, count, fps, frames)
+    return "" if count >= frames else _too_short(video, count, fps, frames)
 
 
-def _too_short(file: Path, count: int, fps: int, frames: int) -> str:
-    return f"{file} has {count} frames at {fps} fps, {frames} are needed"
+def _too_short(video: Video, count: int, fps: int, frames: int) -> str:
+    return f"{video} has {count} frames at {fps} fps, {frames} are needed"
 
 
-def _read(file: Path, size: tuple[int, int], frames: int, fps: int) -> Tensor:
+def _read(video: Video, *, size: tuple[int, int], frames: int, fps: int) -> Tensor:
     """-> (T, 3, H, W) uint8: the first `frames` frames at `fps`, cropped in the middle and resized."""
-    clip, source = read_clip(file, frames=frames, size=size, fps=fps)
+    with video.unpacked() as file:
+        clip, source = read_clip(file, frames=frames, size=size, fps=fps)
     if source.held:
-        raise ValueError(_too_short(file, frames - source.held, fps, frames))
+        raise ValueError(_too_short(video, frames - source.held, fps, frames))
     return torch.from_numpy(clip).permute(0, 3, 1, 2).contiguous()

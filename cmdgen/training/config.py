@@ -22,7 +22,9 @@ PRESET, DATA, CLIPS = "mini", "world", 12_000
 # the stage that is a model of its own, and its preset where nobody chose
 EVDM, EVDM_PRESET = "evdm", "evdm-small"
 
-CLIPS_OF = f"A rendered world ({', '.join(WORLDS)}), a folder of videos, or digits:FOLDER of MNIST."
+CLIPS_OF = (
+    f"A rendered world ({', '.join(WORLDS)}), a folder of videos or WebDataset tars, a tar, or digits:FOLDER of MNIST."
+)
 
 # groups of options
 LEARNING, KEEPING, OBJECTIVE = "Learning", "Checkpoints and logs", "What is learned"
@@ -98,7 +100,7 @@ def presets_of(stage: str) -> tuple[str, ...]:
 def resolve_data(name: str) -> str:
     """Return a source of clips, with the whole path of its folder if it has one."""
     kind, colon, folder = name.rpartition(":") if name.startswith("digits:") else ("", "", name)
-    return f"{kind}{colon}{Path(folder).resolve()}" if name not in WORLDS and Path(folder).is_dir() else name
+    return f"{kind}{colon}{Path(folder).resolve()}" if name not in WORLDS and Path(folder).exists() else name
 
 
 def build_model(shared: Shared) -> ModelConfig:

@@ -65,7 +65,7 @@ class TrainingData:
 
 
 def open_source(name: str, model: ModelConfig | None = None) -> tuple[ClipSource, str, str]:
-    """Open a world, digits or a folder of videos; return it with `name` and `contents` of its TrainingData.
+    """Open a world, digits or captioned videos; return it with `name` and `contents` of its TrainingData.
 
     A folder leaves out what is no clip of `model`.
     """
@@ -75,8 +75,10 @@ def open_source(name: str, model: ModelConfig | None = None) -> tuple[ClipSource
     if kind == "digits" and Path(digits).is_dir():
         moving = Digits(Path(digits))
         return moving, moving.key, moving.key
-    if not Path(name).is_dir():
-        raise FileNotFoundError(f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder, nor digits:FOLDER")
+    if not Path(name).exists():
+        raise FileNotFoundError(
+            f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder or a tar, nor digits:FOLDER"
+        )
     folder = Folder(Path(name)) if model is None else Folder(Path(name), fps=model.fps, frames=model.frames)
     return folder, folder.key, folder.contents
 
