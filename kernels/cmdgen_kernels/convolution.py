@@ -3,7 +3,8 @@
     out[b, c, p] = (weight * x)[b, c, p] + bias[c] + residual[b, c, p]
 
 cuDNN's convolution adds no bias: PyTorch adds it in a pass of its own, and the residual in another.
-The convolution stays cuDNN's.
+The convolution stays cuDNN's. The pass keeps the result's moments with
+it, for the GroupNorm that often follows (`moments.py`).
 """
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmdgen_kernels.dispatch import inference_obstacle
-from cmdgen_kernels.language import row, tile, tile_options, tl, triton
+from cmdgen_kernels.moments import add
 
 
 def convolution_reference(
@@ -27,31 +28,6 @@ def convolution_reference(
     out = F.conv2d(x, weight, bias, stride, padding)
     # in place: no gradient needs what was there
     return out if residual is None else out.add_(residual)
-
-
-@triton.jit
-def _convolution_epilogue_kernel(
-    x_ptr, bias_ptr, residual_ptr, out_ptr, C, P, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    # one program: BLOCK_P positions of BLOCK_C channels
-    _, o_c, m_c, o_x, mask = tile(C, P, BLOCK_P, BLOCK_C)
-    b_x = tl.load(x_ptr + o_x, mask=mask, other=0.0).to(tl.float32) + row(bias_ptr, o_c, m_c)
-    if residual_ptr is not None:
-        b_x += tl.load(residual_ptr + o_x, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + o_x, b_x.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def _launch(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-    """(B, C, H, W), (C), (B, C, H, W) -> (B, C, H, W), channels_last."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    out, channels = torch.empty_like(x), x.shape[1]
-    if out.numel():
-        options = tile_options(channels, x.element_size(), 4)
-        positions = out.numel() // channels
-        programs = triton.cdiv(positions, options["BLOCK_P"]) * triton.cdiv(channels, options["BLOCK_C"])
-        _convolution_epilogue_kernel[(programs,)](x, bias.contiguous(), residual, out, channels, positions, **options)
-    return out
 
 
 def convolution_obstacle(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> str | None:
@@ -81,4 +57,4 @@ def convolution(
     out = F.conv2d(x, weight, None, stride, padding)
     if residual is not None and residual.shape != out.shape:
         raise ValueError(f"residual {tuple(residual.shape)} is not {tuple(out.shape)}, as the convolution's result")
-    return _launch(out, bias, residual)
+    return add(out, bias, residual)

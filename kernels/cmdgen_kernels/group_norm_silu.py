@@ -7,7 +7,8 @@ where mean and deviation are of y, of the channels of group g at all positions p
 arXiv:1803.08494). Where a group fits in one program's registers, one kernel does it all. Elsewhere
 three do, with enough programs to fill a GPU and no atomics:
 
-    partial   each channel's mean and sum of squared deviations in each of S parts of the positions
+    moments   each channel's mean and sum of squared deviations in each of S parts of the positions;
+              not where the convolution that made x kept them
     combine   these of a group, by Chan et al. 1979's rule
     apply     act(weight (x - centre) / deviation + bias), where centre[b, c] is mean - shift
 
@@ -19,7 +20,7 @@ the sums of g, g n and n over the positions, these of a group, and
     dx = (weight g - mean(weight g) - n mean(weight g n)) / deviation
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +28,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmdgen_kernels.dispatch import obstacle
-from cmdgen_kernels.language import power_of_two, program, row, tile, tile_options, tl, triton
+from cmdgen_kernels.language import power_of_two, program, row, tile, tl, triton
+from cmdgen_kernels.moments import moments, share
 
 ACTIVATIONS = ("silu", "none")
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # the elements of a group that one program may hold: 64 for each of 512 threads, more would spill
 LARGEST_WHOLE = 32768
-# to fill a GPU: four for each of some 130 multiprocessors
-PROGRAMS = 512
 
 
 def group_norm_silu_reference(
@@ -113,43 +113,6 @@ def _group_norm_silu_whole_kernel(
     if SILU:
         b_x = _silu(b_x)
     tl.store(out_ptr + i_b * P * C + o_x, b_x.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _group_norm_silu_partial_kernel(
-    x_ptr, mean_ptr, square_ptr, C, P, part, parts, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    # one program: BLOCK_C channels of one sample, at the positions of one part
-    i_row, o_c = program(C, BLOCK_C)
-    i_b = i_row // parts
-    first = (i_row % parts) * part
-    last = tl.minimum(first + part, P)
-    o_p = tl.arange(0, BLOCK_P)
-    m_c = o_c < C
-    x_ptr += i_b * P * C
-
-    # Welford's recurrence in each place of the tile, so that the loop needs no exchange of threads
-    b_mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    b_square = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    b_count = tl.zeros([BLOCK_P, 1], tl.float32)
-    n_tiles = 0.0
-    for start in range(first, last, BLOCK_P):
-        n_tiles += 1.0
-        m_p = (start + o_p < last)[:, None]
-        b_x = tl.load(x_ptr + (start + o_p)[:, None] * C + o_c[None, :], mask=m_p & m_c[None, :], other=0.0).to(
-            tl.float32
-        )
-        b_delta = tl.where(m_p, b_x - b_mean, 0.0)
-        b_mean += b_delta * (1.0 / n_tiles)
-        b_square += b_delta * (b_x - b_mean)
-        b_count += tl.where(m_p, 1.0, 0.0)
-
-    # then the places of each channel, by the same rule as `combine`
-    b_channel = tl.sum(b_count * b_mean, axis=0) / (last - first)
-    b_delta = b_mean - b_channel[None, :]
-    b_square = tl.sum(b_square + b_count * b_delta * b_delta, axis=0)
-    tl.store(mean_ptr + i_row * C + o_c, b_channel, mask=m_c)
-    tl.store(square_ptr + i_row * C + o_c, b_square, mask=m_c)
 
 
 @triton.jit
@@ -365,28 +328,6 @@ def _group_norm_silu_bwd_apply_kernel(
     tl.store(grad_x_ptr + o_x, b_grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
 
 
-class Tiles(NamedTuple):
-    """How programs share a map: tiles of it, and parts of the positions of several tiles each."""
-
-    options: dict[str, int]
-    # of channels, and of positions
-    blocks: int
-    tiles: int
-    # the positions of one part, a multiple of the tile's, and the number of parts
-    part: int
-    parts: int
-
-
-def _tiles(x: Tensor, vectors: int) -> Tiles:
-    """(B, C, H, W) -> tiles in which each thread holds so many times 16 bytes."""
-    batch, channels, height, width = x.shape
-    options = tile_options(channels, x.element_size(), vectors)
-    block_p = options["BLOCK_P"]
-    blocks, tiles = triton.cdiv(channels, options["BLOCK_C"]), triton.cdiv(height * width, block_p)
-    part = triton.cdiv(tiles, triton.cdiv(PROGRAMS, batch * blocks)) * block_p
-    return Tiles(options, blocks, tiles, part, triton.cdiv(height * width, part))
-
-
 def _combine_options(group: int, parts: int) -> dict[str, int]:
     block_g = power_of_two(group)
     block_s = min(max(2048 // block_g, 1), power_of_two(parts))
@@ -436,12 +377,11 @@ class GroupNormSilu(torch.autograd.Function):
             )
             return out
 
-        tiles = _tiles(x, 4)
-        mean, square = x.new_empty((2, batch, tiles.parts, channels), dtype=torch.float32)
-        sizes = channels, positions, tiles.part, tiles.parts
-        _group_norm_silu_partial_kernel[(batch * tiles.parts * tiles.blocks,)](x, mean, square, *sizes, **tiles.options)
+        mean, square, part = moments(x)
+        tiles, parts = share(x, 4), mean.shape[1]
+        sizes = channels, positions, part, parts
         _group_norm_silu_combine_kernel[(batch, groups)](
-            mean, square, shift, *statistics, *sizes, shift_b, eps, **_combine_options(group, tiles.parts)
+            mean, square, shift, *statistics, *sizes, shift_b, eps, **_combine_options(group, parts)
         )
         _group_norm_silu_apply_kernel[(batch * tiles.tiles * tiles.blocks,)](
             x, weight, bias, *statistics, out, channels, positions, SILU=silu, **tiles.options
@@ -459,7 +399,7 @@ class GroupNormSilu(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = make(x, memory_format=torch.channels_last), make(weight), make(bias)
         grad_shift = None if ctx.shift_dtype is None else make(statistics[0], dtype=ctx.shift_dtype)
         if grad.numel():
-            tiles, positions = _tiles(x, 2), x.shape[2] * x.shape[3]
+            tiles, positions = share(x, 2), x.shape[2] * x.shape[3]
             sums = x.new_empty((batch, tiles.parts, 3, channels), dtype=torch.float32)
             means = x.new_empty((batch, 2, channels), dtype=torch.float32)
             saved = x, grad, weight, bias, *statistics

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cmdgen_kernels import group_norm_silu
+from cmdgen_kernels import group_norm_silu, moments
 from cmdgen_kernels.group_norm_silu import group_norm_silu_obstacle, group_norm_silu_reference
 
 # the package gives the function that name
@@ -47,7 +47,7 @@ def way(request, monkeypatch):
     """Groups in one program's registers, or in a few parts of several tiles each."""
     if request.param == "parts":
         monkeypatch.setattr(MODULE, "LARGEST_WHOLE", 0)
-        monkeypatch.setattr(MODULE, "PROGRAMS", 6)
+        monkeypatch.setattr(moments, "PROGRAMS", 6)
 
 
 # groups of 10 and of 3 channels, of 1, one position, tails of positions and of channels
