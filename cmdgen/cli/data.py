@@ -60,7 +60,7 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)], say: A
     from cmdgen.training.data import open_source
     from cmdgen.world.world import World
 
-    source, *_ = open_source(sheet.data)
+    source = open_source(sheet.data)
     if sheet.data in WORLDS:
         chosen = {name: value for name in _NARROWED if (value := getattr(world, name))}
         source = World(replace(WORLDS[sheet.data], **chosen))

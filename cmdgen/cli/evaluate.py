@@ -63,7 +63,7 @@ def _measure(options: Evaluation, device: str, show: Callable[[str, int, int], N
 
     pipeline = open_pipeline(options.model, device=device)
     if isinstance(pipeline, EvdmPipeline):
-        return evaluate_prediction(pipeline, open_source(options.data or DATA)[0], options, show)
+        return evaluate_prediction(pipeline, open_source(options.data or DATA), options, show)
     return load_evaluator(options.model, device, options.probe, options.data or DATA, show=show).evaluate(options)
 
 

@@ -26,6 +26,11 @@ class Clips:
 class ClipSource(Protocol):
     """Clips and captions by index: the same index is always the same clip."""
 
+    # differs between sets of clips, and between states of their files
+    key: str
+    # differs between sets of clips alone
+    contents: str
+
     def indices(self, split: str, count: int) -> Tensor:
         """Return at most `count` indices, (N,) int64, of one of SPLITS; none of "train" is in another."""
 

@@ -32,7 +32,8 @@ class Digits:
     def __init__(self, path: Path, seed: int = 0) -> None:
         self.seed = seed
         self._splits = {split: _read_idx_pair(path, split) or _read_npm(path, split) for split in ("train", "test")}
-        self.key = f"digits {zlib.crc32(b''.join(images.tobytes() for images, _ in self._splits.values()))} {seed}"
+        pixels = b"".join(images.tobytes() for images, _ in self._splits.values())
+        self.key = self.contents = f"digits {zlib.crc32(pixels)} {seed}"
         self._pictures = lru_cache(4)(self._resize)
 
     def indices(self, split: str, count: int) -> Tensor:

@@ -62,7 +62,7 @@ class AutoencoderStage(Stage):
 
     def evaluate(self) -> dict[str, float]:
         """Measure held-out clips: latents, frames beside the mean frame, and how much moves."""
-        output, _, motion = self._reconstruct(self.held_out)
+        output, _, motion = reconstruct(self.autoencoder, self.held_out)
         error = (output - self.held_out).square().mean()
         variance = self.held_out.var(dim=2).mean()
         figures = {
@@ -91,21 +91,22 @@ class AutoencoderStage(Stage):
             regions[f"subject_{self.run.data.source.motions[number]}"] = clips.mask & of_motion
         return regions
 
-    def _reconstruct(self, latents: Tensor) -> list[Tensor]:
-        """(B, C, T, H, W) -> reconstruction, content and motion."""
-        parts = []
-        for part in latents.split(8):
-            content, motion = self.autoencoder.encode(part)
-            parts.append((self.autoencoder.decode(content, motion), content, motion))
-        return [torch.cat(tensors).float() for tensors in zip(*parts, strict=True)]
-
     def sheet(self) -> Tensor:
         """Draw every second frame of clips above its reconstruction, the content frame last."""
-        output, content, _ = self._reconstruct(self.held_out[:SHEET_CLIPS])
+        output, content, _ = reconstruct(self.autoencoder, self.held_out[:SHEET_CLIPS])
         still = self.codec.decode(content[:, :, None])
         above, below = self.frames[: len(still)].to(still.device), self.codec.decode(output)
         rows = [torch.cat((frames[:, ::2], still), dim=1) for frames in (above, below)]
         return compare(rows[0], rows[1])
+
+
+def reconstruct(autoencoder: CmdAutoencoder, latents: Tensor) -> list[Tensor]:
+    """(B, C, T, H, W) -> reconstruction, content and motion."""
+    parts = []
+    for part in latents.split(8):
+        content, motion = autoencoder.encode(part)
+        parts.append((autoencoder.decode(content, motion), content, motion))
+    return [torch.cat(tensors).float() for tensors in zip(*parts, strict=True)]
 
 
 def edge_ring(mask: Tensor, radius: int = 3) -> Tensor:

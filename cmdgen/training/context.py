@@ -86,15 +86,16 @@ class Run:
 
     def origin(self) -> dict[str, Any]:
         """Return what a checkpoint of this stage, once it is built, belongs to."""
-        numbers = {"batch": self.config.batch, "seed": self.config.seed, "clips": self.data.count}
+        data = self.data
+        numbers = {"batch": self.config.batch, "seed": self.config.seed, "clips": data.count, "frames": data.frames}
         weights = {
             # of the VAE what latents depend on: its decoder learns on at last
             part: self.codec().key if part == "vae" else fingerprint(weight_paths(place, NETWORKS[part].filename))
             for part, place in self.parts.items()
             if part in NETWORKS
         }
-        data = {"frames": self.data.frames, "data": fingerprint([], self.data.contents), "size": list(self.data.size)}
-        return {"stage": self.stage, **numbers, **data, **weights}
+        contents = fingerprint([], data.source.contents)
+        return {"stage": self.stage, **numbers, "data": contents, "size": list(data.size), **weights}
 
     def read(self, part: str) -> Any:
         """Return the network of a former stage, frozen."""

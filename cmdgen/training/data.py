@@ -23,10 +23,6 @@ class TrainingData:
     """Clips of one size from a source that may know many."""
 
     source: ClipSource
-    # differs between sets of clips, and between states of their files
-    name: str
-    # differs between sets of clips alone
-    contents: str
     count: int
     frames: int
     size: tuple[int, int]
@@ -44,7 +40,7 @@ class TrainingData:
     @property
     def key(self) -> str:
         """Return all that a cached encoding of clip number i depends on."""
-        return f"{self.name} {self.frames} {self.size}"
+        return f"{self.source.key} {self.frames} {self.size}"
 
     @cached_property
     def training(self) -> Tensor:
@@ -64,28 +60,23 @@ class TrainingData:
         return self.source.captions(indices, variant)
 
 
-def open_source(name: str, model: ModelConfig | None = None) -> tuple[ClipSource, str, str]:
-    """Open a world, digits or captioned videos; return it with `name` and `contents` of its TrainingData.
-
-    A folder leaves out what is no clip of `model`.
-    """
+def open_source(name: str, model: ModelConfig | None = None) -> ClipSource:
+    """Open a world, digits or captioned videos, of which what is no clip of `model` is left out."""
     if name in WORLDS:
-        return World(WORLDS[name]), repr(WORLDS[name]), repr(WORLDS[name])
+        return World(WORLDS[name])
     kind, _, digits = name.partition(":")
     if kind == "digits" and Path(digits).is_dir():
-        moving = Digits(Path(digits))
-        return moving, moving.key, moving.key
+        return Digits(Path(digits))
     if not Path(name).exists():
         raise FileNotFoundError(
             f"data {name!r} is neither one of {', '.join(WORLDS)} nor a folder or a tar, nor digits:FOLDER"
         )
-    folder = Folder(Path(name)) if model is None else Folder(Path(name), fps=model.fps, frames=model.frames)
-    return folder, folder.key, folder.contents
+    return Folder(Path(name)) if model is None else Folder(Path(name), fps=model.fps, frames=model.frames)
 
 
 def open_data(name: str, clips: int | None, model: ModelConfig, device: torch.device) -> TrainingData:
     """Open a source at a model's size; None: all clips of a folder, and CLIPS of a world."""
-    source, key, contents = open_source(name, model)
+    source = open_source(name, model)
     if clips is None:
         clips = CLIPS if name in WORLDS else len(source.indices("train", sys.maxsize))
-    return TrainingData(source, key, contents, clips, model.frames, (model.height, model.width), device)
+    return TrainingData(source, clips, model.frames, model.size, device)

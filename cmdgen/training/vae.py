@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cmdgen.evaluation.metrics import psnr
 from cmdgen.models.vae import KlVae
+from cmdgen.training.autoencoder import reconstruct
 from cmdgen.training.config import DecoderLoss, VaeLoss
 from cmdgen.training.context import Run
 from cmdgen.training.loop import Batch, Stage
@@ -129,8 +130,8 @@ class DecoderStage(VaeStage):
         super().__init__(run)
         held_out = encodings.held_out(run.config.held_out)
         with torch.no_grad(), run.autocast():
-            rebuilt = [self.autoencoder.decode(*self.autoencoder.encode(part)).float() for part in held_out.split(8)]
-        self.rebuilt = self._unscaled(torch.cat(rebuilt), self.held_out["chosen"])
+            rebuilt, _, _ = reconstruct(self.autoencoder, held_out)
+        self.rebuilt = self._unscaled(rebuilt, self.held_out["chosen"])
 
     def build(self) -> KlVae:
         """Return the VAE of the run, of which the decoder learns."""

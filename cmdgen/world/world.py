@@ -51,6 +51,7 @@ class World:
 
     def __init__(self, config: WorldConfig) -> None:
         self.config, self._tables = config, read_tables()
+        self.key = self.contents = repr(config)
         self._subjects = _choose(self._tables.subjects, config.subjects, "subject")
         self._motions = _choose(self._tables.motions, config.motions, "motion")
         self._scenes = _choose(self._tables.scenes, config.scenes, "scene")
