@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 from cmdgen.diffusion.guidance import guide
-from cmdgen.diffusion.samplers import SAMPLERS
+from cmdgen.diffusion.samplers import SAMPLERS, Sampling
 from cmdgen.evaluation.flops import count, count_work
 from cmdgen.evaluation.profile import PROMPT, SAMPLER, STEPS, Stopwatch, device_name, measure_limits
 from cmdgen.evaluation.report import table
@@ -70,8 +70,7 @@ class Theirs:
             with watch.stage(STAGE):
                 latent = SAMPLERS[model.sampler](
                     guide(self.predict, model.guidance, (self.text,), (self.empty,)),
-                    *(self.noise, model.noise),
-                    steps=model.steps,
+                    *(self.noise, Sampling(model.noise, model.steps)),
                 )
             pixels = self.pipeline.vae.from_latents(latent.to(self.pipeline.dtype))
         return to_rgb24(pixels)[0].cpu().numpy()

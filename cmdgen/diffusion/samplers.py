@@ -9,6 +9,7 @@ that it heads for, if it moves at all, and then calls `on_step(done, total)`.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,61 +20,51 @@ from cmdgen.diffusion.guidance import Denoise, Guided
 from cmdgen.diffusion.schedule import alphas_cumprod, signal_powers, timesteps
 from cmdgen_kernels.guided_ddim_step import guided_ddim_step
 
-Generators = Sequence[torch.Generator] | None
-OnStep = Callable[[int, int], None] | None
-OnEstimate = Callable[[Tensor], None] | None
+
+@dataclass(frozen=True)
+class Sampling:
+    """What all samplers take: a schedule, its steps, the noise of later steps, and who watches."""
+
+    config: NoiseConfig
+    steps: int
+    # None: torch's own
+    generators: Sequence[torch.Generator] | None = None
+    on_step: Callable[[int, int], None] | None = None
+    on_estimate: Callable[[Tensor], None] | None = None
 
 
-def ddim(
-    denoise: Denoise,
-    noise: Tensor,
-    config: NoiseConfig,
-    *,
-    steps: int,
-    eta: float = 0.0,
-    generators: Generators = None,
-    on_step: OnStep = None,
-    on_estimate: OnEstimate = None,
-) -> Tensor:
+def ddim(denoise: Denoise, noise: Tensor, how: Sampling, *, eta: float = 0.0) -> Tensor:
     """(B, C, ...) of unit noise -> (B, C, ...). Eq. 12 of Song et al. 2021 (arXiv:2010.02502).
 
     `eta` 0 is deterministic, 1 as noisy as DDPM. The last step ends without noise, or, where
     `set_alpha_to_one` is false as in Stable Diffusion, with that of timestep 0. Euler's method on
     samples that are not scaled down as noise grows makes the same steps (its Eq. 14).
     """
-    euler, visited = config.solver == "euler", timesteps(config, steps)
+    config, visited = how.config, timesteps(how.config, how.steps)
+    euler = config.solver == "euler"
     end = 1.0 if config.set_alpha_to_one or euler else float(alphas_cumprod(config)[0])
     x = noise
     if euler and config.timestep_spacing != "leading":
         # as diffusers' Euler begins there
         x = x * (1 - float(signal_powers(config, visited[:1]))) ** 0.5
-    for t, alpha, after in _walk(config, visited, end, on_step):
+    for t, alpha, after in _walk(how, visited, end):
         sigma = eta * math.sqrt((1 - after) / (1 - alpha) * (1 - alpha / after))
         if config.clip_sample:
-            x0, eps, _ = _predict(denoise, x, t, alpha, config, on_estimate)
+            x0, eps, _ = _predict(denoise, x, t, alpha, how)
             x = math.sqrt(after) * x0 + math.sqrt(1 - after - sigma**2) * eps
-            x = x + sigma * _draw(x, generators) if sigma > 0 else x
+            x = x + sigma * _draw(x, how) if sigma > 0 else x
             continue
         keep, move = schedule.ddim_weights(alpha, after, config.prediction_type, sigma=sigma)
         noisy, x = x, _linear_step(denoise, x, t, keep, move)
         # the step from timestep 0 to its own noise leaves all as it is
-        if on_estimate is not None and after != alpha:
-            on_estimate(_between(noisy, x, alpha, after, sigma))
+        if how.on_estimate is not None and after != alpha:
+            how.on_estimate(_between(noisy, x, alpha, after, sigma))
         if sigma > 0:
-            x = x + sigma * _draw(x, generators)
+            x = x + sigma * _draw(x, how)
     return x
 
 
-def ddpm(
-    denoise: Denoise,
-    noise: Tensor,
-    config: NoiseConfig,
-    *,
-    steps: int,
-    generators: Generators = None,
-    on_step: OnStep = None,
-    on_estimate: OnEstimate = None,
-) -> Tensor:
+def ddpm(denoise: Denoise, noise: Tensor, how: Sampling) -> Tensor:
     """(B, C, ...) of unit noise -> (B, C, ...). Ancestral sampling over respaced timesteps.
 
     Eq. 6-7 of Ho et al. 2020 (arXiv:2006.11239). The variance is the posterior's, or, where the
@@ -81,8 +72,8 @@ def ddpm(
     of Nichol & Dhariwal 2021 (arXiv:2102.09672).
     """
     x = noise
-    for t, alpha, after in _walk(config, timesteps(config, steps), 1.0, on_step):
-        x0, _, learned = _predict(denoise, x, t, alpha, config, on_estimate)
+    for t, alpha, after in _walk(how, timesteps(how.config, how.steps), 1.0):
+        x0, _, learned = _predict(denoise, x, t, alpha, how)
         keep = alpha / after
         beta = 1 - keep
         variance = (1 - after) / (1 - alpha) * beta
@@ -94,20 +85,11 @@ def ddpm(
                 share = (learned.to(x.dtype) + 1) / 2
                 log_variance = share * math.log(beta) + (1 - share) * math.log(variance)
                 deviation = (log_variance / 2).exp()
-            x = x + deviation * _draw(x, generators)
+            x = x + deviation * _draw(x, how)
     return x
 
 
-def dpm_solver_pp(
-    denoise: Denoise,
-    noise: Tensor,
-    config: NoiseConfig,
-    *,
-    steps: int,
-    generators: Generators = None,
-    on_step: OnStep = None,
-    on_estimate: OnEstimate = None,
-) -> Tensor:
+def dpm_solver_pp(denoise: Denoise, noise: Tensor, how: Sampling) -> Tensor:
     """(B, C, ...) of unit noise -> (B, C, ...). Algorithm 2 of Lu et al. 2022 (arXiv:2211.01095).
 
     Deterministic: `generators` are not used. The first step is of first order, and so is the last,
@@ -115,8 +97,8 @@ def dpm_solver_pp(
     """
     x = noise
     previous: tuple[Tensor, float] | None = None
-    for t, alpha, after in _walk(config, solver_timesteps(config, steps), 1.0, on_step):
-        x0, _, _ = _predict(denoise, x, t, alpha, config, on_estimate)
+    for t, alpha, after in _walk(how, solver_timesteps(how.config, how.steps), 1.0):
+        x0, _, _ = _predict(denoise, x, t, alpha, how)
         if after == 1.0:
             x = x0
             continue
@@ -131,28 +113,19 @@ def dpm_solver_pp(
     return x
 
 
-def lcm(
-    denoise: Denoise,
-    noise: Tensor,
-    config: NoiseConfig,
-    *,
-    steps: int,
-    generators: Generators = None,
-    on_step: OnStep = None,
-    on_estimate: OnEstimate = None,
-) -> Tensor:
+def lcm(denoise: Denoise, noise: Tensor, how: Sampling) -> Tensor:
     """(B, C, ...) of unit noise -> (B, C, ...). Algorithm 3 of Luo et al. 2023 (arXiv:2310.04378).
 
     Each step jumps to a clean sample and, except for the last, adds the noise of the next timestep.
     """
     x = noise
-    for t, alpha, after in _walk(config, lcm_timesteps(config, steps), 1.0, on_step):
-        x0, _, _ = _predict(denoise, x, t, alpha, config, on_estimate)
+    for t, alpha, after in _walk(how, lcm_timesteps(how.config, how.steps), 1.0):
+        x0, _, _ = _predict(denoise, x, t, alpha, how)
         # the boundary condition of a consistency model: at t = 0 it is the sample itself
         scaled, data = 10 * t, 0.5
         x = scaled / math.hypot(scaled, data) * x0 + data**2 / (scaled**2 + data**2) * x
         if after < 1:
-            x = schedule.add_noise(x, _draw(x, generators), after)
+            x = schedule.add_noise(x, _draw(x, how), after)
     return x
 
 
@@ -181,26 +154,26 @@ SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "dpm++": dpm_solver_pp, "lcm": lcm}
 VISITED = {"ddim": timesteps, "ddpm": timesteps, "dpm++": solver_timesteps, "lcm": lcm_timesteps}
 
 
-def _walk(config: NoiseConfig, visited: Tensor, end: float, on_step: OnStep) -> Iterator[tuple[float, float, float]]:
+def _walk(how: Sampling, visited: Tensor, end: float) -> Iterator[tuple[float, float, float]]:
     """(steps,) -> each timestep, its signal power, and the next one's, which is `end` at last."""
     steps = visited.tolist()
-    powers = [*signal_powers(config, visited).tolist(), end]
+    powers = [*signal_powers(how.config, visited).tolist(), end]
     for i, t in enumerate(steps):
         yield t, powers[i], powers[i + 1]
-        if on_step is not None:
-            on_step(i + 1, len(steps))
+        if how.on_step is not None:
+            how.on_step(i + 1, len(steps))
 
 
 def _predict(
-    denoise: Denoise, x: Tensor, t: float, alpha: float, config: NoiseConfig, on_estimate: OnEstimate
+    denoise: Denoise, x: Tensor, t: float, alpha: float, how: Sampling
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(B, C, ...) -> clean sample, clipped if so configured, noise, and learned variance, if any."""
     output = _choose(denoise, t)(x, _at(t, x))
     prediction, learned = schedule.split_sigma(output, x.shape[1])
-    x0, eps = schedule.to_x0_eps(prediction, x, alpha, config.prediction_type)
-    x0 = x0.clamp(-1, 1) if config.clip_sample else x0
-    if on_estimate is not None:
-        on_estimate(x0)
+    x0, eps = schedule.to_x0_eps(prediction, x, alpha, how.config.prediction_type)
+    x0 = x0.clamp(-1, 1) if how.config.clip_sample else x0
+    if how.on_estimate is not None:
+        how.on_estimate(x0)
     return x0, eps, learned
 
 
@@ -237,8 +210,9 @@ def _half_log_snr(alpha: float) -> float:
     return math.log(alpha / (1 - alpha)) / 2
 
 
-def _draw(like: Tensor, generators: Generators) -> Tensor:
+def _draw(like: Tensor, how: Sampling) -> Tensor:
     """(B, C, ...) -> unit noise of that shape, drawn where each sample's generator lives."""
+    generators = how.generators
     if generators is None:
         return torch.randn(like.shape).to(like)
     shape = like.shape[1:]

@@ -19,7 +19,7 @@ from cmdgen.acceleration.graphs import Graphed, Out, fastest_libraries
 from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.config import ModelConfig, NoiseConfig
 from cmdgen.diffusion.guidance import guide
-from cmdgen.diffusion.samplers import SAMPLERS, VISITED
+from cmdgen.diffusion.samplers import SAMPLERS, VISITED, Sampling
 from cmdgen.latents import Latents, check_fit
 from cmdgen.metadata import describe_plan
 from cmdgen.pipelines.clip import Clip, Inputs, Made
@@ -241,15 +241,9 @@ class Pipeline(ABC):
                 visited = VISITED[plan.model.sampler](what.schedule, what.steps)
                 low, high = (float(visited.quantile(share)) for share in interval)
             interval = low, high
-        return SAMPLERS[plan.model.sampler](
-            guide(predict, what.guidance, *conditions, interval=interval),
-            noise,
-            what.schedule,
-            steps=what.steps,
-            generators=generators,
-            on_step=partial(observer.step, what.part),
-            on_estimate=look,
-        )
+        guided = guide(predict, what.guidance, *conditions, interval=interval)
+        how = Sampling(what.schedule, what.steps, generators, partial(observer.step, what.part), look)
+        return SAMPLERS[plan.model.sampler](guided, noise, how)
 
     def noise(
         self, part: str, shape: tuple[int, ...], seeds: Sequence[int], *, frames: int = 1

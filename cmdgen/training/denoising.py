@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cmdgen.config import NoiseConfig, UNetConfig
 from cmdgen.diffusion.guidance import guide
-from cmdgen.diffusion.samplers import ddim
+from cmdgen.diffusion.samplers import Sampling, ddim
 from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, split_sigma, velocity
 from cmdgen.evaluation.swap import Swap, find_mirrored
 from cmdgen.schema import write_config
@@ -119,7 +119,7 @@ class DenoisingStage(Stage):
         noise = torch.randn(batch["x0"].shape, generator=seeded("sheet")).to(self.run.device)
         positive, negative = self.condition(batch), self.condition(self.without(batch))
         denoise = guide(self.predict, self.guidance, positive, negative)
-        return ddim(denoise, noise, self.noise, steps=steps or SHEET_STEPS)
+        return ddim(denoise, noise, Sampling(self.noise, steps or SHEET_STEPS))
 
     def sheet(self) -> Tensor:
         """Draw held-out clips above clips sampled for their conditions."""

@@ -17,7 +17,7 @@ from cmdgen.acceleration.calibration import (
 )
 from cmdgen.acceleration.keysteps import by_threshold, minimax
 from cmdgen.config import MINI, ModelConfig, NoiseConfig
-from cmdgen.diffusion.samplers import SAMPLERS
+from cmdgen.diffusion.samplers import SAMPLERS, Sampling
 from cmdgen.request import KeySteps, Request, resolve
 
 STEPS = 8
@@ -40,21 +40,17 @@ class Line:
         return 0.5 * x + feature
 
 
-def seeded() -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(i) for i in range(3)]
+def how() -> Sampling:
+    return Sampling(NoiseConfig(), STEPS, [torch.Generator().manual_seed(i) for i in range(3)])
 
 
 def measure(sampler: str, protected: int) -> tuple[Line, Calibration]:
     network, noise = Line(), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     measurement = Measurement(STEPS, protected)
     done = []
-    final = measurement.add(
-        network,
-        lambda predict: SAMPLERS[sampler](predict, noise, NoiseConfig(), steps=STEPS, generators=seeded()),
-        lambda: done.append(1),
-    )
+    final = measurement.add(network, lambda predict: SAMPLERS[sampler](predict, noise, how()), lambda: done.append(1))
     assert len(done) == measurement.runs
-    plain = SAMPLERS[sampler](lambda x, t: network.run(x, t)[0], noise, NoiseConfig(), steps=STEPS, generators=seeded())
+    plain = SAMPLERS[sampler](lambda x, t: network.run(x, t)[0], noise, how())
     assert torch.equal(final, plain)
     return network, measurement.finish("content", sampler, 3)
 
@@ -88,7 +84,7 @@ def test_errors_are_those_of_sampling_with_the_steps_skipped(sampler: str) -> No
             output, feature = network.run(x, t)
             return output
 
-        return SAMPLERS[sampler](predict, noise, NoiseConfig(), steps=STEPS, generators=seeded())
+        return SAMPLERS[sampler](predict, noise, how())
 
     every, errors = set(range(STEPS)), found.error_map()
     whole = run(every)
@@ -106,7 +102,7 @@ def test_two_batches_are_one() -> None:
     noise = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
     def sample(noise: Tensor):
-        return lambda predict: SAMPLERS["dpm++"](predict, noise, NoiseConfig(), steps=4)
+        return lambda predict: SAMPLERS["dpm++"](predict, noise, Sampling(NoiseConfig(), 4))
 
     together.add(Line(), sample(noise))
     for each in noise.split(1):

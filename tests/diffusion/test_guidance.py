@@ -4,7 +4,7 @@ from torch import Tensor
 
 from cmdgen.config import NoiseConfig
 from cmdgen.diffusion.guidance import guide
-from cmdgen.diffusion.samplers import SAMPLERS
+from cmdgen.diffusion.samplers import SAMPLERS, Sampling
 
 POSITIVE, NEGATIVE = torch.full((2, 3), 2.0), torch.full((2, 3), -1.0)
 CONTEXT = torch.tensor([[10.0], [20.0]])
@@ -78,7 +78,7 @@ def test_outside_of_its_interval_guidance_is_off_and_costs_nothing(name: str) ->
     def run(interval: tuple[int, int] | None, scale: float = 3.0) -> Tensor:
         denoise = guide(model, scale, (POSITIVE,), (NEGATIVE,), interval=interval)
         generators = [torch.Generator() for _ in X]
-        return SAMPLERS[name](denoise, X, noise, steps=10, generators=generators)
+        return SAMPLERS[name](denoise, X, Sampling(noise, 10, generators))
 
     everywhere, nowhere = run((0, 999)), run((1000, 1000))
     assert torch.equal(everywhere, run(None))

@@ -2,7 +2,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from cmdgen.config import CMD_SD15, LCM_STEPS, PRESETS, DiTConfig, NoiseConfig
 from cmdgen.config import SAMPLERS as NAMES
 from cmdgen.diffusion.guidance import Denoise, guide
-from cmdgen.diffusion.samplers import SAMPLERS, VISITED, ddim, ddpm, dpm_solver_pp
+from cmdgen.diffusion.samplers import SAMPLERS, VISITED, Sampling, ddim, ddpm, dpm_solver_pp
 from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, signal_powers, timesteps, velocity
 
 Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler | EulerDiscreteScheduler | LCMScheduler
@@ -69,7 +68,7 @@ def errors(name: str, config: NoiseConfig, steps: int) -> tuple[float, float]:
 
     # the sampler is an affine map of the noise here: its value at 0 is the mean
     noise = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    at_zero, at_one = SAMPLERS[name](denoise, noise, config, steps=steps)
+    at_zero, at_one = SAMPLERS[name](denoise, noise, Sampling(config, steps))
     assert len(visited) == steps and visited == sorted(visited, reverse=True)
     mean, deviation = exact_flow(config, visited[0])
     return abs(at_zero.item() - mean), abs((at_one - at_zero).item() - deviation)
@@ -91,11 +90,8 @@ def test_deterministic_samplers_reach_the_gaussian(
 def test_stochastic_samplers_reach_the_gaussian(config: NoiseConfig, eta: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, 20_000, generator=generator)
-    denoise = gaussian_denoiser(config)
-    if eta is None:
-        x = ddpm(denoise, noise, config, steps=1000, generators=[generator])
-    else:
-        x = ddim(denoise, noise, config, steps=1000, eta=eta, generators=[generator])
+    denoise, how = gaussian_denoiser(config), Sampling(config, 1000, [generator])
+    x = ddpm(denoise, noise, how) if eta is None else ddim(denoise, noise, how, eta=eta)
     # three standard errors, and 0.005 of discretisation in the deviation
     assert x.mean().item() == pytest.approx(MEAN, abs=0.0085)
     assert x.std().item() == pytest.approx(DEVIATION, abs=0.011)
@@ -193,7 +189,7 @@ def test_every_sample_on_the_way_is_that_of_diffusers(name: str, config: NoiseCo
 
     settings = {"eta": 0.5} if name == "ddim noisy" else {}
     sampler = SAMPLERS[name.split()[0]]
-    actual.append(sampler(watched, noise, config, steps=steps, generators=seeded(2, 5), **settings))
+    actual.append(sampler(watched, noise, Sampling(config, steps, seeded(2, 5)), **settings))
     assert ours == theirs
     for before, after in zip(actual, expected, strict=True):
         scale = after.abs().max()
@@ -226,7 +222,7 @@ def test_eulers_method_is_ddim_on_samples_of_other_sizes(config: NoiseConfig, se
         output = denoise(scheduler.scale_model_input(expected, t), t.expand(1))
         expected = scheduler.step(output, t, expected).prev_sample
     theirs, called = called, []
-    actual = ddim(denoise, noise, config, steps=steps)
+    actual = ddim(denoise, noise, Sampling(config, steps))
     assert called == pytest.approx(theirs, abs=1e-5)
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
 
@@ -249,9 +245,10 @@ def test_each_row_may_be_guided_on_a_scale_of_its_own() -> None:
 
     noise, scales = torch.randn(2, 4, 3, 5), (1.5, 4.0)
     conditions = (torch.ones(2),), (torch.zeros(2),)
-    together = ddim(guide(conditional, torch.tensor(scales).view(2, 1, 1, 1), *conditions), noise, MINI, steps=3)
+    how = Sampling(MINI, 3)
+    together = ddim(guide(conditional, torch.tensor(scales).view(2, 1, 1, 1), *conditions), noise, how)
     for i, scale in enumerate(scales):
-        alone = ddim(guide(conditional, scale, *conditions), noise, MINI, steps=3)
+        alone = ddim(guide(conditional, scale, *conditions), noise, how)
         torch.testing.assert_close(together[i], alone[i])
 
 
@@ -271,7 +268,7 @@ def test_leading_ddim_is_that_of_diffusers_in_any_number_of_steps(steps: int, of
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
         expected = scheduler.step(half(expected, t.expand(2)), t, expected).prev_sample
-    actual = ddim(half, noise, config, steps=steps)
+    actual = ddim(half, noise, Sampling(config, steps))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
 
 
@@ -286,7 +283,7 @@ def test_ddim_guides_as_guidance_does(predict: Denoise, eta: float) -> None:
     noise = torch.randn(2, 4, 3, 5)
     guided = guide(conditional, 3.0, (torch.ones(2),), (torch.zeros(2),))
     together, apart = (
-        ddim(denoise, noise, MINI, steps=6, eta=eta, generators=seeded(0, 1))
+        ddim(denoise, noise, Sampling(MINI, 6, seeded(0, 1)), eta=eta)
         for denoise in (guided, lambda x, t: guided(x, t))
     )
     assert together.dtype == torch.float32
@@ -305,7 +302,7 @@ def test_a_denoiser_is_called_once_for_each_timestep_known_beforehand(name: str,
         called.append(t.tolist())
         return half(x, t)
 
-    SAMPLERS[name](denoise, torch.randn(2, 1, 1, 1), config, steps=steps)
+    SAMPLERS[name](denoise, torch.randn(2, 1, 1, 1), Sampling(config, steps))
     assert called == [[t, t] for t in VISITED[name](config, steps).tolist()]
 
 
@@ -314,7 +311,8 @@ def test_samplers_report_each_step_and_leave_the_noise_alone(name: str) -> None:
     noise = torch.randn(1, 2, 3, 3)
     before = noise.clone()
     reports: list[tuple[int, int]] = []
-    SAMPLERS[name](half, noise, MINI, steps=5, on_step=lambda done, total: reports.append((done, total)))
+    how = Sampling(MINI, 5, on_step=lambda done, total: reports.append((done, total)))
+    SAMPLERS[name](half, noise, how)
     assert reports == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
     assert torch.equal(noise, before)
 
@@ -327,13 +325,13 @@ def test_samples_keep_the_precision_of_the_noise(name: str) -> None:
 
     for dtype in (torch.float32, torch.float64):
         noise = torch.randn(2, 4, 3, 3, dtype=dtype)
-        assert SAMPLERS[name](denoise, noise, MOTION, steps=4).dtype == dtype
+        assert SAMPLERS[name](denoise, noise, Sampling(MOTION, 4)).dtype == dtype
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_generator_state_gives_one_sample(name: str) -> None:
     noise = torch.randn(2, 4, 3, 3)
-    first, second = (SAMPLERS[name](network, noise, MOTION, steps=6, generators=seeded(3, 4)) for _ in range(2))
+    first, second = (SAMPLERS[name](network, noise, Sampling(MOTION, 6, seeded(3, 4))) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -343,21 +341,24 @@ def test_a_batch_is_its_samples_one_by_one(name: str, settings: dict[str, float]
     if settings and name != "ddim":
         settings = {}
     noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)).double()
-    run = partial(SAMPLERS[name], network, config=MOTION, steps=6, **settings)
-    together = run(noise, generators=seeded(3, 4))
+
+    def run(noise: Tensor, *seeds: int) -> Tensor:
+        return SAMPLERS[name](network, noise, Sampling(MOTION, 6, seeded(*seeds)), **settings)
+
+    together = run(noise, 3, 4)
     for i, seed in enumerate((3, 4)):
-        alone = run(noise[i : i + 1], generators=seeded(seed))
+        alone = run(noise[i : i + 1], seed)
         torch.testing.assert_close(together[i : i + 1], alone)
     if name in ("ddpm", "lcm") or settings:
-        assert not torch.allclose(together, run(noise, generators=seeded(3, 5)))
+        assert not torch.allclose(together, run(noise, 3, 5))
         with pytest.raises(AssertionError, match="1 generators for a batch of 2"):
-            run(noise, generators=seeded(3))
+            run(noise, 3)
 
 
 @pytest.mark.parametrize("sampler", [ddim, dpm_solver_pp])
 def test_deterministic_samplers_ignore_the_learned_variance(sampler: Sampler) -> None:
-    noise = torch.randn(2, 4, 3, 3)
-    assert torch.equal(sampler(network, noise, MOTION, steps=6), sampler(half, noise, MOTION, steps=6))
+    noise, how = torch.randn(2, 4, 3, 3), Sampling(MOTION, 6)
+    assert torch.equal(sampler(network, noise, how), sampler(half, noise, how))
 
 
 def test_one_step_of_a_perfect_denoiser_is_the_clean_sample() -> None:
@@ -365,7 +366,7 @@ def test_one_step_of_a_perfect_denoiser_is_the_clean_sample() -> None:
     alpha = float(alphas_cumprod(MINI)[999])
     x = add_noise(x0, eps, alpha)
     for name in NAMES:
-        result = SAMPLERS[name](lambda x, t: velocity(x0, eps, alpha), x, MINI, steps=1)
+        result = SAMPLERS[name](lambda x, t: velocity(x0, eps, alpha), x, Sampling(MINI, 1))
         torch.testing.assert_close(result, x0)
 
 
@@ -383,8 +384,7 @@ def test_estimates_of_a_perfect_denoiser_are_the_clean_sample(name: str, config:
     estimates: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
-    kwargs = {"steps": 5, "generators": seeded(1, 2), "on_estimate": estimates.append}
-    SAMPLERS[name](denoise, noise, config, **kwargs)
+    SAMPLERS[name](denoise, noise, Sampling(config, 5, seeded(1, 2), on_estimate=estimates.append))
     assert len(estimates) == 5
     for estimate in estimates:
         torch.testing.assert_close(estimate, clean, rtol=1e-6, atol=1e-6)
@@ -395,7 +395,7 @@ def test_ddim_with_noise_shows_its_estimate_before_that_is_added(eta: float) -> 
     optimal = gaussian_denoiser(STABLE_DIFFUSION)
     estimates: list[Tensor] = []
     noise = torch.randn(1, 1, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ddim(*(optimal, noise, STABLE_DIFFUSION), steps=3, eta=eta, generators=seeded(0), on_estimate=estimates.append)
+    ddim(optimal, noise, Sampling(STABLE_DIFFUSION, 3, seeded(0), on_estimate=estimates.append), eta=eta)
     # the first one knows the noise alone
     first = int(timesteps(STABLE_DIFFUSION, 3)[0])
     alpha = float(alphas_cumprod(STABLE_DIFFUSION)[first])
@@ -410,6 +410,6 @@ def test_a_step_of_ddim_that_goes_nowhere_has_no_estimate(steps: int) -> None:
     assert timesteps(config, steps)[-1] == 0
     estimates: list[Tensor] = []
     noise = torch.randn(1, 1, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ddim(gaussian_denoiser(config), noise, config, steps=steps, on_estimate=estimates.append)
+    ddim(gaussian_denoiser(config), noise, Sampling(config, steps, on_estimate=estimates.append))
     assert len(estimates) == steps - 1
     assert all(estimate.isfinite().all() for estimate in estimates)

@@ -246,8 +246,7 @@ def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(exact, monkey
         start, generators = exact.noise(part, shape, seeds)
         return samplers.SAMPLERS[sampler](
             guide(full(network, steps), scale, positive, negative, interval=interval),
-            *(start, noise),
-            **{"steps": 9, "generators": generators},
+            *(start, samplers.Sampling(noise, 9, generators)),
         )
 
     with torch.inference_mode():
