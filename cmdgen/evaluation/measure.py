@@ -22,10 +22,9 @@ from cmdgen.evaluation.profile import Show, Stopwatch, vary
 from cmdgen.evaluation.report import Figure, Report
 from cmdgen.evaluation.settings import Evaluation
 from cmdgen.evaluation.swap import Swap, find_mirrored
-from cmdgen.pipelines.clip import Inputs
+from cmdgen.pipelines.clip import Task
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.load import load_pipeline
-from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request, Slices
 from cmdgen.world.world import World, open_world
 
@@ -205,7 +204,7 @@ class Evaluator:
         plan = pipeline.plan(Request(), batch=len(rows))
         plans = [vary(plan, caption, seed + i) for i, caption in enumerate(self.world.captions(rows))]
         text = pipeline.encode_text(plans)
-        motion = pipeline.sample_motion(plans, text, content, Observer(), Inputs()).to(content)
+        motion = pipeline.sample_motion(Task(plans), text, content).to(content)
         return _to_levels(self._decode(self.rebuild(content, motion)))
 
     def text_shift(self, batch: int) -> float:

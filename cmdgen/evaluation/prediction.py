@@ -18,8 +18,8 @@ from cmdgen.evaluation.metrics import structural_similarity
 from cmdgen.evaluation.profile import Show
 from cmdgen.evaluation.report import Figure, Report
 from cmdgen.evaluation.settings import Evaluation
+from cmdgen.pipelines.clip import Task
 from cmdgen.pipelines.evdm import EvdmPipeline
-from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Request
 
 # decibels above the baseline, and per cent of a classifier's score on real frames
@@ -97,7 +97,7 @@ def evaluate_prediction(pipeline: EvdmPipeline, source: ClipSource, options: Eva
             for trajectory in range(options.trajectories):
                 seeds = (options.seed + (done + i) * options.trajectories + trajectory for i in range(len(rows)))
                 plans = [pipeline.plan(Request(seed=seed, steps=options.steps)) for seed in seeds]
-                samples.append(pipeline.denoise_block(plans, past, known, 0, Observer()))
+                samples.append(pipeline.denoise_block(Task(plans), past, known, 0))
             for metric, best in _best(samples, target).items():
                 scores[f"{task} {metric}"].append(best)
             for metric, value in _measure(samples[0], target).items():

@@ -20,9 +20,8 @@ from cmdgen.evaluation.probe import HEADS
 from cmdgen.evaluation.profile import Show, Stopwatch, full_steps, vary
 from cmdgen.evaluation.report import table
 from cmdgen.evaluation.settings import Comparing
-from cmdgen.pipelines.clip import Inputs
+from cmdgen.pipelines.clip import Task
 from cmdgen.pipelines.cmd import CmdPipeline
-from cmdgen.pipelines.observer import Observer
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request
 
@@ -58,21 +57,19 @@ def calibrate(
         for start in starts:
             some = enumerate(prompts[start : start + batch], start)
             plans = [vary(plan, prompt, seed) for seed, prompt in some]
-            text = pipeline.encode_text(plans)
-
+            task, text = Task(plans), pipeline.encode_text(plans)
             network = CutUNet(pipeline.unet)
-            sample = partial(pipeline.sample_content, plans, text, Observer(), Inputs())
+            sample = partial(pipeline.sample_content, task, text)
             content = sums["content"].add(network, sample, partial(count_run, "content"))
             if isinstance(pipeline, CmdPipeline) and plan.moves:
-                motion = partial(_sample_motion, pipeline, plans, text, content)
+                motion = partial(_sample_motion, pipeline, task, text, content)
                 sums["motion"].add(CutDiT(pipeline.motion), motion, partial(count_run, "motion"))
     return [sums[part].finish(part, model.sampler, len(prompts)) for part in sums]
 
 
-def _sample_motion(pipeline: CmdPipeline, plans: list[Plan], text: Tensor, content: Tensor, predict: Predict) -> Tensor:
+def _sample_motion(pipeline: CmdPipeline, task: Task, text: Tensor, content: Tensor, predict: Predict) -> Tensor:
     """(B + 1, L, D), (B, C, h, w) -> (B, K, T, W' + H'): standardised, as the sampler makes it."""
-    motion = pipeline.sample_motion(plans, text, content, Observer(), Inputs(), predict=predict)
-    return pipeline.autoencoder.standardise(motion)
+    return pipeline.autoencoder.standardise(pipeline.sample_motion(task, text, content, predict=predict))
 
 
 @dataclass

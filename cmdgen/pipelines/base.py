@@ -22,7 +22,7 @@ from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import SAMPLERS, VISITED, Sampling
 from cmdgen.latents import Latents, check_fit
 from cmdgen.metadata import describe_plan
-from cmdgen.pipelines.clip import Clip, Inputs, Made
+from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
 from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request, check_applies, resolve, shared_settings, with_prompt
@@ -33,6 +33,9 @@ from cmdgen.video.pixels import CONVERT
 
 # timesteps that are projected at once: all of them, except for very long schedules
 TIMESTEPS_TOGETHER = 64
+# of guidance: what the positive and what the negative branch reads
+Branches = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+Look = Callable[[Tensor], None] | None
 # plans that are kept: a batch may come from a pipe that never ends
 _MAX_PLANS = 1000
 
@@ -102,21 +105,21 @@ class Pipeline(ABC):
         frames; the content frame's picture is always RGB. `inputs` are not sampled: ValueError
         where they do not fit the plans.
         """
-        observer, inputs = observer or Observer(), inputs or Inputs()
-        self._check(plans, pixels, inputs)
-        self.load(observer)
+        task = Task(plans, observer or Observer(), pixels, inputs or Inputs())
+        self._check(task)
+        self.load(task.observer)
         with fastest_libraries(self.device):
-            made = self.make(plans, observer, pixels, inputs)
+            made = self.make(task)
         clips = []
         for i, plan in enumerate(plans):
-            about, fps, latents = self.describe(plan, inputs), plan.model.fps, None
+            about, fps, latents = self.describe(plan, task.inputs), plan.model.fps, None
             if made.motion is not None:
                 latents = Latents(made.content[i], made.motion[i], fps, about)
             clips.append(Clip(made.frames[i], pixels, made.pictures[i], fps, about, latents))
         return clips
 
     @abstractmethod
-    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
+    def make(self, task: Task) -> Made:
         """Sample and decode a batch; all weights are loaded."""
 
     def plan(self, request: Request, *, batch: int = 1) -> Plan:
@@ -178,12 +181,12 @@ class Pipeline(ABC):
                 self.part(name)
         observer.step("load", 1, 1)
 
-    def _check(self, plans: Sequence[Plan], pixels: Pixels, inputs: Inputs) -> None:
-        if pixels not in CONVERT:
-            raise ValueError(f"pixels {pixels!r} is not one of {', '.join(CONVERT)}")
-        first, *others = map(shared_settings, plans)
+    def _check(self, task: Task) -> None:
+        if task.pixels not in CONVERT:
+            raise ValueError(f"pixels {task.pixels!r} is not one of {', '.join(CONVERT)}")
+        first, *others = map(shared_settings, task.plans)
         assert all(other == first for other in others)
-        halves = inputs.content, inputs.motion
+        halves = task.inputs.content, task.inputs.motion
         if any(half is not None for half in halves):
             shapes = (None if half is None else tuple(half.shape) for half in halves)
             check_fit(first.model, *shapes)
@@ -219,31 +222,24 @@ class Pipeline(ABC):
         return self._hash
 
     def denoise(
-        self,
-        what: Denoising,
-        predict: Callable[..., Tensor],
-        conditions: tuple[tuple[Tensor, ...], tuple[Tensor, ...]],
-        plan: Plan,
-        observer: Observer,
-        look: Callable[[Tensor], None] | None = None,
+        self, task: Task, what: Denoising, predict: Callable[..., Tensor], conditions: Branches, look: Look = None
     ) -> Tensor:
         """(B, *shape) of each row's noise -> (B, *shape), float32, by the plan's sampler.
 
-        `conditions` are those of the positive and of the negative branch of guidance. `look` gets
-        the clean sample that each step is heading for.
+        `look` gets the clean sample that each step is heading for.
         """
         noise, generators = self.noise(what.part, what.shape, what.seeds, frames=what.frames)
-        interval = plan.model.guidance_interval
+        model, interval = task.plan.model, task.plan.model.guidance_interval
         if interval is not None:
             low, high = (share * what.schedule.num_train_timesteps for share in interval)
             if what.schedule.timestep_type == "continuous":
                 # shares of the steps
-                visited = VISITED[plan.model.sampler](what.schedule, what.steps)
+                visited = VISITED[model.sampler](what.schedule, what.steps)
                 low, high = (float(visited.quantile(share)) for share in interval)
             interval = low, high
         guided = guide(predict, what.guidance, *conditions, interval=interval)
-        how = Sampling(what.schedule, what.steps, generators, partial(observer.step, what.part), look)
-        return SAMPLERS[plan.model.sampler](guided, noise, how)
+        how = Sampling(what.schedule, what.steps, generators, partial(task.observer.step, what.part), look)
+        return SAMPLERS[model.sampler](guided, noise, how)
 
     def noise(
         self, part: str, shape: tuple[int, ...], seeds: Sequence[int], *, frames: int = 1

@@ -1,7 +1,7 @@
 """What pipelines take and give: clips, and parts of clips that need not be sampled."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from cmdgen.latents import Latents, save_latents
+from cmdgen.pipelines.observer import Observer
+from cmdgen.request import Plan
 from cmdgen.video.formats import Encoding, Pixels, choose_encoding, name_sidecar
 from cmdgen.video.write import open_video, write_sidecar, write_still
 
@@ -71,6 +73,22 @@ class Inputs:
     origin: Mapping[str, object] = field(default_factory=dict)
     # uint8 (H, W, 3) of any size, for models that animate a picture
     image: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Clips that are made together: plans that differ in prompt and seeds, and what they share."""
+
+    plans: Sequence[Plan]
+    observer: Observer = field(default_factory=Observer)
+    # the form of the frames
+    pixels: Pixels = "rgb24"
+    inputs: Inputs = field(default_factory=Inputs)
+
+    @property
+    def plan(self) -> Plan:
+        """Return the first clip's plan, for what all of them share."""
+        return self.plans[0]
 
 
 class Made(NamedTuple):

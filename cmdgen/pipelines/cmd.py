@@ -6,7 +6,7 @@
 arXiv:2403.14148.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,13 +17,13 @@ from cmdgen.acceleration.calibration import Predict
 from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.overlap import Pending
-from cmdgen.acceleration.rehash import CutDiT, rehash
+from cmdgen.acceleration.rehash import CutDiT
 from cmdgen.acceleration.slicer import decode_clip, encode_clip
 from cmdgen.latents import Latents, check_fit, fit_model, latent_shapes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.pipelines.base import Denoising
-from cmdgen.pipelines.clip import Clip, Inputs, Made
+from cmdgen.pipelines.clip import Clip, Made, Task
 from cmdgen.pipelines.decode import Decoder, encode_frames
 from cmdgen.pipelines.observer import Observer
 from cmdgen.pipelines.still import StillPipeline
@@ -44,50 +44,37 @@ class CmdPipeline(StillPipeline):
         """Return the motion model, as `autoencoder`."""
         return self.part("motion")
 
-    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
+    def make(self, task: Task) -> Made:
         """Make clips; a clip of one frame is its content frame. See `Pipeline.make`."""
-        if not plans[0].moves:
-            return super().make(plans, observer, pixels, inputs)
-        decoder = self.decoder(plans[0], observer)
+        if not task.plan.moves:
+            return super().make(task)
+        decoder, stage = self.decoder(task.plan, task.observer), task.observer.stage
         # with little memory, one thing is done after another
-        stream = self.side_stream if plans[0].max_memory is None else None
-        with observer.stage("text"):
-            text = self.encode_text(plans)
-        with observer.stage("content"):
-            content = self.sample_content(plans, text, observer, inputs)
-        with observer.stage("VAE decode"):
+        stream = self.side_stream if task.plan.max_memory is None else None
+        with stage("text"):
+            text = self.encode_text(task.plans)
+        with stage("content"):
+            content = self.sample_content(task, text)
+        with stage("VAE decode"):
             picture = decoder.start_pictures(content.to(self.dtype), stream)
-        with observer.stage("motion"):
-            motion = self.sample_motion(plans, text, content, observer, inputs, picture)
-        frames = self.decode_frames(decoder, picture, content, motion, pixels)
+        with stage("motion"):
+            motion = self.sample_motion(task, text, content, picture)
+        frames = self.decode_frames(decoder, picture, content, motion, task.pixels)
         # a GPU is waited for once, when it has made everything
         return Made(frames, picture.finish().numpy(), content.cpu(), motion.cpu())
 
     def sample_motion(
-        self,
-        plans: Sequence[Plan],
-        text: Tensor,
-        content: Tensor,
-        observer: Observer,
-        inputs: Inputs,
-        picture: Pending | None = None,
-        predict: Predict | None = None,
+        self, task: Task, text: Tensor, content: Tensor, picture: Pending | None = None, predict: Predict | None = None
     ) -> Tensor:
         """(B + 1, L, D), (B, C, h, w) -> (B, K, T, W' + H'): motion latents, in float32.
 
         `predict` stands for the motion model's own `denoise`; `picture` is shown when it is ready.
         """
-        plan, count, motion = plans[0], len(plans), self.motion
-        if inputs.motion is not None:
-            return self.repeat(inputs.motion, count)
-        model = plan.model
+        model, count, motion = task.plan.model, len(task.plans), self.motion
+        if task.inputs.motion is not None:
+            return self.repeat(task.inputs.motion, count)
         assert model.motion is not None
-        if predict is None:
-            predict = (
-                self.graphed("motion", motion.denoise)
-                if plan.key_steps is None
-                else rehash(CutDiT(motion), plan.key_steps.motion, self.graphed)
-            )
+        denoiser = predict or self.denoiser("motion", motion.denoise, CutDiT(motion), task.plan)
         shape = latent_shapes(model)[1]
         columns = content.shape[-1] // self.autoencoder.config.patch
         # all that is taken of a text is the mean of its tokens
@@ -102,26 +89,20 @@ class CmdPipeline(StillPipeline):
             )
             return rows.unflatten(0, (-1, len(pooled)))
 
-        times = self.project_times(modulate, plan, model.motion.noise, model.motion_steps)
+        times = self.project_times(modulate, task.plan, model.motion.noise, model.motion_steps)
 
         def denoise(x: Tensor, t: Tensor, which: Tensor, ground: Tensor) -> Tensor:
             if picture is not None:
                 picture.poll()
-            return predict(x.to(self.dtype), next(times)[which], ground)
+            return denoiser(x.to(self.dtype), next(times)[which], ground)
 
         # guidance is on the text alone: both branches see the content frame
         ground = motion.place(*shape[1:], context=content.to(self.dtype), split=columns)
         rows = torch.arange(count, device=self.device)
         conditions = (rows, ground), (torch.full_like(rows, len(pooled) - 1), ground)
-        what = Denoising(
-            part="motion",
-            shape=shape,
-            seeds=[each.motion_seed for each in plans],
-            schedule=model.motion.noise,
-            steps=model.motion_steps,
-            guidance=model.motion_guidance,
-        )
-        sampled = self.denoise(what, denoise, conditions, plan, observer)
+        seeds = [each.motion_seed for each in task.plans]
+        what = Denoising("motion", shape, seeds, model.motion.noise, model.motion_steps, model.motion_guidance)
+        sampled = self.denoise(task, what, denoise, conditions)
         return self.autoencoder.destandardise(self.check_finite(sampled, "motion"))
 
     def decode_frames(

@@ -15,8 +15,7 @@ from torch import Tensor
 from cmdgen.config import EvdmConfig
 from cmdgen.models.evdm import Evdm
 from cmdgen.pipelines.base import Denoising, Pipeline
-from cmdgen.pipelines.clip import Clip, Inputs, Made
-from cmdgen.pipelines.observer import Observer
+from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
 from cmdgen.request import Plan, Request, resolve
 from cmdgen.video.formats import Pixels
 from cmdgen.video.pixels import CONVERT, to_grey, to_rgb24, to_unit
@@ -66,50 +65,49 @@ class EvdmPipeline(Pipeline):
         """Return the metadata of the clip; `frames` are the new ones, those of each gap."""
         return {name: value for name, value in super().describe(plan, inputs).items() if name not in _UNUSED}
 
-    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
+    def make(self, task: Task) -> Made:
         """Make clips; see `Pipeline.make`."""
-        model = plans[0].model
+        model, inputs = task.plan.model, task.inputs
         for part in inputs.given:
             size = tuple(part.shape[2:])
             if size != model.size or len(part) != self.shape.channels:
                 raise ValueError(f"frames of {len(part)} channels and {size} are not as the model's {model.size}")
-        given = [part.to(self.device, torch.float32).expand(len(plans), *part.shape) for part in inputs.given]
+        given = [part.to(self.device, torch.float32).expand(len(task.plans), *part.shape) for part in inputs.given]
         clips: list[np.ndarray] = []
         picture: Tensor | None = None
-        for piece, new in self.fill(plans, given, observer) if len(given) > 1 else self.extend(plans, given, observer):
+        for piece, new in self.fill(task, given) if len(given) > 1 else self.extend(task, given):
             picture = piece[:, :, -1] if new else picture
             if new or inputs.keep:
-                clips.append(self._show(piece, observer, pixels))
+                clips.append(self._show(piece, task))
         assert picture is not None
         pictures = to_rgb24(picture.expand(-1, 3, -1, -1)).cpu().numpy()
         return Made(np.concatenate(clips, axis=1), pictures, picture.cpu(), None)
 
-    def _show(self, piece: Tensor, observer: Observer, pixels: Pixels) -> np.ndarray:
-        """(B, C, T, H, W) -> uint8 (B, T, ...) in `pixels`, handed to the observer."""
+    def _show(self, piece: Tensor, task: Task) -> np.ndarray:
+        """(B, C, T, H, W) -> uint8 (B, T, ...) in the task's pixels, handed to its observer."""
+        pixels = task.pixels
         flat = rearrange(piece, "b c t h w -> (b t) c h w").expand(-1, 3, -1, -1)
         frames = CONVERT[pixels](flat).cpu().numpy().reshape(len(piece), piece.shape[2], *_frame_shape(piece, pixels))
         for i, clip in enumerate(frames):
-            observer.frames(i, clip)
+            task.observer.frames(i, clip)
         return frames
 
-    def extend(
-        self, plans: Sequence[Plan], given: Sequence[Tensor], observer: Observer
-    ) -> Iterator[tuple[Tensor, bool]]:
+    def extend(self, task: Task, given: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         """Yield the given frames, if any, and then new ones, some at a time; True marks new ones."""
-        model, shape = plans[0].model, self.shape
-        past = given[0] if given else torch.zeros(len(plans), shape.channels, 0, *model.size, device=self.device)
+        model, shape = task.plan.model, self.shape
+        past = given[0] if given else torch.zeros(len(task.plans), shape.channels, 0, *model.size, device=self.device)
         if given:
             yield past, False
         for start in range(0, model.frames, shape.current):
             future = past[:, :, :0]
-            new = self.denoise_block(plans, past, future, start // shape.current, observer)
+            new = self.denoise_block(task, past, future, start // shape.current)
             new = new[:, :, : model.frames - start]
             past = torch.cat([past[:, :, -shape.past :], new], dim=2)
             yield new, True
 
-    def fill(self, plans: Sequence[Plan], given: Sequence[Tensor], observer: Observer) -> Iterator[tuple[Tensor, bool]]:
+    def fill(self, task: Task, given: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         """Yield the given parts with new frames between them; True marks new ones."""
-        count, current = plans[0].model.frames, self.shape.current
+        count, current = task.plan.model.frames, self.shape.current
         if not self.shape.future:
             raise ValueError(f"{self.config.name} reads no future frames: it cannot interpolate")
         if count > current:
@@ -118,18 +116,16 @@ class EvdmPipeline(Pipeline):
         chosen = [round((i + 1) * (current + 1) / (count + 1)) - 1 for i in range(count)]
         yield given[0], False
         for gap, (past, future) in enumerate(pairwise(given)):
-            yield self.denoise_block(plans, past, future, gap, observer)[:, :, chosen], True
+            yield self.denoise_block(task, past, future, gap)[:, :, chosen], True
             yield future, False
 
-    def denoise_block(
-        self, plans: Sequence[Plan], past: Tensor, future: Tensor, number: int, observer: Observer
-    ) -> Tensor:
+    def denoise_block(self, task: Task, past: Tensor, future: Tensor, number: int) -> Tensor:
         """(B, C, T, H, W) x2 -> (B, C, current, H, W) in [-1, 1], from the frames nearest to it.
 
         `number` tells blocks of a clip apart: each has noise of its own.
         """
-        model, shape = plans[0].model, self.shape
-        context = past.new_zeros(len(plans), shape.channels, shape.past + shape.future, *model.size)
+        model, shape = task.plan.model, self.shape
+        context = past.new_zeros(len(task.plans), shape.channels, shape.past + shape.future, *model.size)
         if known := min(shape.past, past.shape[2]):
             context[:, :, shape.past - known : shape.past] = past[:, :, -known:]
         known = min(shape.future, future.shape[2])
@@ -139,16 +135,10 @@ class EvdmPipeline(Pipeline):
         def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
             return network(x.to(self.dtype), t, context)
 
-        what = Denoising(
-            part=f"block {number + 1}",
-            shape=(shape.channels, shape.current, *model.size),
-            seeds=[plan.seed for plan in plans],
-            schedule=model.noise,
-            steps=model.steps,
-            guidance=1.0,
-        )
+        size, seeds = (shape.channels, shape.current, *model.size), [plan.seed for plan in task.plans]
+        what = Denoising(f"block {number + 1}", size, seeds, model.noise, model.steps, guidance=1.0)
         conditions = ((context.to(self.dtype),),) * 2
-        sampled = self.denoise(what, predict, conditions, plans[0], observer)
+        sampled = self.denoise(task, what, predict, conditions)
         return self.check_finite(sampled, "evdm").clamp(-1, 1)
 
 

@@ -9,21 +9,17 @@ from torch import Tensor
 
 from cmdgen.acceleration.calibration import Predict
 from cmdgen.acceleration.graphs import fastest_libraries
-from cmdgen.acceleration.rehash import CutUNet, rehash
+from cmdgen.acceleration.rehash import CutDiT, CutUNet, rehash
 from cmdgen.diffusion.parametrisation import recognise_prediction
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
-from cmdgen.pipelines.base import Denoising, Pipeline
-from cmdgen.pipelines.clip import Inputs, Made
+from cmdgen.pipelines.base import Branches, Denoising, Pipeline
+from cmdgen.pipelines.clip import Made, Task
 from cmdgen.pipelines.decode import Decoder, encode_frames
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request
-from cmdgen.video.formats import Pixels
-
-# of guidance: what the positive and what the negative branch reads
-Branches = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 
 class StillPipeline(Pipeline):
@@ -50,16 +46,16 @@ class StillPipeline(Pipeline):
         """Return the VAE, as `text_encoder`."""
         return self.part("vae")
 
-    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
+    def make(self, task: Task) -> Made:
         """Make stills; see `Pipeline.make`."""
-        decoder = self.decoder(plans[0], observer)
-        with observer.stage("text"):
-            text = self.encode_text(plans)
-        with observer.stage("content"):
-            content = self.sample_content(plans, text, observer, inputs)
-        with observer.stage("VAE decode"):
+        decoder, stage = self.decoder(task.plan, task.observer), task.observer.stage
+        with stage("text"):
+            text = self.encode_text(task.plans)
+        with stage("content"):
+            content = self.sample_content(task, text)
+        with stage("VAE decode"):
             pictures = decoder.start_pictures(content.to(self.dtype)).finish()
-            frames = decoder.still_frames(pictures, pixels)
+            frames = decoder.still_frames(pictures, task.pixels)
         return Made(frames, pictures.numpy(), content.cpu(), None)
 
     def encode_text(self, plans: Sequence[Plan]) -> Tensor:
@@ -68,30 +64,26 @@ class StillPipeline(Pipeline):
         ids = self.tokenizer(prompts, self.text_length)
         return self.text_encoder(ids.to(self.device)).last_hidden_state
 
-    def sample_content(
-        self, plans: Sequence[Plan], text: Tensor, observer: Observer, inputs: Inputs, predict: Predict | None = None
-    ) -> Tensor:
+    def sample_content(self, task: Task, text: Tensor, predict: Predict | None = None) -> Tensor:
         """(B + 1, L, D) -> (B, C, h, w): content frames, scaled latents, in float32.
 
         Of a UNet that looks along time, rows are all frames of one clip after another. `predict`
         stands for the UNet's own `denoise`.
         """
-        plan, count = plans[0], len(plans)
-        if inputs.content is not None:
-            return self.repeat(inputs.content, count)
-        projected = self.unet.project_text(text if plan.model.guidance != 1 else text[:count])
+        guidance, count = task.plan.model.guidance, len(task.plans)
+        if task.inputs.content is not None:
+            return self.repeat(task.inputs.content, count)
+        projected = self.unet.project_text(text if guidance != 1 else text[:count])
         positive = tuple(rows[:count] for rows in projected)
         negative = tuple(rows[-1:].expand(count, -1, -1, -1) for rows in projected)
-        project = self.unet.project_time
-        return self.sample_frames(plans, (positive, negative), project, plan.model.guidance, observer, predict)
+        return self.sample_frames(task, (positive, negative), self.unet.project_time, guidance, predict)
 
     def sample_frames(
         self,
-        plans: Sequence[Plan],
+        task: Task,
         conditions: Branches,
         project_time: Callable[[Tensor], Tensor],
         guidance: float | Tensor,
-        observer: Observer,
         predict: Predict | None = None,
     ) -> Tensor:
         """() -> (B T, C, h, w): what the UNet makes of noise, scaled latents, in float32.
@@ -99,13 +91,8 @@ class StillPipeline(Pipeline):
         `conditions` have a row for each clip: what the UNet reads and, after these, still latents
         (B, C, h, w) that join the channels of all frames of a clip.
         """
-        plan, unet = plans[0], self.unet
-        if predict is None:
-            predict = (
-                self.graphed("content", unet.denoise)
-                if plan.key_steps is None
-                else rehash(CutUNet(unet), plan.key_steps.content, self.graphed)
-            )
+        plan, unet = task.plan, self.unet
+        predict = predict or self.denoiser("content", unet.denoise, CutUNet(unet), plan)
         model, vae, middle = plan.model, self.vae.config, plan.rows // 2
         schedule = model.noise if plan.moves or model.still_noise is None else model.still_noise
         times = self.project_times(project_time, plan, schedule, model.steps)
@@ -118,23 +105,22 @@ class StillPipeline(Pipeline):
             x = x.to(self.dtype, memory_format=torch.channels_last)
             return predict(x, next(times).repeat(len(conditions[0]), 1), *conditions)
 
-        decoder = self.decoder(plan, observer)
+        decoder, observer = self.decoder(plan, task.observer), task.observer
 
         def look(content: Tensor) -> None:
             latent = content[middle : middle + 1].to(self.dtype)
             observer.estimate(lambda: decoder.picture(latent))
 
-        what = Denoising(
-            part="content",
-            shape=(vae.latent_channels, model.height // vae.stride, model.width // vae.stride),
-            seeds=[each.content_seed for each in plans],
-            schedule=schedule,
-            steps=model.steps,
-            guidance=guidance,
-            frames=plan.rows,
-        )
-        content = self.denoise(what, denoise, conditions, plan, observer, look if observer.estimates else None)
+        shape, seeds = (vae.latent_channels, *model.latent_size), [each.content_seed for each in task.plans]
+        what = Denoising("content", shape, seeds, schedule, model.steps, guidance, frames=plan.rows)
+        content = self.denoise(task, what, denoise, conditions, look if observer.estimates else None)
         return self.check_finite(content, "unet")
+
+    def denoiser(self, part: str, denoise: Predict, network: CutUNet | CutDiT, plan: Plan) -> Predict:
+        """Return what runs a network at each step: `denoise`, or under step rehash the network in two parts."""
+        if plan.key_steps is None:
+            return self.graphed(part, denoise)
+        return rehash(network, getattr(plan.key_steps, part), self.graphed)
 
     def decoder(self, plan: Plan, observer: Observer | None = None) -> Decoder:
         """Return the VAE with the plan's slices."""

@@ -16,12 +16,11 @@ from einops import rearrange
 from torch import Tensor
 
 from cmdgen.models.vision import ClipVisionModel
-from cmdgen.pipelines.clip import Clip, Inputs, Made
-from cmdgen.pipelines.observer import Observer
-from cmdgen.pipelines.still import Branches, StillPipeline
+from cmdgen.pipelines.base import Branches
+from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
+from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request
 from cmdgen.store.parts import load_part
-from cmdgen.video.formats import Pixels
 from cmdgen.video.pixels import to_unit
 from cmdgen.video.read import fit, read_video
 
@@ -36,21 +35,21 @@ class MotionPipeline(StillPipeline):
             part.attach(self.part("motion_adapter"))
         return self.change(name, part)
 
-    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
+    def make(self, task: Task) -> Made:
         """Make clips; see `Pipeline.make`."""
-        if not plans[0].moves:
-            return super().make(plans, observer, pixels, inputs)
-        with observer.stage("text"):
-            text = self.encode_text(plans)
-        with observer.stage("content"):
-            frames = self.sample_content(plans, text, observer, inputs)
-        return self.decode_clips(plans, frames, observer, pixels)
+        if not task.plan.moves:
+            return super().make(task)
+        with task.observer.stage("text"):
+            text = self.encode_text(task.plans)
+        with task.observer.stage("content"):
+            frames = self.sample_content(task, text)
+        return self.decode_clips(task, frames)
 
-    def decode_clips(self, plans: Sequence[Plan], frames: Tensor, observer: Observer, pixels: Pixels) -> Made:
+    def decode_clips(self, task: Task, frames: Tensor) -> Made:
         """(B T, C, h, w) -> the clips."""
-        latents = rearrange(frames, "(b t) c h w -> b c t h w", b=len(plans))
-        with observer.stage("VAE decode"):
-            made, middles = self.decoder(plans[0], observer).clips(latents.to(self.dtype), pixels)
+        latents = rearrange(frames, "(b t) c h w -> b c t h w", b=len(task.plans))
+        with task.observer.stage("VAE decode"):
+            made, middles = self.decoder(task.plan, task.observer).clips(latents.to(self.dtype), task.pixels)
         return Made(made, middles.numpy(), latents[:, :, latents.shape[2] // 2].cpu(), None)
 
 
@@ -70,13 +69,13 @@ class PicturePipeline(MotionPipeline):
         picture = read_video(request.image, max_frames=1)[0][0]
         return self.run([self.plan(request)], inputs=Inputs(image=picture))[0]
 
-    def make(self, plans: Sequence[Plan], observer: Observer, pixels: Pixels, inputs: Inputs) -> Made:
+    def make(self, task: Task) -> Made:
         """Make clips of one picture; see `Pipeline.make`."""
-        if inputs.image is None:
+        if task.inputs.image is None:
             raise ValueError(f"{self.config.name} animates a picture: give it with --image")
-        model, unet = plans[0].model, self.unet
-        with observer.stage("image"):
-            conditions = self.encode_picture(inputs.image, plans)
+        model, unet = task.plan.model, self.unet
+        with task.observer.stage("image"):
+            conditions = self.encode_picture(task.inputs.image, task.plans)
         # as it was trained: the rate counts from 0
         about = self.config.fps - 1.0, float(model.motion_amount or 0), float(model.image_noise or 0)
         numbers = torch.tensor([about], device=self.device)
@@ -86,11 +85,11 @@ class PicturePipeline(MotionPipeline):
 
         first = model.guidance if model.guidance_first is None else model.guidance_first
         scale = torch.linspace(first, model.guidance, model.frames, device=self.device)
-        rows = scale.repeat(len(plans)).view(-1, 1, 1, 1)
-        with observer.stage("content"):
+        rows = scale.repeat(len(task.plans)).view(-1, 1, 1, 1)
+        with task.observer.stage("content"):
             guidance = 1.0 if max(first, model.guidance) <= 1 else rows
-            frames = self.sample_frames(plans, conditions, project, guidance, observer)
-        return self.decode_clips(plans, frames, observer, pixels)
+            frames = self.sample_frames(task, conditions, project, guidance)
+        return self.decode_clips(task, frames)
 
     def encode_picture(self, picture: np.ndarray, plans: Sequence[Plan]) -> Branches:
         """uint8 (H, W, 3) -> what the UNet reads of it, and its latents; of nothing, zeros."""

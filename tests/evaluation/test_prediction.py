@@ -13,6 +13,7 @@ from cmdgen.evaluation import prediction
 from cmdgen.evaluation.metrics import psnr
 from cmdgen.evaluation.prediction import blend, clip_psnr, clip_ssim, evaluate_prediction, repeat_last, train_classifier
 from cmdgen.evaluation.settings import Evaluation
+from cmdgen.pipelines.clip import Task
 from cmdgen.pipelines.evdm import EvdmPipeline
 from cmdgen.pipelines.load import load_predictor
 from tests.data.test_digits import write_idx
@@ -69,9 +70,9 @@ def test_the_best_sample_counts_and_a_perfect_one_is_perfect(
     source, options = Digits(folder), Evaluation(clips=3, batch=2, trajectories=2)
     calls = []
 
-    def cheat(self: EvdmPipeline, plans, past: Tensor, future: Tensor, number: int, observer) -> Tensor:
-        rows = source.indices("test", 3)[len(calls) // 4 * 2 :][: len(plans)]
-        calls.append([plan.seed for plan in plans])
+    def cheat(self: EvdmPipeline, task: Task, past: Tensor, future: Tensor, number: int) -> Tensor:
+        rows = source.indices("test", 3)[len(calls) // 4 * 2 :][: len(task.plans)]
+        calls.append([plan.seed for plan in task.plans])
         frames = source.render(rows, (32, 32), 7).frames[:, 2:5, :1].transpose(1, 2).float() / 127.5 - 1
         # the second sample of each clip is right, the first one grey
         return frames if len(calls) % 2 == 0 else torch.zeros_like(frames)

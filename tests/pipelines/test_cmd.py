@@ -16,7 +16,7 @@ from cmdgen.diffusion.guidance import guide
 from cmdgen.models.dit import DiT
 from cmdgen.pipelines import base, decode
 from cmdgen.pipelines.base import seeded
-from cmdgen.pipelines.clip import Inputs
+from cmdgen.pipelines.clip import Inputs, Task
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.pipelines.observer import Observer
@@ -252,8 +252,8 @@ def test_what_is_made_once_for_a_clip_is_what_each_step_would_make(exact, monkey
     with torch.inference_mode():
         states = exact.encode_text(plans)
         assert states.shape == (3, 16, 16)
-        content = exact.sample_content(plans, states, Observer(), Inputs())
-        motion = exact.sample_motion(plans, states, content, Observer(), Inputs())
+        content = exact.sample_content(Task(plans), states)
+        motion = exact.sample_motion(Task(plans), states, content)
         text, negative = states[:2], states[2:].expand(2, -1, -1)
         expected = slowly(
             *("content", CutUNet(unet), content_way, plan and plan.content),
