@@ -164,7 +164,7 @@ class Request:
     )
     device: str = _machine("auto", "auto, cpu, cuda, cuda:N or mps.", complete="device")
     dtype: str = _machine(
-        "auto", "auto (float32 on a CPU, float16 on mps, else bfloat16), float32, float16, bfloat16.", complete="dtype"
+        "auto", "auto (float32 on a CPU, else float16), float32, float16, bfloat16.", complete="dtype"
     )
     compile: bool = _machine(False, "Compile the networks with torch.compile. The first clip of a size takes minutes.")
 

@@ -290,9 +290,10 @@ class Pipeline(ABC):
     def check_finite(self, sample: Tensor, part: str) -> Tensor:
         """(...) -> the same; ValueError, naming the part's folder, where it has NaN or inf."""
         if not sample.isfinite().all():
+            wider = {torch.float16: " or need --dtype bfloat16", torch.bfloat16: " or need --dtype float32"}
             raise ValueError(
                 f"{self.folder / part} overflows in {dtype_name(self.dtype)}: its weights are "
-                f"damaged{'' if self.dtype == torch.float32 else ' or need float32'}"
+                f"damaged{wider.get(self.dtype, '')}"
             )
         return sample
 

@@ -28,7 +28,7 @@ def open_pipeline(
     """Return the pipeline that a model calls for; reads its configuration, no weights.
 
     `model` is a packaged name, a folder, or OWNER/NAME that `cmdgen models pull` brought; "auto" is
-    a GPU if there is one, and bfloat16 on it. With `compile` the denoisers go through torch's
+    a GPU if there is one, and float16 on it. With `compile` the denoisers go through torch's
     compiler, which takes minutes for the first clip of a size. `lora` names files, or OWNER/NAME that
     was pulled, each with :SCALE or not, which change its weights. Raises ValueError, saying what is
     possible.

@@ -75,11 +75,15 @@ def test_one_frame_is_the_content_frame_and_runs_no_motion(model):
     assert not any("motion" in name for name in (*still.metadata, *seen))
 
 
-def test_a_picture_that_is_no_number_is_not_shown(tiny_model):
-    model = load_pipeline(tiny_model)
+REASONS = [("float32", "damaged"), ("float16", "damaged or need --dtype bfloat16")]
+
+
+@pytest.mark.parametrize(("dtype", "reason"), [*REASONS, ("bfloat16", "damaged or need --dtype float32")])
+def test_a_picture_that_is_no_number_is_not_shown(tiny_model, dtype, reason):
+    model = load_pipeline(tiny_model, dtype=dtype)
     with torch.no_grad():
         model.unet.conv_out.bias[0] = torch.nan
-    with pytest.raises(ValueError, match=r"unet overflows in float32: its weights are damaged"):
+    with pytest.raises(ValueError, match=rf"unet overflows in {dtype}: its weights are {reason}$"):
         model.sample(PROMPT)
 
 

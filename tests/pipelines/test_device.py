@@ -22,7 +22,11 @@ def test_mps_is_a_name_where_torch_has_it_and_never_automatic(monkeypatch: pytes
         choose_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_device("mps") == MPS and choose_device("auto").type != "mps"
-    assert choose_dtype("auto", MPS) == torch.float16
+
+
+def test_a_gpu_computes_in_half_precision_and_a_cpu_does_not() -> None:
+    assert choose_dtype("auto", MPS) == choose_dtype("auto", torch.device("cuda")) == torch.float16
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
 
 
 class _NoCuda(TorchFunctionMode):
