@@ -140,6 +140,11 @@ def read_counts() -> dict[str, dict[str, int]]:
     return _tables()["parameters"]
 
 
+def read_written(name: str) -> dict[str, Any]:
+    """Return the keys that only libraries read, of a class of ours or of theirs."""
+    return _tables()["written"][name]
+
+
 @cache
 def _tables() -> dict[str, dict[str, Any]]:
     return read_json(Path(__file__).parent / "assets" / "configs.json")

@@ -27,7 +27,7 @@ from cmdgen.config import (
     VisionConfig,
 )
 from cmdgen.files import read_json, write_json
-from cmdgen.schema import Folder, check_fields, check_value, class_name, read_config, write_config
+from cmdgen.schema import Folder, check_fields, check_value, class_name, read_config, read_written, write_config
 
 if TYPE_CHECKING:
     import torch
@@ -234,7 +234,7 @@ def write_model_index(folder: Folder, model: ModelConfig) -> None:
     data: dict[str, Any] = {"_class_name": "EvdmPipeline" if isinstance(model.content, EvdmConfig) else "CmdPipeline"}
     if model.vision is not None:
         data = {"_class_name": "StableVideoDiffusionPipeline", **opened}
-        write_json(Path(folder) / "feature_extractor" / "preprocessor_config.json", _PREPROCESSOR)
+        write_json(Path(folder) / "feature_extractor" / "preprocessor_config.json", read_written("CLIPImageProcessor"))
     elif model.adapter is not None:
         data = {"_class_name": "AnimateDiffPipeline", **opened}
         if model.still_noise is not None:
@@ -280,20 +280,3 @@ def _describe_public(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         # the base model's: motion modules were trained on another one
         found |= {"noise": ANIMATEDIFF.noise, "still_noise": noise}
     return found
-
-
-# of CLIP's pictures, as its folder says it to transformers; `models.vision` knows it
-_PREPROCESSOR = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "crop_size": {"height": 224, "width": 224},
-    "size": {"shortest_edge": 224},
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-}
