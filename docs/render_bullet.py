@@ -18,7 +18,7 @@ import pybullet as bullet
 import pybullet_data
 
 from cmdgen.video.formats import Encoding
-from cmdgen.video.write import open_video
+from cmdgen.video.write import Output, open_video
 
 SIZE, FRAMES, FPS = 64, 20, 10
 ROOT = Path(pybullet_data.getDataPath())
@@ -145,7 +145,7 @@ def main() -> None:
         if file.with_suffix(".txt").exists():
             continue
         frames, caption = kinds[options.kind](np.random.default_rng((options.seed, index)))
-        with open_video(file, (SIZE, SIZE), FPS, None, Encoding("mp4", crf=12), overwrite=True) as write:
+        with open_video(Output(file, (SIZE, SIZE), FPS, None, Encoding("mp4", crf=12), overwrite=True)) as write:
             write(frames)
         file.with_suffix(".txt").write_text(f"{caption}\n")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from cmdgen.video.formats import Encoding
-from cmdgen.video.write import open_video
+from cmdgen.video.write import Output, open_video
 
 
 def write_video(
@@ -20,5 +20,5 @@ def write_video(
 ) -> None:
     """uint8 (T, H, W, 3) -> a video; raises what `open_video` raises."""
     size = frames.shape[1], frames.shape[2]
-    with open_video(target, size, fps, metadata, encoding, overwrite=overwrite) as write:
+    with open_video(Output(target, size, fps, metadata, encoding, overwrite=overwrite)) as write:
         write(frames)

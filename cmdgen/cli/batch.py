@@ -26,7 +26,7 @@ from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request, shared_settings
 from cmdgen.video.formats import STDOUT, Encoding, name_sidecar
 from cmdgen.video.read import read_metadata
-from cmdgen.video.write import Writer, check_output, is_sidecar, open_video, write_sidecar, write_still
+from cmdgen.video.write import Output, Writer, check_output, is_sidecar, open_video, write_sidecar, write_still
 
 # formats whose frames can follow one another without an end: clips of one size are one stream
 STREAMS = ("y4m", "raw", "mp4")
@@ -321,11 +321,8 @@ class Batch:
             chosen = {name: value for name, value in chosen.items() if value is not None}
             plain = self.pipeline.describe(job.plan, inputs)
             about = {**plain, "format": encoding.format, **chosen} if chosen else plain
-        return open_video(
-            *(job.target, model.size, model.fps, about, encoding),
-            overwrite=self.options.overwrite or job.unfinished,
-            pixels=encoding.pixels,
-        )
+        overwrite = self.options.overwrite or job.unfinished
+        return open_video(Output(job.target, model.size, model.fps, about, encoding, overwrite, encoding.pixels))
 
     def _note(self, jobs: list[Job]) -> None:
         """Note how clips are made and what may surprise; the same line only once."""

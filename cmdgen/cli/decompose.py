@@ -83,7 +83,7 @@ def decode(latents: LatentsFile, output: Output, request: Machine, say: JsonOrQu
         cmdgen decode clip.cmd.safetensors -o - | ffplay -
     """
     from cmdgen.latents import fit_model, read_latents
-    from cmdgen.video.write import open_video
+    from cmdgen.video import write
 
     encoding = _choose_video(output, say)
     pipeline, _ = _load(request)
@@ -93,16 +93,10 @@ def decode(latents: LatentsFile, output: Output, request: Machine, say: JsonOrQu
     fitted = fit_model(pipeline.config, halves.content.shape, halves.motion.shape)
     encoding.check(fitted.size, halves.fps)
     plan = pipeline.plan(replace(request, frames=fitted.frames, size=fitted.size))
-    with (
-        on_the_way("work within --max-memory"),
-        say.progress() as show,
-        open_video(
-            *(output.output, fitted.size, halves.fps, halves.metadata, encoding),
-            overwrite=output.overwrite,
-            pixels=encoding.pixels,
-        ) as write,
-    ):
-        pipeline.decode(halves, plan, Bars(show, write), pixels=encoding.pixels)
+    settings = halves.metadata, encoding, output.overwrite, encoding.pixels
+    video = write.Output(output.output, fitted.size, halves.fps, *settings)
+    with on_the_way("work within --max-memory"), say.progress() as show, write.open_video(video) as take:
+        pipeline.decode(halves, plan, Bars(show, take), pixels=encoding.pixels)
     _report(output, halves.metadata, say)
 
 

@@ -29,7 +29,7 @@ from cmdgen.pipelines.observer import Observer
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request
 from cmdgen.video.pixels import CONVERT
-from cmdgen.video.write import open_video
+from cmdgen.video.write import Output, open_video
 
 PROMPT = "a corgi swimming"
 # a machine's limits are those of the product of two square matrices, and of copying a buffer that
@@ -176,8 +176,8 @@ class Way:
                 # as `cmdgen sample` does
                 assert isinstance(observer, Stopwatch)
                 size, about = (model.height, model.width), pipeline.describe(plans[0])
-                file = open_video(f"{path}.mp4", size, model.fps, about, pixels="yuv420p")
-                write, shown = stack.enter_context(file), iter(smooth_clip(model))
+                file = Output(f"{path}.mp4", size, model.fps, about, pixels="yuv420p")
+                write, shown = stack.enter_context(open_video(file)), iter(smooth_clip(model))
                 observer.write = lambda frames: write(np.stack([next(shown) for _ in frames]))
             picture = None
             if model.vision is not None:

@@ -13,7 +13,7 @@ from cmdgen.latents import Latents, save_latents
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan
 from cmdgen.video.formats import Encoding, Pixels, choose_encoding, name_sidecar
-from cmdgen.video.write import open_video, write_sidecar, write_still
+from cmdgen.video.write import Output, open_video, write_sidecar, write_still
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ class Clip:
         else:
             height, width = self.frames.shape[1:3]
             size = (height if self.pixels == "rgb24" else height * 2 // 3), width
-            with open_video(
-                *(target, size, self.fps, about, encoding), overwrite=overwrite, pixels=self.pixels
-            ) as write:
+            with open_video(Output(target, size, self.fps, about, encoding, overwrite, self.pixels)) as write:
                 write(self.frames)
 
 

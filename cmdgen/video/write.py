@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from errno import ELOOP, ENOENT, ENOTDIR
 from functools import cached_property, lru_cache
@@ -49,13 +49,25 @@ class EncoderError(OSError):
 class Output:
     """A video or a still: where it goes, what its frames are, and what describes it."""
 
-    target: str
-    encoding: Encoding
+    # a path, or "-" for stdout
+    name: Target
     size: tuple[int, int]
-    metadata: Metadata
-    overwrite: bool
     fps: float = 1
+    metadata: Metadata = None
+    # None: by the suffix
+    chosen: Encoding | None = None
+    overwrite: bool = False
     pixels: Pixels = "rgb24"
+
+    @property
+    def target(self) -> str:
+        """Return the path as text."""
+        return os.fspath(self.name)
+
+    @cached_property
+    def encoding(self) -> Encoding:
+        """Return how it is written."""
+        return self.chosen or choose_encoding(self.target)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,42 +169,28 @@ def write_still(
 
     Raises what `open_video` raises.
     """
-    encoding = encoding or choose_encoding(os.fspath(target))
-    if encoding.format != "png":
-        raise ValueError(f"{target}: a still is written as png, not as {encoding.format}")
-    size = frame.shape[0], frame.shape[1]
-    with _open(Output(os.fspath(target), encoding, size, metadata, overwrite)) as write:
+    output = Output(target, frame.shape[:2], 1, metadata, encoding, overwrite)
+    if output.encoding.format != "png":
+        raise ValueError(f"{target}: a still is written as png, not as {output.encoding.format}")
+    with _open(output) as write:
         write(frame[None])
 
 
-@contextmanager
-def open_video(
-    target: Target,
-    size: tuple[int, int],
-    fps: float,
-    metadata: Metadata,
-    encoding: Encoding | None = None,
-    *,
-    overwrite: bool = False,
-    pixels: Pixels = "rgb24",
-) -> Iterator["Writer"]:
-    """Give a `Writer` of frames of `size` (H, W) to `target`, a path or "-" for stdout.
+def open_video(output: Output) -> AbstractContextManager["Writer"]:
+    """Return a context that gives a `Writer` of the frames of a video.
 
-    The encoder starts at once; the file is there when the block has ended, and only if it ended
-    well. `encoding` None is chosen by the suffix. Frames in "yuv420p" are stored as they are.
-    Raises ValueError for what is not possible, FileExistsError for a file that is kept,
-    EncoderError where encoding or storing fails, BrokenPipeError where stdout is closed.
+    The encoder starts with the block; the file is there when the block has ended, and only if it
+    ended well. Frames in "yuv420p" are stored as they are. Raises ValueError for what is not
+    possible, FileExistsError for a file that is kept, EncoderError where encoding or storing fails,
+    BrokenPipeError where stdout is closed.
     """
-    encoding = encoding or choose_encoding(os.fspath(target))
-    kind = encoding.kind
+    kind, (height, width) = output.encoding.kind, output.size
     if not kind.video:
-        raise ValueError(f"{target}: {kind.name} is no video")
-    if pixels == "yuv420p" and (kind.pixels != pixels or size[0] % 2 or size[1] % 2):
-        raise ValueError(f"{kind.name} of {size[1]}x{size[0]} does not take frames in yuv420p")
-    encoding.check(size, fps)
-    output = Output(os.fspath(target), encoding, size, metadata, overwrite, fps, pixels)
-    with _open(output) as write:
-        yield write
+        raise ValueError(f"{output.target}: {kind.name} is no video")
+    if output.pixels == "yuv420p" and (kind.pixels != "yuv420p" or height % 2 or width % 2):
+        raise ValueError(f"{kind.name} of {width}x{height} does not take frames in yuv420p")
+    output.encoding.check(output.size, output.fps)
+    return _open(output)
 
 
 class _EncoderEnded(Exception):

@@ -616,13 +616,13 @@ def test_a_clip_that_cannot_be_written_harms_no_other(jobs, sample, tmp_path, mo
     opened = write.open_video
 
     @contextmanager
-    def fail_for_some(target, *rest, **options):
-        with opened(target, *rest, **options) as put:
+    def fail_for_some(output):
+        with opened(output) as put:
 
             def full(frames):
-                raise write.EncoderError(f"{target} was not written: the disk is full")
+                raise write.EncoderError(f"{output.target} was not written: the disk is full")
 
-            yield full if "car" in target else put
+            yield full if "car" in output.target else put
 
     monkeypatch.setattr("cmdgen.cli.batch.open_video", fail_for_some)
     file = jobs("a dog", "a car", "two birds")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cmdgen.video.pixels import to_levels, to_rgb24, to_unit, to_yuv420p
 from cmdgen.video.read import read_video
-from cmdgen.video.write import open_video
+from cmdgen.video.write import Output, open_video
 
 
 def run_ffmpeg(data: np.ndarray, *arguments: str) -> np.ndarray:
@@ -121,7 +121,7 @@ def test_planes_are_written_as_they_are_and_mean_the_same_colours(tmp_path) -> N
     pixels = waves(48, 64)
     files = {"rgb24": to_rgb24(pixels), "yuv420p": to_yuv420p(pixels)}
     for name, frames in files.items():
-        with open_video(tmp_path / f"{name}.mp4", (48, 64), 8, {}, pixels=name) as write:
+        with open_video(Output(tmp_path / f"{name}.mp4", (48, 64), 8, {}, pixels=name)) as write:
             write(frames.numpy())
     exact = ((pixels + 1) * 127.5).permute(0, 2, 3, 1).double().numpy()
     errors = [((read_video(tmp_path / f"{name}.mp4")[0] - exact) ** 2).mean() for name in files]

@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 from cmdgen.request import Request
 from cmdgen.video.formats import STDOUT, Encoding, choose_encoding
 from cmdgen.video.read import read_metadata, read_video
-from cmdgen.video.write import EncoderError, check_output, open_video, write_still
+from cmdgen.video.write import EncoderError, Output, check_output, open_video, write_still
 from tests.videos import write_video
 
 VIDEOS = ("a.mp4", "a.webm", "a.mkv", "a.gif", "a.webp", "a.apng", "a.y4m", "%03d.png")
@@ -113,7 +113,7 @@ def test_a_video_of_one_frame_is_one(tmp_path, colours, name):
 def test_planes_are_stored_as_they_are(tmp_path, ffmpeg, codec):
     planes = np.random.default_rng(0).integers(16, 236, (4, 72, 80), np.uint8)
     lossless = Encoding("mkv", codec=codec, crf=None if codec == "ffv1" else 0)
-    with open_video(tmp_path / "a.mkv", (48, 80), 8, {}, lossless, pixels="yuv420p") as take:
+    with open_video(Output(tmp_path / "a.mkv", (48, 80), 8, {}, lossless, pixels="yuv420p")) as take:
         take(planes[:3])
         take(planes[3:])
     decoded = ffmpeg("-i", tmp_path / "a.mkv", "-f", "rawvideo", "-")
@@ -126,7 +126,7 @@ def test_planes_are_refused_where_they_would_be_converted(tmp_path, name, height
     encoding = choose_encoding(name, codec="ffv1" if name == "a.mkv" else None)
     with (
         pytest.raises(ValueError, match="does not take frames in yuv420p"),
-        open_video(tmp_path / name, (height, 80), 8, {}, encoding, pixels="yuv420p"),
+        open_video(Output(tmp_path / name, (height, 80), 8, {}, encoding, pixels="yuv420p")),
     ):
         pass
 
@@ -189,7 +189,7 @@ def test_a_file_that_appeared_meanwhile_is_kept(tmp_path, colours, monkeypatch, 
     other = tmp_path / name.replace("%03d", "002")
     with (
         pytest.raises(FileExistsError, match=f"{other.name} exists"),
-        open_video(tmp_path / name, (48, 80), 8, {}) as take,
+        open_video(Output(tmp_path / name, (48, 80), 8, {})) as take,
     ):
         take(colours(3))
         other.write_text("mine")
@@ -225,7 +225,7 @@ def test_failed_encoding_keeps_the_old_file_and_leaves_nothing_else(tmp_path, na
 def test_frames_written_one_after_another_are_the_same_video(tmp_path, colours):
     frames = colours(8)
     write_video(tmp_path / "a.mp4", frames, 8, {"seed": 1})
-    with open_video(tmp_path / "b.mp4", frames.shape[1:3], 8, {"seed": 1}) as take:
+    with open_video(Output(tmp_path / "b.mp4", frames.shape[1:3], 8, {"seed": 1})) as take:
         for part in (frames[:0], frames[:1], frames[1:4], *[frames[:0]] * 20, frames[4:]):
             take(part)
             take.check()
@@ -237,7 +237,7 @@ def test_frames_written_one_after_another_are_the_same_video(tmp_path, colours):
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "%d.png"])
 def test_error_between_frames_ends_the_encoder_and_leaves_nothing(tmp_path, colours, error, name):
     how = choose_encoding(name, sidecar=True)
-    with pytest.raises(error, match="sampling"), open_video(tmp_path / name, (48, 80), 8, {}, how) as take:
+    with pytest.raises(error, match="sampling"), open_video(Output(tmp_path / name, (48, 80), 8, {}, how)) as take:
         take(colours(4))
         raise error("sampling")
     assert not list(tmp_path.iterdir())
@@ -246,7 +246,7 @@ def test_error_between_frames_ends_the_encoder_and_leaves_nothing(tmp_path, colo
 def test_frames_of_another_size_are_refused(tmp_path, colours):
     with (
         pytest.raises(ValueError, match=r"uint8 \(2, 48, 80, 3\), expected uint8 \(N, 80, 48, 3\)"),
-        open_video(tmp_path / "a.mp4", (80, 48), 8, {}) as take,
+        open_video(Output(tmp_path / "a.mp4", (80, 48), 8, {})) as take,
     ):
         take(colours(2))
     assert not list(tmp_path.iterdir())
@@ -260,7 +260,7 @@ def test_encoder_that_fails_on_the_way_is_one_line_and_stops_the_making(tmp_path
     made = 0
     with (
         pytest.raises(EncoderError, match=r"a\.mp4 was not written: no codec$") as caught,
-        open_video(tmp_path / "a.mp4", (480, 800), 8, {}) as take,
+        open_video(Output(tmp_path / "a.mp4", (480, 800), 8, {})) as take,
     ):
         # newlines, for the shell that plays the encoder
         frames = np.full((1, 480, 800, 3), 10, np.uint8)
@@ -302,7 +302,7 @@ def test_a_closed_stdout_ends_the_making(colours, monkeypatch, name):
     with (
         stdout_to(writer, monkeypatch),
         pytest.raises(BrokenPipeError) as caught,
-        open_video("-", (48, 80), 8, {"seed": 1}, how) as take,
+        open_video(Output("-", (48, 80), 8, {"seed": 1}, how)) as take,
     ):
         os.close(reader)
         for _ in range(100_000):
@@ -318,10 +318,10 @@ STREAM = """
 import sys
 import numpy as np
 from cmdgen.video.formats import choose_encoding
-from cmdgen.video.write import open_video
+from cmdgen.video.write import Output, open_video
 for name in sys.argv[1:]:
     try:
-        with open_video("-", (16, 16), 8, {"seed": 1}, choose_encoding("-", format=name)) as take:
+        with open_video(Output("-", (16, 16), 8, {"seed": 1}, choose_encoding("-", format=name))) as take:
             take(np.zeros((3, 16, 16, 3), np.uint8))
     except OSError as error:
         print(type(error).__name__, error, file=sys.stderr)
