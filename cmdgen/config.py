@@ -235,11 +235,11 @@ class ModelConfig:
     """
 
     name: str
-    text: TextConfig | None
     content: UNetConfig | DiTConfig | EvdmConfig
-    vae: VaeConfig | None
-    autoencoder: AutoencoderConfig | None
-    motion: DiTConfig | None
+    text: TextConfig | None = None
+    vae: VaeConfig | None = None
+    autoencoder: AutoencoderConfig | None = None
+    motion: DiTConfig | None = None
     noise: NoiseConfig = NoiseConfig(set_alpha_to_one=False)
     adapter: MotionConfig | None = None
     vision: VisionConfig | None = None
@@ -328,9 +328,7 @@ CMD_SD21 = replace(
 
 CMD_UCF = ModelConfig(
     name="cmd-ucf",
-    text=None,
     content=DiTConfig(in_channels=3, text_width=None, num_classes=101, context_channels=None, depth=28, width=1152),
-    vae=None,
     autoencoder=AutoencoderConfig(channels=3),
     motion=DiTConfig(depth=24, width=1024, heads=16, text_width=None, context_channels=3, context_patch=4),
     height=64,
@@ -349,6 +347,9 @@ _MINI_CONTENT = UNetConfig(
     cross_attention_dim=128,
     attention_head_dim=4,
     use_linear_projection=True,
+)
+_MINI_VAE = VaeConfig(
+    latent_channels=8, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=64
 )
 _MINI_AUTOENCODER = AutoencoderConfig(
     channels=8, width=160, heads=5, depth=4, importance="patch", motion_activation="linear"
@@ -376,9 +377,7 @@ MINI = ModelConfig(
         eos_token_id=1,
     ),
     content=_MINI_CONTENT,
-    vae=VaeConfig(
-        latent_channels=8, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=64
-    ),
+    vae=_MINI_VAE,
     autoencoder=_MINI_AUTOENCODER,
     motion=_MINI_MOTION,
     noise=NoiseConfig(prediction_type="v_prediction", timestep_spacing="trailing"),
@@ -395,9 +394,7 @@ MINI2 = replace(
     MINI,
     name="mini2",
     content=replace(_MINI_CONTENT, sample_size=24),
-    vae=VaeConfig(
-        latent_channels=8, block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=8, sample_size=96
-    ),
+    vae=replace(_MINI_VAE, block_out_channels=(32, 64, 96), sample_size=96),
     autoencoder=replace(_MINI_AUTOENCODER, patch=3, decoder_depth=6),
     motion=replace(_MINI_MOTION, depth=5, context_patch=6, text_whitened=True),
     height=96,
@@ -409,9 +406,7 @@ MINI2_GPU = replace(
     MINI2,
     name="mini2-gpu",
     content=replace(_MINI_CONTENT, sample_size=32),
-    vae=VaeConfig(
-        latent_channels=8, block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=8, sample_size=128
-    ),
+    vae=replace(_MINI_VAE, block_out_channels=(32, 64, 128), sample_size=128),
     autoencoder=replace(_MINI_AUTOENCODER, depth=3, decoder_depth=5),
     motion=replace(_MINI_MOTION, depth=5, text_whitened=True),
     height=128,
@@ -428,8 +423,9 @@ _EVDM_KINDS = {
 
 
 def _evdm(name: str, content: EvdmConfig, noise: NoiseConfig, steps: int) -> ModelConfig:
-    whole = ModelConfig(name, None, content, None, None, None, noise, frames=content.frames)
-    return replace(whole, height=64, width=64, steps=steps, guidance=1.0)
+    return ModelConfig(
+        name, content, noise=noise, frames=content.frames, height=64, width=64, steps=steps, guidance=1.0
+    )
 
 
 _EVDM_NOISE = NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0, clip_sample=True)
@@ -448,8 +444,6 @@ ANIMATEDIFF = ModelConfig(
     text=TextConfig(),
     content=UNetConfig(),
     vae=VaeConfig(),
-    autoencoder=None,
-    motion=None,
     adapter=MotionConfig(use_motion_mid_block=False),
     noise=NoiseConfig(beta_schedule="linear"),
     still_noise=NoiseConfig(set_alpha_to_one=False),
@@ -489,11 +483,8 @@ _SVD_UNET = UNetConfig(
 
 SVD = ModelConfig(
     name="svd",
-    text=None,
     content=_SVD_UNET,
     vae=VaeConfig(sample_size=768, temporal="blend"),
-    autoencoder=None,
-    motion=None,
     vision=VisionConfig(),
     noise=NoiseConfig(
         prediction_type="v_prediction", solver="euler", timestep_type="continuous", sigma_min=0.002, sigma_max=700.0
