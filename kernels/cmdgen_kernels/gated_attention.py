@@ -106,9 +106,20 @@ def linear_attention_reference(q: Tensor, k: Tensor, v: Tensor, projection: Tens
 
 @triton.jit
 def _tokens(i_h, o_l, o_d, N, L, D):
-    # the offsets of one head's tokens: (B, L, N, D) in memory, as a linear layer leaves it
+    # the offsets of one head's tokens and their mask: (B, L, N, D) in memory, as a linear layer leaves it
+    m_x = (o_l < L)[:, None] & (o_d < D)[None, :]
     o_l = (i_h // N * L + o_l).to(tl.int64)
-    return (o_l * N + i_h % N)[:, None] * D + o_d[None, :]
+    return (o_l * N + i_h % N)[:, None] * D + o_d[None, :], m_x
+
+
+@triton.jit
+def _features(projection_ptr, u_ptr, i_h, o_m, o_d, M, D):
+    # some features: their masks, their rows of the projection, and what they hold of one head
+    m_m = o_m < M
+    m_w = m_m[:, None] & (o_d < D)[None, :]
+    o_w = o_m[:, None] * D + o_d[None, :]
+    b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
+    return m_m, m_w, b_w, tl.load(u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
 
 
 @triton.jit
@@ -150,8 +161,8 @@ def _summary_fwd_kernel(
     i_h, o_m = program(M, BLOCK_M)
     i_s = tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
-    m_m, m_d = o_m < M, o_d < D
-    m_w = m_m[:, None] & m_d[None, :]
+    m_m = o_m < M
+    m_w = m_m[:, None] & (o_d < D)[None, :]
     b_w = tl.load(projection_ptr + o_m[:, None] * D + o_d[None, :], mask=m_w, other=0.0)
 
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -159,15 +170,13 @@ def _summary_fwd_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(i_s * SPLIT, tl.minimum((i_s + 1) * SPLIT, L), BLOCK_L):
         o_l = start + tl.arange(0, BLOCK_L)
-        m_l = o_l < L
-        m_x = m_l[:, None] & m_d[None, :]
-        o_x = _tokens(i_h, o_l, o_d, N, L, D)
+        o_x, m_x = _tokens(i_h, o_l, o_d, N, L, D)
         b_k = tl.load(k_ptr + o_x, mask=m_x, other=0.0)
         b_v = tl.load(v_ptr + o_x, mask=m_x, other=0.0)
         b_wide = b_k.to(tl.float32) * scale
         b_length = tl.sum(b_wide * b_wide, axis=1) / 2
         b_s = tl.dot(b_w, tl.trans(b_k), input_precision="ieee") * scale - b_length[None, :]
-        b_s = tl.where(m_l[None, :], b_s, float("-inf"))
+        b_s = tl.where((o_l < L)[None, :], b_s, float("-inf"))
         b_max, b_sum, b_acc = _attend(b_s, b_v, b_max, b_sum, b_acc)
 
     o_out = (i_h * tl.num_programs(1) + i_s) * M + o_m
@@ -241,9 +250,7 @@ def _readout_fwd_kernel(
     # one program: BLOCK_L tokens of one head attend over the features
     i_h, o_l = program(L, BLOCK_L)
     o_d = tl.arange(0, BLOCK_D)
-    m_l, m_d = o_l < L, o_d < D
-    m_x = m_l[:, None] & m_d[None, :]
-    o_x = _tokens(i_h, o_l, o_d, N, L, D)
+    o_x, m_x = _tokens(i_h, o_l, o_d, N, L, D)
     b_q = tl.load(q_ptr + o_x, mask=m_x, other=0.0)
 
     b_max = tl.full([BLOCK_L], float("-inf"), tl.float32)
@@ -251,11 +258,7 @@ def _readout_fwd_kernel(
     b_acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
-        m_m = o_m < M
-        m_w = m_m[:, None] & m_d[None, :]
-        o_w = o_m[:, None] * D + o_d[None, :]
-        b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
-        b_u = tl.load(u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
+        m_m, _, b_w, b_u = _features(projection_ptr, u_ptr, i_h, o_m, o_d, M, D)
         b_log_z = _log_z(z_max_ptr, z_sum_ptr, i_h * M + o_m, m_m)
         b_s = tl.dot(b_q, tl.trans(b_w), input_precision="ieee") * scale + b_log_z[None, :]
         b_max, b_sum, b_acc = _attend(b_s, b_u, b_max, b_sum, b_acc)
@@ -265,8 +268,8 @@ def _readout_fwd_kernel(
     o_out = (i_h * L + o_l)[:, None] * D + o_d[None, :]
     tl.store(out_ptr + o_out, b_acc.to(out_ptr.dtype.element_ty), mask=m_x)
     if SAVE:
-        tl.store(max_ptr + i_h * L + o_l, b_max, mask=m_l)
-        tl.store(sum_ptr + i_h * L + o_l, b_sum, mask=m_l)
+        tl.store(max_ptr + i_h * L + o_l, b_max, mask=o_l < L)
+        tl.store(sum_ptr + i_h * L + o_l, b_sum, mask=o_l < L)
 
 
 @triton.jit
@@ -294,9 +297,8 @@ def _readout_bwd_kernel(
     # one program: d q of BLOCK_L tokens of one head, and their delta = out . d out
     i_h, o_l = program(L, BLOCK_L)
     o_d = tl.arange(0, BLOCK_D)
-    m_l, m_d = o_l < L, o_d < D
-    m_x = m_l[:, None] & m_d[None, :]
-    o_x = _tokens(i_h, o_l, o_d, N, L, D)
+    m_l = o_l < L
+    o_x, m_x = _tokens(i_h, o_l, o_d, N, L, D)
     b_q = tl.load(q_ptr + o_x, mask=m_x, other=0.0)
     b_grad = tl.load(grad_ptr + o_x, mask=m_x, other=0.0)
     o_out = (i_h * L + o_l)[:, None] * D + o_d[None, :]
@@ -309,11 +311,7 @@ def _readout_bwd_kernel(
     b_acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
-        m_m = o_m < M
-        m_w = m_m[:, None] & m_d[None, :]
-        o_w = o_m[:, None] * D + o_d[None, :]
-        b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
-        b_u = tl.load(u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
+        m_m, _, b_w, b_u = _features(projection_ptr, u_ptr, i_h, o_m, o_d, M, D)
         b_log_z = _log_z(z_max_ptr, z_sum_ptr, i_h * M + o_m, m_m)
         b_s = tl.dot(b_q, tl.trans(b_w), input_precision="ieee") * scale + b_log_z[None, :]
         b_p = tl.exp(b_s - b_max[:, None]) / b_sum[:, None]
@@ -350,11 +348,7 @@ def _summary_bwd_kernel(
     i_h, o_m = program(M, BLOCK_M)
     i_s = tl.program_id(1)
     o_d = tl.arange(0, BLOCK_D)
-    m_m, m_d = o_m < M, o_d < D
-    m_w = m_m[:, None] & m_d[None, :]
-    o_w = o_m[:, None] * D + o_d[None, :]
-    b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
-    b_u = tl.load(u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
+    m_m, m_w, b_w, b_u = _features(projection_ptr, u_ptr, i_h, o_m, o_d, M, D)
     b_log_z = _log_z(z_max_ptr, z_sum_ptr, i_h * M + o_m, m_m)
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -362,8 +356,7 @@ def _summary_bwd_kernel(
     for start in range(i_s * SPLIT, tl.minimum((i_s + 1) * SPLIT, L), BLOCK_L):
         o_l = start + tl.arange(0, BLOCK_L)
         m_l = o_l < L
-        m_x = m_l[:, None] & m_d[None, :]
-        o_x = _tokens(i_h, o_l, o_d, N, L, D)
+        o_x, m_x = _tokens(i_h, o_l, o_d, N, L, D)
         b_q = tl.load(q_ptr + o_x, mask=m_x, other=0.0)
         b_grad = tl.load(grad_ptr + o_x, mask=m_x, other=0.0)
         # past the end every weight is zero
@@ -406,9 +399,7 @@ def _tokens_bwd_kernel(
     # times too large, and what they multiply as much too small: float16's subnormals are coarse
     i_h, o_l = program(L, BLOCK_L)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    m_x = (o_l < L)[:, None] & m_d[None, :]
-    o_x = _tokens(i_h, o_l, o_d, N, L, D)
+    o_x, m_x = _tokens(i_h, o_l, o_d, N, L, D)
     b_k = tl.load(k_ptr + o_x, mask=m_x, other=0.0)
     b_v = tl.load(v_ptr + o_x, mask=m_x, other=0.0)
     b_wide = b_k.to(tl.float32) * scale
@@ -419,11 +410,7 @@ def _tokens_bwd_kernel(
     b_sum = tl.zeros([BLOCK_L], tl.float32)
     for start in range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
-        m_m = o_m < M
-        m_w = m_m[:, None] & m_d[None, :]
-        o_w = o_m[:, None] * D + o_d[None, :]
-        b_w = tl.load(projection_ptr + o_w, mask=m_w, other=0.0)
-        b_grad_u = tl.load(grad_u_ptr + i_h * M * D + o_w, mask=m_w, other=0.0)
+        m_m, _, b_w, b_grad_u = _features(projection_ptr, grad_u_ptr, i_h, o_m, o_d, M, D)
         # past the end every weight is zero
         b_max = tl.load(z_max_ptr + i_h * M + o_m, mask=m_m, other=float("inf"))
         b_mean = tl.load(z_sum_ptr + i_h * M + o_m, mask=m_m, other=1.0) / RAISE

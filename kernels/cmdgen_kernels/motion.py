@@ -334,22 +334,16 @@ def _latents(
     return motion, columns, rows
 
 
-def _tokens_options(batch: int, size: tuple[int, int, int, int], itemsize: int) -> dict[str, int]:
-    """Choose tiles in which each thread writes 16 bytes of one frame, for four columns in turn."""
+def _tokens_options(batch: int, size: tuple[int, int, int, int], itemsize: int) -> tuple[int, dict[str, int]]:
+    """Choose tiles in which each thread writes 16 bytes of one frame, for four columns in turn, and count them."""
     frames, height, width, channels = size
     block_d = _block_of_channels(channels, itemsize)
     block_t = min(power_of_two(frames), 16)
     columns = min(power_of_two(width), 4)
     warps = max(1, block_t * block_d * itemsize // (32 * 16))
-    programs = batch * triton.cdiv(frames, block_t)
-    programs *= triton.cdiv(width, columns) * triton.cdiv(channels, block_d)
-    return {
-        "ROWS": _rows_per_program(height, programs * warps),
-        "COLUMNS": columns,
-        "BLOCK_T": block_t,
-        "BLOCK_D": block_d,
-        "num_warps": warps,
-    }
+    blocks = batch * triton.cdiv(frames, block_t) * triton.cdiv(width, columns) * triton.cdiv(channels, block_d)
+    options = {"ROWS": _rows_per_program(height, blocks * warps), "COLUMNS": columns}
+    return blocks, options | {"BLOCK_T": block_t, "BLOCK_D": block_d, "num_warps": warps}
 
 
 def _tokens(content: Tensor, motion: Tensor, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor]) -> Tensor:
@@ -362,9 +356,7 @@ def _tokens(content: Tensor, motion: Tensor, weights: tuple[Tensor, Tensor], bia
     motion = motion.contiguous()
     content = content if content.stride(-1) == 1 else content.contiguous()
     tokens = content.new_empty((frames, batch, height, width, channels))
-    options = _tokens_options(batch, (frames, height, width, channels), tokens.element_size())
-    blocks = batch * triton.cdiv(frames, options["BLOCK_T"])
-    blocks *= triton.cdiv(width, options["COLUMNS"]) * triton.cdiv(channels, options["BLOCK_D"])
+    blocks, options = _tokens_options(batch, (frames, height, width, channels), tokens.element_size())
     if tokens.numel():
         # one small copy, so that 16 bytes hold the weights of neighbouring channels
         stacked = torch.stack(weights)
