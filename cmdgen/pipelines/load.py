@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from cmdgen.acceleration.compiled import check_compiler
 from cmdgen.config import EvdmConfig, UNetConfig
@@ -16,16 +18,19 @@ from cmdgen.store.find import find_model
 from cmdgen.store.lora import find_lora
 from cmdgen.store.parts import read_model
 
+P = TypeVar("P", bound=Pipeline)
 
-def open_pipeline(
+
+def load_as(
+    kind: type[P],
     model: str | os.PathLike[str] = "mini",
     *,
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
     lora: Sequence[str] = (),
-) -> Pipeline:
-    """Return the pipeline that a model calls for; reads its configuration, no weights.
+) -> P:
+    """Return the pipeline that a model calls for, if it is of a `kind`; reads its configuration, no weights.
 
     `model` is a packaged name, a folder, or OWNER/NAME that `cmdgen models pull` brought; "auto" is
     a GPU if there is one, and float16 on it. With `compile` the denoisers go through torch's
@@ -35,10 +40,10 @@ def open_pipeline(
     """
     folder = find_model(os.fspath(model))
     config = read_model(folder)
-    kind: type[Pipeline] = StillPipeline if config.motion is None else CmdPipeline
+    found: type[Pipeline] = StillPipeline if config.motion is None else CmdPipeline
     reads = config.text is not None or config.vision is not None
     if isinstance(config.content, EvdmConfig):
-        kind = EvdmPipeline
+        found = EvdmPipeline
     elif not reads or config.vae is None or not isinstance(config.content, UNetConfig):
         raise ValueError(f"{folder} makes no video from text: it needs text_encoder, unet, vae")
     place = choose_device(device)
@@ -46,31 +51,17 @@ def open_pipeline(
     if compile:
         check_compiler(place)
     if config.looks_along_time:
-        kind = MotionPipeline if config.vision is None else PicturePipeline
+        found = MotionPipeline if config.vision is None else PicturePipeline
+    if not issubclass(found, kind):
+        makes = "videos from text: to continue one takes a model with evdm/"
+        if found is EvdmPipeline:
+            makes = "no video from text: it continues clips, with cmdgen predict"
+        raise ValueError(f"{folder} makes {makes}")
     loras = [find_lora(f"{folder / 'lora' / Path(name).name}") for name in config.loras]
-    return kind(folder, config, place, number, compile=compile, loras=[*loras, *map(find_lora, lora)])
+    return found(folder, config, place, number, compile=compile, loras=[*loras, *map(find_lora, lora)])
 
 
-def load_pipeline(
-    model: str | os.PathLike[str] = "mini",
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    compile: bool = False,
-    lora: Sequence[str] = (),
-) -> StillPipeline:
-    """Return the pipeline of a model that makes clips or stills from text; see `open_pipeline`."""
-    pipeline = open_pipeline(model, device=device, dtype=dtype, compile=compile, lora=lora)
-    if not isinstance(pipeline, StillPipeline):
-        raise ValueError(f"{pipeline.folder} makes no video from text: it continues clips, with cmdgen predict")
-    return pipeline
-
-
-def load_predictor(
-    model: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto", compile: bool = False
-) -> EvdmPipeline:
-    """Return the pipeline of a model that continues and fills in clips; see `open_pipeline`."""
-    pipeline = open_pipeline(model, device=device, dtype=dtype, compile=compile)
-    if not isinstance(pipeline, EvdmPipeline):
-        raise ValueError(f"{pipeline.folder} makes videos from text: to continue one takes a model with evdm/")
-    return pipeline
+# of any kind; of a kind that makes clips or stills from text; of one that continues and fills in clips
+open_pipeline = partial(load_as, Pipeline)  # type: ignore[type-abstract]
+load_pipeline = partial(load_as, StillPipeline)
+load_predictor = partial(load_as, EvdmPipeline)
