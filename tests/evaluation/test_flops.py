@@ -6,8 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmdgen.config import ANIMATEDIFF, CMD_SD15, CMD_SD21, CMD_UCF, SVD_XT, DiTConfig
-from cmdgen.evaluation.flops import TABLE_8, TABLE_9, TERA, compare_with_paper, count, count_work, list_forwards
+from cmdgen.config import ANIMATEDIFF, ANIMATEDIFF_LIGHTNING, CMD_SD15, CMD_SD21, CMD_UCF, SVD, SVD_XT, DiTConfig
+from cmdgen.evaluation.flops import (
+    TABLE_8,
+    TABLE_9,
+    TERA,
+    build_networks,
+    compare_with_paper,
+    count,
+    count_work,
+    list_forwards,
+)
 from cmdgen.models.dit import DiT
 from cmdgen.request import Request, resolve
 from cmdgen.weights import build_empty
@@ -245,3 +254,64 @@ def test_public_models_compute_what_their_shapes_say(model, content: float, tota
     assert work["content"].flops / TERA == pytest.approx(content, abs=0.06)
     assert sum(stage.flops for stage in work.values()) / TERA == pytest.approx(total, abs=0.06)
     assert work["load"].parameters == parameters
+
+
+# 10^12 operations of diffusers' modules: one branch, attention in both, a decoding, what is seen, a skipped step
+@pytest.mark.parametrize(
+    ("model", "size", "branch", "attention", "decode", "seen", "skipped"),
+    [
+        (ANIMATEDIFF, (512, 512), 17.675, 4.083, 2.515, 0.013, 0.074),
+        (ANIMATEDIFF, (576, 1024), 45.221, 20.211, 5.754, 0.013, 0.086),
+        (ANIMATEDIFF_LIGHTNING, (512, 512), 17.749, 4.083, 2.515, 0.013, 0.074),
+        (ANIMATEDIFF_LIGHTNING, (576, 1024), 45.387, 20.211, 5.754, 0.013, 0.086),
+        (SVD, (576, 1024), 43.080, 17.40, 97.20, 0.335, 0.085),
+        (SVD_XT, (576, 1024), 76.957, 31.14, 173.57, 0.335, 0.085),
+    ],
+)
+def test_a_video_unet_takes_the_known_operations(model, size, branch, attention, decode, seen, skipped):
+    counted = {
+        name: forward.count for name, forward in list_forwards(replace(model, height=size[0], width=size[1])).items()
+    }
+    tera = {name: each.flops / TERA for name, each in counted.items()}
+    # diffusers projects the text and the timestep for every frame, cmdgen for every clip
+    more = (model.frames - 1) * (tera["content text"] * (model.vision is None) + tera["content time"])
+    assert tera["content"] + more == pytest.approx(branch, abs=6e-4)
+    assert 2 * 2 * counted["content"].attention / TERA == pytest.approx(attention, abs=6e-3)
+    assert tera["VAE decode"] == pytest.approx(decode, abs=6e-3)
+    assert tera["image" if model.vision else "text"] == pytest.approx(seen, abs=6e-4)
+    assert tera["content skipped"] / tera["content"] == pytest.approx(skipped, abs=6e-4)
+    if model.vision is not None:
+        assert tera["image encode"] == pytest.approx(2.609, abs=6e-4)
+
+
+@pytest.mark.parametrize(("size", "operations"), [((512, 512), 12.852), ((576, 1024), 34.370)])
+def test_without_motion_modules_sixteen_frames_take_the_known_operations(size, operations):
+    still = replace(ANIMATEDIFF, adapter=None, frames=1, height=size[0], width=size[1])
+    assert 16 * list_forwards(still)["content"].count.flops / TERA == pytest.approx(operations, abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "positions"),
+    [
+        (ANIMATEDIFF, (512, 512), [4096, 1024, 256, 64]),
+        (ANIMATEDIFF, (576, 1024), [9216, 2304, 576, 144]),
+        (SVD, (576, 1024), [9216, 2304, 576, 144]),
+    ],
+)
+def test_levels_have_the_known_positions_and_all_skips_are_five_features(model, size, positions):
+    unet = build_networks(model)["unet"]
+    latent = meta(2, unet.config.in_channels, size[0] // 8, size[1] // 8)
+    shapes = [unet.embed(latent).shape]
+    hooks = [
+        block.register_forward_hook(lambda block, inputs, skips: shapes.extend(skip.shape for skip in skips))
+        for block in unet.down_blocks
+    ]
+    states = meta(2, 1, unet.config.cross_attention_dim)
+    numbers = None if model.vision is None else meta(2, 3)
+    with torch.no_grad():
+        unet(latent, meta(2), states, numbers)
+    for hook in hooks:
+        hook.remove()
+    assert sorted({shape[2] * shape[3] for shape in shapes}, reverse=True) == positions
+    feature = 2 * 320 * positions[0]
+    assert sum(shape.numel() for shape in shapes) == 5.0625 * feature

@@ -1,5 +1,6 @@
 """AnimateDiff and Stable Video Diffusion are diffusers': same names, same numbers, either way round."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -142,27 +143,60 @@ def test_time_is_a_side_of_the_same_memory() -> None:
     assert filters[..., 0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_published_models_have_their_published_sizes() -> None:
+@pytest.mark.parametrize(
+    ("length", "mid", "own", "buffers", "entries", "whole", "all_entries"),
+    [
+        # v1-5, v1-5-3; v1-5-2, Lightning, AnimateLCM
+        (24, False, 417_137_600, 422_400, 540, 1_276_658_564, 1226),
+        (32, False, 417_137_600, 563_200, 540, 1_276_658_564, 1226),
+        (32, True, 453_209_280, 604_160, 567, 1_312_730_244, 1253),
+    ],
+)
+def test_published_motion_modules_have_their_published_sizes(
+    length: int, mid: bool, own: int, buffers: int, entries: int, whole: int, all_entries: int
+) -> None:
+    adapter = build_empty(MotionAdapter, MotionConfig(use_motion_mid_block=mid, motion_max_seq_length=length))
+    assert (count(adapter), sum(pe.numel() for pe in adapter.buffers())) == (own, buffers)
+    assert len(adapter.state_dict()) == entries
     unet = build_empty(UNet, UNetConfig())
     assert count(unet) == 859_520_964
-    for mid, own, whole, entries in (
-        (False, 417_137_600, 1_276_658_564, 1226),
-        (True, 453_209_280, 1_312_730_244, 1253),
-    ):
-        adapter = build_empty(MotionAdapter, MotionConfig(use_motion_mid_block=mid))
-        unet = build_empty(UNet, UNetConfig())
-        unet.attach(adapter)
-        assert (count(adapter), count(unet), len(unet.state_dict())) == (own, whole, entries)
-    assert len(build_empty(MotionAdapter, MotionConfig(use_motion_mid_block=False)).state_dict()) == 540
-    assert len(adapter.state_dict()) == 567 and sum(pe.numel() for pe in adapter.buffers()) == 604_160
+    unet.attach(adapter)
+    assert (count(unet), len(unet.state_dict()), len(unet._readers())) == (whole, all_entries, 16)
+    if mid:
+        # Lightning's file in half precision, by its listing
+        assert file_size(adapter, 2) / 1e6 == pytest.approx(907.7, abs=0.1)
+
+
+def test_stable_video_diffusion_has_its_published_size() -> None:
     svd = build_empty(UNet, SVD)
-    assert (count(svd), len(svd.state_dict())) == (1_524_623_082, 1428)
-    assert sum("mix_factor" in name for name in svd.state_dict()) == 38
-    assert len(svd._readers()) == 32 and len(unet._readers()) == 16
+    state = svd.state_dict()
+    assert (count(svd), len(state)) == (1_524_623_082, 1428)
+    assert sum("mix_factor" in name for name in state) == 38 and len(svd._readers()) == 32
+    temporal = ("temporal", "time_mixer", "time_pos_embed")
+    assert sum(value.numel() for name, value in state.items() if any(word in name for word in temporal)) == 656_076_838
+    # of attention to one token, what asks does not matter
+    unused = [
+        value.numel()
+        for name, value in state.items()
+        if ".attn2.to_q." in name or ".attn2.to_k." in name or ("transformer_blocks.0.norm2." in name)
+    ]
+    assert sum(unused) == 50_389_760
+    assert file_size(svd, 4) == 6_098_682_464
     vae = build_empty(KlVae, TEMPORAL_VAE)
     assert (count(vae), count(vae.encoder), count(vae.decoder)) == (97_742_847, 34_163_592, 63_579_183)
     assert len(vae.state_dict()) == 374
     assert sum("mix_factor" in name for name in vae.state_dict()) == 14
+    assert count(build_empty(KlVae, VaeConfig()).decoder) == 49_490_179
+
+
+def file_size(module: nn.Module, size: int) -> int:
+    """Bytes of a module's safetensors file, whose header lists names, shapes and offsets."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in sorted(module.state_dict().items()):
+        ends = [offset, offset := offset + tensor.numel() * size]
+        header[name] = {"dtype": f"F{8 * size}", "shape": list(tensor.shape), "data_offsets": ends}
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + (length + 7) // 8 * 8 + offset
 
 
 @pytest.mark.parametrize(
