@@ -211,14 +211,9 @@ def import_file(
     Examples:
         cmdgen models import realistic.safetensors -o DIR --tokenizer animatediff
     """
-    from cmdgen.store.hub import find_cached
     from cmdgen.store.single import import_checkpoint
 
-    cached = [snapshot.folder for snapshot in find_cached() if (snapshot.folder / "tokenizer").is_dir()]
-    folders = [find_model(tokenizer)] if tokenizer is not None else cached
-    if not folders or not (folders[0] / "tokenizer" / "vocab.json").is_file():
-        raise ValueError(f"{file} has no tokenizer: name a Stable Diffusion that was pulled with --tokenizer")
-    import_checkpoint(file, output, folders[0] / "tokenizer")
+    import_checkpoint(file, output, None if tokenizer is None else find_model(tokenizer))
     typer.echo(output)
 
 
@@ -237,7 +232,7 @@ def _describe_files(folder: Path, name: str) -> "Model":
 
     A folder that others wrote is checked in full.
     """
-    from cmdgen.store.catalogue import check_folder, describe_folder
+    from cmdgen.store.catalogue import check_folder, check_prediction, describe_folder
     from cmdgen.store.parts import read_index
 
     try:
@@ -246,9 +241,7 @@ def _describe_files(folder: Path, name: str) -> "Model":
             check_folder(folder, weights=True)
             if {"text_encoder", "unet", "vae"} <= {part.name for part in described.parts}:
                 # others wrote the scheduler, which has to say what their UNet predicts
-                from cmdgen.pipelines.load import load_pipeline
-
-                load_pipeline(folder, device="cpu").check_prediction()
+                check_prediction(folder)
         return described
     except ValueError as error:
         raise Failure(describe(error)) from error

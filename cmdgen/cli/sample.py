@@ -53,7 +53,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
       cmdgen sample "a cat" --motion-from corgi.mp4 -o cat.mp4
     """
     from cmdgen.store.find import find_model
-    from cmdgen.store.parts import read_model
+    from cmdgen.store.parts import list_notes, read_index, read_model
     from cmdgen.video.write import check_output
 
     check_stdout(request.output, say)
@@ -91,7 +91,11 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     if jobs.skip_existing and request.seed is None and not alone and "seed" in names:
         raise ValueError("--skip-existing with random seeds in names finds nothing: give --seed")
     # what is wrong with the model or a single clip is said without torch, which takes seconds to import
-    config = read_model(find_model(request.model))
+    folder = find_model(request.model)
+    config = read_model(folder)
+    # of what `models pull` has put together, it says so
+    for line in [] if "cmdgen" in read_index(folder) else list_notes(config):
+        say.note(f"note: {line}")
     if alone and isinstance(job := jobs_ahead[0], Job):
         model = resolve(files.fit(job.request, config), config).model
         job.encoding.check(model.size, model.fps)

@@ -18,7 +18,7 @@ from torch import Tensor
 from cmdgen.files import fill_folder, read_json, read_text, replace_with, write_json
 from cmdgen.schema import Folder
 
-_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+_BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _SUFFIX = "</w>"
 _PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -31,10 +31,10 @@ class Tokenizer:
         vocab: dict[str, int],
         merges: list[tuple[str, str]],
         *,
-        pad: str = _EOS,
+        pad: str = EOS,
         words: Iterable[str] | None = None,
     ) -> None:
-        for token in (_BOS, _EOS, pad):
+        for token in (_BOS, EOS, pad):
             if token not in vocab:
                 raise ValueError(f"token {token!r} is not in the vocabulary")
         for pair in merges:
@@ -42,9 +42,9 @@ class Tokenizer:
                 raise ValueError(f"merge {short(' '.join(pair))} is not in the vocabulary")
         self.vocab, self.merges, self.pad = vocab, merges, pad
         self.words = None if words is None else frozenset(words)
-        self.bos_id, self.eos_id, self.pad_id = vocab[_BOS], vocab[_EOS], vocab[pad]
-        self._backend = _backend(BPE(vocab, merges, end_of_word_suffix=_SUFFIX, unk_token=_EOS, fuse_unk=False))
-        self._backend.add_special_tokens([_BOS, _EOS, pad])
+        self.bos_id, self.eos_id, self.pad_id = vocab[_BOS], vocab[EOS], vocab[pad]
+        self._backend = _backend(BPE(vocab, merges, end_of_word_suffix=_SUFFIX, unk_token=EOS, fuse_unk=False))
+        self._backend.add_special_tokens([_BOS, EOS, pad])
 
     def __call__(self, texts: list[str], length: int) -> Tensor:
         """Texts -> (B, length) int64: begin, tokens cut to fit, end, padding."""
@@ -68,7 +68,7 @@ class Tokenizer:
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Learn the merges that occur most often; every byte keeps a token, so any text has one."""
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        base = [_BOS, _EOS, *alphabet, *(letter + _SUFFIX for letter in alphabet)]
+        base = [_BOS, EOS, *alphabet, *(letter + _SUFFIX for letter in alphabet)]
         if vocab_size < len(base):
             raise ValueError(f"vocabulary of {vocab_size} is smaller than its {len(base)} bytes")
         captions = list(captions)
@@ -113,7 +113,7 @@ class Tokenizer:
 
     def save_pretrained(self, folder: Folder, *, length: int = 77) -> None:
         """Write a folder that transformers' `CLIPTokenizer` opens; `length` is its default."""
-        special = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": self.pad, "unk_token": _EOS}
+        special = {"bos_token": _BOS, "eos_token": EOS, "pad_token": self.pad, "unk_token": EOS}
         with fill_folder(Path(folder)) as place:
             write_json(place / "vocab.json", self.vocab)
             with replace_with(place / "merges.txt") as temporary:
@@ -184,4 +184,4 @@ def _read_pad(folder: Path) -> str:
         pad = pad.get("content") if isinstance(pad, dict) else pad
         if isinstance(pad, str):
             return pad
-    return _EOS
+    return EOS

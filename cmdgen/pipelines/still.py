@@ -10,7 +10,6 @@ from torch import Tensor
 from cmdgen.acceleration.calibration import Predict
 from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.acceleration.rehash import CutDiT, CutUNet, rehash
-from cmdgen.diffusion.parametrisation import recognise_prediction
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
@@ -158,27 +157,3 @@ class StillPipeline(Pipeline):
         ids = self.tokenizer([prompt], length + 1)
         # a longer text has a token of its own where one that fits has ended
         return int(ids[0, length - 1]) in (self.tokenizer.eos_id, self.tokenizer.pad_id)
-
-    @torch.inference_mode()
-    def check_prediction(self) -> None:
-        """Raise ValueError where the UNet predicts something else than the schedule says.
-
-        It runs once, for what others wrote: `cmdgen models pull` and `show` ask, sampling does not.
-        """
-        # of one frame
-        schedule, unet = self.config.still_noise or self.config.noise, self.unet
-        expected = schedule.prediction_type
-        ids = self.tokenizer([""], self.text_length).to(self.device)
-        text = self.text_encoder(ids).last_hidden_state
-
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            output: Tensor = unet(x.to(self.dtype), t, text.expand(len(x), -1, -1))
-            return output
-
-        # a few positions tell what is predicted of noise
-        side = 2 ** len(unet.config.block_out_channels)
-        noise = self.noise("check", (unet.config.in_channels, side, side), [0])[0]
-        predicts = recognise_prediction(predict, noise, schedule)
-        if predicts not in (expected, None):
-            path = self.folder / "scheduler" / "scheduler_config.json"
-            raise ValueError(f"{path}: prediction_type is {expected}, but unet/ predicts {predicts}: correct it")

@@ -119,6 +119,3 @@ class PicturePipeline(MotionPipeline):
         finally:
             for part in encoder:
                 part.to(self.dtype)
-
-    def check_prediction(self) -> None:
-        """Check nothing: without a picture, noise does not tell what is predicted."""

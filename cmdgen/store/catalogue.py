@@ -13,7 +13,7 @@ from typing import Any
 from cmdgen.config import PRESETS, PUBLIC, ModelConfig
 from cmdgen.headers import FLOATS, open_weights, weight_paths
 from cmdgen.schema import read_config, read_counts
-from cmdgen.store.parts import NETWORKS, PARTS, build_part, network_configs, read_index
+from cmdgen.store.parts import NETWORKS, PARTS, build_part, load_part, network_configs, read_index, read_model
 
 # fields of the data or of older files, not of the network: they may differ from a preset's
 _FREE = ("sample_size", "scaling_factor", "eos_token_id", "motion_mean", "motion_std")
@@ -87,6 +87,37 @@ def check_folder(folder: Path, *, weights: bool = False) -> None:
             from cmdgen.weights import match_weights
 
             match_weights(network.state_dict(), folder / name, network.filename, network.rename_stored)
+
+
+def check_prediction(folder: Path) -> None:
+    """Raise ValueError where the UNet of a folder predicts something else than its scheduler says.
+
+    It runs once, for what others wrote: sampling does not ask.
+    """
+    model = read_model(folder)
+    expected, predicts = (model.still_noise or model.noise).prediction_type, recognise(folder, model)
+    if predicts not in (expected, None):
+        path = folder / "scheduler" / "scheduler_config.json"
+        raise ValueError(f"{path}: prediction_type is {expected}, but unet/ predicts {predicts}: correct it")
+
+
+def recognise(folder: Path, model: ModelConfig) -> str | None:
+    """Tell what the UNet of a folder predicts, by one run of it; see `recognise_prediction`."""
+    import torch
+
+    from cmdgen.diffusion.parametrisation import recognise_prediction
+    from cmdgen.models.tokenizer import Tokenizer
+
+    unet, text = (load_part(folder, name, dtype=torch.float32) for name in ("unet", "text_encoder"))
+    ids = Tokenizer.from_pretrained(folder / "tokenizer")([""], text.config.max_position_embeddings)
+    # a few positions tell what is predicted of noise
+    side = 2 ** len(unet.config.block_out_channels)
+    noise = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        states = text(ids).last_hidden_state
+        return recognise_prediction(
+            lambda x, t: unet(x, t, states.expand(len(x), -1, -1)), noise, model.still_noise or model.noise
+        )
 
 
 def _read_configs(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ def composed_models() -> Path:
 def find_model(name: str) -> Path:
     """Return the folder of a packaged model, of a path, of a name that was pulled, or of OWNER/NAME.
 
-    Raises ValueError for a preset without weights and for a file, FileNotFoundError for an unknown name.
+    A checkpoint in one file becomes a folder first. Raises ValueError for a preset without weights,
+    FileNotFoundError for an unknown name.
     """
     packaged = packaged_models()
     if name in packaged:
@@ -28,9 +29,11 @@ def find_model(name: str) -> Path:
         raise ValueError(f"{name} is not here yet: cmdgen models pull {name}")
     if name in PRESETS:
         raise ValueError(f"{name} is a preset, its weights are random: cmdgen models init {name} -o DIR")
+    # after the cheap answers: they import torch, and the hub's client
     if Path(name).is_file():
-        raise ValueError(f"{name} is a file: cmdgen models import {name} -o DIR makes a model folder of it")
-    # after the cheap answers: it imports the hub's client
+        from cmdgen.store.single import find_imported
+
+        return find_imported(Path(name))
     from cmdgen.store.hub import cached_folder
 
     folder = cached_folder(name)

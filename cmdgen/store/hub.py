@@ -25,7 +25,7 @@ _BESIDE = ("model_index.json", "README.md", "LICENSE.md", CALIBRATION)
 _MOTION = PARTS["motion_adapter"].filename
 # what repositories call a LoRA's file
 LORAS = ("pytorch_lora_weights.safetensors", "diffusion_pytorch_model.safetensors")
-_PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 # takes a line for the user
@@ -59,7 +59,7 @@ def choose_files(names: Iterable[str], repo: str, *, full: bool = False) -> list
     safety checker.
     """
     names = sorted(names)
-    pickled = [name for name in names if name.endswith(_PICKLED)]
+    pickled = [name for name in names if name.endswith(PICKLED)]
     unsafe = f"{repo}: pickled weights are refused, reading them could run any code"
     lora = [name for name in LORAS if name in names]
     if lora and not {"model_index.json", "config.json"} & {*names}:
@@ -82,7 +82,7 @@ def choose_files(names: Iterable[str], repo: str, *, full: bool = False) -> list
         if part in NETWORKS and "config.json" in inside:
             filename = PARTS[part].filename
             weights = _choose_weights(inside, filename, full=full)
-            if not weights and any(name.endswith(_PICKLED) for name in inside):
+            if not weights and any(name.endswith(PICKLED) for name in inside):
                 raise ValueError(f"{unsafe}; {part} has no safetensors")
             if not weights:
                 raise ValueError(f"{repo}: {part} has no {filename}")

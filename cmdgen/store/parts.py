@@ -109,6 +109,8 @@ _ADAPTED = (
     ("motion_adapter.block_out_channels", "unet.block_out_channels"),
     ("motion_adapter.motion_layers_per_block", "unet.layers_per_block"),
 )
+# frames that AnimateDiff's first motion modules know; later ones know 32
+_FIRST_LENGTH = 24
 # fields of ModelConfig that model_index.json keeps under "cmdgen"
 _SAMPLING = [
     field.name
@@ -276,7 +278,24 @@ def _describe_public(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     if values["adapter"] is None:
         return found | {"frames": 1}
     found |= {key: getattr(ANIMATEDIFF, key) for key in ("frames", "steps", "guidance", "fps")}
-    if noise.beta_schedule != ANIMATEDIFF.noise.beta_schedule:
+    if noise.beta_schedule != ANIMATEDIFF.noise.beta_schedule or noise.timestep_spacing == "linspace":
         # the base model's: motion modules were trained on another one
         found |= {"noise": ANIMATEDIFF.noise, "still_noise": noise}
     return found
+
+
+def list_notes(model: ModelConfig) -> list[str]:
+    """List what may surprise who puts a model with motion modules together."""
+    notes, noise, still = [], model.noise, model.still_noise
+    if model.adapter is not None and still is not None:
+        notes.append(
+            f"{model.name} is sampled as motion modules were trained, on {noise.beta_schedule} betas with "
+            f"{noise.timestep_spacing} timesteps; its base model's schedule ({still.beta_schedule}, "
+            f"{still.timestep_spacing}) is for stills alone"
+        )
+    if model.adapter is not None and model.adapter.motion_max_seq_length == _FIRST_LENGTH:
+        notes.append(
+            f"the motion modules of {model.name} know {_FIRST_LENGTH} frames: they are of AnimateDiff's first version, "
+            "which often draws the watermark of its training videos; animatediff has newer ones"
+        )
+    return notes

@@ -26,7 +26,7 @@ from cmdgen.store import hub
 from cmdgen.store.catalogue import read_licence
 from cmdgen.store.find import composed_models
 from cmdgen.store.lora import Lora, parse_lora
-from cmdgen.store.parts import PARTS, write_model_index
+from cmdgen.store.parts import PARTS, list_notes, read_model, write_model_index
 
 # Stable Diffusion 1.5, as AnimateDiff's authors use it
 _BASE = "emilianJR/epiCRealism"
@@ -88,10 +88,8 @@ def pull_recipe(
         modules = place / recipe.file if recipe.file else weight_paths(place, _MOTION)[0]
     place = composed_models() / name
     place.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists():
-        # links to what was pulled before
-        shutil.rmtree(place)
-    with create_folder(place) as target:
+    # one that was pulled before gives way to a new one that is whole
+    with create_folder(place, overwrite=True) as target:
         (target / "lora").mkdir()
         names = tuple(f"{i}.safetensors:{lora.scale:g}" for i, lora in enumerate(changes))
         for i, lora in enumerate(changes):
@@ -99,6 +97,8 @@ def pull_recipe(
         compose(replace(recipe.model, name=name, loras=names), base, modules, target)
         card = f"---\nlicense: {' and '.join(licences)}\n---\n\n# {name}\n\nLinks into the cache of the hub.\n"
         (target / "README.md").write_text(card, encoding="utf-8")
+    for note in list_notes(read_model(place)):
+        report(f"note: {note}")
     return place
 
 

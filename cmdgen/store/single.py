@@ -1,9 +1,11 @@
 """Stable Diffusion 1 and 2 in one file, under the names of their authors' code, as a model folder.
 
 Such a file has UNet, VAE and text encoder, no tokenizer and no configuration: what the networks are
-is read from the shapes. Only safetensors are read; averages for further training are left out.
+is read from the shapes, and what the UNet predicts is told by running it. Only safetensors are read;
+averages for further training are left out.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +17,10 @@ from torch import Tensor
 
 from cmdgen.config import CMD_SD15, CMD_SD21, ModelConfig, UNetConfig
 from cmdgen.files import create_folder
+from cmdgen.models.tokenizer import EOS, Tokenizer
 from cmdgen.schema import write_config
+from cmdgen.store.catalogue import recognise
+from cmdgen.store.hub import PICKLED, find_cached
 from cmdgen.store.parts import PARTS, network_configs, write_model_index
 from cmdgen.weights import build_empty, open_weights, save_tensors
 
@@ -38,26 +43,60 @@ _OPEN_TEXT_NAMES = {
 }
 
 
-def import_checkpoint(path: Path, folder: Path, tokenizer: Path) -> None:
-    """Write the model folder of a checkpoint, its weights as they are stored; `tokenizer` is copied.
+# side of the pictures that Stable Diffusion 2 is made for where it predicts velocity
+_LARGE = 768
 
-    Raises ValueError where the file is no Stable Diffusion 1 or 2, or `folder` exists.
+
+def find_imported(path: Path) -> Path:
+    """Return the model folder of a checkpoint, in the user's cache: the first time, it is made."""
+    from platformdirs import user_cache_path
+
+    stat = path.stat()
+    of = hashlib.blake2b(repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode(), digest_size=8)
+    folder = user_cache_path("cmdgen") / "imported" / of.hexdigest() / path.stem
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        import_checkpoint(path, folder, None)
+    return folder
+
+
+def import_checkpoint(path: Path, folder: Path, base: Path | None) -> None:
+    """Write the model folder of a checkpoint, its weights as they are stored.
+
+    The tokenizer is that of `base`, a model, or of one that was pulled. Raises ValueError where
+    there is none, where the file is no Stable Diffusion 1 or 2, or where `folder` exists.
     """
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix in PICKLED:
         raise ValueError(f"{path} is pickled, and reading it could run any code: get it as .safetensors")
     with open_weights(path, "cpu") as file, create_folder(folder) as target:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        model = describe_checkpoint(path, shapes)
+        model = replace(describe_checkpoint(path, shapes), name=folder.name)
+        assert isinstance(model.content, UNetConfig)
+        second, known = model.content.use_linear_projection, _find_tokenizer(path, base)
+        # their authors pad texts in two ways
+        Tokenizer(known.vocab, known.merges, pad="!" if second else EOS).save_pretrained(target / "tokenizer")
         for name, config in network_configs(model).items():
             network: Any = build_empty(PARTS[name].network, config)
             state = dict(_Checkpoint(path, file, shapes).read(name, network.state_dict()))
             save_tensors(target / name / PARTS[name].filename, state)
             write_config(config, target / name)
-        (target / "tokenizer").mkdir()
-        for source in tokenizer.iterdir():
-            if source.suffix in (".json", ".txt"):
-                (target / "tokenizer" / source.name).write_bytes(source.read_bytes())
-        write_model_index(target, replace(model, name=folder.name))
+        write_model_index(target, model)
+        if (predicts := recognise(target, model)) not in (None, model.noise.prediction_type):
+            write_model_index(target, replace(model, noise=replace(model.noise, prediction_type=predicts)))
+            if second:
+                write_config(replace(model.content, sample_size=_LARGE // model.stride), target / "unet")
+
+
+def _find_tokenizer(path: Path, base: Path | None) -> Tokenizer:
+    """Return the tokenizer of a model, or of one in the hub's cache."""
+    cached = [] if base is not None else [snapshot.folder for snapshot in find_cached()]
+    for folder in (*([] if base is None else [base]), *cached):
+        if (folder / "tokenizer" / "vocab.json").is_file():
+            return Tokenizer.from_pretrained(folder / "tokenizer")
+    raise ValueError(
+        f"{path} has no tokenizer: give --tokenizer to cmdgen models import, the name of a Stable Diffusion here, or "
+        "pull one"
+    )
 
 
 def describe_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:

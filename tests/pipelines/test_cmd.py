@@ -21,6 +21,7 @@ from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Request
+from cmdgen.store.catalogue import check_prediction
 from cmdgen.video.pixels import to_unit, to_yuv420p
 
 PROMPT = "a dog swimming in the ocean"
@@ -107,12 +108,11 @@ def test_a_unet_that_predicts_otherwise_than_its_schedule_says_is_refused(tmp_pa
     shutil.copytree(packaged_models()["mini"], tmp_path / "mini")
     path = tmp_path / "mini" / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": said}))
-    model = load_pipeline(tmp_path / "mini")
     if said == "v_prediction":
-        model.check_prediction()
+        check_prediction(tmp_path / "mini")
     else:
         with pytest.raises(ValueError) as error:
-            model.check_prediction()
+            check_prediction(tmp_path / "mini")
         assert str(error.value) == (f"{path}: prediction_type is epsilon, but unet/ predicts v_prediction: correct it")
 
 

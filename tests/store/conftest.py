@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from cmdgen.cli.app import main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_accepted"
 
 
 @dataclass
@@ -22,8 +23,17 @@ class Hub:
     """Repositories of the files of folders, by OWNER/NAME."""
 
     folders: dict[str, Path] = field(default_factory=dict)
-    # files that a request was made for
+    # files that a request was made for; all requests
     asked: list[str] = field(default_factory=list)
+    requests: int = 0
+    # repositories whose files need the token
+    gated: set[str] = field(default_factory=set)
+    # after so many bytes of a file the connection breaks, once; where the rest of it was asked for
+    breaks: dict[str, int] = field(default_factory=dict)
+    resumed: list[tuple[str, int]] = field(default_factory=list)
+    # files that the hub fails to send; whose bytes it has sent
+    refused: set[str] = field(default_factory=set)
+    sent: list[str] = field(default_factory=list)
     # what every request, or every one for a file, is refused with
     status: int | None = None
     code: str | None = None
@@ -50,28 +60,45 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-        def answer(self, status: int, body: bytes = b"{}", **headers: str) -> None:
+        def answer(self, status: int, body: bytes = b"{}", sent: int | None = None, **headers: str) -> None:
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             for name, value in headers.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             if self.command == "GET":
-                self.wfile.write(body)
+                self.wfile.write(body[:sent])
+
+        def send_file(self, repo: str, file: str) -> None:
+            served.asked.append(file)
+            served.sent += [file] * (self.command == "GET")
+            body = (served.folders[repo] / file).read_bytes()
+            about = {"X_Repo_Commit": COMMIT, "ETag": f'"{hashlib.sha256(body).hexdigest()}"'}
+            if (part := self.headers.get("Range")) is None:
+                sent = served.breaks.pop(file, None) if self.command == "GET" else None
+                return self.answer(200, body, sent, **about)
+            start = int(part.removeprefix("bytes=").rstrip("-"))
+            served.resumed.append((file, start))
+            about["Content_Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            return self.answer(206, body[start:], **about)
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             repo = "/".join(path.removeprefix("/api/models").split("/")[1:3])
             file = path.partition(f"/resolve/{COMMIT}/")[2]
+            served.requests += 1
+            opened = self.headers.get("Authorization") == f"Bearer {TOKEN}"
             if served.status and (file or not served.files_alone):
                 self.answer(served.status, X_Error_Code=served.code or "")
             elif repo not in served.folders:
                 self.answer(404, X_Error_Code="RepoNotFound")
+            elif file and repo in served.gated and not opened:
+                # who has no token at all is not known
+                self.answer(403 if "Authorization" in self.headers else 401, X_Error_Code="GatedRepo")
+            elif file in served.refused and self.command == "GET":
+                self.answer(503)
             elif file:
-                served.asked.append(file)
-                body = (served.folders[repo] / file).read_bytes()
-                tag = f'"{hashlib.sha256(body).hexdigest()}"'
-                self.answer(200, body, X_Repo_Commit=COMMIT, ETag=tag)
+                self.send_file(repo, file)
             elif "/tree/" in path:
                 entries = [
                     {
