@@ -117,12 +117,13 @@ def compose(model: ModelConfig, base: Path, modules: Path | None, target: Path) 
     content = read_config(base / "unet", UNetConfig)
     if modules is not None:
         adapter = describe_modules(modules)
+        if content.use_linear_projection:
+            raise ValueError(f"{base} is Stable Diffusion 2: motion modules need a Stable Diffusion 1.5")
         if adapter.block_out_channels != content.block_out_channels:
             raise ValueError(
-                f"{modules} is for a UNet of {adapter.block_out_channels}, {base} has {content.block_out_channels}"
+                f"{modules} is for a UNet of {adapter.block_out_channels}, {base} has {content.block_out_channels}: "
+                "take motion modules of Stable Diffusion 1.5"
             )
-        if content.use_linear_projection:
-            raise ValueError(f"{base} is Stable Diffusion 2: motion modules are for Stable Diffusion 1")
         side = 8 * content.sample_size
         model = replace(model, adapter=adapter, height=side, width=side)
         write_config(adapter, target / "motion_adapter")
@@ -157,7 +158,7 @@ def describe_modules(path: Path) -> MotionConfig:
     if len(lengths) != 1 or not widths:
         raise ValueError(f"{path} holds no motion modules of AnimateDiff")
     if "conv_in.weight" in shapes:
-        raise ValueError(f"{path} has a first convolution of its own: such motion modules are not supported")
+        raise ValueError(f"{path} has a first convolution of its own, as PIA: take AnimateDiff's motion modules")
     return MotionConfig(
         block_out_channels=tuple(width for _, width in sorted(widths.items())),
         motion_max_seq_length=lengths.pop(),

@@ -76,7 +76,8 @@ def _run(run: Run) -> int:
         _check_init(init, run.model)
     if run.start.restart:
         shutil.rmtree(run.state, ignore_errors=True)
-    scheduler = run.initial("scheduler") or run.folder / "scheduler"
+    # of a model with motion modules, the UNet's own
+    scheduler = run.initial("still_scheduler") or run.initial("scheduler") or run.folder / "scheduler"
     # a kill may have left the folder empty
     if config_path(scheduler, NoiseConfig).exists():
         noise = read_config(scheduler, NoiseConfig)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cmdgen.cli.models import _SHAPES
 from cmdgen.config import ANIMATEDIFF_LIGHTNING, SVD
 from cmdgen.store.create import create_model
 from cmdgen.video.read import read_metadata, read_video
@@ -51,17 +52,43 @@ def test_a_prompt_becomes_a_clip_that_is_made_again(cmdgen, animatediff: Path, t
 
 def test_a_picture_becomes_a_clip_without_a_prompt(cmdgen, svd: Path, picture: Path, tmp_path: Path) -> None:
     first, again = tmp_path / "a.mp4", tmp_path / "b.mp4"
-    done = cmdgen("sample", "--image", picture, "--model", svd, "-o", first, "--seed", 3, "--motion-amount", 40)
+    options = ("--motion-amount", 40, "--image-noise", 0.1, "--guidance-first", 2, "--guidance", 4)
+    done = cmdgen("sample", "--image", picture, "--model", svd, "-o", first, "--seed", 3, *options)
     assert (done.code, done.out) == (0, f"{first}\n"), done.err
     assert f"{picture}, 90x50: cropped and resized to 64x64" in done.err
     about = read_metadata(first)
     assert about["image"]["file"] == "picture.png"
-    assert about.items() >= {"motion_amount": 40, "image_noise": 0.02, "guidance_first": 1.0, "fps": 7}.items()
+    recorded = {"motion_amount": 40, "image_noise": 0.1, "guidance_first": 2.0, "guidance": 4.0, "fps": 7}
+    assert about.items() >= recorded.items()
     done = cmdgen("sample", "--like", first, "--image", picture, "--model", svd, "-o", again)
     assert done.code == 0, done.err
     assert np.array_equal(read_video(first)[0], read_video(again)[0])
     done = cmdgen("sample", "--like", first, "--model", svd, "-o", tmp_path / "c.mp4")
     assert done.code == 2 and "give that file, too" in done.err
+
+
+def test_prompts_of_a_file_are_one_stream_of_clips(streamed, animatediff: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "jobs.jsonl"
+    lines.write_text('a dog\n{"prompt": "a cat", "seed": 2}\n')
+    code, video, err = streamed("sample", "-f", lines, "--batch", 2, "--model", animatediff, "-o", "-", "--seed", 1)
+    assert code == 0, err
+    header, *frames = video.split(b"FRAME\n")
+    assert header.startswith(b"YUV4MPEG2 W64 H64 F8:1") and len(frames) == 8
+    assert frames[0] != frames[4]
+
+
+def test_a_public_model_with_random_weights_is_sampled_and_inspected(
+    cmdgen, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_SHAPES, "svd", tiny(SVD))
+    done = cmdgen("models", "init", "svd", "-o", tmp_path / "svd")
+    assert (done.code, done.out) == (0, f"{tmp_path / 'svd'}\n"), done.err
+    clip = tmp_path / "x.mp4"
+    done = cmdgen("sample", "--image", picture, "--model", tmp_path / "svd", "-o", clip, "--seed", 1)
+    assert done.code == 0, done.err
+    done = cmdgen("inspect", clip, "--json")
+    about = json.loads(done.out)
+    assert about.items() >= {"model": "svd", "frames": 4, "motion_amount": 127, "guidance_first": 1.0}.items()
 
 
 def test_lines_of_a_file_are_clips_of_the_picture(cmdgen, svd: Path, picture: Path, tmp_path: Path) -> None:

@@ -1,17 +1,29 @@
 """Devices by name. None of these machines has Apple's: what asks for a GPU's kind is asked here."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.overlap import fetch
-from cmdgen.config import ANIMATEDIFF, SVD
+from cmdgen.config import ANIMATEDIFF, SAMPLERS, SVD, ModelConfig
+from cmdgen.pipelines import base, video_unet
+from cmdgen.pipelines.clip import Inputs
 from cmdgen.pipelines.device import choose_device, choose_dtype
 from cmdgen.pipelines.video_unet import MotionPipeline, PicturePipeline
+from cmdgen.request import Request
+from cmdgen.store.create import create_model
+from cmdgen.store.parts import PARTS, network_configs
+from cmdgen.weights import build_empty
+from tests.video_unets import tiny
 
 MPS = torch.device("mps")
 
@@ -52,3 +64,52 @@ def test_nothing_of_cuda_is_asked_for_on_mps(monkeypatch: pytest.MonkeyPatch) ->
         parts = [torch.empty(2, device="meta")]
         monkeypatch.setattr(torch.Tensor, "cpu", lambda part: torch.zeros(2))
         assert [part.tolist() for part in fetch(parts)] == [[0.0, 0.0]]
+
+
+META = torch.device("meta")
+
+
+class _OneDevice(TorchDispatchMode):
+    """What runs on the meta device, which is neither a CPU nor CUDA, reads nothing of the CPU, and no float64."""
+
+    ran = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)]
+        there = [each for each in tensors if each.device == META]
+        self.ran += bool(there)
+        assert all(each.dtype != torch.float64 for each in there), func
+        # numbers may lie anywhere
+        here = [each for each in tensors if each.device != META and each.ndim]
+        moves = any(word in str(func) for word in ("copy", "aten.to.", "lift_fresh"))
+        assert not (there and here) or moves, func
+        return result
+
+
+@pytest.mark.parametrize("model", [ANIMATEDIFF, SVD], ids=["animatediff", "svd"])
+def test_clips_are_made_on_one_device_without_float64(
+    model: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Apple's there is no float64: a device without values stands for it."""
+    model = tiny(model)
+    create_model(model, tmp_path / "model")
+
+    def build(folder: Path, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+        return build_empty(PARTS[name].network, network_configs(model)[name]).to(device, dtype)
+
+    for module in (base, video_unet):
+        monkeypatch.setattr(module, "load_part", build)
+    leave = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else leave(x))
+    monkeypatch.setattr(base.Pipeline, "check_finite", lambda pipeline, sample, part: sample)
+    kind = MotionPipeline if model.vision is None else PicturePipeline
+    pipeline = kind(tmp_path / "model", model, META, choose_dtype("auto", MPS))
+    picture = None if model.vision is None else np.zeros((70, 50, 3), np.uint8)
+    for sampler in SAMPLERS:
+        prompt = "a dog" if model.vision is None else None
+        requests = [Request(prompt, seed=seed, sampler=sampler, steps=2) for seed in (1, 2)]
+        plans = [pipeline.plan(request, batch=2) for request in requests]
+        with _OneDevice() as device:
+            clips = pipeline.run(plans, inputs=Inputs(image=picture))
+        assert len(clips) == 2 and clips[0].frames.shape == (4, 64, 64, 3) and device.ran > 1000

@@ -325,3 +325,21 @@ def test_half_precision_encodes_the_picture_in_full(svd: Path, picture: Path) ->
     assert got.dtype == torch.float32 and half.vae.encoder.conv_in.weight.dtype == torch.bfloat16
     clip = half.sample(image=picture, seed=1, steps=1, **SIZE)
     assert clip.frames.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [("composed", "unet"), ("composed", "vae"), ("svd", "unet"), ("svd", "vae"), ("svd", "image_encoder")],
+)
+def test_numbers_that_overflow_in_half_precision_are_one_line(
+    request: pytest.FixtureRequest, picture: Path, kind: str, part: str
+) -> None:
+    model = load_pipeline(request.getfixturevalue(kind), dtype="float16")
+    weights = [value for name, value in model.part(part).named_parameters() if "encoder" not in name or part[0] == "i"]
+    with torch.no_grad():
+        # 65504 is the largest number there is
+        next(value for value in weights if value.ndim > 1).fill_(6e4)
+    what = {"image": picture} if kind == "svd" else {"prompt": PROMPT}
+    with pytest.raises(ValueError) as error:
+        model.sample(**what, seed=1, steps=2, **SIZE)
+    assert str(error.value).endswith(f"{part} overflows in float16: its weights are damaged or need float32")

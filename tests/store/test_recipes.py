@@ -250,25 +250,40 @@ def test_pictures_are_animated_by_what_was_pulled(
 
 
 def test_what_does_not_fit_is_refused_and_leaves_no_folder(cmdgen, hub, base: Path, data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "modules"
-    MotionAdapter(block_out_channels=(32, 64), use_motion_mid_block=False).save_pretrained(folder)
-    hub.folders["acme/motion"] = folder
-    pull = ("models", "pull", "acme/motion", "--base", "emilianJR/epiCRealism")
-    done = cmdgen(*pull)
-    assert done.code == 2 and "is for a UNet of (32, 64)" in done.err and done.err.count("\nerror: ") == 1
-    MotionAdapter(block_out_channels=(32, 64, 64), conv_in_channels=9).save_pretrained(tmp_path / "pia")
-    hub.folders["acme/pia"] = tmp_path / "pia"
-    done = cmdgen("models", "pull", "acme/pia", *pull[3:])
-    assert done.code == 2 and "conv_in_channels 9 is not supported" in done.err
-    (folder / "mm.ckpt").write_bytes(b"pickle")
-    done = cmdgen(*pull, "--file", "mm.ckpt")
-    assert done.code == 2 and "mm.ckpt is no safetensors file: pickled weights could run any code" in done.err
-    done = cmdgen(*pull, "--file", "no.safetensors")
-    assert done.code == 2 and "acme/motion has no no.safetensors" in done.err
-    done = cmdgen("models", "pull", "acme/motion", "--file", "mm.safetensors")
-    assert done.code == 2 and "--file and --lora go with motion modules, which need --base" in done.err
-    done = cmdgen("models", "pull", "svd", "--base", "emilianJR/epiCRealism")
-    assert done.code == 2 and "--base has no effect: svd has no motion modules" in done.err
+    def refuse(*arguments: object, code: int = 2) -> str:
+        done = cmdgen("models", "pull", *arguments)
+        lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+        assert (done.code, done.out, len(lines)) == (code, "", 1), done.err
+        return lines[0]
+
+    pull = ("acme/motion", "--base", "emilianJR/epiCRealism")
+    # SDXL's have three levels
+    shapes = {
+        "acme/motion": {"block_out_channels": (32, 64), "use_motion_mid_block": False},
+        "acme/pia": {"block_out_channels": (32, 64, 64), "conv_in_channels": 9},
+        "acme/v1": {"block_out_channels": (32, 64, 64), "use_motion_mid_block": False, "motion_max_seq_length": 24},
+    }
+    for name, shape in shapes.items():
+        hub.folders[name] = tmp_path / name
+        MotionAdapter(**shape).save_pretrained(hub.folders[name])
+    assert "is for a UNet of (32, 64), " in refuse(*pull)
+    assert refuse(*pull).endswith("has (32, 64, 64): take motion modules of Stable Diffusion 1.5")
+    assert "conv_in_channels 9 is not supported" in refuse("acme/pia", *pull[1:])
+    file = ("--file", WEIGHTS)
+    assert "has a first convolution of its own, as PIA: take AnimateDiff's" in refuse("acme/pia", *pull[1:], *file)
+    (tmp_path / "acme/motion/mm.ckpt").write_bytes(b"pickle")
+    ckpt = refuse(*pull, "--file", "mm.ckpt")
+    assert "mm.ckpt is no safetensors file: pickled weights could run any code" in ckpt
+    assert "acme/motion has no no.safetensors" in refuse(*pull, "--file", "no.safetensors")
+    alone = refuse("acme/motion", "--file", "mm.safetensors")
+    assert "--file and --lora go with motion modules, which need --base" in alone
+    other = refuse("svd", "--base", "emilianJR/epiCRealism")
+    assert "--base has no effect: svd has no motion modules" in other
+    # version 1 in Stable Diffusion 2.1
+    change(base / "unet" / "config.json", use_linear_projection=True)
+    hub.folders["acme/sd21"] = base
+    second = refuse("acme/v1", "--base", "acme/sd21")
+    assert second.endswith(" is Stable Diffusion 2: motion modules need a Stable Diffusion 1.5")
     assert not data.exists() or not any(data.iterdir())
 
 

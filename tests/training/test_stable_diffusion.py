@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cmdgen.config import CMD_SD21, PRESETS, NoiseConfig, VaeConfig
+from cmdgen.config import CMD_SD21, PRESETS, MotionConfig, NoiseConfig, VaeConfig
+from cmdgen.models.temporal import MotionAdapter
+from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.schema import read_config, write_config
@@ -112,6 +114,24 @@ def test_three_stages_and_precomputed_latents_make_a_whole_model(
     model = load_pipeline(run)
     assert model.config.name == "cmd-sd21"
     assert model.sample("noise a").frames.shape == (4, 32, 48, 3)
+
+
+def test_a_model_with_motion_modules_is_its_base_model_to_training(
+    cmdgen: Run, stock: Path, videos: Path, tmp_path: Path
+) -> None:
+    shutil.move(stock / "scheduler", stock / "still_scheduler")
+    write_config(NoiseConfig(beta_schedule="linear"), stock / "scheduler")
+    shape = {"block_out_channels": (16, 16, 16), "motion_layers_per_block": 1, "motion_norm_num_groups": 4}
+    MotionAdapter(MotionConfig(**shape)).save_pretrained(stock / "motion_adapter")
+    train = ("-o", tmp_path / "run", "--preset", "cmd-sd21", "--data", videos, "--steps", 1, "--batch", 2)
+    for stage in ("autoencoder", "content"):
+        done = cmdgen("train", stage, *train, "--accumulate", 1, "--init", stock)
+        assert done.code == 0, done.err
+    assert read_config(tmp_path / "run" / "scheduler", NoiseConfig) == NoiseConfig(set_alpha_to_one=False)
+    first, last = (load_file(folder / "unet" / UNet.filename) for folder in (stock, tmp_path / "run"))
+    assert first.keys() == last.keys() and not (tmp_path / "run" / "motion_adapter").exists()
+    # one step away from where it started
+    assert 0 < max(float((last[name] - first[name]).abs().max()) for name in first) < 0.01
 
 
 def test_interrupted_precompute_goes_on_where_it_was(
