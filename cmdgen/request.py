@@ -155,7 +155,11 @@ class Request:
     sidecar: bool = _file(False, "Also write the metadata to NAME.json.")
     no_metadata: bool = _file(False, "Write no metadata into the file.")
 
-    model: str = _machine("mini", "Packaged model, folder, or OWNER/NAME of `cmdgen models pull`.", complete="model")
+    model: str = _machine(
+        "mini",
+        "Packaged model, folder, .safetensors checkpoint, or what `cmdgen models pull` brought.",
+        complete="model",
+    )
     lora: tuple[str, ...] = _machine(
         (), "LoRA that changes the weights: a safetensors file, or OWNER/NAME; repeatable.", metavar="NAME[:SCALE]"
     )

@@ -152,8 +152,8 @@ def pull(
     """Download a model from the Hugging Face hub and print its folder.
 
     Takes configurations, tokenizer and safetensors files, into the hub's cache (HF_HOME). HF_TOKEN
-    opens gated and private models; with HF_HUB_OFFLINE=1 only the cache is used. What stopped midway
-    goes on where it was.
+    opens gated and private models; with HF_HUB_OFFLINE=1 only the cache is used. A broken
+    connection goes on in the middle of a file; a pull that was stopped, with the files that are missing.
 
     NAME is one of animatediff, animatediff-v2, animatediff-lightning, animatelcm, svd, svd-xt,
     svd-xt-1.1: its parts come from several repositories, and --model NAME samples it. So does the
@@ -205,8 +205,9 @@ def import_file(
 ) -> None:
     """Write the model folder of a checkpoint: Stable Diffusion 1 or 2 in one safetensors file.
 
-    Weights stay as they are stored. The file has no tokenizer: it is copied from a model that was
-    pulled.
+    Weights stay as they are stored. Whether the UNet predicts noise or velocity is told by running it
+    once. The file has no tokenizer: it is copied from a model that was pulled. `cmdgen sample --model
+    FILE` does the same on its own, into the user's cache.
 
     Examples:
         cmdgen models import realistic.safetensors -o DIR --tokenizer animatediff

@@ -230,7 +230,8 @@ def test_eulers_method_is_ddim_on_samples_of_other_sizes(config: NoiseConfig, se
 def test_distilled_models_are_called_at_the_published_timesteps() -> None:
     assert timesteps(LIGHTNING, 4).tolist() == [999, 749, 499, 249]
     assert timesteps(LIGHTNING, 8).tolist() == [999, 874, 749, 624, 499, 374, 249, 124]
-    assert timesteps(ANIMATE, 25).tolist()[:2] == [961, 921] and timesteps(ANIMATE, 25)[-1] == 1
+    for steps, visited in ((25, [961, 921, 41, 1]), (20, [951, 901, 51, 1])):
+        assert timesteps(ANIMATE, steps)[[0, 1, -2, -1]].tolist() == visited
     assert VISITED["lcm"](ANIMATE, 4).tolist() == [999, 759, 499, 259]
     assert VISITED["lcm"](ANIMATE, 6).tolist() == [999, 839, 679, 499, 339, 179]
     assert VISITED["lcm"](ANIMATE, 8).tolist() == [999, 879, 759, 639, 499, 379, 259, 139]

@@ -342,4 +342,4 @@ def test_numbers_that_overflow_in_half_precision_are_one_line(
     what = {"image": picture} if kind == "svd" else {"prompt": PROMPT}
     with pytest.raises(ValueError) as error:
         model.sample(**what, seed=1, steps=2, **SIZE)
-    assert str(error.value).endswith(f"{part} overflows in float16: its weights are damaged or need float32")
+    assert str(error.value).endswith(f"{part} overflows in float16: its weights are damaged or need --dtype bfloat16")

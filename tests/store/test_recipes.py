@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -356,6 +357,30 @@ def test_a_lora_of_the_hub_is_pulled_and_used_by_name(
     pull = ("models", "pull", "acme/motion", "--base", "emilianJR/epiCRealism", "--lora", "guoyww/zoom:0.5")
     assert cmdgen(*pull).code == 0
     assert np.array_equal(zoomed, sample("motion", tmp_path / "z.mp4", *clip[:3]))
+
+
+def test_the_readme_goes_from_pull_to_clip(
+    cmdgen, hub, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Line by line, in a folder that has a picture alone."""
+    lightning, svd = RECIPES["animatediff-lightning"], RECIPES["svd-xt"]
+    adapter(tmp_path / "modules", mid=True)
+    (tmp_path / "modules" / WEIGHTS).rename(tmp_path / "modules" / lightning.file)
+    small = {"frames": 2, "height": 64, "width": 64, "steps": 2}
+    monkeypatch.setitem(RECIPES, "svd-xt", replace(svd, model=replace(SVD_XT, **small)))
+    write(tiny(SVD_XT), tmp_path / "svd", licence="other\nlicense_name: stable-video-diffusion-community")
+    hub.folders |= {lightning.adapter: tmp_path / "modules", svd.base: tmp_path / "svd"}
+    root = Path(__file__).parents[2]
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    shutil.copy(root / "docs" / "reconstruction.png", "photo.png")
+    section = (root / "README.md").read_text().partition("## Real models")[2].partition("\n## ")[0]
+    commands = [shlex.split(line, comments=True) for line in section.splitlines() if line.startswith("    cmdgen ")]
+    assert [command[1] for command in commands] == ["models", "sample"] * 2
+    for command in commands:
+        done = cmdgen(*command[1:])
+        assert done.code == 0, done.err
+    assert read_video("out.mp4")[0].shape == (16, 64, 64, 3) and read_video("alive.mp4")[0].shape == (2, 64, 64, 3)
 
 
 def test_a_broken_connection_goes_on_where_it_broke(
