@@ -250,7 +250,7 @@ def test_what_did_not_arrive_as_meant_is_named_with_its_remedy(tiny_model: Path,
     weights.unlink()
     says("the weights are pickled, and reading those could run any code", 1)
     weights.write_bytes(whole)
-    says("-o DIR makes a model folder of it", 2, weights)
+    says("is no checkpoint of Stable Diffusion 1 or 2", 2, weights)
 
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler", 7])
