@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmdgen.acceleration.moments import GONE, Affine, Moments
+from cmdgen.acceleration.video import decode_frames
 from cmdgen.models.autoencoder import Block, CmdAutoencoder
 from cmdgen.models.layers import Downsample, ResnetBlock, Upsample, normalise
 from cmdgen.models.vae import KlVae
@@ -90,7 +92,12 @@ def encode_pictures(vae: KlVae, pictures: Tensor, strips: int) -> Tensor:
 
 
 def decode_pictures(vae: KlVae, latents: Tensor, strips: int) -> Tensor:
-    """(B, c, h, w) scaled -> (B, 3, H, W): `from_latents`, the rows of h in so many strips."""
+    """(B, c, h, w) scaled -> (B, 3, H, W): `from_latents`, the rows of h in so many strips.
+
+    A decoder that looks along time has its frames apart instead: each is let go of as it is read.
+    """
+    if vae.config.temporal == "blend":
+        return decode_frames(vae, latents)
     if strips == 1:
         return vae.from_latents(latents)
     decoder = vae.decoder
@@ -107,45 +114,6 @@ def decode_pictures(vae: KlVae, latents: Tensor, strips: int) -> Tensor:
 
 # strips of one feature map, from its top: (B, C, R, W) each, channels_last
 Strips = list[Tensor]
-# scale and offset (B, C, 1, 1) of a norm
-Affine = tuple[Tensor, Tensor]
-# in the place of one that nobody needs any more
-GONE = torch.empty(0)
-
-
-class Moments:
-    """Mean and deviation of each channel, of the strips that were added."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Tensor | float = 0.0
-        # the sum of squared deviations from it
-        self.squares: Tensor | float = 0.0
-
-    def add(self, x: Tensor) -> Tensor:
-        """(B, C, R, W) -> the same, by Chan et al. 1979: no difference of large sums."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = wide.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
-        # on a CPU in a tenth of the time of var_mean
-        squares = (wide - mean).square_().sum(dim=(2, 3), keepdim=True)
-        count = x.shape[2] * x.shape[3]
-        total = self.count + count
-        delta = mean - self.mean
-        self.squares = self.squares + squares + delta**2 * (self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
-        return x
-
-    def affine(self, norm: nn.GroupNorm) -> Affine:
-        """() -> scale and offset (B, C, 1, 1), in float32 at least: all that is left of `norm`."""
-        assert isinstance(self.mean, Tensor) and isinstance(self.squares, Tensor)
-        means = self.mean.unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, 1, 1)
-        mean = means.mean(dim=2, keepdim=True)
-        variances = self.squares.unflatten(1, (norm.num_groups, -1)) / self.count
-        variance = (variances + (means - mean) ** 2).mean(dim=2, keepdim=True)
-        weight, bias = (each.unflatten(0, (norm.num_groups, -1))[:, :, None, None] for each in (norm.weight, norm.bias))
-        scale = weight / (variance + norm.eps).sqrt()
-        return scale.flatten(1, 2), (bias - mean * scale).flatten(1, 2)
 
 
 def _run_blocks(blocks: nn.ModuleList, x: Strips, moments: Moments) -> Moments:

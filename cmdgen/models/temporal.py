@@ -113,9 +113,12 @@ class MotionModule(nn.Module):
     def forward(self, x: Tensor, clips: int) -> Tensor:
         """(B T, C, H, W), B -> (B T, C, H, W)."""
         clip = normalise(self.norm, clip_view(x, clips), activation="none")
-        tokens = self.proj_in(rearrange(clip, "b c t p -> b t p c"))
-        tokens = self.proj_out(self.transformer_blocks[0](tokens))
-        return x + rearrange(tokens, "b t (h w) c -> (b t) c h w", h=x.shape[2])
+        added = self.transform(rearrange(clip, "b c t p -> b t p c"))
+        return x + rearrange(added, "b t (h w) c -> (b t) c h w", h=x.shape[2])
+
+    def transform(self, tokens: Tensor) -> Tensor:
+        """(B, T, P, C), normalised -> (B, T, P, C): what is added."""
+        return self.proj_out(self.transformer_blocks[0](self.proj_in(tokens)))
 
 
 def clip_view(x: Tensor, clips: int) -> Tensor:
@@ -214,8 +217,11 @@ class BlendedResnet(nn.Module):
         """(B T, C, H, W), B, the shifts (B, C') of both blocks -> (B T, C', H, W)."""
         x = self.spatial_res_block(x, shift)
         added = self.temporal_res_block(clip_view(x, clips), later)
-        share = self.time_mixer() if self.learns_time else 1 - self.time_mixer()
-        return x + share * rearrange(added, "b c t (h w) -> (b t) c h w", h=x.shape[2])
+        return x + self.share() * rearrange(added, "b c t (h w) -> (b t) c h w", h=x.shape[2])
+
+    def share(self) -> Tensor:
+        """() -> (1,): time's."""
+        return self.time_mixer() if self.learns_time else 1 - self.time_mixer()
 
 
 class FrameBlock(nn.Module):
@@ -249,15 +255,20 @@ class BlendedTransformer(SpatialTransformer):
         self.time_pos_embed = TimeEmbedding(channels, 4 * channels, channels)
         self.time_mixer = Mixer()
 
-    def transform(self, tokens: Tensor, conditions: Conditions) -> Tensor:
-        """(B T, P, C) -> (B T, P, C)."""
-        still = super().transform(tokens, conditions).unflatten(0, (conditions.clips, -1))  # (B, T, P, C)
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """(B T, C, H, W) -> (B T, C, H, W)."""
+        still = self.transform(x, conditions).unflatten(0, (conditions.clips, -1))  # (B, T, P, C)
+        added = self.leave(self.move(still, conditions))
+        return x + rearrange(added, "b t (h w) c -> (b t) c h w", h=x.shape[2])
+
+    def move(self, still: Tensor, conditions: Conditions) -> Tensor:
+        """(B, T, P, C) -> (B, T, P, C): along time, a share of each."""
         (block,) = self._frame_blocks()
         index = self.time_pos_embed(torch.arange(still.shape[1], device=still.device))  # (T, C)
         token = conditions.text[block.attn2]
         assert isinstance(token, Tensor), "the image is one token"
         moving = block(still + index[:, None], token)
-        return moving.lerp(still, self.time_mixer()).flatten(0, 1)
+        return moving.lerp(still, self.time_mixer())
 
     def readers(self) -> list[Attention]:
         """List the attentions to the image."""

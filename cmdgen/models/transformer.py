@@ -20,6 +20,15 @@ class Conditions(NamedTuple):
     # where the text is one token, what attention to it is: (B, 1, D)
     text: dict[nn.Module, KeysValues | Tensor]
 
+    def of(self, clips: slice) -> "Conditions":
+        """Return those of some clips."""
+        text = {
+            layer: read[clips] if isinstance(read, Tensor) else (read[0][clips], read[1][clips])
+            for layer, read in self.text.items()
+        }
+        shifts = {layer: shift[clips] for layer, shift in self.shifts.items()}
+        return Conditions(len(range(self.clips)[clips]), shifts, text)
+
 
 class TransformerBlock(nn.Module):
     """Attention among positions, attention to the text, feed-forward, each around a skip."""
@@ -61,15 +70,18 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
+        added = self.leave(self.transform(x, conditions))
+        return x + rearrange(added, "b (h w) c -> b c h w", h=x.shape[2])
+
+    def transform(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """(B, C, H, W) -> (B, H*W, C): the tokens, transformed."""
         tokens = rearrange(normalise(self.norm, x, activation="none"), "b c h w -> b (h w) c")
         tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
-        tokens = self.transform(tokens, conditions)  # (B, H*W, C)
-        tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
-
-    def transform(self, tokens: Tensor, conditions: Conditions) -> Tensor:
-        """(B, H*W, C) -> (B, H*W, C)."""
         return self.transformer_blocks[0](tokens, conditions)
+
+    def leave(self, tokens: Tensor) -> Tensor:
+        """(..., C) -> (..., C): what they add to the map."""
+        return F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
 
     def readers(self) -> list[Attention]:
         """List the attentions to the text."""

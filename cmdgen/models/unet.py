@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cmdgen.config import UNetConfig
 from cmdgen.models.layers import Attention, Conv2d, Downsample, ResnetBlock, TimeEmbedding, Upsample, normalise
 from cmdgen.models.pretrained import Pretrained
-from cmdgen.models.temporal import BlendedResnet, BlendedTransformer, MotionAdapter
+from cmdgen.models.temporal import BlendedResnet, BlendedTransformer, MotionAdapter, MotionModule
 from cmdgen.models.transformer import Conditions, SpatialTransformer
 
 _EPS, _SMALL_EPS = 1e-5, 1e-6
@@ -53,13 +53,17 @@ class Stage(nn.Module):
     def layer(self, i: int, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
         x = self.residual(i, x, conditions)
-        if hasattr(self, "attentions"):
-            x = self.attentions[i](x, conditions)
-        # a still is what Stable Diffusion makes, without them
-        modules: Any = getattr(self, "motion_modules", None)
-        if modules is not None and len(x) > conditions.clips:
-            x = modules[i](x, conditions.clips)
-        return x
+        attention, motion = self.readers(i)
+        if attention is not None:
+            x = attention(x, conditions)
+        # a still is what Stable Diffusion makes, without it
+        return x if motion is None or len(x) == conditions.clips else motion(x, conditions.clips)
+
+    def readers(self, i: int) -> tuple[SpatialTransformer | None, MotionModule | None]:
+        """Return what follows a layer's residual block, where there is such."""
+        layers: list[Any] = [getattr(self, name, None) for name in ("attentions", "motion_modules")]
+        attention, motion = (None if each is None or i >= len(each) else each[i] for each in layers)
+        return attention, motion
 
     def residual(self, i: int, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W): a layer's residual block."""
@@ -95,7 +99,7 @@ class MidStage(Stage):
 
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.residual(1, self.layer(0, x, conditions), conditions)
+        return self.layer(1, self.layer(0, x, conditions), conditions)
 
 
 class UpStage(Stage):

@@ -17,7 +17,8 @@ HALF_SQRT = tl.constexpr(0.7071067811865476)
 def geglu_reference(x: Tensor) -> Tensor:
     """(..., 2 D) -> (..., D): the definition."""
     value, gate = x.chunk(2, dim=-1)
-    return value * F.gelu(gate)
+    # in place: a third of a feed-forward's memory
+    return F.gelu(gate).mul_(value)
 
 
 @triton.jit

@@ -55,7 +55,7 @@ def group_norm_silu_reference(
     if shift is not None:
         x = x + shift[:, :, None, None]
     x = F.group_norm(x, groups, weight, bias, eps)
-    return F.silu(x) if activation == "silu" else x
+    return F.silu(x, inplace=True) if activation == "silu" else x
 
 
 @triton.jit

@@ -1,0 +1,269 @@
+"""UNets and decoders that look along time, in slices: Streamlined Inference (Zhan et al. 2024, arXiv:2411.01171).
+
+    AnimateDiff's layer    space  up-sampling and skip, if any; residual block, attention
+                           time   motion module
+    SVD's residual layer   space  up-sampling and skip, if any; residual block of a frame
+                           time   norm, convolution
+                           time   norm, convolution, share
+    SVD's transformer      space  norm, projection, block of a frame
+                           time   block along time, share, projection
+
+Each line is an operator group: a slice of it, frames in space, positions in time, goes through all
+of its operators before the next one starts, and takes its place in the result. A norm of a whole
+clip is a scale and an offset for each channel, whose moments the group before adds up. Nothing is
+approximated. A doubled map, or one joined with its skip, exists within a slice alone, and a layer
+writes into its skip's memory where that has its channels. In the decoder frames lie apart, and each
+is let go of as it is read.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from cmdgen.acceleration.moments import GONE, Affine, FrameMoments, Moments, gather, scatter
+from cmdgen.models.layers import normalise
+from cmdgen.models.temporal import BlendedResnet, BlendedTransformer, clip_view
+from cmdgen.models.transformer import Conditions
+from cmdgen.models.unet import UNet
+from cmdgen.models.vae import KlVae
+
+# some frames of a layer's input; and with what they read of time and text, the frames of its result
+Read = Callable[[slice], Tensor]
+Space = Callable[[slice, Conditions], Tensor]
+
+
+@dataclass(frozen=True)
+class SlicedUNet:
+    """A UNet that looks along time, in slices; `denoise` and its pieces are the UNet's own, exactly."""
+
+    unet: UNet
+    # of a slice of the widest map that a group reads
+    bytes: int
+
+    def denoise(self, sample: Tensor, time: Tensor, *text: Tensor) -> Tensor:
+        """(B T, C, h, w), (B, P), the projected text -> (B T, C, h, w)."""
+        conditions = self.hand_out(time, text)
+        first = self.embed(sample)
+        return self.tail(self.trunk(first, conditions), first, conditions)
+
+    def hand_out(self, time: Tensor, text: tuple[Tensor, ...]) -> Conditions:
+        """(B, P), the projected text -> both by layer."""
+        return self.unet.hand_out(time, text)
+
+    def embed(self, sample: Tensor) -> Tensor:
+        """(B T, C, h, w) -> the first skip (B T, C', h, w)."""
+        groups = _Groups(Conditions(1, {}, {}), self.bytes)
+        out = _map(sample, self.unet.conv_in.out_channels, sample)
+        groups.space(lambda rows, _: self.unet.embed(sample[rows]), out, out[0].numel())
+        return out
+
+    def trunk(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """(B T, C, h, w) -> the feature (B T, C, h, w) that goes into the last layer."""
+        groups, unet, skips = _Groups(conditions, self.bytes), self.unet, [x]
+        for stage in unet.down_blocks:
+            for i in range(len(stage.resnets)):
+                skips.append(groups.layer(stage, i, _whole(x := skips[-1]), x))
+            for down in stage.downsamplers:
+                skips.append(groups.halve(down, skips[-1]))
+        x = groups.layer(unet.mid_block, 0, _whole(skips[-1]), skips[-1])
+        x = groups.layer(unet.mid_block, 1, _whole(x), x, reuse=True)
+        up: Any = None
+        for stage in unet.up_blocks:
+            for i in range(min(len(stage.resnets), len(skips) - 1)):
+                skip = skips.pop()
+                x = groups.layer(stage, i, _joined(x, skip, up), skip, reuse=True)
+                up = None
+            up = next(iter(stage.upsamplers), None)
+        return x
+
+    def tail(self, feature: Tensor, first: Tensor, conditions: Conditions) -> Tensor:
+        """(B T, C, h, w) x 2 -> (B T, C', h, w): the last layer; overwrites the first skip."""
+        groups, unet = _Groups(conditions, self.bytes), self.unet
+        last = unet.up_blocks[-1]
+        x = groups.layer(last, len(last.resnets) - 1, _joined(feature, first, None), first, reuse=True)
+        out = _map(x, unet.conv_out.out_channels, x)
+        groups.space(lambda rows, _: unet.conv_out(normalise(unet.conv_norm_out, x[rows])), out, x[0].numel())
+        return out
+
+
+def _map(like: Tensor, channels: int, sized: Tensor) -> Tensor:
+    """() -> (B T, C, H, W), channels_last, not written yet; of one's rows and dtype, another's sides."""
+    shape = len(like), channels, *sized.shape[2:]
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _whole(x: Tensor) -> Read:
+    return lambda rows: x[rows]
+
+
+def _joined(x: Tensor, skip: Tensor, up: Any) -> Read:
+    """Read frames of a map, doubled if there is what doubles it, with those of the skip."""
+
+    def read(rows: slice) -> Tensor:
+        part = x[rows] if up is None else up(x[rows], size=skip.shape[2:])
+        return torch.cat([part, skip[rows]], dim=1)
+
+    return read
+
+
+class _Groups:
+    """Runs the operator groups of a UNet's layers."""
+
+    def __init__(self, conditions: Conditions, size: int) -> None:
+        self.conditions, self.clips, self.bytes = conditions, conditions.clips, size
+        self.conditions_of = lru_cache(None)(lambda start, stop: conditions.of(slice(start, stop)))
+
+    def layer(self, stage: Any, i: int, read: Read, skip: Tensor, *, reuse: bool = False) -> Tensor:
+        """(B T, C, H, W) -> (B T, C', H, W): a layer of a stage, into the skip's memory where it may `reuse` it."""
+        resnet, (attention, motion) = stage.resnets[i], stage.readers(i)
+        blends = isinstance(resnet, BlendedResnet)
+        spatial = resnet.spatial_res_block if blends else resnet
+        channels, inputs = spatial.conv1.out_channels, spatial.conv1.in_channels
+        out = skip if reuse and skip.shape[1] == channels else _map(skip, channels, skip)
+        widest = max(channels, inputs) * skip[0, 0].numel()
+
+        def frames(rows: slice, conditions: Conditions) -> Tensor:
+            x = spatial(read(rows), conditions.shifts[spatial])
+            return x if blends or attention is None else attention(x, conditions)
+
+        moments = self.space(frames, out, widest)
+        if blends:
+            affine = moments.of_clips(self.clips).affine(resnet.temporal_res_block.norm1)
+            shift = self.conditions.shifts[resnet.temporal_res_block]
+            blend(resnet, [out], self.clips, affine, self.bytes, shift)
+            if attention is not None:
+                self.move(attention, out)
+        elif motion is not None and len(out) > self.clips:
+            affine = moments.of_clips(self.clips).affine(motion.norm)
+            for at in _positions([out], self.bytes):
+                tokens = rearrange(gather([out], self.clips, at, affine, activate=False), "b c t p -> b t p c")
+                scatter([out], self.clips, at, rearrange(motion.transform(tokens), "b t p c -> b c t p"))
+        return out
+
+    def move(self, attention: BlendedTransformer, x: Tensor) -> None:
+        """(B T, C, H, W), in place: SVD's transformer."""
+        tokens = x.new_empty(len(x), x[0, 0].numel(), x.shape[1])
+        self.space(lambda rows, conditions: attention.transform(x[rows], conditions), tokens, x[0].numel())
+        still = tokens.unflatten(0, (self.clips, -1))
+        for at in _positions([x], self.bytes):
+            added = attention.leave(attention.move(still[:, :, at], self.conditions))
+            scatter([x], self.clips, at, rearrange(added, "b t p c -> b c t p"))
+
+    def halve(self, down: Any, x: Tensor) -> Tensor:
+        """(B T, C, H, W) -> (B T, C, H / 2, W / 2)."""
+        height, width = (ceil(side / 2) for side in x.shape[2:])
+        out = _map(x, x.shape[1], x[:1, :1, :height, :width])
+        self.space(lambda rows, _: down(x[rows]), out, x[0].numel())
+        return out
+
+    def space(self, make: Space, out: Tensor, widest: int) -> FrameMoments:
+        """Write all frames; `widest` has the numbers of one frame of the widest map. Returns their moments."""
+        rows, moments = len(out), FrameMoments(len(out))
+        length = rows // self.clips
+        most = max(1, self.bytes // (widest * out.element_size()))
+        # of whole clips, or of a part of one, all parts alike
+        step = most // length * length or ceil(length / ceil(length / most))
+        for start in range(0, rows, max(step, length)):
+            end = min(start + max(step, length), rows)
+            for i in range(start, end, step):
+                part = slice(i, min(i + step, end))
+                conditions = self.conditions_of(i // length, ceil(part.stop / length))
+                made = make(part, conditions)
+                out[part] = made if made.ndim < 4 else moments.add(made, part)
+                if out.is_meta:
+                    # the first is the largest
+                    return moments
+                del made
+        return moments
+
+
+def blend(
+    layer: BlendedResnet,
+    parts: Sequence[Tensor],
+    clips: int,
+    affine: Affine,
+    size: int,
+    shift: Tensor | None = None,
+    *,
+    again: bool = False,
+) -> None:
+    """(F, C, H, W) each, in place: the half of a residual layer that looks along time.
+
+    With `again` its first convolution runs twice, and what it makes is never there as a whole.
+    """
+    temporal, share, moments = layer.temporal_res_block, layer.share(), Moments()
+
+    def first(at: slice) -> Tensor:
+        x = temporal.conv1(gather(parts, clips, at, affine, activate=True))
+        return x if shift is None else x.add_(shift[:, :, None, None])
+
+    slices = _positions(parts, size)
+    hidden: Tensor | None = None
+    for at in slices:
+        x = moments.add(first(at))
+        if not again:
+            if hidden is None:
+                hidden = x.new_empty(*x.shape[:1], x.shape[2], parts[0][0, 0].numel(), x.shape[1])  # (B, T, P, C)
+            hidden[:, :, at] = rearrange(x, "b c t p -> b t p c")
+        del x
+    scale, offset = moments.affine(temporal.norm2)
+    for at in slices:
+        x = first(at) if hidden is None else rearrange(hidden[:, :, at], "b t p c -> b c t p")
+        x = F.silu(torch.addcmul(offset, x, scale, out=torch.empty_like(x)), inplace=True)
+        scatter(parts, clips, at, temporal.conv2(x).mul_(share))
+        del x
+
+
+def _positions(parts: Sequence[Tensor], size: int) -> list[slice]:
+    """Return slices of the positions of a map, (F, C, H, W) in parts: those at all times have so many bytes."""
+    total, column = parts[0][0, 0].numel(), sum(len(part) for part in parts) * parts[0][0, :, 0, 0].nbytes
+    most = max(1, size // column)
+    step = ceil(total / ceil(total / most))
+    slices = [slice(i, min(i + step, total)) for i in range(0, total, step)]
+    return slices[:1] if parts[0].is_meta else slices
+
+
+def decode_frames(vae: KlVae, latents: Tensor, size: int | None = None) -> Tensor:
+    """(T, c, h, w) scaled -> (T, 3, H, W): `from_latents` of a decoder that looks along time, all frames together.
+
+    A slice of positions has `size` bytes, or a quarter of a frame's.
+    """
+    decoder = vae.decoder
+    latents = (latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
+    frames = [decoder.conv_in(latent[None]) for latent in latents]
+
+    def run(layer: Any, up: Any = None) -> None:
+        moments = FrameMoments(len(frames))
+        for i in range(len(frames)):
+            x, frames[i] = frames[i], GONE
+            x = x if up is None else up(x)
+            x = layer.spatial_res_block(x)
+            frames[i] = moments.add(x, slice(i, i + 1))
+            del x
+        affine = moments.of_clips(1).affine(layer.temporal_res_block.norm1)
+        blend(layer, frames, 1, affine, size or frames[0].nbytes // 4, again=True)
+
+    first, *others = decoder.mid_block.resnets
+    run(first)
+    for attention, layer in zip(decoder.mid_block.attentions, others, strict=False):
+        for i in range(len(frames)):
+            frames[i] = attention(frames[i])
+        run(layer)
+    up: Any = None
+    for block in decoder.up_blocks:
+        for layer in block.resnets:
+            run(layer, up)
+            up = None
+        up = next(iter(block.upsamplers), None)
+    for i in range(len(frames)):
+        frames[i] = decoder.conv_out(normalise(decoder.conv_norm_out, frames[i]))
+    assert decoder.time_conv_out is not None
+    out = decoder.time_conv_out(clip_view(torch.cat(frames), 1))
+    return rearrange(out, "1 c t (h w) -> t c h w", h=frames[0].shape[2])

@@ -1,0 +1,127 @@
+"""UNets and decoders that look along time, in slices: the same numbers, in as much memory as the model of it says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from cmdgen.acceleration.slicer import decode_pictures
+from cmdgen.acceleration.video import SlicedUNet, decode_frames
+from cmdgen.config import ANIMATEDIFF, SVD, MotionConfig, UNetConfig, VaeConfig
+from cmdgen.models.temporal import MotionAdapter
+from cmdgen.models.unet import UNet
+from cmdgen.models.vae import KlVae
+from tests import video_unets as video
+from tests.acceleration.test_slicer import assert_exact
+
+BATCH, FRAMES, HEIGHT, WIDTH = 2, 5, 12, 20
+WIDE = torch.float64
+
+
+@pytest.fixture(scope="module")
+def motion() -> UNet:
+    config = video.tiny(ANIMATEDIFF)
+    assert isinstance(config.content, UNetConfig) and isinstance(config.adapter, MotionConfig)
+    unet, adapter = UNet(config.content), MotionAdapter(replace(config.adapter, use_motion_mid_block=True))
+    unet.attach(adapter)
+    return video.randomise(unet).double()
+
+
+@pytest.fixture(scope="module")
+def blend() -> UNet:
+    return video.randomise(UNet(video.tiny(SVD).content)).double()
+
+
+@pytest.fixture(scope="module")
+def decoder() -> KlVae:
+    vae = VaeConfig(block_out_channels=(32, 64, 64), layers_per_block=2, temporal="blend")
+    return video.randomise(KlVae(vae)).double()
+
+
+def conditions(unet: UNet, clips: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Times and text of clips, no two alike."""
+    blends = unet.config.temporal == "blend"
+    torch.manual_seed(1)
+    numbers = torch.rand(clips, 3, dtype=WIDE) if blends else None
+    time = unet.project_time(torch.linspace(300, 900, clips), numbers)
+    return time, unet.project_text(torch.randn(clips, 1 if blends else 7, 16, dtype=WIDE))
+
+
+# a position or a frame at a time, parts of a clip, whole clips at the lowest level alone, everything
+@pytest.mark.parametrize("size", [1, 20_000, 100_000, 10**9])
+@pytest.mark.parametrize("kind", ["motion", "blend"])
+@torch.no_grad()
+def test_a_sliced_unet_equals_the_whole(request: pytest.FixtureRequest, kind: str, size: int) -> None:
+    unet = request.getfixturevalue(kind)
+    sample = torch.randn(BATCH * FRAMES, unet.config.in_channels, HEIGHT, WIDTH, dtype=WIDE)
+    before, (time, text) = sample.clone(), conditions(unet, BATCH)
+    assert_exact(SlicedUNet(unet, size).denoise(sample, time, *text), unet.denoise(sample, time, *text))
+    assert torch.equal(sample, before)
+
+
+@pytest.mark.parametrize("size", [1, 20_000, 10**9])
+@torch.no_grad()
+def test_stills_of_motion_modules_skip_them_in_slices_too(motion: UNet, size: int) -> None:
+    sample = torch.randn(3, 4, HEIGHT, WIDTH, dtype=WIDE)
+    time, text = conditions(motion, 3)
+    assert_exact(SlicedUNet(motion, size).denoise(sample, time, *text), motion.denoise(sample, time, *text))
+
+
+@pytest.mark.parametrize("kind", ["motion", "blend"])
+@torch.no_grad()
+def test_a_group_sees_slices_and_never_the_whole(request: pytest.FixtureRequest, kind: str) -> None:
+    unet, rows, columns = request.getfixturevalue(kind), set(), set()
+    layer = unet.up_blocks[-1]
+    spatial, time = layer.attentions[0].transformer_blocks[0], layer.attentions[0]
+    time = layer.motion_modules[0].transformer_blocks[0] if kind == "motion" else time.temporal_transformer_blocks[0]
+    hooks = [
+        spatial.register_forward_pre_hook(lambda _, given: rows.add(tuple(given[0].shape))),
+        time.register_forward_pre_hook(lambda _, given: columns.add(tuple(given[0].shape))),
+    ]
+    sample = torch.randn(BATCH * FRAMES, unet.config.in_channels, HEIGHT, WIDTH, dtype=WIDE)
+    condition, text = conditions(unet, BATCH)
+    # two frames of 96 channels, what a residual block reads here, or six of 32, a transformer alone;
+    # and 153 positions at all times, of both clips
+    SlicedUNet(unet, 2 * 96 * HEIGHT * WIDTH * 8).denoise(sample, condition, *text)
+    for hook in hooks:
+        hook.remove()
+    assert rows == {(n, HEIGHT * WIDTH, 32) for n in ((2, 1) if kind == "motion" else (FRAMES,))}
+    assert columns == {(BATCH, FRAMES, 120, 32)}
+
+
+@pytest.mark.parametrize("size", [None, 1, 20_000, 10**9])
+@torch.no_grad()
+def test_frames_apart_are_decoded_as_all_together(decoder: KlVae, size: int | None) -> None:
+    latents = torch.randn(FRAMES, 4, 6, 10, dtype=WIDE)
+    before = latents.clone()
+    assert_exact(decode_frames(decoder, latents, size), decoder.from_latents(latents))
+    assert_exact(decode_pictures(decoder, latents, strips=3), decoder.from_latents(latents))
+    assert torch.equal(latents, before)
+
+
+@pytest.mark.parametrize("kind", ["motion", "blend"])
+@torch.no_grad()
+def test_slices_are_as_exact_as_the_whole_in_half_precision(request: pytest.FixtureRequest, kind: str) -> None:
+    unet = request.getfixturevalue(kind)
+    sample = torch.randn(BATCH * FRAMES, unet.config.in_channels, HEIGHT, WIDTH, dtype=WIDE)
+    time, text = conditions(unet, BATCH)
+    exact = unet.denoise(sample, time, *text)
+    try:
+        half = unet.bfloat16()
+        given = [each.bfloat16() for each in (sample, time, *text)]
+        errors = [(run.denoise(*given).double() - exact).norm() for run in (half, SlicedUNet(half, 20_000))]
+    finally:
+        unet.double()
+    assert 0 < errors[1] <= 1.2 * errors[0]
+
+
+@torch.no_grad()
+def test_a_decoder_with_frames_apart_is_as_exact_in_half_precision(decoder: KlVae) -> None:
+    latents = torch.randn(FRAMES, 4, 6, 10, dtype=WIDE)
+    exact = decoder.from_latents(latents)
+    half = KlVae(decoder.config)
+    half.load_state_dict(decoder.state_dict())
+    half, given = half.bfloat16(), latents.bfloat16()
+    errors = [(run.double() - exact).norm() for run in (half.from_latents(given), decode_frames(half, given))]
+    assert 0 < errors[1] <= 1.2 * errors[0]
