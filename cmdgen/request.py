@@ -164,7 +164,10 @@ class Request:
         (), "LoRA that changes the weights: a safetensors file, or OWNER/NAME; repeatable.", metavar="NAME[:SCALE]"
     )
     max_memory: int | None = _machine(
-        None, "Memory limit beside the weights, such as 4GB; same result.", shown="none", **_MEMORY
+        None,
+        "Memory limit, such as 4GB; same result. Of AnimateDiff and SVD it counts weights, too.",
+        shown="none",
+        **_MEMORY,
     )
     device: str = _machine("auto", "auto, cpu, cuda, cuda:N or mps.", complete="device")
     dtype: str = _machine(
@@ -193,6 +196,12 @@ class Slices:
     pictures: int
     # parts into which the VAE cuts the rows of a frame, at most one for each row of a latent
     strips: int = 1
+    # of a UNet that looks along time: bytes of a slice of the widest map that a group of its operators
+    # reads, None for no slices; whether clips and branches of guidance go through it one by one; and
+    # whether weights are there for their stage alone
+    bytes: int | None = None
+    in_turn: bool = False
+    staged: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,7 @@ class Plan:
     seed: int
     content_seed: int
     motion_seed: int
-    # bytes beside the weights; None: no limit
+    # bytes, of a UNet that looks along time with the weights, else beside them; None: no limit
     max_memory: int | None = None
     # None: every step runs in full
     key_steps: KeySteps | None = None

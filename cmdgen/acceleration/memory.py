@@ -3,16 +3,17 @@
 What decoding and encoding hold is counted, not derived: the operators of `acceleration.slicer` run
 on the meta device, where a tensor has a shape and no values. Bytes are beside the weights. Not
 counted is what a library takes inside one operator, such as a convolution's workspace, and what an
-allocator keeps for later.
+allocator keeps for later. UNets that look along time are counted too, and with all weights.
 """
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial, reduce
-from itertools import zip_longest
+from functools import cache, cached_property, lru_cache, partial, reduce
+from itertools import product, zip_longest
 from math import ceil
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +22,32 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cmdgen.acceleration.rehash import CutUNet
 from cmdgen.acceleration.slicer import decode_clip, decode_pictures, encode_clip, encode_pictures
-from cmdgen.config import ModelConfig
+from cmdgen.acceleration.video import in_slices, in_turn
+from cmdgen.config import ModelConfig, UNetConfig, VaeConfig
 from cmdgen.latents import latent_shapes
 from cmdgen.models.attention import MOST_ROWS
 from cmdgen.models.autoencoder import CmdAutoencoder
+from cmdgen.models.temporal import MotionAdapter
+from cmdgen.models.text import ClipTextModel
+from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
-from cmdgen.request import Slices
+from cmdgen.models.vision import ClipVisionModel
+from cmdgen.request import Plan, Slices
 from cmdgen.video.pixels import to_rgb24, to_unit
 from cmdgen.weights import build_empty
 from cmdgen_kernels.gated_attention import is_short, plain_attention
 
 # without a limit: bytes of the tokens in a slice, which a CPU's caches then hold beside weights
 SLICE_BYTES = {"cpu": 2**19}
+# with one, ways to run a UNet that looks along time, the fastest first
+WAYS: list[dict[str, Any]] = [
+    *({"bytes": size} for size in (None, 2**28, 2**26, 2**24)),
+    *({"bytes": size, "in_turn": True} for size in (2**24, 2**22, 1)),
+]
+# of a model, what its networks do not depend on
+_SAME: dict[str, Any] = {"name": "", "steps": 1, "sampler": "", "guidance": 1.0, "guidance_first": None, "frames": 1}
 # and values of the VAE's largest map that are made at a time: more of them are not faster
 MAP_VALUES = 2**20
 
@@ -96,6 +110,29 @@ class Work:
     dtype: torch.dtype
     batch: int = 1
     verb: str = "decode"
+    # whether a feature is kept from step to step
+    rehash: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan, dtype: torch.dtype, batch: int = 1) -> "Work":
+        """Return the work of a batch of clips with one plan."""
+        return cls(plan.model, dtype, batch, rehash=plan.model.looks_along_time and plan.key_steps is not None)
+
+    @property
+    def least(self) -> int:
+        """Return the bytes of the smallest slices."""
+        smallest = WAYS[-1] | {"staged": True} if self.model.looks_along_time else {}
+        return self.need(Slices(frames=1, positions=1, pictures=1, strips=self.model.latent_size[0], **smallest))
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """Build those of a model that looks along time, by folder."""
+        return _build(replace(self.model, **_SAME), self.dtype)
+
+    def weights(self, *names: str) -> int:
+        """Return the bytes of these networks' weights, of all without a name."""
+        parts = (self.networks[name] for name in names or self.networks)
+        return sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
 
     @cached_property
     def vae(self) -> KlVae | None:
@@ -114,12 +151,29 @@ class Work:
 
     @property
     def runs(self) -> "tuple[Run, ...]":
-        """Return what the VAE runs and, for videos, what the autoencoder runs."""
+        """Return what the VAE runs and, for videos, what the autoencoder or a UNet that looks along time runs."""
+        if self.model.looks_along_time:
+            return run_reader, run_unet, run_vae
         return (run_vae, run_autoencoder) if self.model.frames > 1 and self.model.autoencoder else (run_vae,)
 
     def peak(self, slices: Slices) -> int:
         """Return the most bytes of tensors at once, beside the weights."""
-        return max(count_peak(run, self, slices) for run in self.runs)
+        # wherever the weights are
+        return max(count_peak(run, self, replace(slices, staged=False)) for run in self.runs)
+
+    def beside(self, run: "Run", *, staged: bool) -> int:
+        """Return the bytes of weights that count beside a run: of a UNet that looks along time alone, they do."""
+        if not self.model.looks_along_time:
+            return 0
+        # of a stage alone
+        read = {"run_unet": ("unet",), "run_vae": ("vae",)}
+        reader = ("text_encoder",) if self.model.vision is None else ("image_encoder", "vae")
+        return self.weights(*(read.get(run.__name__, reader) if staged else ()))
+
+    def need(self, slices: Slices) -> int:
+        """Return the most bytes at once, of tensors and of the weights that count."""
+        held, staged = replace(slices, staged=False), slices.staged
+        return max(count_peak(run, self, held) + self.beside(run, staged=staged) for run in self.runs)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """() -> a tensor without values."""
@@ -160,10 +214,54 @@ def run_autoencoder(work: Work, slices: Slices) -> None:
     decode_clip(work.autoencoder, content, motion, slices)
 
 
+def run_reader(work: Work, slices: Slices) -> None:
+    """Run what reads texts, or the picture: CLIP, and the VAE's encoder in float32."""
+    model = work.model
+    if model.text is not None:
+        ids = work.empty(work.batch + 1, model.text.max_position_embeddings, dtype=torch.long)
+        work.networks["text_encoder"](ids)
+    if model.vision is not None:
+        side = model.vision.image_size
+        work.networks["image_encoder"](work.empty(1, 3, side, side))
+        # in float32, a copy of its weights with it
+        vae = build_empty(KlVae, cast(VaeConfig, model.vae))
+        vae.encode(work.empty(work.batch, 3, model.height, model.width, dtype=torch.float32))
+
+
+def run_unet(work: Work, slices: Slices) -> None:
+    """Run a step, beside all latents in float32, the sampler's and what it makes of them."""
+    model, unet = work.model, work.networks["unet"]
+    clips = work.batch * (1 if max(model.guidance, model.guidance_first or 0) == 1 else 2)
+    rows = clips * model.frames
+    latents = [work.latents().float() for _ in range(4)]
+    sample = work.empty(rows, unet.config.in_channels, *model.latent_size)
+    tokens = 1 if model.text is None else model.text.max_position_embeddings
+    text = unet.project_text(work.empty(clips, tokens, unet.config.cross_attention_dim))
+    time = unet.project_time(work.empty(clips), work.empty(clips, 3) if model.vision else None)
+    network = in_slices(unet, slices)
+    step = CutUNet(network).run if work.rehash else network.denoise
+    in_turn(step, slices)(sample, time, *text)
+    del latents
+
+
+@lru_cache(maxsize=4)
+def _build(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    unet = build_empty(UNet, cast(UNetConfig, model.content))
+    if model.adapter is not None:
+        unet.attach(build_empty(MotionAdapter, model.adapter))
+    networks: dict[str, Any] = {"unet": unet, "vae": build_empty(KlVae, cast(VaeConfig, model.vae))}
+    if model.text is not None:
+        networks["text_encoder"] = build_empty(ClipTextModel, model.text)
+    if model.vision is not None:
+        networks["image_encoder"] = build_empty(ClipVisionModel, model.vision)
+    return {name: network.to(dtype) for name, network in networks.items()}
+
+
 @cache
 def count_peak(run: Run, work: Work, slices: Slices) -> int:
     """Return the most bytes that a run holds at once, beside the weights."""
-    _ = work.vae, work.autoencoder
+    # weights are not counted
+    _ = work.networks if work.model.looks_along_time else None, work.vae, work.autoencoder
     with FusedAttention():
         return peak_bytes(partial(run, work, slices))
 
@@ -171,25 +269,40 @@ def count_peak(run: Run, work: Work, slices: Slices) -> int:
 def choose_slices(work: Work, device: torch.device, max_memory: int | None = None) -> Slices:
     """Return the largest slices in which the work holds at most `max_memory` bytes.
 
-    Without a limit, return the fastest slices, and count nothing. Raises ValueError where the
-    smallest slices hold more.
+    Of a UNet that looks along time, with all weights, or those of each stage alone. Without a limit,
+    return the fastest slices, and count nothing. Raises ValueError where the smallest slices hold more.
     """
-    slices, (rows, _) = _fastest_slices(work, device), work.model.latent_size
+    fastest, model = _fastest_slices(work, device), work.model
     if max_memory is None:
-        return slices
-    if work.model.vision is not None:
-        raise ValueError(f"max memory: {work.model.name} decodes all frames together, in no less memory")
-    for run in work.runs:
-        while count_peak(run, work, slices) > max_memory:
-            smaller = _cut(run, slices, rows)
-            if smaller == slices:
-                least = work.peak(Slices(frames=1, positions=1, pictures=1, strips=rows))
-                model, count = work.model, work.batch * work.model.frames
-                raise ValueError(
-                    f"max memory {max_memory / 1e6:g} MB: to {work.verb} {count} frames of "
-                    f"{model.width}x{model.height} takes at least {ceil(least / 1e6)} MB"
-                )
-            slices = smaller
+        return fastest
+    ways = WAYS if model.looks_along_time else [{}]
+
+    def fit(way: dict[str, Any], *, staged: bool) -> Slices | None:
+        slices: Slices | None = replace(fastest, **way)
+        for run in work.runs:
+            slices = slices and _fit(run, work, slices, max_memory - work.beside(run, staged=staged))
+        return slices and replace(slices, staged=staged)
+
+    # each holds less than those before it
+    first = bisect_left(ways, True, key=lambda way: fit(way, staged=True) is not None)
+    for way, staged in product(ways[first : first + 1], (False, True)):
+        # weights that are read again for each clip cost less than smaller slices at each step
+        if (slices := fit(way, staged=staged)) is not None:
+            return slices
+    doing = f"to {work.verb}" if model.autoencoder else "to make"
+    raise ValueError(
+        f"max memory {max_memory / 1e6:g} MB: {doing} {work.batch * model.frames} frames of "
+        f"{model.width}x{model.height} takes at least {ceil(work.least / 1e6)} MB"
+    )
+
+
+def _fit(run: Run, work: Work, slices: Slices, room: int) -> Slices | None:
+    """Return slices, these or smaller ones, in which a run has enough of so many bytes; None where it has not."""
+    while count_peak(run, work, slices) > room:
+        smaller = _cut(run, work, slices)
+        if smaller == slices:
+            return None
+        slices = smaller
     return slices
 
 
@@ -213,15 +326,17 @@ def _fastest_slices(work: Work, device: torch.device) -> Slices:
     return Slices(frames, positions, pictures)
 
 
-def _cut(run: Run, slices: Slices, rows: int) -> Slices:
-    """Return slices half as large, where a run can have them; at most so many `rows` of strips."""
+def _cut(run: Run, work: Work, slices: Slices) -> Slices:
+    """Return slices half as large, where a run can have them."""
     if run is run_autoencoder:
         frames, positions = ceil(slices.frames / 2), ceil(slices.positions / 2)
         return replace(slices, frames=frames, positions=positions)
+    if run is not run_vae or work.model.vision is not None:
+        return slices
     # strips are slower: single pictures come first
     if slices.pictures > 1:
         return replace(slices, pictures=ceil(slices.pictures / 2))
-    return replace(slices, strips=min(2 * slices.strips, rows))
+    return replace(slices, strips=min(2 * slices.strips, work.model.latent_size[0]))
 
 
 # The shape functions of these operators are Python, and the first of them imports torch's compiler,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from cmdgen.acceleration.graphs import GraphedNetwork
+from cmdgen.acceleration.video import SlicedUNet
 from cmdgen.models.dit import DiT
 from cmdgen.models.unet import UNet
 
@@ -36,7 +37,7 @@ class CutUNet:
     through the first convolution alone.
     """
 
-    unet: UNet
+    unet: UNet | SlicedUNet
 
     def run(self, x: Tensor, time: Tensor, *text: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, h, w), (B, P), the projected text -> (B, C, h, w), the feature (B, C', h, w)."""

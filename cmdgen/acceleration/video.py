@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from cmdgen.acceleration.moments import GONE, Affine, FrameMoments, Moments, gather, scatter
 from cmdgen.models.layers import normalise
@@ -33,6 +34,7 @@ from cmdgen.models.temporal import BlendedResnet, BlendedTransformer, clip_view
 from cmdgen.models.transformer import Conditions
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
+from cmdgen.request import Slices
 
 # some frames of a layer's input; and with what they read of time and text, the frames of its result
 Read = Callable[[slice], Tensor]
@@ -66,7 +68,8 @@ class SlicedUNet:
 
     def trunk(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B T, C, h, w) -> the feature (B T, C, h, w) that goes into the last layer."""
-        groups, unet, skips = _Groups(conditions, self.bytes), self.unet, [x]
+        groups, skips = _Groups(conditions, self.bytes), [x]
+        unet: Any = self.unet
         for stage in unet.down_blocks:
             for i in range(len(stage.resnets)):
                 skips.append(groups.layer(stage, i, _whole(x := skips[-1]), x))
@@ -85,7 +88,8 @@ class SlicedUNet:
 
     def tail(self, feature: Tensor, first: Tensor, conditions: Conditions) -> Tensor:
         """(B T, C, h, w) x 2 -> (B T, C', h, w): the last layer; overwrites the first skip."""
-        groups, unet = _Groups(conditions, self.bytes), self.unet
+        groups = _Groups(conditions, self.bytes)
+        unet: Any = self.unet
         last = unet.up_blocks[-1]
         x = groups.layer(last, len(last.resnets) - 1, _joined(feature, first, None), first, reuse=True)
         out = _map(x, unet.conv_out.out_channels, x)
@@ -111,6 +115,25 @@ def _joined(x: Tensor, skip: Tensor, up: Any) -> Read:
         return torch.cat([part, skip[rows]], dim=1)
 
     return read
+
+
+def in_slices(unet: UNet, slices: Slices) -> UNet | SlicedUNet:
+    """Return what stands for a UNet that runs in these slices."""
+    return unet if slices.bytes is None else SlicedUNet(unet, slices.bytes)
+
+
+def in_turn(function: Callable[..., Any], slices: Slices) -> Callable[..., Any]:
+    """Return a function of a batch, rows of clips and rows of their frames, that runs clip by clip if these say so.
+
+    The two branches of guidance are clips, too: they share nothing.
+    """
+
+    def run(*tensors: Tensor) -> Any:
+        clips = min(map(len, tensors))
+        parts = zip(*(tensor.split(len(tensor) // clips) for tensor in tensors), strict=True)
+        return tree_map(lambda *made: torch.cat(made), *[function(*part) for part in parts])
+
+    return run if slices.in_turn else function
 
 
 class _Groups:
@@ -235,13 +258,17 @@ def decode_frames(vae: KlVae, latents: Tensor, size: int | None = None) -> Tenso
 
     A slice of positions has `size` bytes, or a quarter of a frame's.
     """
-    decoder = vae.decoder
+    decoder: Any = vae.decoder
     latents = (latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
     frames = [decoder.conv_in(latent[None]) for latent in latents]
 
     def run(layer: Any, up: Any = None) -> None:
         moments = FrameMoments(len(frames))
         for i in range(len(frames)):
+            if latents.is_meta and 0 < i < len(frames) - 1:
+                # the last is made beside all others
+                frames[i] = torch.empty_like(frames[0])
+                continue
             x, frames[i] = frames[i], GONE
             x = x if up is None else up(x)
             x = layer.spatial_res_block(x)
@@ -264,6 +291,5 @@ def decode_frames(vae: KlVae, latents: Tensor, size: int | None = None) -> Tenso
         up = next(iter(block.upsamplers), None)
     for i in range(len(frames)):
         frames[i] = decoder.conv_out(normalise(decoder.conv_norm_out, frames[i]))
-    assert decoder.time_conv_out is not None
     out = decoder.time_conv_out(clip_view(torch.cat(frames), 1))
     return rearrange(out, "1 c t (h w) -> t c h w", h=frames[0].shape[2])

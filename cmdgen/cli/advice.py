@@ -43,5 +43,5 @@ def advise(pipeline: Pipeline, request: Request, batch: int) -> str:
         options.append(f"--frames {fitting.frames}")
     if fitting.max_memory is not None:
         # rounded down, as it must fit
-        options.append(f"--max-memory {limit // 10**6}MB")
+        options.append(f"--max-memory {fitting.max_memory // 10**6}MB")
     return f"{start}: {' '.join(options)} should fit"

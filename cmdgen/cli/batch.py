@@ -279,7 +279,7 @@ class Batch:
         """
         self._note(jobs)
         first = jobs[0]
-        if not self.pipeline.loaded:
+        if not (self.pipeline.loaded or first.plan.slices.staged):
             # before a file is opened, whose metadata has the weights' hash
             self.pipeline.load(Bars(self.show))
         self._check_memory(first.plan, len(jobs))

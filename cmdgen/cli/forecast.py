@@ -45,6 +45,7 @@ def print_forecast(jobs: Iterable[Job | Refused | None], batch: Batch) -> None:
         **{"device": str(pipeline.device), "dtype": dtype_name(pipeline.dtype), "jobs": records},
         "flops": sum(each.flops for each in groups),
         "memory_bytes": max((each.memory for each in groups), default=0),
+        "least_memory_bytes": max((each.least for each in groups if each.least is not None), default=None),
         "seconds": round(sum(each.seconds for each in groups), 1),
     }
     if any(record.get("output") == STDOUT for record in records):
@@ -84,6 +85,9 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
             parts = (job["rehash"].get(part) for part in ("content", "motion"))
             full = " + ".join(str(len(steps)) for steps in parts if steps)
             yield f"    rehash: {full} of them in full"
+    if report["least_memory_bytes"] is not None:
+        fits, least = (report[name] / 1e9 for name in ("memory_bytes", "least_memory_bytes"))
+        yield f"fits in {fits:.2f} GB, with --max-memory in {least:.2f} GB or more, workspaces of libraries aside"
     yield (
         f"{report['model']} on {report['device']} in {report['dtype']}: about "
         f"{report['memory_bytes'] / 1e6:,.0f} MB of weights and activations, about "

@@ -22,14 +22,13 @@ class Estimate:
     flops: int
     # of all weights
     weights: int
-    # beside them, at the moment of most
+    # beside those that are there, at the moment of most
     activations: int
+    # of all, without what Python, libraries and an allocator take
+    memory: int
     seconds: float
-
-    @property
-    def memory(self) -> int:
-        """Return the bytes, without what Python, libraries and an allocator take."""
-        return self.weights + self.activations
+    # of a UNet that looks along time: the least that --max-memory can ask for
+    least: int | None = None
 
 
 def estimate(plan: Plan, dtype: torch.dtype, limits: Limits, *, batch: int = 1) -> Estimate:
@@ -40,10 +39,17 @@ def estimate(plan: Plan, dtype: torch.dtype, limits: Limits, *, batch: int = 1) 
     """
     work = count_work(plan, dtype, batch=batch)
     speed = EFFICIENCY * limits.flops_per_second
+    weights, activations = work["load"].weight_bytes, estimate_activations(plan, dtype, batch=batch)
+    memory, least = weights + activations, None
+    if plan.model.looks_along_time:
+        held = Work.of(plan, dtype, batch)
+        memory, least = held.need(plan.slices), held.least
     return Estimate(
         flops=sum(stage.flops for stage in work.values()),
-        weights=work["load"].weight_bytes,
-        activations=estimate_activations(plan, dtype, batch=batch),
+        weights=weights,
+        activations=activations,
+        memory=memory,
+        least=least,
         seconds=sum(max(stage.flops / speed, stage.bytes_read / limits.bytes_per_second) for stage in work.values()),
     )
 
@@ -51,12 +57,13 @@ def estimate(plan: Plan, dtype: torch.dtype, limits: Limits, *, batch: int = 1) 
 def estimate_activations(plan: Plan, dtype: torch.dtype, *, batch: int = 1) -> int:
     """Return the bytes beside the weights, at the moment of most; reads no weights."""
     model, forwards = plan.model, list_forwards(plan.model)
+    if model.looks_along_time:
+        return Work.of(plan, dtype, batch).peak(plan.slices)
     # guidance runs both branches at once
-    guidance = max(model.guidance, model.guidance_first or 0)
-    doubled = {"content": guidance != 1, "motion": model.motion_guidance != 1}
+    doubled = {"content": model.guidance != 1, "motion": model.motion_guidance != 1}
     peaks = [
         forwards[name].peak * dtype.itemsize // 4 * batch * (1 + doubled.get(name, False))
-        for name in ("text", "image", *PARTS)
+        for name in ("text", *PARTS)
         if name in forwards
     ]
     return max(*peaks, Work(model, dtype, batch).peak(plan.slices))
@@ -67,19 +74,21 @@ def find_fitting(pipeline: StillPipeline, request: Request, memory: int) -> Requ
 
     First in slices, then in fewer frames, then smaller; None where none of these would fit.
     """
-    model = pipeline.plan(request).model
+    plan = pipeline.plan(request)
+    model = plan.model
     multiple, least = model.size_multiple, 1 if model.motion is None else model.motion.patch
     for part in (1, 2, 4):
         height, width = (max(1, side // part // multiple) * multiple for side in (model.height, model.width))
         for share in (1, 2, 4) if model.frames > 1 else (1,):
             frames = max(1, model.frames // share // least) * least if share > 1 else model.frames
-            limit = memory if model.vision is None else None
+            # of these, weights count too
+            limit = memory + (Work.of(plan, pipeline.dtype).weights() if model.looks_along_time else 0)
             smaller = replace(request, size=(height, width), frames=frames, max_memory=limit)
             try:
-                plan = pipeline.plan(smaller)
+                fitting = pipeline.plan(smaller)
             except ValueError:
                 # not in the smallest slices
                 continue
-            if estimate_activations(plan, pipeline.dtype) <= memory:
+            if estimate_activations(fitting, pipeline.dtype) <= memory:
                 return smaller
     return None

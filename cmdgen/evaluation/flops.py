@@ -261,7 +261,7 @@ def _prepare_forwards(model: ModelConfig) -> dict[str, Forward]:
 
 def _steps(part: str, network: Any, x: Tensor, *conditions: Tensor) -> dict[str, Forward]:
     """Return a step in full, and one that reuses the feature of another."""
-    denoiser = network.unet if isinstance(network, CutUNet) else network.dit
+    denoiser: Any = network.unet if isinstance(network, CutUNet) else network.dit
     _, feature = network.run(x, *conditions)
     return {
         f"{part} step": Forward(denoiser, lambda: denoiser.denoise(x, *conditions)),

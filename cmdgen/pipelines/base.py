@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -107,7 +108,8 @@ class Pipeline(ABC):
         """
         task = Task(plans, observer or Observer(), pixels, inputs or Inputs())
         self._check(task)
-        self.load(task.observer)
+        if not task.plan.slices.staged:
+            self.load(task.observer)
         with fastest_libraries(self.device):
             made = self.make(task)
         clips = []
@@ -120,7 +122,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def make(self, task: Task) -> Made:
-        """Sample and decode a batch; all weights are loaded."""
+        """Sample and decode a batch; all weights are loaded, unless the plan has them staged."""
 
     def plan(self, request: Request, *, batch: int = 1) -> Plan:
         """Resolve a request for this model: all values, key steps, slices for a batch of clips.
@@ -134,11 +136,9 @@ class Pipeline(ABC):
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             plan = resolve(request, self.config)
-            self._plans[key] = replace(
-                plan,
-                key_steps=choose_key_steps(request, plan.model, self.folder),
-                slices=choose_slices(Work(plan.model, self.dtype, batch), self.device, plan.max_memory),
-            )
+            plan = replace(plan, key_steps=choose_key_steps(request, plan.model, self.folder))
+            slices = choose_slices(Work.of(plan, self.dtype, batch), self.device, plan.max_memory)
+            self._plans[key] = replace(plan, slices=slices)
         return with_prompt(self._plans[key], request)
 
     def part(self, name: str) -> Any:
@@ -180,6 +180,25 @@ class Pipeline(ABC):
             for name in names or network_configs(self.config):
                 self.part(name)
         observer.step("load", 1, 1)
+
+    @contextmanager
+    def stage(self, task: Task, title: str, *names: str) -> Iterator[None]:
+        """Enter a stage that reads the weights of some parts, which stay unless the plan has them staged."""
+        staged = task.plan.slices.staged
+        if staged:
+            self._free()
+            self.load(task.observer, *names)
+        with task.observer.stage(title):
+            yield
+        if staged:
+            self._free()
+
+    def _free(self) -> None:
+        """Let go of all weights, and of what was prepared with them."""
+        self._parts.clear()
+        self.prepared.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _check(self, task: Task) -> None:
         if task.pixels not in CONVERT:

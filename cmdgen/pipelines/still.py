@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from cmdgen.acceleration.calibration import Predict
 from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.acceleration.rehash import CutDiT, CutUNet, rehash
+from cmdgen.acceleration.video import in_slices, in_turn
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
@@ -90,9 +92,10 @@ class StillPipeline(Pipeline):
         `conditions` have a row for each clip: what the UNet reads and, after these, still latents
         (B, C, h, w) that join the channels of all frames of a clip.
         """
-        plan, unet = task.plan, self.unet
-        predict = predict or self.denoiser("content", unet.denoise, CutUNet(unet), plan)
-        model, vae, middle = plan.model, self.vae.config, plan.rows // 2
+        plan, network = task.plan, in_slices(self.unet, task.plan.slices)
+        predict = predict or self.denoiser("content", network.denoise, CutUNet(network), plan)
+        model, middle = plan.model, plan.rows // 2
+        assert model.vae is not None
         schedule = model.noise if plan.moves or model.still_noise is None else model.still_noise
         times = self.project_times(project_time, plan, schedule, model.steps)
 
@@ -104,22 +107,28 @@ class StillPipeline(Pipeline):
             x = x.to(self.dtype, memory_format=torch.channels_last)
             return predict(x, next(times).repeat(len(conditions[0]), 1), *conditions)
 
-        decoder, observer = self.decoder(plan, task.observer), task.observer
+        observer = task.observer
+        # without the VAE's weights there is nothing to see
+        looks = observer.estimates and not plan.slices.staged
 
         def look(content: Tensor) -> None:
             latent = content[middle : middle + 1].to(self.dtype)
-            observer.estimate(lambda: decoder.picture(latent))
+            observer.estimate(lambda: self.decoder(plan, observer).picture(latent))
 
-        shape, seeds = (vae.latent_channels, *model.latent_size), [each.content_seed for each in task.plans]
+        shape, seeds = (model.vae.latent_channels, *model.latent_size), [each.content_seed for each in task.plans]
         what = Denoising("content", shape, seeds, schedule, model.steps, guidance, frames=plan.rows)
-        content = self.denoise(task, what, denoise, conditions, look if observer.estimates else None)
+        content = self.denoise(task, what, denoise, conditions, look if looks else None)
         return self.check_finite(content, "unet")
 
     def denoiser(self, part: str, denoise: Predict, network: CutUNet | CutDiT, plan: Plan) -> Predict:
         """Return what runs a network at each step: `denoise`, or under step rehash the network in two parts."""
+
+        def prepare(key: object, function: Callable[..., Any]) -> Callable[..., Any]:
+            return in_turn(self.graphed((key, plan.slices.bytes), function), plan.slices)
+
         if plan.key_steps is None:
-            return self.graphed(part, denoise)
-        return rehash(network, getattr(plan.key_steps, part), self.graphed)
+            return prepare(part, denoise)
+        return rehash(network, getattr(plan.key_steps, part), prepare)
 
     def decoder(self, plan: Plan, observer: Observer | None = None) -> Decoder:
         """Return the VAE with the plan's slices."""

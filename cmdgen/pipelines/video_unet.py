@@ -39,16 +39,16 @@ class MotionPipeline(StillPipeline):
         """Make clips; see `Pipeline.make`."""
         if not task.plan.moves:
             return super().make(task)
-        with task.observer.stage("text"):
+        with self.stage(task, "text", "text_encoder"):
             text = self.encode_text(task.plans)
-        with task.observer.stage("content"):
+        with self.stage(task, "content", "unet"):
             frames = self.sample_content(task, text)
         return self.decode_clips(task, frames)
 
     def decode_clips(self, task: Task, frames: Tensor) -> Made:
         """(B T, C, h, w) -> the clips."""
         latents = rearrange(frames, "(b t) c h w -> b c t h w", b=len(task.plans))
-        with task.observer.stage("VAE decode"):
+        with self.stage(task, "VAE decode", "vae"):
             made, middles = self.decoder(task.plan, task.observer).clips(latents.to(self.dtype), task.pixels)
         return Made(made, middles.numpy(), latents[:, :, latents.shape[2] // 2].cpu(), None)
 
@@ -73,26 +73,26 @@ class PicturePipeline(MotionPipeline):
         """Make clips of one picture; see `Pipeline.make`."""
         if task.inputs.image is None:
             raise ValueError(f"{self.config.name} animates a picture: give it with --image")
-        model, unet = task.plan.model, self.unet
-        with task.observer.stage("image"):
-            conditions = self.encode_picture(task.inputs.image, task.plans)
+        model = task.plan.model
+        with self.stage(task, "image", "image_encoder", "vae"):
+            token, still = self.encode_picture(task.inputs.image, task.plans)
         # as it was trained: the rate counts from 0
         about = self.config.fps - 1.0, float(model.motion_amount or 0), float(model.image_noise or 0)
         numbers = torch.tensor([about], device=self.device)
 
         def project(times: Tensor) -> Tensor:
-            return unet.project_time(times, numbers.expand(len(times), -1))
+            return self.unet.project_time(times, numbers.expand(len(times), -1))
 
         first = model.guidance if model.guidance_first is None else model.guidance_first
         scale = torch.linspace(first, model.guidance, model.frames, device=self.device)
         rows = scale.repeat(len(task.plans)).view(-1, 1, 1, 1)
-        with task.observer.stage("content"):
+        with self.stage(task, "content", "unet"):
             guidance = 1.0 if max(first, model.guidance) <= 1 else rows
-            frames = self.sample_frames(task, conditions, project, guidance)
+            frames = self.sample_frames(task, self.condition(token, still), project, guidance)
         return self.decode_clips(task, frames)
 
-    def encode_picture(self, picture: np.ndarray, plans: Sequence[Plan]) -> Branches:
-        """uint8 (H, W, 3) -> what the UNet reads of it, and its latents; of nothing, zeros."""
+    def encode_picture(self, picture: np.ndarray, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
+        """uint8 (H, W, 3) -> the token (1, 1, D) and the latents (B, C, h, w) of a picture."""
         model = plans[0].model
         whole, fitted = (
             to_unit(torch.tensor(each, device=self.device).permute(2, 0, 1)[None])
@@ -100,10 +100,14 @@ class PicturePipeline(MotionPipeline):
         )
         token = self.check_finite(self.image_encoder.see(whole), "image_encoder")[:, None]  # (1, 1, D)
         noise, _ = self.noise("image", tuple(fitted.shape[1:]), [plan.seed for plan in plans])
-        still = self.encode_exactly(fitted + (model.image_noise or 0) * noise)
-        positive = tuple(rows.expand(len(plans), -1, -1) for rows in self.unet.project_text(token))
-        nothing = self.unet.project_text(torch.zeros_like(token))
-        negative = tuple(rows.expand(len(plans), -1, -1) for rows in nothing)
+        return token, self.encode_exactly(fitted + (model.image_noise or 0) * noise)
+
+    def condition(self, token: Tensor, still: Tensor) -> Branches:
+        """(1, 1, D), (B, C, h, w) -> what the UNet reads of a picture, and its latents; of nothing, zeros."""
+        positive, negative = (
+            tuple(rows.expand(len(still), -1, -1) for rows in self.unet.project_text(each))
+            for each in (token, torch.zeros_like(token))
+        )
         return (*positive, still), (*negative, torch.zeros_like(still))
 
     def encode_exactly(self, pictures: Tensor) -> Tensor:

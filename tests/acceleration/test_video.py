@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from cmdgen.acceleration.memory import FusedAttention, Work, choose_slices, count_peak, peak_bytes, run_unet
 from cmdgen.acceleration.slicer import decode_pictures
-from cmdgen.acceleration.video import SlicedUNet, decode_frames
-from cmdgen.config import ANIMATEDIFF, SVD, MotionConfig, UNetConfig, VaeConfig
+from cmdgen.acceleration.video import SlicedUNet, decode_frames, in_slices
+from cmdgen.config import ANIMATEDIFF, SVD, SVD_XT, ModelConfig, MotionConfig, UNetConfig, VaeConfig
 from cmdgen.models.temporal import MotionAdapter
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
+from cmdgen.request import Slices
+from cmdgen.weights import build_empty
 from tests import video_unets as video
 from tests.acceleration.test_slicer import assert_exact
 
@@ -125,3 +128,79 @@ def test_a_decoder_with_frames_apart_is_as_exact_in_half_precision(decoder: KlVa
     half, given = half.bfloat16(), latents.bfloat16()
     errors = [(run.double() - exact).norm() for run in (half.from_latents(given), decode_frames(half, given))]
     assert 0 < errors[1] <= 1.2 * errors[0]
+
+
+def full_size(model: ModelConfig, *, rehash: bool = False) -> Work:
+    return Work(replace(model, height=576, width=1024), torch.float16, rehash=rehash)
+
+
+# with a module in the middle, and guided
+GUIDED = replace(ANIMATEDIFF, adapter=MotionConfig())
+MIB = 2**20
+
+
+@pytest.mark.parametrize("model", [GUIDED, SVD, SVD_XT])
+def test_live_bytes_are_those_of_a_model_of_the_memory(model: ModelConfig) -> None:
+    work, frames = full_size(model), model.frames
+    assert isinstance(model.content, UNetConfig)
+    level = 2 * frames * model.content.block_out_channels[0] * 72 * 128 * 2
+    # all skips, of which the layers below the first take 2.0625; and a feed-forward of one slice
+    for in_turn in (False, True):
+        skips = 5.0625 * level / (1 + in_turn)
+        for size in (16, 64, 256):
+            held = count_peak(run_unet, work, Slices(1, 1, 1, bytes=size * MIB, in_turn=in_turn))
+            assert held <= skips + 18 * size * MIB
+            if size == 16 and not in_turn:
+                assert held >= 0.9 * (skips + 18 * size * MIB)
+    kept = count_peak(run_unet, full_size(model, rehash=True), Slices(1, 1, 1, bytes=16 * MIB))
+    assert kept <= 6.0625 * level + 18 * 16 * MIB
+    if model.vision is not None:
+        vae = build_empty(KlVae, model.vae).half()
+        frame = 128 * 576 * 1024 * 2
+        latents = torch.empty(frames, 4, 72, 128, dtype=torch.float16, device="meta")
+        held = peak_bytes(lambda: decode_frames(vae, latents))
+        # each frame at the end of the decoder, and four more for one that is made
+        assert 0.99 * (frames + 4) * frame <= held <= 1.001 * (frames + 4) * frame
+
+
+@pytest.mark.parametrize(
+    ("model", "resident", "in_turn", "staged"),
+    [(GUIDED, 4.4e9, 3.9e9, 3.9e9), (SVD, 7.3e9, 7.3e9, 4.3e9), (SVD_XT, 9.1e9, 9.1e9, 5.0e9)],
+)
+def test_a_clip_of_the_largest_size_with_all_weights_is_held_in_gigabytes(
+    model: ModelConfig, resident: float, in_turn: float, staged: float
+) -> None:
+    work = full_size(model)
+    slices = Slices(1, 1, 1, strips=8, bytes=16 * MIB)
+    assert work.need(slices) <= resident
+    assert work.need(replace(slices, in_turn=True)) <= in_turn
+    assert work.need(replace(slices, staged=True)) <= staged
+    for limit in (int(staged), int(resident)):
+        assert work.need(chosen := choose_slices(work, torch.device("cpu"), limit)) <= limit
+    # the fastest: not in smaller slices, nor with weights that come and go
+    assert choose_slices(work, torch.device("cpu"), 16 * 10**9) == choose_slices(work, torch.device("cpu"))
+    assert chosen.bytes is None or chosen.bytes >= 64 * MIB
+    with pytest.raises(ValueError, match=r"max memory 1000 MB: to make .* frames of 1024x576 takes at least") as caught:
+        choose_slices(work, torch.device("cpu"), 10**9)
+    least = int(str(caught.value).split()[-2]) * 10**6
+    smallest = choose_slices(work, torch.device("cpu"), least)
+    assert smallest.staged and smallest.in_turn and work.need(smallest) <= least
+    with pytest.raises(ValueError, match="takes at least"):
+        choose_slices(work, torch.device("cpu"), least - 10**6)
+
+
+@pytest.mark.parametrize("kind", ["motion", "blend"])
+@pytest.mark.parametrize("size", [2_000, 20_000, None])
+@torch.no_grad()
+def test_a_count_on_shapes_is_what_a_step_holds(request: pytest.FixtureRequest, kind: str, size: int | None) -> None:
+    unet, slices = request.getfixturevalue(kind), Slices(1, 1, 1, bytes=size)
+    time, text = conditions(unet, BATCH)
+    sample = torch.randn(BATCH * FRAMES, unet.config.in_channels, HEIGHT, WIDTH, dtype=WIDE)
+    held = peak_bytes(lambda: in_slices(unet, slices).denoise(sample, time, *text))
+    shapes = UNet(unet.config)
+    if kind == "motion":
+        shapes.attach(MotionAdapter(MotionConfig(block_out_channels=video.WIDTHS)))
+    shapes, given = shapes.double().to("meta"), [each.to("meta") for each in (sample, time, *text)]
+    with FusedAttention():
+        counted = peak_bytes(lambda: in_slices(shapes, slices).denoise(*given))
+    assert held <= counted <= 1.05 * held

@@ -110,7 +110,7 @@ def test_lines_of_a_file_are_clips_of_the_picture(cmdgen, svd: Path, picture: Pa
     [
         ("svd", ["a dog", "--image", "PICTURE"], "prompt has no effect with svd: it reads no text"),
         ("svd", [], "svd animates a picture: give one with --image"),
-        ("svd", ["--image", "PICTURE", "--max-memory", "1GB"], "max memory: svd decodes all frames together"),
+        ("svd", ["--image", "PICTURE", "--max-memory", "1MB"], "max memory 1 MB: to make 4 frames of 64x64 takes at"),
         ("animatediff", ["a dog", "--image", "PICTURE"], "image has no effect with animatediff"),
         ("animatediff", ["a dog", "--motion-steps", "3"], "motion steps has no effect with animatediff"),
         ("animatediff", ["a dog", "--frames", "40"], "frames 40: the motion modules of animatediff"),
@@ -134,6 +134,13 @@ def test_a_dry_run_says_what_it_takes(cmdgen, svd: Path, animatediff: Path, pict
         report = json.loads(done.out)
         assert report["flops"] > 0 and report["memory_bytes"] > 0
         assert "motion_steps" not in report["jobs"][0] and report["jobs"][0]["frames"] == 4
+        # the least that it says is enough, and less is not
+        least = report["least_memory_bytes"]
+        assert least < report["memory_bytes"]
+        limited = ("sample", *arguments, "--model", model, "-o", output, "--dry-run", "--max-memory")
+        done = cmdgen(*limited, f"{least}B")
+        assert done.code == 0 and f"fits in {least / 1e9:.2f} GB" in done.out, done.err
+        assert cmdgen(*limited, f"{least - 10_000}B").code == 2
 
 
 @pytest.mark.parametrize("kind", ["svd", "animatediff"])
