@@ -44,6 +44,14 @@ class VisionConfig:
     layer_norm_eps: float = 1e-5
 
 
+def each_level(layers: int | tuple[int, ...], widths: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the layers of each level, of which a configuration may give one number for all."""
+    layers = (layers,) * len(widths) if isinstance(layers, int) else layers
+    if len(layers) != len(widths):
+        raise ValueError(f"layers_per_block has {len(layers)} entries, block_out_channels {len(widths)}")
+    return layers
+
+
 # layers along time inside of a network: none, or beside those of a frame, as in SVD
 TEMPORAL = ("none", "blend")
 
@@ -58,7 +66,10 @@ class UNetConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
     up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
-    layers_per_block: int = 2
+    # of a down block, for all levels or for each; an up block has one more
+    layers_per_block: int | tuple[int, ...] = 2
+    # None: without one, as pruned UNets are
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     cross_attention_dim: int = 768
     # diffusers' historical name: this is the number of heads, one for all blocks or one for each
     attention_head_dim: int | tuple[int, ...] = 8
@@ -75,17 +86,27 @@ class UNetConfig:
     attention_threshold: float = 2.0
     attention_features: int = 256
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Return the layers of each down block."""
+        return each_level(self.layers_per_block, self.block_out_channels)
+
 
 @dataclass(frozen=True)
 class MotionConfig:
     """AnimateDiff's motion modules, of a UNet that stays as it is; the defaults are version 2's."""
 
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    motion_layers_per_block: int = 2
+    motion_layers_per_block: int | tuple[int, ...] = 2
     motion_max_seq_length: int = 32
     motion_norm_num_groups: int = 32
     motion_num_attention_heads: int = 8
     use_motion_mid_block: bool = True
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Return the layers of each down block."""
+        return each_level(self.motion_layers_per_block, self.block_out_channels)
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,25 @@ class VaeConfig:
     def stride(self) -> int:
         """Pixels along one side of a latent position."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """A VAE that is small by design, for latents of another; the defaults are TAESD's, for Stable Diffusion's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    encoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    scaling_factor: float = 1.0
+
+    @property
+    def stride(self) -> int:
+        """Pixels along one side of a latent position."""
+        return 2 ** (len(self.num_decoder_blocks) - 1)
 
 
 @dataclass(frozen=True)
@@ -263,6 +303,9 @@ class ModelConfig:
     image_noise: float | None = None
     # files of lora/ that change the weights, each FILE:SCALE
     loras: tuple[str, ...] = ()
+    # of a pruned model: what it lost, and the hash of the weights before
+    dropped: tuple[str, ...] = ()
+    pruned_from: str | None = None
 
     @property
     def moves(self) -> bool:
@@ -514,6 +557,8 @@ LCM_STEPS = 50
 
 # what step rehash has measured of a model, in its folder
 CALIBRATION = "rehash.json"
+# what its blocks are worth
+IMPORTANCE = "importance.json"
 # how step rehash chooses the steps that run
 POLICIES = ("similarity", "uniform", "minimax")
 

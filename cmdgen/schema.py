@@ -19,7 +19,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from cmdgen.config import ATTENTIONS, SAMPLERS, SOLVERS, TEMPORAL, NoiseConfig, VaeConfig
+from cmdgen.config import ATTENTIONS, SAMPLERS, SOLVERS, TEMPORAL, NoiseConfig, VaeConfig, each_level
 from cmdgen.files import read_json, write_json
 
 Folder = str | os.PathLike[str]
@@ -27,8 +27,8 @@ C = TypeVar("C")
 
 # written only where they are not the default, so that diffusers need not warn of them
 _OPTIONAL = {
-    *("attention", "attention_features", "attention_threshold", "num_frames", "sigma_max", "sigma_min"),
-    *("solver", "temporal", "timestep_type"),
+    *("attention", "attention_features", "attention_threshold", "mid_block_type", "num_frames", "sigma_max"),
+    *("sigma_min", "solver", "temporal", "timestep_type"),
 }
 _CHOICES = {
     "activation": ("relu", "silu"),
@@ -38,6 +38,7 @@ _CHOICES = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "hidden_act": ("quick_gelu", "gelu"),
     "importance": ("pixel", "patch"),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "modulation": ("full", "half"),
     "motion_activation": ("tanh", "linear"),
     "prediction_type": ("epsilon", "v_prediction"),
@@ -83,9 +84,9 @@ def read_config(folder: Folder, cls: type[C]) -> C:
                     f"{key} {short(data[key])} is not supported, only {expected} {'are' if possible[1:] else 'is'}"
                 )
         config = cls(**check_fields(cls, _read_variant(data, variant)))
-        blocks, layers = len(getattr(config, "block_out_channels", ())), getattr(config, "layers_per_block", 1)
-        if blocks * layers > _MOST_LAYERS:
-            raise ValueError(f"{blocks} blocks of {layers} layers are more than {_MOST_LAYERS} layers")
+        widths, layers = getattr(config, "block_out_channels", ()), getattr(config, "layers_per_block", 1)
+        if sum(each_level(layers, widths)) > _MOST_LAYERS:
+            raise ValueError(f"{len(widths)} blocks of {layers} layers are more than {_MOST_LAYERS} layers")
         return config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -194,7 +195,9 @@ def check_choices(config: object) -> None:
     for key in _CHOICES:
         value = getattr(config, key, ())
         for item in value if isinstance(value, tuple) else (value,):
-            check_choice(item, key)
+            # where a configuration may have none
+            if item is not None:
+                check_choice(item, key)
 
 
 def check_choice(value: Any, key: str) -> None:

@@ -141,11 +141,11 @@ class MotionAdapter(Pretrained[MotionConfig]):
 
     def __init__(self, config: MotionConfig) -> None:
         super().__init__(config)
-        widths, layers = config.block_out_channels, config.motion_layers_per_block
-        self.down_blocks = nn.ModuleList(MotionModules(width, layers, config) for width in widths)
+        widths, levels = config.block_out_channels, list(zip(config.block_out_channels, config.layers, strict=True))
+        self.down_blocks = nn.ModuleList(MotionModules(*level, config) for level in levels)
         if config.use_motion_mid_block:
             self.mid_block = MotionModules(widths[-1], 1, config)
-        self.up_blocks = nn.ModuleList(MotionModules(width, layers + 1, config) for width in reversed(widths))
+        self.up_blocks = nn.ModuleList(MotionModules(width, layers + 1, config) for width, layers in reversed(levels))
 
     @staticmethod
     def rename_stored(name: str) -> str | None:

@@ -147,15 +147,15 @@ class UNet(Pretrained[UNetConfig]):
         for i, kind in enumerate(config.down_block_types):
             last, width = i == levels - 1, widths[i]
             n = heads[i] if kind.startswith("CrossAttn") else 0
-            inputs = (skips[-1], *(width,) * (config.layers_per_block - 1))
+            inputs = (skips[-1], *(width,) * (config.layers[i] - 1))
             self.down_blocks.append(DownStage(inputs, width, n, config, last=last))
-            skips += [width] * (config.layers_per_block + (not last))
-        self.mid_block = MidStage(widths[-1], heads[-1], config)
+            skips += [width] * (config.layers[i] + (not last))
+        self.mid_block = None if config.mid_block_type is None else MidStage(widths[-1], heads[-1], config)
         self.up_blocks, before = nn.ModuleList(), widths[-1]
         for i, kind in zip(reversed(range(levels)), config.up_block_types, strict=True):
             width = widths[i]
             n = heads[i] if kind.startswith("CrossAttn") else 0
-            inputs = (before, *(width,) * config.layers_per_block)
+            inputs = (before, *(width,) * config.layers[i])
             inputs = tuple(channels + skips.pop() for channels in inputs)
             self.up_blocks.append(UpStage(inputs, width, n, config, last=i == 0))
             before = width
@@ -206,14 +206,15 @@ class UNet(Pretrained[UNetConfig]):
         config, other = self.config, adapter.config
         pairs = {
             "block_out_channels": (other.block_out_channels, config.block_out_channels),
-            "layers": (other.motion_layers_per_block, config.layers_per_block),
+            "layers": (other.layers, config.layers),
+            "mid blocks": (other.use_motion_mid_block and self.mid_block is None, False),
         }
         for name, (got, expected) in pairs.items():
             if got != expected:
                 raise ValueError(f"{name} {got} of the motion modules are not the UNet's, {expected}")
         for ours, theirs in zip(self.down_blocks, adapter.down_blocks, strict=True):
             ours.motion_modules = theirs.motion_modules
-        if other.use_motion_mid_block:
+        if self.mid_block is not None and other.use_motion_mid_block:
             self.mid_block.motion_modules = adapter.mid_block.motion_modules
         for ours, theirs in zip(self.up_blocks, adapter.up_blocks, strict=True):
             ours.motion_modules = theirs.motion_modules
@@ -224,7 +225,7 @@ class UNet(Pretrained[UNetConfig]):
         return None if ".motion_modules." in name else name
 
     def _stages(self) -> tuple[Any, ...]:
-        return (*self.down_blocks, self.mid_block, *self.up_blocks)
+        return (*self.down_blocks, *filter(None, [self.mid_block]), *self.up_blocks)
 
     def _resnets(self) -> list[ResnetBlock]:
         # at every step: `modules` would take 2 % of it
@@ -245,7 +246,7 @@ class UNet(Pretrained[UNetConfig]):
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], conditions)
-        x = self.mid_block(skips[-1], conditions)
+        x = skips[-1] if self.mid_block is None else self.mid_block(skips[-1], conditions)
         for block in self.up_blocks:
             x = block(x, skips, conditions)
         return x

@@ -221,7 +221,7 @@ def test_what_we_write_describes_the_published_models_to_diffusers(config: objec
     ("changes", "message"),
     [
         ({"block_out_channels": (32, 64, 96)}, r"block_out_channels \(32, 64, 96\) of the motion modules are not the"),
-        ({"motion_layers_per_block": 3}, "layers 3 of the motion modules are not the UNet's, 2"),
+        ({"motion_layers_per_block": 3}, r"layers \(3, 3, 3\) of the motion modules are not the UNet's, \(2, 2, 2\)"),
     ],
 )
 def test_motion_modules_of_another_unet_are_refused(changes: dict, message: str) -> None:

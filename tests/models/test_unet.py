@@ -16,6 +16,16 @@ TINY = UNetConfig(
     sample_size=16, block_out_channels=(8, 16, 16, 24), cross_attention_dim=20, norm_num_groups=4, attention_head_dim=2
 )
 TINY_SD21 = replace(TINY, attention_head_dim=(1, 2, 4, 4), use_linear_projection=True)
+# what pruning leaves: BK-SDM's Small and Tiny, VDMini
+TINY_SMALL = replace(TINY, layers_per_block=1, mid_block_type=None)
+TINY_VDMINI = replace(
+    TINY,
+    block_out_channels=(8, 16, 24),
+    down_block_types=("CrossAttnDownBlock2D",) * 3,
+    up_block_types=("CrossAttnUpBlock2D",) * 3,
+    layers_per_block=(1, 1, 2),
+    mid_block_type=None,
+)
 TINY_MINI = replace(
     MINI.content,
     in_channels=4,
@@ -46,7 +56,7 @@ def assert_same(ours: UNet, theirs: UNet2DConditionModel, size: tuple[int, int] 
 
 
 @pytest.mark.parametrize("size", [(16, 24), (13, 18)])
-@pytest.mark.parametrize("config", [TINY, TINY_SD21, TINY_MINI])
+@pytest.mark.parametrize("config", [TINY, TINY_SD21, TINY_MINI, TINY_SMALL, TINY_VDMINI])
 def test_weights_go_both_ways_and_give_the_same_numbers(config: UNetConfig, size: tuple[int, int]) -> None:
     ours, theirs = UNet(config), peer(config)
     ours.load_state_dict(theirs.state_dict())
@@ -64,14 +74,15 @@ def test_names_shapes_and_count_of_the_presets(config: UNetConfig, parameters: i
     assert parameters in (None, sum(parameter.numel() for parameter in ours.parameters()))
 
 
-def test_diffusers_opens_what_we_save_and_we_open_what_it_saves(tmp_path) -> None:
-    ours = UNet(TINY_SD21)
+@pytest.mark.parametrize("config", [TINY_SD21, TINY_VDMINI])
+def test_diffusers_opens_what_we_save_and_we_open_what_it_saves(config: UNetConfig, tmp_path) -> None:
+    ours = UNet(config)
     ours.save_pretrained(tmp_path / "ours")
     theirs = UNet2DConditionModel.from_pretrained(tmp_path / "ours")
     assert_same(ours, theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     again = UNet.from_pretrained(tmp_path / "theirs")
-    assert again.config == TINY_SD21
+    assert again.config == config
     assert_same(again, theirs)
 
 
@@ -97,3 +108,5 @@ def test_a_configuration_that_does_not_fit_itself_is_refused() -> None:
         UNet(replace(TINY, block_out_channels=(8, 16), down_block_types=("DownBlock2D",) * 2))
     with pytest.raises(ValueError, match="width 16 is not a multiple of heads 3"):
         UNet(replace(TINY, attention_head_dim=(2, 3, 2, 2)))
+    with pytest.raises(ValueError, match="layers_per_block has 2 entries, block_out_channels 4"):
+        UNet(replace(TINY, layers_per_block=(1, 2)))
