@@ -147,6 +147,13 @@ class Request:
     rehash_file: Path | None = _faster(
         None, "Calibration of `cmdgen rehash calibrate`.", shown=MODELS_OWN, complete="file"
     )
+    decoder: Path | None = option(
+        None,
+        "Decode with a small VAE: the folder of an AutoencoderTiny.",
+        group=FASTER,
+        metavar="DIR",
+        shown=MODELS_OWN,
+    )
 
     format: str | None = _file(None, "Format of the file.", shown="by the suffix; y4m on stdout", complete="format")
     crf: int | None = _file(None, "Quality; 0 is best.", shown="the codec's own")

@@ -22,6 +22,7 @@ from cmdgen.acceleration.moments import GONE, Affine, Moments
 from cmdgen.acceleration.video import decode_frames
 from cmdgen.models.autoencoder import Block, CmdAutoencoder
 from cmdgen.models.layers import Downsample, ResnetBlock, Upsample, normalise
+from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
 
@@ -91,14 +92,14 @@ def encode_pictures(vae: KlVae, pictures: Tensor, strips: int) -> Tensor:
     return mean * vae.config.scaling_factor
 
 
-def decode_pictures(vae: KlVae, latents: Tensor, strips: int) -> Tensor:
+def decode_pictures(vae: KlVae | TinyVae, latents: Tensor, strips: int) -> Tensor:
     """(B, c, h, w) scaled -> (B, 3, H, W): `from_latents`, the rows of h in so many strips.
 
     A decoder that looks along time has its frames apart instead: each is let go of as it is read.
     """
-    if vae.config.temporal == "blend":
+    if isinstance(vae, KlVae) and vae.config.temporal == "blend":
         return decode_frames(vae, latents)
-    if strips == 1:
+    if strips == 1 or isinstance(vae, TinyVae):
         return vae.from_latents(latents)
     decoder = vae.decoder
     latents = (latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cmdgen.pipelines.base import Pipeline
 
 # options that --like does not reset to their defaults: where and how the new file is written
-_KEPT = {"output", "format", "sidecar", "no_metadata", "lora", *INPUT_FIELDS}
+_KEPT = {"output", "format", "sidecar", "no_metadata", "lora", "decoder", *INPUT_FIELDS}
 # options of the encoding, which hold for the same format only
 _ENCODING = {"format", "crf", "codec", "loop"}
 # how the full steps were chosen: the metadata lists the steps themselves
@@ -23,7 +23,7 @@ _CHOICE = {"rehash_policy", "rehash_threshold"}
 # fields that are taken from metadata: never names of files
 _RECORDED = {*FIELDS} - _CHOICE - (_KEPT - _ENCODING) - {"rehash_file", "rehash_protect"}
 # keys of metadata beside the fields of a request
-_OTHER = {"cmdgen", "weights", "width", "height", "encoding", "given", "lora", *INPUT_FIELDS, *_CHOICE}
+_OTHER = {"cmdgen", "weights", "width", "height", "encoding", "given", "lora", "decoder", *INPUT_FIELDS, *_CHOICE}
 
 
 def read_recorded(path: Path) -> Mapping[str, Any]:

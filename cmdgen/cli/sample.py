@@ -108,9 +108,8 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
 
     if jobs.threads is not None:
         torch.set_num_threads(jobs.threads)
-    pipeline = load_pipeline(
-        request.model, device=request.device, dtype=request.dtype, compile=request.compile, lora=request.lora
-    )
+    shared = {name: getattr(request, name) for name in ("device", "dtype", "compile", "lora", "decoder")}
+    pipeline = load_pipeline(request.model, **shared)
     if not jobs.dry_run:
         if request.compile:
             say.note("the first step waits for the compiler, for minutes the first time")

@@ -23,6 +23,7 @@ from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import SAMPLERS, VISITED, Sampling
 from cmdgen.latents import Latents, check_fit
 from cmdgen.metadata import describe_plan
+from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
 from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.observer import Observer
@@ -31,6 +32,7 @@ from cmdgen.store.lora import Lora, merge_lora
 from cmdgen.store.parts import hash_weights, load_part, network_configs
 from cmdgen.video.formats import Pixels, describe_origin
 from cmdgen.video.pixels import CONVERT
+from cmdgen.weights import hash_weights as hash_files
 
 # timesteps that are projected at once: all of them, except for very long schedules
 TIMESTEPS_TOGETHER = 64
@@ -68,6 +70,7 @@ class Pipeline(ABC):
         *,
         compile: bool = False,
         loras: Sequence[Lora] = (),
+        decoder: Path | None = None,
     ) -> None:
         self.folder, self.config = folder, config
         self.device, self.dtype = device, dtype
@@ -78,7 +81,8 @@ class Pipeline(ABC):
         self.prepared: dict[object, Callable[..., Any]] = {}
         self.pool = cache(torch.cuda.graph_pool_handle)
         self._parts: dict[str, Any] = {}
-        self.loras = tuple(loras)
+        # folder of a small VAE that decodes in place of the model's
+        self.loras, self.decoder_folder = tuple(loras), decoder
         self._hash: str | None = None
         self._hashing = Lock()
         # searching for key steps and slices takes time
@@ -130,6 +134,8 @@ class Pipeline(ABC):
         Reads no weights. Raises ValueError, saying what is possible, where it cannot be made.
         """
         check_applies(request, self.config)
+        if request.max_memory is not None and self.decoder_folder is not None:
+            raise ValueError("max memory is that of the model's own decoder: leave --decoder out")
         # prompt and seeds do not matter for all else that is checked and chosen
         key = batch, shared_settings(request)
         if key not in self._plans:
@@ -149,6 +155,19 @@ class Pipeline(ABC):
         if not self.has(name):
             self._parts[name] = self.read_part(name)
         return self._parts[name]
+
+    @contextmanager
+    def swapped(self, name: str, part: Any) -> Iterator[None]:
+        """Put another network in the place of a part for the length of a block."""
+        own = self.part(name)
+        self._parts[name] = part
+        # what was captured or compiled of the other
+        self.prepared.clear()
+        try:
+            yield
+        finally:
+            self._parts[name] = own
+            self.prepared.clear()
 
     def read_part(self, name: str) -> Any:
         """Read one part of the model."""
@@ -226,6 +245,8 @@ class Pipeline(ABC):
         about |= {"dtype": dtype_name(self.dtype), "device": self.device.type}
         if self.loras:
             about["lora"] = ", ".join(f"{lora.path.name}:{lora.scale:g}" for lora in self.loras)
+        if self.decoder_folder is not None:
+            about["decoder"] = self.decoder_folder.resolve().name
         # compiled code rounds differently
         return about | ({"compile": True} if self.uses_compiler else {})
 
@@ -235,8 +256,10 @@ class Pipeline(ABC):
         with self._hashing:
             if self._hash is None:
                 self._hash = hash_weights(self.folder)
-                if self.loras:
-                    changes = [(describe_origin(lora.path)["sha256"], lora.scale) for lora in self.loras]
+                changes: list[Any] = [(describe_origin(lora.path)["sha256"], lora.scale) for lora in self.loras]
+                if self.decoder_folder is not None:
+                    changes += [hash_files(self.decoder_folder, {"": TinyVae.filename})]
+                if changes:
                     self._hash = hashlib.blake2b(repr((self._hash, changes)).encode(), digest_size=16).hexdigest()
         return self._hash
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cmdgen.acceleration.overlap import Pending, fetch, start
 from cmdgen.acceleration.slicer import decode_pictures, encode_pictures
+from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.vae import KlVae
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Slices
@@ -21,7 +22,7 @@ from cmdgen.video.pixels import CONVERT, to_rgb24, to_unit
 class Decoder:
     """A VAE that decodes in slices; `check` raises ValueError for a sample with NaN or inf."""
 
-    vae: KlVae
+    vae: KlVae | TinyVae
     slices: Slices
     check: Callable[[Tensor, str], Tensor]
     observer: Observer
@@ -62,7 +63,7 @@ class Decoder:
     def clips(self, latents: Tensor, pixels: Pixels) -> tuple[np.ndarray, Tensor]:
         """(B, C, T, h, w) -> uint8 (B, T, ...) in `pixels`, the middle frames (B, H, W, 3) uint8."""
         count = latents.shape[2]
-        if self.vae.config.temporal == "none":
+        if isinstance(self.vae, TinyVae) or self.vae.config.temporal == "none":
             middle = self.start_pictures(latents[:, :, count // 2]).finish()
             return self.frames(latents, pixels), middle
         made: list[np.ndarray] = []

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from cmdgen.acceleration.compiled import check_compiler
-from cmdgen.config import EvdmConfig, UNetConfig
+from cmdgen.config import EvdmConfig, ModelConfig, TinyConfig, UNetConfig
 from cmdgen.pipelines.base import Pipeline
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.device import choose_device, choose_dtype
 from cmdgen.pipelines.evdm import EvdmPipeline
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.pipelines.video_unet import MotionPipeline, PicturePipeline
+from cmdgen.schema import read_config
 from cmdgen.store.find import find_model
 from cmdgen.store.lora import find_lora
 from cmdgen.store.parts import read_model
@@ -29,14 +30,15 @@ def load_as(
     dtype: str = "auto",
     compile: bool = False,
     lora: Sequence[str] = (),
+    decoder: str | os.PathLike[str] | None = None,
 ) -> P:
     """Return the pipeline that a model calls for, if it is of a `kind`; reads its configuration, no weights.
 
     `model` is a packaged name, a folder, or OWNER/NAME that `cmdgen models pull` brought; "auto" is
     a GPU if there is one, and float16 on it. With `compile` the denoisers go through torch's
     compiler, which takes minutes for the first clip of a size. `lora` names files, or OWNER/NAME that
-    was pulled, each with :SCALE or not, which change its weights. Raises ValueError, saying what is
-    possible.
+    was pulled, each with :SCALE or not, which change its weights. `decoder` is the folder of a small
+    VAE that decodes in place of the model's. Raises ValueError, saying what is possible.
     """
     folder = find_model(os.fspath(model))
     config = read_model(folder)
@@ -58,7 +60,19 @@ def load_as(
             makes = "no video from text: it continues clips, with cmdgen predict"
         raise ValueError(f"{folder} makes {makes}")
     loras = [find_lora(f"{folder / 'lora' / Path(name).name}") for name in config.loras]
-    return found(folder, config, place, number, compile=compile, loras=[*loras, *map(find_lora, lora)])
+    small = None if decoder is None else find_decoder(Path(decoder), config)
+    return found(
+        *(folder, config, place, number), compile=compile, loras=[*loras, *map(find_lora, lora)], decoder=small
+    )
+
+
+def find_decoder(folder: Path, model: ModelConfig) -> Path:
+    """Return the folder of a small VAE; ValueError where its latents are not the model's."""
+    tiny = read_config(folder, TinyConfig)
+    for name in ("latent_channels", "stride"):
+        if (got := getattr(tiny, name)) != (expected := getattr(model.vae, name, None)):
+            raise ValueError(f"{folder}: {name} is {got}, the VAE of {model.name} has {expected}")
+    return folder
 
 
 # of any kind; of a kind that makes clips or stills from text; of one that continues and fills in clips

@@ -13,6 +13,7 @@ from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.acceleration.rehash import CutDiT, CutUNet, rehash
 from cmdgen.acceleration.video import in_slices, in_turn
 from cmdgen.models.text import ClipTextModel
+from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
@@ -46,6 +47,13 @@ class StillPipeline(Pipeline):
     def vae(self) -> KlVae:
         """Return the VAE, as `text_encoder`."""
         return self.part("vae")
+
+    @cached_property
+    def decoding_vae(self) -> KlVae | TinyVae:
+        """Return the VAE that decodes: the model's, or a small one in its place."""
+        if self.decoder_folder is None:
+            return self.vae
+        return TinyVae.from_pretrained(self.decoder_folder, dtype=self.dtype, device=self.device)
 
     def make(self, task: Task) -> Made:
         """Make stills; see `Pipeline.make`."""
@@ -132,7 +140,7 @@ class StillPipeline(Pipeline):
 
     def decoder(self, plan: Plan, observer: Observer | None = None) -> Decoder:
         """Return the VAE with the plan's slices."""
-        return Decoder(self.vae, plan.slices, self.check_finite, observer or Observer())
+        return Decoder(self.decoding_vae, plan.slices, self.check_finite, observer or Observer())
 
     @torch.inference_mode()
     def encode_still(self, picture: np.ndarray) -> Tensor:
