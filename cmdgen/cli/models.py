@@ -13,6 +13,7 @@ from cmdgen.cli.completion import complete_model, one_of
 from cmdgen.cli.errors import Failure, describe
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import AsJson
+from cmdgen.compression.units import PRUNED
 from cmdgen.config import ANIMATEDIFF, PRESETS, PUBLIC, packaged_models
 from cmdgen.options import option
 from cmdgen.store.find import composed_models, find_model
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="List, describe, pull and create models.")
 
-_SHAPES = PRESETS | PUBLIC
+_SHAPES = PRESETS | PUBLIC | PRUNED
 _NAME = typer.Argument(
     metavar="NAME|DIR",
     autocompletion=lambda incomplete: complete_model(incomplete) + one_of(_SHAPES)(incomplete),

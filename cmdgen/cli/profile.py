@@ -68,10 +68,10 @@ def profile(
                     raise ValueError(f"{what}: --{flag} has no use there")
     if options.paper:
         from cmdgen.evaluation.evdm import compare_with_evdm
-        from cmdgen.evaluation.flops import compare_with_paper
+        from cmdgen.evaluation.flops import compare_with_paper, count_pruned
 
-        record: Any = compare_with_paper() | {"evdm": compare_with_evdm()}
-        lines = [*_paper_lines(record), "", *_evdm_lines(record["evdm"])]
+        record: Any = compare_with_paper() | {"evdm": compare_with_evdm(), "vdmini": count_pruned()}
+        lines = [*_paper_lines(record), "", *_evdm_lines(record["evdm"]), "", *_pruned_lines(record["vdmini"])]
     elif options.decoding:
         lines, record = _decode(request, options.runs if "runs" in flags else 1, say)
     elif request.compile and not options.suite:
@@ -191,7 +191,8 @@ def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
     back. Operations are two for each multiply-add, attention's too; in Table 9
     of all that sampling runs. EVDM's tables are of a batch of 64, of UCF 32;
     softmax, gate and linear are what attention is counted as, and the nearest
-    is what the paper must have counted.
+    is what the paper must have counted. VDMini's UNets are counted with their
+    motion modules, one forward of a frame or a clip.
     """
     rows = profiled["rows"]
     clip = rows["clip"]
@@ -340,3 +341,17 @@ def _evdm_lines(tables: dict[str, Any]) -> list[str]:
         ours = f"{entry['parameters'] / 10**6:.2f}"
         rows.append((entry["model"], f"{parameters}", ours, f"{published}", *counts, entry["nearest"], f"{apart:+.3%}"))
     return [*lines, "", "EVDM's Table 2, with three accountings of attention", "", *table(rows)]
+
+
+def _pruned_lines(entries: list[dict[str, Any]]) -> list[str]:
+    rows: list[tuple[str, ...]] = [("", "frames", "latents", "parameters", "left", "10^9 operations", "left")]
+    for entry in entries:
+        whole = next(each for each in entries if each["model"] == entry["model"].removesuffix("-vdmini"))
+        cells = ((f"{entry[key]:,.{digits}f}", entry[key] / whole[key]) for key, digits in _PRUNED_COLUMNS.items())
+        sizes = str(entry["frames"]), "x".join(map(str, entry["latents"]))
+        rows.append((entry["model"], *sizes, *(text for cell, left in cells for text in (cell, f"{left:.1%}"))))
+    return ["UNets as VDMini's rule prunes them", "", *table(rows)]
+
+
+# digits after the point
+_PRUNED_COLUMNS = {"parameters": 0, "giga_operations": 1}

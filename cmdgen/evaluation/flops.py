@@ -21,7 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 from cmdgen.acceleration.memory import FusedAttention, LiveBytes, evaluate, peak_bytes
 from cmdgen.acceleration.rehash import CutDiT, CutUNet
-from cmdgen.config import CMD_SD21, ModelConfig, UNetConfig
+from cmdgen.compression.units import PRUNED
+from cmdgen.config import CMD_SD21, PRESETS, PUBLIC, ModelConfig, UNetConfig
 from cmdgen.latents import latent_shapes
 from cmdgen.models.temporal import MotionAdapter
 from cmdgen.models.unet import UNet
@@ -376,3 +377,16 @@ def compare_with_paper(model: ModelConfig = CMD_SD21) -> dict[str, Any]:
         ],
         "stages": stages[50],
     }
+
+
+def count_pruned() -> list[dict[str, Any]]:
+    """Return parameters and operations of UNets, whole and by VDMini's rule, with their motion modules."""
+    rows = []
+    for small in PRUNED.values():
+        for model in ((PRESETS | PUBLIC)[small.name.removesuffix("-vdmini")], small):
+            forward = list_forwards(model)["content"]
+            row = {"model": model.name, "frames": model.frames if model.looks_along_time else 1}
+            parameters = _count_parameters(forward.network.parameters())
+            operations = forward.count.flops / 10**9
+            rows.append(row | {"latents": model.latent_size, "parameters": parameters, "giga_operations": operations})
+    return rows

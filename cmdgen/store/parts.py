@@ -105,12 +105,11 @@ _EQUAL = (
     ("motion.text_width", "text_encoder.hidden_size"),
 )
 # those of motion modules, which no training changes
-_ADAPTED = (
-    ("motion_adapter.block_out_channels", "unet.block_out_channels"),
-    ("motion_adapter.motion_layers_per_block", "unet.layers_per_block"),
-)
+_ADAPTED = (("motion_adapter.block_out_channels", "unet.block_out_channels"), ("motion_adapter.layers", "unet.layers"))
 # frames that AnimateDiff's first motion modules know; later ones know 32
 _FIRST_LENGTH = 24
+# what a pruned model says of itself, whatever it makes
+_PRUNED = {"dropped", "pruned_from"}
 # fields of ModelConfig that model_index.json keeps under "cmdgen"
 _SAMPLING = [
     field.name
@@ -123,11 +122,16 @@ def load_part(
     folder: Folder, name: str, *, dtype: "torch.dtype | None" = None, device: "torch.device | str" = "cpu"
 ) -> Any:
     """Read one network of a model; ValueError names the file that is wrong."""
-    place = weights = Path(folder) / name
-    if name == "motion_adapter" and _read_class(Path(folder) / "unet") == "UNetMotionModel":
+    weights = weights_folder(Path(folder), name)
+    return PARTS[name].network.from_pretrained(Path(folder) / name, weights=weights, dtype=dtype, device=device)
+
+
+def weights_folder(folder: Path, name: str) -> Path:
+    """Return the folder that holds the weights of one network of a model."""
+    if name == "motion_adapter" and _read_class(folder / "unet") == "UNetMotionModel":
         # the UNet's file has them as they were last used
-        weights = Path(folder) / "unet"
-    return PARTS[name].network.from_pretrained(place, weights=weights, dtype=dtype, device=device)
+        return folder / "unet"
+    return folder / name
 
 
 def _read_class(place: Path) -> str:
@@ -177,6 +181,11 @@ def read_model(folder: Folder) -> ModelConfig:
     """
     folder = Path(folder)
     index = read_index(folder)
+    try:
+        sampling = check_value(index.get("cmdgen", {}), dict, "cmdgen")
+        sampling = check_fields(ModelConfig, {key: value for key, value in sampling.items() if key in _SAMPLING})
+    except ValueError as error:
+        raise ValueError(f"{folder / 'model_index.json'}: {error}") from error
     names = {name for name in PARTS if (folder / name).is_dir()}
     # reading a part that is missing says so
     alone = bool(names & {"transformer", "evdm"})
@@ -191,7 +200,9 @@ def read_model(folder: Folder) -> ModelConfig:
         names |= {"motion_adapter"} if adapts else {"image_encoder", "vae"}
     else:
         names -= {"image_encoder"}
-        if "evdm" not in names and ("cmdgen" in index or names & {"autoencoder", "motion"}):
+        # of stills, a pruned one has no more than this
+        ours = "cmdgen" in index and not {*sampling} <= _PRUNED
+        if "evdm" not in names and (ours or names & {"autoencoder", "motion"}):
             names |= {"autoencoder", "motion"}
     values: dict[str, Any] = {part.field: None for part in NETWORKS.values()}
     configs: dict[str, Any] = {}
@@ -201,14 +212,8 @@ def read_model(folder: Folder) -> ModelConfig:
     values["name"] = folder.resolve().name
     if not names & {"autoencoder", "motion", "evdm"}:
         values |= _describe_public(folder.absolute(), values)
-    try:
-        sampling = check_value(index.get("cmdgen", {}), dict, "cmdgen")
-        sampling = {key: value for key, value in sampling.items() if key in _SAMPLING}
-        values |= check_fields(ModelConfig, sampling)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'model_index.json'}: {error}") from error
     check_agreement(folder, configs)
-    return ModelConfig(**values)
+    return ModelConfig(**values | sampling)
 
 
 def check_agreement(folder: Folder, configs: Mapping[str, Any]) -> None:
@@ -249,10 +254,10 @@ def write_model_index(folder: Folder, model: ModelConfig) -> None:
             "safety_checker": [None, None],
             **opened,
         }
-    if model.moves or not isinstance(model.content, UNetConfig):
-        # without it, a folder is Stable Diffusion's own
-        sampling = {key: getattr(model, key) for key in _SAMPLING}
-        data["cmdgen"] = {key: value for key, value in sampling.items() if value not in (None, ())}
+    # without it, a folder is Stable Diffusion's own
+    keys = _SAMPLING if model.moves or not isinstance(model.content, UNetConfig) else sorted(_PRUNED)
+    if said := {key: value for key in keys if (value := getattr(model, key)) not in (None, ())}:
+        data["cmdgen"] = said
     write_config(model.noise, Path(folder) / "scheduler")
     write_json(Path(folder) / "model_index.json", data)
 

@@ -59,6 +59,7 @@ def test_the_papers_figures_stand_beside_ours(profile):
     assert ["content", "0.34", "0.339", "-0.26%", "0.80"] in cells
     assert ["50 steps", "46.8", "46.79", "-0.03%", "298.2"] in cells
     assert ["100 steps", "92.1", "92.03", "-0.08%", "507.3"] in cells
+    assert ["cmd-sd21-vdmini", "1", "64x128", "477,961,604", "55.2%", "1,266.8", "68.5%"] in cells
 
 
 def test_the_papers_figures_as_json(profile):
