@@ -37,6 +37,7 @@ VERBS = {
     "models": (MODELS, "models.app", "List, describe, pull and create models."),
     "train": (MODELS, "train.app", "Train a model, stage by stage, in one folder."),
     "data": (MODELS, "data.app", "Look at the clips that models learn from; encode them once."),
+    "compress": (MODELS, "compress.app", "Make a model smaller: measure its blocks, drop some, compare."),
     "rehash": (MODELS, "rehash.app", "Calibrate step rehash; compare it with fewer steps."),
     "doctor": (MACHINE, "doctor.doctor", "Check devices, ffmpeg, kernels and the default model."),
     "profile": (MACHINE, "profile.profile", "Measure the stages of sampling: time, memory, work."),

@@ -161,14 +161,14 @@ class Evaluator:
             rebuilt_latents = self.rebuild(*halves)
             variance += torch.stack([each.float().var(dim=2).mean().cpu() for each in (rebuilt_latents, latents)])
             predictions = {
-                "vae": self._decode(latents),
-                "autoencoder": self._decode(rebuilt_latents),
+                "vae": self.decode(latents),
+                "autoencoder": self.decode(rebuilt_latents),
                 "mean frame": real.mean(1, keepdim=True).expand_as(real),
             }
             for name, prediction in predictions.items():
                 for place, mask in zip(_PLACES, (None, clips.mask), strict=True):
                     errors[name, place].add(prediction, real, mask)
-            rebuilt.add(_to_levels(predictions["autoencoder"]), clips.labels)
+            rebuilt.add(to_levels(predictions["autoencoder"]), clips.labels)
         figures = []
         for name, label in (("vae", "VAE"), ("autoencoder", "CMD autoencoder")):
             for place, where in _PLACES.items():
@@ -205,7 +205,7 @@ class Evaluator:
         plans = [vary(plan, caption, seed + i) for i, caption in enumerate(self.world.captions(rows))]
         text = pipeline.encode_text(plans)
         motion = pipeline.sample_motion(Task(plans), text, content).to(content)
-        return _to_levels(self._decode(self.rebuild(content, motion)))
+        return to_levels(self.decode(self.rebuild(content, motion)))
 
     def text_shift(self, batch: int) -> float:
         """Return the word-swap figure of training clips; NaN where the world has none for it."""
@@ -266,16 +266,18 @@ class Evaluator:
             "named_of_frozen": {head: frozen.accuracy(head) for head in HEADS},
         }
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """(B, c, T, h, w) scaled -> (B, T, 3, H, W) float32 in [0, 1], on the CPU."""
-        pixels = self.pipeline.vae.from_latents(rearrange(latents, "b c t h w -> (b t) c h w"))
+        pixels = self.pipeline.decoding_vae.from_latents(rearrange(latents, "b c t h w -> (b t) c h w"))
         unit = ((pixels.float().cpu() + 1) / 2).clamp(0, 1)
         return rearrange(unit, "(b t) c h w -> b t c h w", b=len(latents))
 
 
-def load_evaluator(model: str, device: str, probe: Path | None = None, data: str = "mini", *, show: Show) -> Evaluator:
+def load_evaluator(
+    model: str, device: str, probe: Path | None = None, data: str = "mini", *, decoder: str | None = None, show: Show
+) -> Evaluator:
     """Return what measures a model by a world; ValueError where that cannot be."""
-    pipeline = load_pipeline(model, device=device)
+    pipeline = load_pipeline(model, device=device, decoder=decoder)
     folder = probe or PACKAGED
     if not folder.is_dir():
         raise FileNotFoundError(f"no probe in {folder}: make one by `cmdgen eval --train-probe FOLDER`")
@@ -291,6 +293,6 @@ def _stack(pictures: Sequence[np.ndarray]) -> Tensor:
     return torch.stack([torch.from_numpy(picture) for picture in pictures]).movedim(-1, -3)
 
 
-def _to_levels(frames: Tensor) -> Tensor:
+def to_levels(frames: Tensor) -> Tensor:
     """(...) in [0, 1] -> uint8."""
     return (frames * 255).round().to(torch.uint8)

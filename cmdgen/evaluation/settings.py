@@ -1,12 +1,12 @@
 """Options of the commands that measure. Never imports torch."""
 
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cmdgen.config import CALIBRATION
+from cmdgen.config import CALIBRATION, IMPORTANCE
 from cmdgen.metadata import FIELDS
 from cmdgen.options import SIZE, Size, option, read_fields
 from cmdgen.request import MAX_SEED
@@ -17,6 +17,8 @@ _file = partial(option, None, metavar="FILE", complete="file")
 _sample = partial(option, False, group="Instead of a sample")
 _evaluation = partial(option, group="Instead of the evaluation")
 _folders = partial(option, group="Two folders instead of a model")
+_data = partial(option, "mini", "World of the captions.", complete="world")
+_probe = partial(option, None, "Folder of the probe.", shown="the packaged one")
 _seed = partial(option, 0, "Seed of the first clip; the next ones count up.", low=0, high=MAX_SEED)
 
 
@@ -78,7 +80,7 @@ class Evaluation(_Options):
     pairs: bool = _folders(False, "Also compare files of one name; NAME-0, NAME-1 are samples of NAME.")
     frames: int = _folders(16, "Frames of each video, from its first.", low=1)
     size: Size = _folders((64, 64), "Size that they are compared at.", **SIZE)
-    probe: Path | None = option(None, "Folder of the probe.", shown="the packaged one")
+    probe: Path | None = _probe()
     cost: bool = _evaluation(False, "Measure seconds and memory of a cold `sample`.")
     train_probe: Path | None = _evaluation(None, "Train a probe into this folder; takes minutes.", metavar="FOLDER")
 
@@ -115,3 +117,48 @@ class Comparing(_Options):
     batch: int = _count(16, "Clips at a time.")
     seed: int = _seed()
     protect: float = _like("rehash_protect", flags=("--protect",))
+
+
+@dataclass(frozen=True)
+class Weighing(_Options):
+    """Options of `cmdgen compress importance`."""
+
+    model: str = _like("model", argument=True, metavar="MODEL")
+    output: Path | None = _file("File to write.", flags=("--output", "-o"), shown=f"{IMPORTANCE} of the model")
+    plot: Path | None = _file("Also draw it as a PNG.")
+    part: str | None = option(
+        None, "One part alone.", choices=("unet", "motion", "autoencoder", "vae"), shown="all of them"
+    )
+    clips: int = _count(32, "Clips to make without each block.")
+    steps: int | None = option(None, "Sampling steps of content and motion.", low=1, shown="the model's own")
+    batch: int = _count(16, "Clips at a time.")
+    seed: int = _seed()
+    data: str = _data()
+    probe: Path | None = _probe()
+
+
+@dataclass(frozen=True)
+class Pruning(_Options):
+    """Options of `cmdgen compress prune`."""
+
+    folder: Path = option(MISSING, "Folder to write.", flags=("--output", "-o"))
+    model: str = _like("model", argument=True, metavar="MODEL")
+    rule: str | None = option(None, "How blocks are chosen.", choices=("vdmini", "measured"))
+    budget: float = option(0.7, "Share of the sampler's time that the measured rule leaves.", low=0, high=1)
+    importance: Path | None = _file("What was measured.", shown=f"{IMPORTANCE} of the model")
+    drop: tuple[str, ...] = option((), "A block to drop, such as unet.mid; repeatable.", metavar="BLOCK")
+
+
+@dataclass(frozen=True)
+class Contest(_Options):
+    """Options of `cmdgen compress compare`."""
+
+    models: tuple[str, ...] = option(
+        MISSING, "The whole model, then smaller ones.", argument=True, metavar="MODEL...", complete="model"
+    )
+    decoder: tuple[str, ...] = option((), "A small decoder of the first model; repeatable.", metavar="DIR")
+    clips: int = option(128, "Clips to make with each.", low=2)
+    batch: int = _count(16, "Clips at a time.")
+    seed: int = _seed()
+    data: str = _data()
+    probe: Path | None = _probe()
