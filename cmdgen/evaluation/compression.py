@@ -57,18 +57,14 @@ def make_clips(
 ) -> Clips:
     """Make clips of held-out captions; what runs before the part `since` is taken from `given`."""
     pipeline, made, done = evaluator.pipeline, Clips(Readings(evaluator.probe)), 0
+    first = PARTS.index(since)
+    assert first == 0 or given is not None
     for i, rows in enumerate(evaluator.world.indices("test", options.clips).split(options.batch)):
         captions = evaluator.world.captions(rows)
         plans = [vary(plan, caption, options.seed + done + j) for j, caption in enumerate(captions)]
-        text = pipeline.encode_text(plans) if since in ("unet", "motion") else torch.empty(0)
-        if given is None or since == "unet":
-            content = pipeline.sample_content(Task(plans), text)
-        else:
-            content = given.content[i]
-        if given is None or since in ("unet", "motion"):
-            motion = pipeline.sample_motion(Task(plans), text, content)
-        else:
-            motion = given.motion[i]
+        text = pipeline.encode_text(plans) if first < 2 else torch.empty(0)
+        content = given.content[i] if given and first > 0 else pipeline.sample_content(Task(plans), text)
+        motion = given.motion[i] if given and first > 1 else pipeline.sample_motion(Task(plans), text, content)
         halves = (half.to(pipeline.dtype) for half in (content, motion))
         frames = to_levels(evaluator.decode(evaluator.rebuild(*halves)))
         for kept, tensor in ((made.content, content), (made.motion, motion), (made.frames, frames)):

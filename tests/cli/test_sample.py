@@ -18,7 +18,9 @@ from cmdgen.cli import batch
 from cmdgen.cli.inputs import InputFiles
 from cmdgen.cli.jobs import Batching, Entry, Job, make_jobs, read_entries
 from cmdgen.cli.progress import Say
+from cmdgen.config import TinyConfig
 from cmdgen.evaluation.profile import Limits
+from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.request import Request
@@ -905,3 +907,23 @@ def test_a_seed_that_other_tools_take_is_refused_with_what_to_do(refused, seed):
     result = refused(PROMPT, "-o", "a.mp4", "--seed", seed)
     assert result.code == 2
     assert result.err == f"error: seed {seed} is not between 0 and 2^63 - 1: leave it out for a random one\n"
+
+
+def test_a_small_decoder_takes_the_place_of_the_vae_and_is_recorded(sample, tmp_path):
+    shape = {"encoder_block_out_channels": (8,) * 3, "decoder_block_out_channels": (8,) * 3}
+    shape |= {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+    for name, channels in (("tiny", 8), ("other", 4)):
+        TinyVae(TinyConfig(latent_channels=channels, **shape)).save_pretrained(tmp_path / name)
+    clips = {}
+    for name, options in (("whole", ()), ("small", ("--decoder", tmp_path / "tiny"))):
+        target = tmp_path / f"{name}.png"
+        done = sample("a dog", "-o", target, "--seed", 1, *options)
+        assert done.code == 0, done.err
+        clips[name] = np.asarray(Image.open(target)), read_metadata(target)
+    (whole, about), (small, recorded) = clips["whole"], clips["small"]
+    assert whole.shape == small.shape and not np.array_equal(whole, small)
+    assert recorded["decoder"] == "tiny" and recorded["weights"] != about["weights"]
+    refused = sample("a dog", "-o", tmp_path / "b.png", "--decoder", tmp_path / "other")
+    assert "latent_channels is 4, the VAE of tiny has 8" in refused.err
+    refused = sample("a dog", "-o", tmp_path / "b.png", "--decoder", tmp_path / "tiny", "--max-memory", "1GB")
+    assert "leave --decoder out" in refused.err
