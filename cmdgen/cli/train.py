@@ -14,7 +14,7 @@ from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import AsJson, JsonOrQuiet, Say
 from cmdgen.cli.stop import Stop
 from cmdgen.options import option, options_of
-from cmdgen.training.config import DATA, Shared, Start, build_model, presets_of, recipe
+from cmdgen.training.config import DATA, Shared, Start, build_model, presets_of, read_student, recipe
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Train a model, stage by stage, in one folder.")
 _SUMMARIES = {
@@ -83,6 +83,8 @@ for _stage, _help in _SUMMARIES.items():
 def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], device_name: str, say: Say) -> None:
     started = time.monotonic()
     _check_gate(stage, start, shared)
+    if start.teacher is None and (alone := [name for name in ("icd", "mca") if settings.get(name) is not None]):
+        raise ValueError(f"--{alone[0]} has no effect without --teacher")
 
     import torch
 
@@ -94,9 +96,9 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
 
     if start.threads is not None:
         torch.set_num_threads(start.threads)
-    shared = settle(start.folder, shared, stage)
-    model = build_model(shared)
-    config, loss = recipe(model.name, stage).replaced(settings)
+    chosen, shared = shared, settle(start.folder, shared, stage)
+    model = build_model(shared) if start.teacher is None else read_student(start, chosen, stage)
+    config, loss = recipe(shared.preset or model.name, stage).replaced(settings)
     device = use_device(device_name)
     data = open_data(shared.data or DATA, start.clips, model, device)
     if data.note:

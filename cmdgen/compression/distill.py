@@ -8,8 +8,7 @@ frames meet in the CMD decoder, in whose frozen tokens this critic reads the cle
 and teacher head for.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -32,16 +31,8 @@ class Matched:
         names = {name: origin_of(name, teacher.config, units) for name in _list_blocks(student)}
         self.pairs = [(student.get_submodule(name), teacher.get_submodule(old)) for name, old in names.items()]
         self.made: dict[nn.Module, Tensor] = {}
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Keep what the blocks make, for the length of a block."""
-        hooks = [block.register_forward_hook(self._keep) for pair in self.pairs for block in pair]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for block in (block for pair in self.pairs for block in pair):
+            block.register_forward_hook(self._keep)
 
     def _keep(self, block: Any, _: Any, made: Any) -> None:
         # of a down block, its last layer's: the smaller UNet's innermost one does not halve
@@ -105,12 +96,18 @@ def decoder_tokens(autoencoder: CmdAutoencoder, content: Tensor, motion: Tensor)
     """(B, C, H, W), (B, K, T, W' + H') -> (T, B, N, D) after half of the CMD decoder's blocks, and after all."""
     tokens = autoencoder.embed(content, motion)
     rotations = autoencoder.rotations(tokens, content.shape[-2] // autoencoder.config.patch)
-    kept, half = [], (len(autoencoder.decoder) + 1) // 2
+    kept, depths = [], list_depths(autoencoder)
     for i, block in enumerate(autoencoder.decoder, 1):
         tokens = block(tokens, *rotations)
-        if i in (half, len(autoencoder.decoder)):
+        if i in depths:
             kept.append(tokens)
     return kept
+
+
+def list_depths(autoencoder: CmdAutoencoder) -> list[int]:
+    """Return after how many of the CMD decoder's blocks a critic sees the tokens."""
+    depth = len(autoencoder.decoder)
+    return sorted({(depth + 1) // 2, depth})
 
 
 def hinge(critic: Critic, student: Sequence[Tensor], teacher: Sequence[Tensor], rows: int) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def list_vdmini(vae: KlVae) -> list[nn.Module]:
 @contextmanager
 def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Let these layers be their shortcuts for the length of a block."""
-    layers = list(layers)
+    layers = set(layers)
     for layer in layers:
         # of a blended block, the one of each frame has it
         inner = getattr(layer, "spatial_res_block", layer)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from cmdgen.config import ATTENTIONS, PRESETS, EvdmConfig, ModelConfig, UNetConfig
 from cmdgen.options import SIZE, Size, option, read_fields, write_size
 from cmdgen.request import MAX_SEED, Request, resolve, threads_option
+from cmdgen.store.find import find_model
+from cmdgen.store.parts import hash_weights, read_model
 from cmdgen.world.config import WORLDS
 
 OWN = ("mini", "mini2", "mini2-gpu", "evdm-small", "evdm-world")
@@ -45,6 +47,11 @@ class Start:
     folder: Path = option(MISSING, "Folder of the run, for all stages.", flags=("--output", "-o"))
     clips: int | None = _none("Clips to learn from.", low=1, shown=f"all of a folder, {CLIPS} of a world")
     init: Path | None = _none("Model folder to start from, such as a Stable Diffusion.")
+    teacher: str | None = _none(
+        "Whole model that a pruned one in the folder learns from; of decoder: for which a small one is made.",
+        metavar="MODEL",
+        complete="model",
+    )
     restart: bool = option(False, "Forget this stage's checkpoint.", flags=("--restart/--no-restart",))
     threads: int | None = threads_option()
 
@@ -95,6 +102,34 @@ class Shared:
 def presets_of(stage: str) -> tuple[str, ...]:
     """Return the names of the presets with a part that this stage trains."""
     return tuple(name for name, model in PRESETS.items() if isinstance(model.content, EvdmConfig) == (stage == EVDM))
+
+
+# stages in which a teacher is of use
+TAUGHT = ("content", "motion", "decoder")
+
+
+def read_student(start: Start, shared: Shared, stage: str) -> ModelConfig:
+    """Return the model that learns from a teacher: the one in the folder or, of decoder, the teacher itself.
+
+    ValueError where there is nothing to learn, or what is shared is the model's own.
+    """
+    assert start.teacher is not None
+    if stage not in TAUGHT:
+        raise ValueError(f"--teacher has no effect on {stage}: it is for {', '.join(TAUGHT)}")
+    own = shared.to_json().keys() - {"preset", "data", "latents"}
+    if own or start.init is not None:
+        raise ValueError(f"--{min(own, default='init')} has no effect with --teacher: the model is there already")
+    teacher = find_model(start.teacher)
+    if stage == "decoder":
+        return read_model(teacher)
+    if not (start.folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{start.folder} is no model: cmdgen compress prune {start.teacher} -o {start.folder} makes one"
+        )
+    student = read_model(start.folder)
+    if student.pruned_from != hash_weights(teacher):
+        raise ValueError(f"{start.folder} was not pruned from {start.teacher}, whose weights are others")
+    return student
 
 
 def resolve_data(name: str) -> str:
@@ -225,6 +260,9 @@ class CaptionedLoss(DenoisingLoss):
     """Settings of the objective of a denoiser that reads text."""
 
     text_dropout: float = _weight(0.1, "Share of captions left empty, for guidance.", high=1)
+    # VDMini's, beside a --teacher
+    icd: float = _weight(0.1, "Weight of the distance of features from the teacher's.")
+    mca: float = _weight(1.0, "Weight of a critic of clips, which tells the student's from the teacher's.")
 
 
 @dataclass(frozen=True)

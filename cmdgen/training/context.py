@@ -18,7 +18,8 @@ import torch
 from cmdgen.config import ModelConfig
 from cmdgen.files import create_folder
 from cmdgen.headers import weight_paths
-from cmdgen.store.parts import NETWORKS, PARTS, load_part
+from cmdgen.store.find import find_model
+from cmdgen.store.parts import NETWORKS, PARTS, hash_weights, load_part
 from cmdgen.training.cache import fingerprint
 from cmdgen.training.config import Loss, Report, Shared, Start, TrainConfig
 from cmdgen.training.data import TrainingData
@@ -94,19 +95,28 @@ class Run:
             for part, place in self.parts.items()
             if part in NETWORKS
         }
-        contents = fingerprint([], data.source.contents)
-        return {"stage": self.stage, **numbers, "data": contents, "size": list(data.size), **weights}
+        contents, teacher = fingerprint([], data.source.contents), self.start.teacher
+        taught = {} if teacher is None else {"teacher": hash_weights(find_model(teacher))}
+        return {"stage": self.stage, **numbers, "data": contents, "size": list(data.size), **weights, **taught}
 
     def read(self, part: str) -> Any:
         """Return the network of a former stage, frozen."""
         module = load_part(self.finished(part).parent, part, device=self.device)
         return module.requires_grad_(False)
 
+    def teach(self, part: str) -> Any:
+        """Return a network of the teacher, frozen."""
+        assert self.start.teacher is not None
+        return load_part(find_model(self.start.teacher), part, device=self.device).requires_grad_(False)
+
     def build(self, part: str) -> Any:
         """Return the network that this stage trains: that of `init`, or one with fresh weights."""
         initial = self.initial(part)
-        if initial is None:
-            module: Any = PARTS[part].network(getattr(self.model, PARTS[part].field))
+        if self.start.teacher is not None:
+            # what was pruned is there already
+            module: Any = load_part(self.folder, part)
+        elif initial is None:
+            module = PARTS[part].network(getattr(self.model, PARTS[part].field))
         else:
             module = load_part(initial.parent, part)
         # the layout in which convolutions are fastest

@@ -7,6 +7,7 @@ import math
 import shutil
 from abc import abstractmethod
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from cmdgen.schema import write_config
 from cmdgen.training.cache import Rows
 from cmdgen.training.config import CaptionedLoss, ContentLoss, DenoisingLoss, MotionLoss
 from cmdgen.training.context import Run
+from cmdgen.training.distillation import Distillation
 from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import min_snr_weights, variational_bound
 from cmdgen.training.randomness import Order, seeded
@@ -47,6 +49,10 @@ class DenoisingStage(Stage):
         self.run, self.options, self.codec = run, run.loss, run.codec()
         self.denoiser = run.build(part)
         self.modules = {part: self.denoiser}
+        learns = isinstance(run.loss, CaptionedLoss) and (run.loss.icd or run.loss.mca)
+        self.distillation = Distillation(run, part, self.denoiser) if run.start.teacher and learns else None
+        if self.distillation is not None:
+            self.modules["critic"] = self.distillation.critic
         self.order = Order(count, run.config.seed)
         self.noise: NoiseConfig = getattr(self.denoiser.config, "noise", run.model.noise)
         self.alphas = alphas_cumprod(self.noise).to(run.device)
@@ -68,9 +74,9 @@ class DenoisingStage(Stage):
         """Return a batch as the negative branch of guidance reads it."""
         return batch
 
-    def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
-        """(B, C, ...), (B,), the conditions -> the raw output, (B, C or 2C, ...)."""
-        return self.denoiser(x, timestep, *conditions)
+    def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor, denoiser: Any = None) -> Tensor:
+        """(B, C, ...), (B,), the conditions -> the raw output, (B, C or 2C, ...), of a teacher if it is given."""
+        return (denoiser or self.denoiser)(x, timestep, *conditions)
 
     def latents(self, x0: Tensor, batch: Batch) -> Tensor:
         """(B, C, ...) -> (B, C, T, h, w): clips of scaled latents, to look at."""
@@ -87,14 +93,26 @@ class DenoisingStage(Stage):
         }
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of the task and, where a teacher is, those of distillation."""
+        timestep, conditions = batch["timestep"], self.condition(batch)
+        noisy = add_noise(batch["x0"], batch["noise"], self.alphas[timestep])
+        output = self.predict(noisy, timestep, *conditions)
+        loss, named = self._task_loss(batch, noisy, output)
+        # evaluation, without gradients, is of the task
+        if self.distillation is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                taught = self.predict(noisy, timestep, *conditions, denoiser=self.distillation.teacher)
+            more, parts = self.distillation.loss(self, batch, noisy, (output, taught))
+            return loss + more, named | parts
+        return loss, named
+
+    def _task_loss(self, batch: Batch, noisy: Tensor, output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean of min-SNR weighted errors, or of MSE and a learned variance's bound.
 
         The bound is as DiT is trained (Peebles & Xie 2022, arXiv:2212.09748).
         """
         x0, noise, timestep = batch["x0"], batch["noise"], batch["timestep"]
         alpha, kind = self.alphas[timestep], self.noise.prediction_type
-        noisy = add_noise(x0, noise, alpha)
-        output = self.predict(noisy, timestep, *self.condition(batch))
         prediction, sigma = split_sigma(output.float(), x0.shape[1])
         target = noise if kind == "epsilon" else velocity(x0, noise, alpha)
         error = (prediction - target).square().flatten(1).mean(dim=1)
@@ -105,6 +123,10 @@ class DenoisingStage(Stage):
         if self.options.min_snr:
             loss = (min_snr_weights(alpha, kind, self.options.min_snr).float() * error).mean()
         return loss, {"mse": mse}
+
+    def halves(self, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, C, ...) -> content (B, C, h, w) and motion (B, K, T, S) of the clips that samples are of."""
+        raise NotImplementedError
 
     def evaluate(self) -> dict[str, float]:
         """Return the loss on held-out clips at fixed timesteps and noise."""
@@ -165,7 +187,8 @@ class Pairs:
         encodings, self.autoencoder = run.encodings(), run.read("autoencoder")
         self.rows = encodings.pairs(self.autoencoder, run.finished("autoencoder"))
         config = self.autoencoder.config
-        if config.motion_activation == "linear":
+        # a student's are those that its teacher learned with
+        if config.motion_activation == "linear" and run.start.teacher is None:
             mean, std = _moments(self.rows["motion"])
             self.autoencoder.config = replace(config, motion_mean=mean, motion_std=std)
             write_config(self.autoencoder.config, run.folder / "autoencoder")
@@ -190,9 +213,19 @@ class ContentStage(CaptionedStage):
         if run.model.text is None or not isinstance(run.model.content, UNetConfig):
             name = run.model.name
             raise ValueError(f"preset {name} has no text encoder: only text can be trained on")
-        text = _read_frozen_text(run) if run.loss.freeze_text else None
-        pairs = Pairs(run)
+        taught = run.start.teacher is not None
+        text = Text.read(run) if taught else _read_frozen_text(run) if run.loss.freeze_text else None
+        self.pairs = pairs = Pairs(run)
         super().__init__(run, "unet", pairs.rows["content"], text, {"x0": pairs.content})
+
+    def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
+        """Return x0 and token ids and, for a critic, the motion of the clips."""
+        batch = super().example(rows, generator)
+        return batch | ({"motion": self.pairs.rows["motion"][rows].float()} if self.distillation else {})
+
+    def halves(self, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the samples, and the motion of the clips that they are of."""
+        return x0, batch["motion"]
 
 
 def _read_frozen_text(run: Run) -> Text:
@@ -242,10 +275,14 @@ class MotionStage(CaptionedStage):
         """Return the text and the content frame."""
         return self.text(batch["ids"]), batch["content"]
 
-    def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor) -> Tensor:
+    def predict(self, x: Tensor, timestep: Tensor, *conditions: Tensor, denoiser: Any = None) -> Tensor:
         """(B, D, T, S), (B,), (B, L, D), (B, C, h, w) -> (B, D or 2D, T, S)."""
         text, content = conditions
-        return self.denoiser(x, timestep, text=text, context=content, split=self.split)
+        return (denoiser or self.denoiser)(x, timestep, text=text, context=content, split=self.split)
+
+    def halves(self, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the content frames that the samples are for, and these as the autoencoder has them."""
+        return batch["content"], self.autoencoder.destandardise(x0)
 
     def latents(self, x0: Tensor, batch: Batch) -> Tensor:
         """(B, D, T, S) -> (B, C, T, h, w), decoded with the batch's content frames."""

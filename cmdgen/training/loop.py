@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from cmdgen.models.pretrained import Pretrained
 from cmdgen.training.checkpoint import NAME, Log, check_origin, load_checkpoint, save_checkpoint
 from cmdgen.training.config import TrainConfig
 from cmdgen.training.context import Run
@@ -44,7 +45,9 @@ class Stage(Protocol):
     def export(self, folder: Path) -> None:
         """Write the trained parts into a model folder."""
         for part, module in self.modules.items():
-            module.save_pretrained(folder / part)  # type: ignore[operator]
+            # a critic is no part of a model
+            if isinstance(module, Pretrained):
+                module.save_pretrained(folder / part)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -21,7 +21,7 @@ from cmdgen.training.denoising import ContentStage, MotionStage
 from cmdgen.training.evdm import EvdmStage
 from cmdgen.training.loop import Stage, train
 from cmdgen.training.recompute import recompute_blocks
-from cmdgen.training.vae import DecoderStage, VaeStage
+from cmdgen.training.vae import DecoderStage, TinyStage, VaeStage
 
 BUILD: dict[str, Callable[[Run], Stage]] = {
     "vae": VaeStage,
@@ -85,9 +85,10 @@ def _run(run: Run) -> int:
     # fresh weights follow from the seed
     torch.manual_seed(run.config.seed)
     with fastest_libraries(run.device):
-        stage = BUILD[run.stage](run)
+        stage = (TinyStage if run.stage == "decoder" and run.start.teacher is not None else BUILD[run.stage])(run)
         write_json(run.folder / "training" / "run.json", run.shared.to_json())
-        write_model_index(run.folder, run.model)
+        if run.start.teacher is None:
+            write_model_index(run.folder, run.model)
         if run.config.gradient_checkpointing:
             for module in stage.modules.values():
                 recompute_blocks(module)

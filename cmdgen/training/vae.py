@@ -5,11 +5,15 @@ At last its decoder alone, on frames that the CMD autoencoder has rebuilt.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from cmdgen.config import TinyConfig
 from cmdgen.evaluation.metrics import psnr
+from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.vae import KlVae
 from cmdgen.training.autoencoder import reconstruct
 from cmdgen.training.config import DecoderLoss, VaeLoss
@@ -24,6 +28,8 @@ from cmdgen.video.pixels import to_levels, to_unit
 FRAMES = 2
 # clips that the scale of the latents is measured on
 MEASURED = 64
+# blocks of a small decoder at each level but the last; largest deviation of noise on what it learns from
+DEEP, NOISE = 3, 0.3
 # of so many batches of the decoder's last stage one is not rebuilt
 CLEAN = 3
 
@@ -82,9 +88,10 @@ class VaeStage(Stage):
         parts["kl"] = gaussian_kl(mean, logvar)
         return loss + self.weights.kl * parts["kl"], parts
 
-    def compare(self, output: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, 3, H, W) -> the weighted errors of pixels and of edges."""
-        frames, weights = to_unit(batch["frames"]), 1 + self.weights.mask * batch["mask"].float()
+    def compare(self, output: Tensor, batch: Batch, expected: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, 3, H, W), what it should be if not the frames -> the weighted errors of pixels and of edges."""
+        frames = to_unit(batch["frames"]) if expected is None else expected
+        weights = 1 + self.weights.mask * batch["mask"].float()
         pixels = l1_plus_l2(output, frames, weights, l1=self.weights.l1)
         edges = edge_difference(output, frames, weights)
         return pixels + self.weights.edges * edges, {"pixels": pixels, "edges": edges}
@@ -173,6 +180,58 @@ class DecoderStage(VaeStage):
 
     def export(self, folder: Path) -> None:
         """Write vae/; its encoder and so the scale of its latents are the same."""
+        Stage.export(self, folder)
+
+
+class TinyStage(VaeStage):
+    """A small VAE for the latents of a teacher's: what the large decoder makes of them is what it learns."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        config = self.vae.config
+        levels = len(config.block_out_channels)
+        small = TinyConfig(
+            latent_channels=config.latent_channels,
+            encoder_block_out_channels=(config.block_out_channels[0] // 2,) * levels,
+            decoder_block_out_channels=(config.block_out_channels[0],) * levels,
+            num_encoder_blocks=(1,) * levels,
+            # as in TAESD, whose levels are as wide where Stable Diffusion's decoder is 128 wide
+            num_decoder_blocks=(*(DEEP,) * (levels - 1), 1),
+        )
+        tiny: Any = TinyVae(small)
+        self.tiny: TinyVae = tiny.to(memory_format=torch.channels_last).to(run.device)
+        self.modules = {"decoder": self.tiny}
+
+    def build(self) -> KlVae:
+        """Return the teacher's VAE."""
+        vae: KlVae = self.run.teach("vae")
+        return vae
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the distance from what the teacher decodes of noisy latents, and from the latents it encodes."""
+        frames, scale = to_unit(batch["frames"]), self.vae.config.scaling_factor
+        with torch.no_grad():
+            latents = self.vae.encode(frames)[0] * scale
+            # those of samplers are not real ones
+            deviation = NOISE * torch.rand(len(frames), 1, 1, 1, device=frames.device)
+            seen = latents + deviation * batch["noise"]
+            expected = self.vae.from_latents(seen).float()
+        loss, parts = self.compare(self.tiny.from_latents(seen).float(), batch, expected)
+        parts["latents"] = F.mse_loss(self.tiny.encode(frames).float(), latents.float())
+        return loss + parts["latents"], parts
+
+    def evaluate(self) -> dict[str, float]:
+        """Return PSNR on held-out frames: to these, and to what the teacher decodes."""
+        means = self._means(self.held_out["frames"])
+        small, large = self._decode(means), super()._decode(means)
+        return super().evaluate() | {"psnr_teacher": psnr(small.float() / 255, large.float() / 255)}
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        scaled = latents * self.vae.config.scaling_factor
+        return to_levels(torch.cat([self.tiny.from_latents(part) for part in scaled.split(16)]))
+
+    def export(self, folder: Path) -> None:
+        """Write decoder/."""
         Stage.export(self, folder)
 
 

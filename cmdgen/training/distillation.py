@@ -1,0 +1,67 @@
+"""Beside a stage's own loss: what a pruned denoiser learns from its teacher, as `compression.distill` has it."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cmdgen.compression.distill import Critic, Matched, decoder_tokens, hinge, list_depths
+from cmdgen.compression.units import units_of
+from cmdgen.diffusion.schedule import split_sigma, to_x0_eps
+from cmdgen.models.dit import DiT
+from cmdgen.training.config import CaptionedLoss
+from cmdgen.training.context import Run
+
+if TYPE_CHECKING:
+    from cmdgen.training.denoising import DenoisingStage
+
+# of the noise schedule: where more is noise, student and teacher head for the same mean of all clips
+LEAST_NOISY = 0.6
+# clips of a batch that the critic sees, as the CMD decoder takes longer than the student
+CLIPS = 8
+# largest deviation of noise on what it sees
+DEVIATION = 0.3
+
+
+class Distillation:
+    """The teacher of one part, and the critic that learns with the student."""
+
+    def __init__(self, run: Run, part: str, student: Any) -> None:
+        assert isinstance(run.loss, CaptionedLoss)
+        self.weights, self.teacher = run.loss, run.teach(part)
+        self.matched = Matched(student, self.teacher, units_of(part, run.model.dropped))
+        # frames meet here for the first time
+        self.autoencoder = run.teach("autoencoder")
+        critic = Critic(self.autoencoder.config.width, len(list_depths(self.autoencoder)))
+        self.critic = critic.to(run.device).requires_grad_(bool(run.loss.mca))
+
+    def loss(
+        self, stage: "DenoisingStage", batch: dict[str, Tensor], noisy: Tensor, outputs: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of ICD and MCA, and both, of what student and teacher made of noisy samples.
+
+        Draws from torch's own generators, which the loop seeds at each step.
+        """
+        grid = None
+        if isinstance(self.teacher, DiT):
+            patch = self.teacher.config.patch
+            grid = noisy.shape[-2] // patch, noisy.shape[-1] // patch
+        named = {"icd": self.matched.difference(grid)}
+        total = self.weights.icd * named["icd"]
+        rows = (batch["timestep"] < LEAST_NOISY * len(stage.alphas)).nonzero().flatten()[:CLIPS]
+        if not self.weights.mca or not len(rows):
+            return total, named
+        alpha, kind = stage.alphas[batch["timestep"][rows]], stage.noise.prediction_type
+        some = {name: tensor[rows] for name, tensor in batch.items()}
+        deviation = DEVIATION * torch.rand(len(rows), *(1,) * (noisy.ndim - 1), device=noisy.device)
+        noise = deviation * torch.randn_like(noisy[rows])
+
+        def see(output: Tensor) -> tuple[list[Tensor], int]:
+            prediction, _ = split_sigma(output[rows].float(), noisy.shape[1])
+            x0, _ = to_x0_eps(prediction, noisy[rows], alpha, kind)
+            content, motion = stage.halves(x0 + noise, some)
+            return decoder_tokens(self.autoencoder, content, motion), content.shape[-2] // self.autoencoder.config.patch
+
+        (student, height), (teacher, _) = map(see, outputs)
+        named["mca"], named["critic"] = hinge(self.critic, student, teacher, height)
+        return total + self.weights.mca * named["mca"] + named["critic"], named
