@@ -28,8 +28,8 @@ from cmdgen.video.pixels import to_levels, to_unit
 FRAMES = 2
 # clips that the scale of the latents is measured on
 MEASURED = 64
-# blocks of a small decoder at each level but the last; largest deviation of noise on what it learns from
-DEEP, NOISE = 3, 0.3
+# largest deviation of noise on what a small decoder learns from
+NOISE = 0.3
 # of so many batches of the decoder's last stage one is not rebuilt
 CLEAN = 3
 
@@ -193,10 +193,11 @@ class TinyStage(VaeStage):
         small = TinyConfig(
             latent_channels=config.latent_channels,
             encoder_block_out_channels=(config.block_out_channels[0] // 2,) * levels,
-            decoder_block_out_channels=(config.block_out_channels[0],) * levels,
+            # TAESD's is 64 wide where Stable Diffusion's is 128
+            decoder_block_out_channels=(min(config.block_out_channels[0], 64),) * levels,
             num_encoder_blocks=(1,) * levels,
-            # as in TAESD, whose levels are as wide where Stable Diffusion's decoder is 128 wide
-            num_decoder_blocks=(*(DEEP,) * (levels - 1), 1),
+            # fewer where maps are larger
+            num_decoder_blocks=tuple(range(levels, 0, -1)),
         )
         tiny: Any = TinyVae(small)
         self.tiny: TinyVae = tiny.to(memory_format=torch.channels_last).to(run.device)
