@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 from cmdgen.compression.units import overlaps, shrink_model
 from cmdgen.config import ModelConfig
@@ -91,8 +92,8 @@ def choose_units(
     The ratio is SnapFusion's (Li et al. 2023, arXiv:2306.00980). Harms are of one block at a time: what
     they are together shows when the pruned model is measured. ValueError where that cannot be reached.
     """
-    rows = [row for row in importance.rows if row.unit.partition(".")[0] in parts]
-    whole = sum({row.unit.partition(".")[0]: row.seconds for row in rows}.values())
+    rows = [row for row in importance.rows if _parts([row]) <= {*parts}]
+    whole = sum(median(row.seconds for row in rows if row.unit.startswith(f"{part}.")) for part in _parts(rows))
     chosen: list[Row] = []
     for row in sorted((row for row in rows if row.saved > 0), key=lambda row: row.distance / row.saved):
         if not _fits(model, [row.unit]) or any(row.unit in overlaps(other.unit, model) for other in chosen):
@@ -105,6 +106,10 @@ def choose_units(
         if whole - sum(other.saved for other in chosen) <= budget * whole:
             return [other.unit for other in chosen]
     raise ValueError(f"without all that can go, more than {budget:g} of the time of {', '.join(parts)} is left")
+
+
+def _parts(rows: Sequence[Row]) -> set[str]:
+    return {row.unit.partition(".")[0] for row in rows}
 
 
 def _fits(model: ModelConfig, units: Sequence[str]) -> bool:

@@ -7,7 +7,7 @@
     motion.blocks.I          a block of the motion DiT
     autoencoder.decoder.I    a block of the CMD decoder
 
-Each leaves a network that a configuration can say: diffusers opens a pruned UNet. VDMini (2024,
+Each leaves a network that a configuration can say: diffusers opens a pruned UNet. VDMini (Wu et al. 2024,
 arXiv:2411.18375) prunes UNets of video; BK-SDM (Kim et al. 2023, arXiv:2305.15798) those of stills.
 """
 
