@@ -69,12 +69,11 @@ def merge_lora(module: nn.Module, part: str, lora: Lora) -> int:
     pairs = _read_pairs(lora.path, part, weights)
     for target, (down, up, alpha) in pairs.items():
         weight = weights[target]
+        shape = [len(up), *down.shape[1:]]
+        if len(up) != len(weight) or up[:, 0].numel() * down[0].numel() != weight.numel():
+            raise ValueError(f"{lora.path}: {target} is changed by {shape}, the model has {list(weight.shape)}")
         scale = lora.scale * (1.0 if alpha is None else float(alpha) / len(down))
         change = up.flatten(1).float() @ down.flatten(1).float()
-        if change.numel() != weight.numel() or len(change) != len(weight):
-            raise ValueError(
-                f"{lora.path}: {target} is changed by {list(change.shape)}, the model has {list(weight.shape)}"
-            )
         # a new tensor: the old one may be the file itself
         precise = torch.promote_types(weight.dtype, torch.float32)
         changed = weight.detach().to(precise) + scale * change.to(weight.device, precise).view(weight.shape)
@@ -106,9 +105,17 @@ def _read_pairs(path: Path, part: str, weights: Mapping[str, Any]) -> dict[str, 
             if alpha in names:
                 both["alpha"] = file.get_tensor(alpha)
     for target, both in found.items():
-        if not {"down", "up"} <= both.keys() or both["up"].shape[1] != len(both["down"]):
+        down, up, alpha = (both.get(key) for key in ("down", "up", "alpha"))
+        if down is None or up is None or not _fit(down, up) or (alpha is not None and alpha.numel() != 1):
             raise ValueError(f"{path}: {short(target)} lacks one of two matrices that fit")
     return {target: (both["down"], both["up"], both.get("alpha")) for target, both in found.items()}
+
+
+def _fit(down: Tensor, up: Tensor) -> bool:
+    """Return whether two matrices, or filters, have one rank between them."""
+    if min(down.ndim, up.ndim) < 2 or 0 in (*down.shape, *up.shape):
+        return False
+    return up[0].numel() == len(down) and down.is_floating_point() and up.is_floating_point()
 
 
 def _parse_key(path: Path, name: str) -> tuple[str, str, str]:

@@ -4,6 +4,7 @@ A composed model is a folder of links into the hub's cache: the parts of a base 
 beside them, and our model_index.json and scheduler/. It is a model folder like any other.
 """
 
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from cmdgen.store.parts import PARTS, list_notes, read_model, write_model_index
 # Stable Diffusion 1.5, as AnimateDiff's authors use it
 _BASE = "emilianJR/epiCRealism"
 _MOTION = PARTS["motion_adapter"].filename
+# of each level, in diffusers' names and in their authors'
+_PROJECTION = re.compile(r"down_blocks\.(\d{1,2})\.motion_modules\.\d{1,2}\.(?:temporal_transformer\.)?proj_in\.weight")
 
 
 @dataclass(frozen=True)
@@ -151,9 +154,9 @@ def describe_modules(path: Path) -> MotionConfig:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     lengths = {shape[1] for name, shape in shapes.items() if name.endswith(".pe") and len(shape) == 3}
     widths = {
-        int(name.split(".")[1]): shape[0]
+        int(match[1]): shape[0]
         for name, shape in shapes.items()
-        if name.startswith("down_blocks.") and name.endswith("proj_in.weight")
+        if (match := _PROJECTION.fullmatch(name)) and len(shape) == 2
     }
     if len(lengths) != 1 or not widths:
         raise ValueError(f"{path} holds no motion modules of AnimateDiff")

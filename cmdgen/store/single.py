@@ -76,7 +76,10 @@ def import_checkpoint(path: Path, folder: Path, base: Path | None) -> None:
         # their authors pad texts in two ways
         Tokenizer(known.vocab, known.merges, pad="!" if second else EOS).save_pretrained(target / "tokenizer")
         for name, config in network_configs(model).items():
-            network: Any = build_empty(PARTS[name].network, config)
+            try:
+                network: Any = build_empty(PARTS[name].network, config)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
             state = dict(_Checkpoint(path, file, shapes).read(name, network.state_dict()))
             save_tensors(target / name / PARTS[name].filename, state)
             write_config(config, target / name)
@@ -102,9 +105,11 @@ def _find_tokenizer(path: Path, base: Path | None) -> Tokenizer:
 def describe_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
     """Tell from the shapes of a checkpoint's tensors what model it is."""
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str, axes: int = 4) -> tuple[int, ...]:
         if name not in shapes:
             raise ValueError(f"{path} is no checkpoint of Stable Diffusion 1 or 2: {name} is missing")
+        if len(shapes[name]) != axes or 0 in shapes[name]:
+            raise ValueError(f"{path}: {name} has shape {[*shapes[name]]}, expected {axes} sides")
         return shapes[name]
 
     second = f"{_OPEN_TEXT}token_embedding.weight" in shapes
@@ -112,10 +117,10 @@ def describe_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> Model
     content, vae, text = preset.content, preset.vae, preset.text
     assert isinstance(content, UNetConfig) and vae is not None and text is not None
     widths = tuple(shape(f"{_UNET}input_blocks.{3 * i + 1}.0.out_layers.3.weight")[0] for i in range(4))
-    width, channels = shape(f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")[1], 4
+    width, channels = shape(f"{_UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", 2)[1], 4
     if shape(f"{_UNET}input_blocks.0.0.weight")[1] != channels:
         raise ValueError(f"{path} reads {shapes[f'{_UNET}input_blocks.0.0.weight'][1]} channels: 4 alone are read")
-    tokens, states = shape(f"{_OPEN_TEXT if second else _TEXT + 'text_model.embeddings.'}token_embedding.weight")
+    tokens, states = shape(f"{_OPEN_TEXT if second else _TEXT + 'text_model.embeddings.'}token_embedding.weight", 2)
     inner = f"{_OPEN_TEXT}transformer.resblocks.0.mlp.c_fc.weight"
     inner = inner if second else f"{_TEXT}text_model.encoder.layers.0.mlp.fc1.weight"
     layer = re.compile(r"cond_stage_model\..*(?:resblocks|layers)\.(\d+)\.")
@@ -133,7 +138,7 @@ def describe_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]]) -> Model
             text,
             vocab_size=tokens,
             hidden_size=states,
-            intermediate_size=shape(inner)[0],
+            intermediate_size=shape(inner, 2)[0],
             # of open_clip, Stable Diffusion reads the last layer but one
             num_hidden_layers=len(layers) - second,
             num_attention_heads=max(1, states // 64),
@@ -160,11 +165,14 @@ class _Checkpoint:
             if part == "text_encoder" and second and (match := re.search(r"self_attn\.([qkv])_proj\.(\w+)", name)):
                 layer = re.sub(r".*layers\.(\d+)\..*", r"\1", name)
                 whole = self.get(f"{_OPEN_TEXT}transformer.resblocks.{layer}.attn.in_proj_{match[2]}")
-                tensor = whole.chunk(3)["qkv".index(match[1])]
+                # one matrix for three; what is anything else is refused below
+                fits = whole.numel() == 3 * like.numel()
+                tensor = whole.view(3, -1)["qkv".index(match[1])] if fits else whole
             else:
                 tensor = self.get(stored_name(part, name, second=second))
-            if tensor.numel() != like.numel():
-                raise ValueError(f"{self.path}: {name} has shape {[*tensor.shape]}, expected {[*like.shape]}")
+            if tensor.numel() != like.numel() or not tensor.is_floating_point():
+                kind = f"{str(tensor.dtype)[6:]} {[*tensor.shape]}"
+                raise ValueError(f"{self.path}: {name} is {kind}, expected numbers of shape {[*like.shape]}")
             # attention of the VAE was convolutions
             yield name, tensor.reshape(like.shape).contiguous()
 

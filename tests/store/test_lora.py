@@ -105,6 +105,19 @@ def test_a_text_encoder_changes_too(tmp_path: Path) -> None:
         ({kohya("input_blocks.1", "down"): (3, 3)}, "'input_blocks_1' is no weight of unet/: it is of another model"),
         ({kohya(QUERY, "down"): (3, 32)}, "lacks one of two matrices"),
         ({kohya(QUERY, "down"): (3, 32), kohya(QUERY, "up"): (32, 4)}, "lacks one of two matrices that fit"),
+        ({kohya(QUERY, "down"): (3,), kohya(QUERY, "up"): (32, 3)}, "lacks one of two matrices that fit"),
+        ({kohya(QUERY, "down"): (), kohya(QUERY, "up"): (32, 3)}, "lacks one of two matrices that fit"),
+        ({kohya(QUERY, "down"): (0, 32), kohya(QUERY, "up"): (32, 0)}, "lacks one of two matrices that fit"),
+        ({kohya(CONV, "down"): (3, 32, 3, 3), kohya(CONV, "up"): (32, 3, 2, 2)}, "lacks one of two matrices that fit"),
+        (
+            {kohya(QUERY, "down"): (3, 32), kohya(QUERY, "up"): (32, 3), f"{kohya(QUERY, '')[:-13]}.alpha": (2,)},
+            "lacks one of two matrices that fit",
+        ),
+        # of a file of a megabyte, a matrix of ten billion
+        (
+            {kohya(QUERY, "down"): (1, 100_000), kohya(QUERY, "up"): (100_000, 1)},
+            r"is changed by \[100000, 100000\], the model has \[32, 32\]",
+        ),
         (
             {kohya(QUERY, "down"): (3, 64), kohya(QUERY, "up"): (32, 3)},
             r"is changed by \[32, 64\], the model has \[32, 32\]",

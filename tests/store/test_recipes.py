@@ -299,6 +299,12 @@ def test_a_file_without_motion_modules_is_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="holds no motion modules of AnimateDiff"):
         describe_modules(tmp_path / "x.safetensors")
+    place = "down_blocks.{}.motion_modules.0.{}"
+    position = {place.format(0, "transformer_blocks.0.pos_embed.pe"): torch.zeros(1, 24, 8)}
+    for name, shape in ((place.format("x", "proj_in.weight"), (8, 8)), (place.format(0, "proj_in.weight"), ())):
+        save_file({**position, name: torch.zeros(shape)}, tmp_path / "x.safetensors")
+        with pytest.raises(ValueError, match="holds no motion modules of AnimateDiff"):
+            describe_modules(tmp_path / "x.safetensors")
 
 
 def test_links_are_copies_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

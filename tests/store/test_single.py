@@ -195,5 +195,16 @@ def test_what_is_no_checkpoint_is_one_line(cmdgen, checkpoint, tmp_path: Path) -
         done = cmdgen("models", "import", tmp_path / name, "-o", tmp_path / "out", "--tokenizer", tmp_path / "base")
         assert (done.code, done.out) == (2, "") and message in done.err and done.err.count("\n") == 1, done.err
         assert not (tmp_path / "out").exists()
+    for name, changed, message in (
+        (key, torch.zeros(()), f"{key} has shape [], expected 4 sides"),
+        ("model.diffusion_model.input_blocks.1.0.out_layers.3.weight", torch.zeros(8, 4, 3, 3), "must be divisible"),
+        ("first_stage_model.quant_conv.bias", torch.zeros(8, dtype=torch.int64), "is int64 [8], expected numbers"),
+        ("first_stage_model.quant_conv.bias", torch.zeros(9), "is float32 [9], expected numbers of shape [8]"),
+    ):
+        save_file({**checkpoint, name: changed}, tmp_path / "odd.safetensors")
+        command = ("models", "import", tmp_path / "odd.safetensors", "-o", tmp_path / "out")
+        done = cmdgen(*command, "--tokenizer", tmp_path / "base")
+        assert done.code == 2 and message in done.err and done.err.count("\n") == 1, done.err
+        assert done.err.startswith(f"error: {tmp_path / 'odd.safetensors'}: ") and not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match=r"x\.ckpt is pickled, and reading it could run any code"):
         find_model(str(tmp_path / "x.ckpt"))
