@@ -151,7 +151,7 @@ def read_licence(folder: Path) -> str | None:
     if licence == "other":
         licence = values.get("license_name", licence)
     # it goes to a terminal as it is
-    return "".join(letter for letter in licence if letter.isprintable())[:80] or None
+    return "".join(letter for letter in licence if letter.isprintable())[:200] or None
 
 
 def _describe_network(place: Path, name: str, config: Any) -> Network:

@@ -131,6 +131,8 @@ def test_motion_modules_and_their_base_are_one_model(
     first, second, *_ = (line for line in done.err.splitlines() if "licence: " in line)
     assert re.fullmatch(r"emilianJR/epiCRealism: \d MB, licence: openrail-base", first)
     assert re.fullmatch(rf"{RECIPES[name].adapter}: \d MB, licence: apache-2.0", second)
+    last = f"licence: openrail-base (emilianJR/epiCRealism) and apache-2.0 ({RECIPES[name].adapter})"
+    assert last in done.err.splitlines()
     # of two forms the smaller one
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.asked
     assert f"unet/{WEIGHTS}" not in hub.asked
