@@ -355,7 +355,7 @@ _STAND_INS: dict[object, Callable[..., object]] = {
     aten.polar.default: aten.complex.default,
     aten.upsample_bilinear2d.default: lambda x, size, *_: aten.upsample_nearest2d(x, size),
     aten.native_layer_norm.default: lambda x, *_: (x.new_empty(x.shape), x[:0], x[:0]),
-    aten.native_group_norm.default: lambda x, *_: (torch.empty_like(x), x[:0], x[:0]),
+    aten.native_group_norm.default: lambda x, *rest: (torch.empty_like(x), *x.new_empty((2, rest[2], rest[5]))),
     aten.cat.default: lambda parts, dim=0: _join(parts, dim),
     aten.stack.default: lambda parts, dim=0: _join([part.unsqueeze(dim) for part in parts], dim),
 }

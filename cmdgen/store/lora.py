@@ -105,8 +105,8 @@ def _read_pairs(path: Path, part: str, weights: Mapping[str, Any]) -> dict[str, 
             if alpha in names:
                 both["alpha"] = file.get_tensor(alpha)
     for target, both in found.items():
-        down, up, alpha = (both.get(key) for key in ("down", "up", "alpha"))
-        if down is None or up is None or not _fit(down, up) or (alpha is not None and alpha.numel() != 1):
+        down, up, scale = (both.get(key) for key in ("down", "up", "alpha"))
+        if down is None or up is None or not _fit(down, up) or (scale is not None and scale.numel() != 1):
             raise ValueError(f"{path}: {short(target)} lacks one of two matrices that fit")
     return {target: (both["down"], both["up"], both.get("alpha")) for target, both in found.items()}
 

@@ -5,6 +5,7 @@
 GEGLU of Shazeer 2020 (arXiv:2002.05202). PyTorch reads strided halves in two passes.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,8 +18,9 @@ HALF_SQRT = tl.constexpr(0.7071067811865476)
 def geglu_reference(x: Tensor) -> Tensor:
     """(..., 2 D) -> (..., D): the definition."""
     value, gate = x.chunk(2, dim=-1)
-    # in place: a third of a feed-forward's memory
-    return F.gelu(gate).mul_(value)
+    gate = F.gelu(gate)
+    # in place, a third of a feed-forward's memory, where no gradient needs what was there
+    return gate * value if torch.is_grad_enabled() else gate.mul_(value)
 
 
 @triton.jit

@@ -55,7 +55,8 @@ def group_norm_silu_reference(
     if shift is not None:
         x = x + shift[:, :, None, None]
     x = F.group_norm(x, groups, weight, bias, eps)
-    return F.silu(x, inplace=True) if activation == "silu" else x
+    # in place where no gradient needs what was there
+    return F.silu(x, inplace=not torch.is_grad_enabled()) if activation == "silu" else x
 
 
 @triton.jit
