@@ -58,6 +58,11 @@ class Denoising:
     frames: int = 1
 
 
+def read_when_needed(part: str) -> Any:
+    """Return a property: one part of a pipeline's model; reading it raises ValueError, naming the file at fault."""
+    return property(lambda pipeline: pipeline.part(part))
+
+
 class Pipeline(ABC):
     """A model folder, ready to sample; its weights are read when first needed."""
 

@@ -22,7 +22,7 @@ from cmdgen.acceleration.slicer import decode_clip, encode_clip
 from cmdgen.latents import Latents, check_fit, fit_model, latent_shapes
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
-from cmdgen.pipelines.base import Denoising
+from cmdgen.pipelines.base import Denoising, read_when_needed
 from cmdgen.pipelines.clip import Clip, Made, Task
 from cmdgen.pipelines.decode import Decoder, encode_frames
 from cmdgen.pipelines.observer import Observer
@@ -34,15 +34,8 @@ from cmdgen.video.formats import Pixels
 class CmdPipeline(StillPipeline):
     """A folder with a content model, a motion model and CMD's autoencoder."""
 
-    @property
-    def autoencoder(self) -> CmdAutoencoder:
-        """Return the autoencoder; reading it raises ValueError, naming the file at fault."""
-        return self.part("autoencoder")
-
-    @property
-    def motion(self) -> DiT:
-        """Return the motion model, as `autoencoder`."""
-        return self.part("motion")
+    autoencoder: CmdAutoencoder = read_when_needed("autoencoder")
+    motion: DiT = read_when_needed("motion")
 
     def make(self, task: Task) -> Made:
         """Make clips; a clip of one frame is its content frame. See `Pipeline.make`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cmdgen.config import EvdmConfig
 from cmdgen.models.evdm import Evdm
-from cmdgen.pipelines.base import Denoising, Pipeline
+from cmdgen.pipelines.base import Denoising, Pipeline, read_when_needed
 from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
 from cmdgen.request import Plan, Request, resolve
 from cmdgen.video.formats import Pixels
@@ -27,10 +27,7 @@ _UNUSED = {"prompt", "negative", "content_seed", "motion_seed", "motion_steps", 
 class EvdmPipeline(Pipeline):
     """A model folder with an evdm/; the clips that it makes begin with the frames it is given."""
 
-    @property
-    def network(self) -> Evdm:
-        """Return the network; reading it raises ValueError, naming the file at fault."""
-        return self.part("evdm")
+    network: Evdm = read_when_needed("evdm")
 
     @property
     def shape(self) -> EvdmConfig:

@@ -17,7 +17,7 @@ from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
-from cmdgen.pipelines.base import Branches, Denoising, Pipeline
+from cmdgen.pipelines.base import Branches, Denoising, Pipeline, read_when_needed
 from cmdgen.pipelines.clip import Made, Task
 from cmdgen.pipelines.decode import Decoder, encode_frames
 from cmdgen.pipelines.observer import Observer
@@ -27,26 +27,15 @@ from cmdgen.request import Plan, Request
 class StillPipeline(Pipeline):
     """Any Stable Diffusion 1.5 or 2.1 folder; also the content half of CMD."""
 
-    @property
-    def text_encoder(self) -> ClipTextModel:
-        """Return the text encoder; reading it raises ValueError, naming the file at fault."""
-        return self.part("text_encoder")
+    text_encoder: ClipTextModel = read_when_needed("text_encoder")
+    unet: UNet = read_when_needed("unet")
+    vae: KlVae = read_when_needed("vae")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer: prompts to token ids."""
         assert self.config.text is not None
         return Tokenizer.from_pretrained(self.folder / "tokenizer", vocab_size=self.config.text.vocab_size)
-
-    @property
-    def unet(self) -> UNet:
-        """Return the content model, as `text_encoder`."""
-        return self.part("unet")
-
-    @property
-    def vae(self) -> KlVae:
-        """Return the VAE, as `text_encoder`."""
-        return self.part("vae")
 
     @cached_property
     def decoding_vae(self) -> KlVae | TinyVae:

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from cmdgen.models.vision import ClipVisionModel
-from cmdgen.pipelines.base import Branches
+from cmdgen.pipelines.base import Branches, read_when_needed
 from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request
@@ -56,10 +56,7 @@ class MotionPipeline(StillPipeline):
 class PicturePipeline(MotionPipeline):
     """Stable Video Diffusion: a picture that moves."""
 
-    @property
-    def image_encoder(self) -> ClipVisionModel:
-        """Return the vision encoder; reading it raises ValueError, naming the file at fault."""
-        return self.part("image_encoder")
+    image_encoder: ClipVisionModel = read_when_needed("image_encoder")
 
     def sample(self, prompt: str | None = None, **options: Any) -> Clip:
         """Make one clip of the picture that `image` names; see `Pipeline.sample`."""
