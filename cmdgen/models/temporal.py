@@ -213,7 +213,7 @@ class BlendedResnet(nn.Module):
         """Return both blocks, which the time reaches in turn."""
         return self.spatial_res_block, self.temporal_res_block
 
-    def forward(self, x: Tensor, clips: int, shift: Tensor | None = None, later: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, clips: int = 1, shift: Tensor | None = None, later: Tensor | None = None) -> Tensor:
         """(B T, C, H, W), B, the shifts (B, C') of both blocks -> (B T, C', H, W)."""
         x = self.spatial_res_block(x, shift)
         added = self.temporal_res_block(clip_view(x, clips), later)

@@ -37,19 +37,9 @@ class SpatialAttention(Attention):
         return x + rearrange(super().forward(tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
 
-class FrameResnet(BlendedResnet):
-    """A residual block of each frame, beside one along time; its rows are the frames of one clip."""
-
-    def __init__(self, inputs: int, channels: int, groups: int) -> None:
-        super().__init__(inputs, channels, groups, (_EPS, _TIME_EPS))
-
-    def forward(self, x: Tensor, clips: int = 1, *shifts: Tensor | None) -> Tensor:
-        """(T, C, H, W) -> (T, C', H, W)."""
-        return super().forward(x, clips)
-
-
 def _resnet(inputs: int, channels: int, groups: int, *, blends: bool) -> nn.Module:
-    return FrameResnet(inputs, channels, groups) if blends else ResnetBlock(inputs, channels, groups, _EPS)
+    eps = _EPS, _TIME_EPS
+    return BlendedResnet(inputs, channels, groups, eps) if blends else ResnetBlock(inputs, channels, groups, _EPS)
 
 
 class MidBlock(nn.Module):
@@ -102,6 +92,11 @@ class UpBlock(Level):
         self.upsamplers = nn.ModuleList([] if last else [Upsample(width)])
 
 
+def _levels(kind: type[DownBlock | UpBlock], widths: tuple[int, ...], config: VaeConfig) -> nn.ModuleList:
+    pairs = enumerate(pairwise((widths[0], *widths)), 1)
+    return nn.ModuleList(kind(before, width, config, last=i == len(widths)) for i, (before, width) in pairs)
+
+
 class Encoder(nn.Module):
     """Pixels to the moments of the latent distribution, before `quant_conv`."""
 
@@ -109,10 +104,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            DownBlock(before, width, config, last=i == len(widths) - 1)
-            for i, (before, width) in enumerate(pairwise((widths[0], *widths)))
-        )
+        self.down_blocks = _levels(DownBlock, widths, config)
         self.mid_block = MidBlock(widths[-1], groups=groups)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
         self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -135,10 +127,7 @@ class Decoder(nn.Module):
         self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         layers = config.layers_per_block if blends else 2
         self.mid_block = MidBlock(widths[0], groups=groups, layers=layers, blends=blends)
-        self.up_blocks = nn.ModuleList(
-            UpBlock(before, width, config, last=i == len(widths) - 1)
-            for i, (before, width) in enumerate(pairwise((widths[0], *widths)))
-        )
+        self.up_blocks = _levels(UpBlock, widths, config)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=_EPS)
         self.conv_out = Conv2d(widths[-1], config.out_channels, 3, padding=1)
         self.time_conv_out = TemporalConv(config.out_channels) if blends else None
