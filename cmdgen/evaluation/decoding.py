@@ -37,25 +37,22 @@ class _Decoder:
 
     def decode(self, slices: Slices | None) -> Stopwatch:
         """() -> seconds of "clip", the autoencoder, and "vae"; those of its first slice scaled."""
-        with fastest_libraries(self.device):
-            return self._decode(slices)
-
-    def _decode(self, slices: Slices | None) -> Stopwatch:
-        watch = Stopwatch(self.device)
-        with watch.stage("clip"):
-            if slices is None:
-                latents: Tensor = self.autoencoder.decode(*self.halves)
-            else:
-                latents = decode_clip(self.autoencoder, *self.halves, slices)
-            latents = rearrange(latents, "1 c t h w -> t c h w").contiguous()
         together, strips = (1, 1) if slices is None else (slices.pictures, slices.strips)
-        height, width = (side * self.vae.config.stride for side in latents.shape[2:])
-        with watch.stage("vae"):
-            # the frames of a GPU go to the CPU
-            place = "meta" if latents.is_meta else "cpu"
-            frames = torch.empty(len(latents), height, width, 3, dtype=torch.uint8, device=place)
-            pictures = decode_pictures(self.vae, latents[:together], strips)
-            frames[:together] = to_rgb24(pictures)
+        watch = Stopwatch(self.device)
+        with fastest_libraries(self.device):
+            with watch.stage("clip"):
+                if slices is None:
+                    latents: Tensor = self.autoencoder.decode(*self.halves)
+                else:
+                    latents = decode_clip(self.autoencoder, *self.halves, slices)
+                latents = rearrange(latents, "1 c t h w -> t c h w").contiguous()
+            height, width = (side * self.vae.config.stride for side in latents.shape[2:])
+            with watch.stage("vae"):
+                # the frames of a GPU go to the CPU
+                place = "meta" if latents.is_meta else "cpu"
+                frames = torch.empty(len(latents), height, width, 3, dtype=torch.uint8, device=place)
+                pictures = decode_pictures(self.vae, latents[:together], strips)
+                frames[:together] = to_rgb24(pictures)
         watch.seconds["vae"] *= len(latents) / together
         return watch
 
