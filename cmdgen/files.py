@@ -221,6 +221,15 @@ def kept(path: Path) -> FileExistsError:
     return FileExistsError(f"{path} exists: give another name, or replace it with --overwrite")
 
 
+@contextmanager
+def blame(file: object) -> Iterator[None]:
+    """Put the file at fault before what a ValueError in the block says."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 def check_file(path: Path) -> None:
     """Raise ValueError for a folder, for a device or pipe, which may never end, and for a Git LFS pointer.
 

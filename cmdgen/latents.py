@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from cmdgen.config import ModelConfig
-from cmdgen.files import check_file, parse_json
+from cmdgen.files import blame, check_file, parse_json
 from cmdgen.headers import FLOATS, open_weights
 from cmdgen.request import MAX_FPS, Request, resolve
 from cmdgen.video.formats import Encoding
@@ -132,14 +132,12 @@ def read_latents(path: File, model: ModelConfig | None = None) -> Latents:
     header = read_header(path)
     tensors, _ = read_tensors(Path(path), foreign=True)
     content, motion = (tensors[name].float() for name in ("content", "motion"))
-    try:
+    with blame(path):
         if model is not None:
             fit_model(model, header.content, header.motion)
         for name, tensor in (("content", content), ("motion", motion)):
             if not tensor.isfinite().all():
                 raise ValueError(f"{name} has NaN or inf")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     return Latents(content, motion, header.fps, header.metadata)
 
 
@@ -150,11 +148,8 @@ def read_header(path: File) -> Header:
         length, size = int.from_bytes(raw.read(8), "little"), os.fstat(raw.fileno()).st_size
     if size > MOST_BYTES or length > MOST_HEADER:
         raise ValueError(f"{path}: not latents of cmdgen: they are never this large")
-    with open_weights(Path(path)) as file:
-        try:
-            return _parse_header(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+    with open_weights(Path(path)) as file, blame(path):
+        return _parse_header(file)
 
 
 def _parse_header(file: safe_open) -> Header:

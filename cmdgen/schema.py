@@ -20,7 +20,7 @@ from reprlib import repr as short
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from cmdgen.config import ATTENTIONS, SAMPLERS, SOLVERS, TEMPORAL, NoiseConfig, VaeConfig, each_level
-from cmdgen.files import read_json, write_json
+from cmdgen.files import blame, read_json, write_json
 
 Folder = str | os.PathLike[str]
 C = TypeVar("C")
@@ -71,7 +71,7 @@ def read_config(folder: Folder, cls: type[C]) -> C:
     variants = _tables()["variants"].get(cls.__name__, {})
     variant = variants.get(str(data.get("_class_name")), {})
     fixed = variant.get("fixed", _tables()["fixed"].get(cls.__name__, {}))
-    try:
+    with blame(path):
         for key, only in fixed.items():
             possible = only if isinstance(only, list) else [only]
             values = data[key] if isinstance(data.get(key), list) else [data.get(key, possible[0])]
@@ -88,8 +88,6 @@ def read_config(folder: Folder, cls: type[C]) -> C:
         if sum(each_level(layers, widths)) > _MOST_LAYERS:
             raise ValueError(f"{len(widths)} blocks of {layers} layers are more than {_MOST_LAYERS} layers")
         return config
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_variant(data: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]:

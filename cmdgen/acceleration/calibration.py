@@ -19,7 +19,7 @@ from torch import Tensor
 from cmdgen.acceleration import keysteps
 from cmdgen.acceleration.rehash import Network
 from cmdgen.config import CALIBRATION, SAMPLERS, ModelConfig
-from cmdgen.files import read_json, replace_with
+from cmdgen.files import blame, read_json, replace_with
 from cmdgen.options import option, read_fields
 from cmdgen.request import KeySteps, Request, Steps
 
@@ -189,15 +189,13 @@ def read_calibrations(path: Path, model: str) -> list[Calibration]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: calibrations {short(entries)} is not a list of objects")
     names = [item.name for item in fields(Calibration)]
-    try:
+    with blame(path):
         return [
             Calibration(**{name: entry.get(name) for name in names})
             for entry in entries
             # version 0.1 could cut the UNet elsewhere than before its last layer
             if entry.get("cut") in (None, "layer")
         ]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeySteps | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cmdgen import __version__
 from cmdgen.cli.jobs import STILL
+from cmdgen.files import blame
 from cmdgen.metadata import FIELDS, INPUT_FIELDS, read_json
 from cmdgen.request import Request
 from cmdgen.video.formats import choose_encoding
@@ -49,7 +50,7 @@ def recall(path: Path, metadata: Mapping[str, Any], request: Request, flags: set
     target = None
     if request.output is not None:
         target = choose_encoding(request.output, format=request.format).format
-    try:
+    with blame(path):
         values, dropped = _translate(metadata), set(flags)
         # seeds that are the clip's own follow --seed
         dropped |= {name for name in ("content_seed", "motion_seed") if values.get(name) == values.get("seed")}
@@ -75,8 +76,6 @@ def recall(path: Path, metadata: Mapping[str, Any], request: Request, flags: set
                 # another device makes nearly the same clip
                 values["device"] = "auto"
         return Request(**({name: getattr(request, name) for name in flags | _KEPT} | values))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def compare(path: Path, metadata: Mapping[str, Any], pipeline: "Pipeline", *, chosen: bool) -> Iterator[str]:

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperOption
 
 from cmdgen.cli.command import read_text
-from cmdgen.files import decode_text
+from cmdgen.files import blame, decode_text
 from cmdgen.options import option
 
 # bytes; what a person writes is far smaller
@@ -78,10 +78,8 @@ def read_settings(path: Path, commands: Any) -> dict[str, Any]:
         tables = tomllib.loads(decode_text(text))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as TOML ({error})") from error
-    try:
+    with blame(path):
         return _read_table(tables, typer.Context(commands, info_name="cmdgen"), [])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_table(table: Mapping[str, Any], context: Any, above: list[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import nn
 
-from cmdgen.files import fill_folder
+from cmdgen.files import blame, fill_folder
 from cmdgen.schema import Folder, check_choices, config_path, read_config, write_config
 from cmdgen.weights import build_empty, load_weights, save_weights
 
@@ -40,10 +40,8 @@ class Pretrained(nn.Module, Generic[C]):
         ValueError names the file that is wrong.
         """
         config: Any = read_config(folder, cls.config_type)
-        try:
+        with blame(config_path(folder, cls.config_type)):
             model = build_empty(cls, config)
-        except ValueError as error:
-            raise ValueError(f"{config_path(folder, cls.config_type)}: {error}") from error
         load_weights(model, weights or folder, cls.filename, dtype=dtype, device=device, rename=cls.rename_stored)
         return model.eval()
 

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
-from cmdgen.files import fill_folder, read_json, read_text, replace_with, write_json
+from cmdgen.files import blame, fill_folder, read_json, read_text, replace_with, write_json
 from cmdgen.schema import Folder
 
 _BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -103,13 +103,11 @@ class Tokenizer:
         words = read_json(record).get("words") if record.is_file() else None
         if words is not None and not _is_strings(words):
             raise ValueError(f"{record}: not a list of words")
-        try:
+        with blame(path):
             tokenizer = cls(_vocab(vocab), _pairs(merges), pad=_read_pad(folder), words=words)
             if (largest := max(tokenizer.vocab.values())) >= vocab_size:
                 raise ValueError(f"token {largest} is none of the text encoder's {vocab_size}")
             return tokenizer
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, folder: Folder, *, length: int = 77) -> None:
         """Write a folder that transformers' `CLIPTokenizer` opens; `length` is its default."""

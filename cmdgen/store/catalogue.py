@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cmdgen.config import PRESETS, PUBLIC, ModelConfig
+from cmdgen.files import blame
 from cmdgen.headers import FLOATS, open_weights, weight_paths
 from cmdgen.schema import read_config, read_counts
 from cmdgen.store.parts import NETWORKS, PARTS, build_part, load_part, network_configs, read_index, read_model
@@ -79,10 +80,8 @@ def check_folder(folder: Path, *, weights: bool = False) -> None:
     ValueError names a file that is missing or wrong, or that describes a network that we cannot build.
     """
     for name, config in _read_configs(folder).items():
-        try:
+        with blame(folder / name / "config.json"):
             network = build_part(name, config)
-        except ValueError as error:
-            raise ValueError(f"{folder / name / 'config.json'}: {error}") from error
         if weights:
             from cmdgen.weights import match_weights
 

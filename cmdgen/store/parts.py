@@ -26,7 +26,7 @@ from cmdgen.config import (
     VaeConfig,
     VisionConfig,
 )
-from cmdgen.files import read_json, write_json
+from cmdgen.files import blame, read_json, write_json
 from cmdgen.schema import Folder, check_fields, check_value, class_name, read_config, read_written, write_config
 
 if TYPE_CHECKING:
@@ -181,11 +181,9 @@ def read_model(folder: Folder) -> ModelConfig:
     """
     folder = Path(folder)
     index = read_index(folder)
-    try:
+    with blame(folder / "model_index.json"):
         sampling = check_value(index.get("cmdgen", {}), dict, "cmdgen")
         sampling = check_fields(ModelConfig, {key: value for key, value in sampling.items() if key in _SAMPLING})
-    except ValueError as error:
-        raise ValueError(f"{folder / 'model_index.json'}: {error}") from error
     names = {name for name in PARTS if (folder / name).is_dir()}
     # reading a part that is missing says so
     alone = bool(names & {"transformer", "evdm"})

@@ -10,7 +10,7 @@ import torch
 
 from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.config import ModelConfig, NoiseConfig
-from cmdgen.files import hold_folder, read_json, write_json
+from cmdgen.files import blame, hold_folder, read_json, write_json
 from cmdgen.options import options_of
 from cmdgen.schema import config_path, read_config
 from cmdgen.store.parts import network_configs, shared_fields, write_model_index
@@ -43,10 +43,8 @@ def settle(folder: Path, shared: Shared, stage: str) -> Shared:
     previous: dict[str, Any] = {}
     if path.exists():
         read = read_json(path)
-        try:
+        with blame(path):
             previous = Shared(**{name: read[name] for name in options_of(Shared) if name in read}).to_json()
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
     values = shared.to_json()
     for name, value in values.items():
         if previous.get(name, value) != value:
