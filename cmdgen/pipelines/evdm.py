@@ -17,7 +17,6 @@ from cmdgen.models.evdm import Evdm
 from cmdgen.pipelines.base import Denoising, Pipeline, read_when_needed
 from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
 from cmdgen.request import Plan, Request, resolve
-from cmdgen.video.formats import Pixels
 from cmdgen.video.pixels import CONVERT, to_grey, to_rgb24, to_unit
 
 # what a plan has and an EVDM has not
@@ -82,9 +81,8 @@ class EvdmPipeline(Pipeline):
 
     def _show(self, piece: Tensor, task: Task) -> np.ndarray:
         """(B, C, T, H, W) -> uint8 (B, T, ...) in the task's pixels, handed to its observer."""
-        pixels = task.pixels
         flat = rearrange(piece, "b c t h w -> (b t) c h w").expand(-1, 3, -1, -1)
-        frames = CONVERT[pixels](flat).cpu().numpy().reshape(len(piece), piece.shape[2], *_frame_shape(piece, pixels))
+        frames = CONVERT[task.pixels](flat).unflatten(0, (len(piece), piece.shape[2])).cpu().numpy()
         for i, clip in enumerate(frames):
             task.observer.frames(i, clip)
         return frames
@@ -137,8 +135,3 @@ class EvdmPipeline(Pipeline):
         conditions = ((context.to(self.dtype),),) * 2
         sampled = self.denoise(task, what, predict, conditions)
         return self.check_finite(sampled, "evdm").clamp(-1, 1)
-
-
-def _frame_shape(piece: Tensor, pixels: Pixels) -> tuple[int, ...]:
-    height, width = piece.shape[-2:]
-    return (height, width, 3) if pixels == "rgb24" else (3 * height // 2, width)
