@@ -10,16 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cmdgen.config import (
-    ANIMATEDIFF,
-    ANIMATEDIFF_LIGHTNING,
-    ANIMATELCM,
-    SVD,
-    SVD_XT,
-    ModelConfig,
-    MotionConfig,
-    UNetConfig,
-)
+from cmdgen.config import PUBLIC, ModelConfig, MotionConfig, UNetConfig
 from cmdgen.files import create_folder
 from cmdgen.headers import open_weights, weight_paths
 from cmdgen.schema import read_config, write_config
@@ -52,17 +43,19 @@ class Recipe:
 
 _STABILITY = "stabilityai/stable-video-diffusion-img2vid"
 RECIPES = {
-    "animatediff": Recipe(ANIMATEDIFF, _BASE, "guoyww/animatediff-motion-adapter-v1-5-3"),
+    "animatediff": Recipe(PUBLIC["animatediff"], _BASE, "guoyww/animatediff-motion-adapter-v1-5-3"),
     # the one that has motion LoRAs
-    "animatediff-v2": Recipe(ANIMATEDIFF, _BASE, "guoyww/animatediff-motion-adapter-v1-5-2"),
+    "animatediff-v2": Recipe(PUBLIC["animatediff"], _BASE, "guoyww/animatediff-motion-adapter-v1-5-2"),
     "animatediff-lightning": Recipe(
-        *(ANIMATEDIFF_LIGHTNING, _BASE, "ByteDance/AnimateDiff-Lightning"),
+        *(PUBLIC["animatediff-lightning"], _BASE, "ByteDance/AnimateDiff-Lightning"),
         file="animatediff_lightning_4step_diffusers.safetensors",
     ),
-    "animatelcm": Recipe(*(ANIMATELCM, _BASE, "wangfuyun/AnimateLCM"), lora="AnimateLCM_sd15_t2v_lora.safetensors:0.8"),
-    "svd": Recipe(SVD, _STABILITY),
-    "svd-xt": Recipe(SVD_XT, f"{_STABILITY}-xt"),
-    "svd-xt-1.1": Recipe(SVD_XT, f"{_STABILITY}-xt-1-1"),
+    "animatelcm": Recipe(
+        *(PUBLIC["animatelcm"], _BASE, "wangfuyun/AnimateLCM"), lora="AnimateLCM_sd15_t2v_lora.safetensors:0.8"
+    ),
+    "svd": Recipe(PUBLIC["svd"], _STABILITY),
+    "svd-xt": Recipe(PUBLIC["svd-xt"], f"{_STABILITY}-xt"),
+    "svd-xt-1.1": Recipe(PUBLIC["svd-xt"], f"{_STABILITY}-xt-1-1"),
 }
 
 
