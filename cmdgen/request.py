@@ -8,7 +8,7 @@ torch.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -273,10 +273,7 @@ def with_prompt(plan: Plan, request: Request) -> Plan:
 
 
 # fields of `Request` that replace a model's default of the same name
-_DEFAULTS = [
-    *("frames", "fps", "sampler", "steps", "motion_steps", "guidance", "motion_guidance", "guidance_interval"),
-    *("guidance_first", "motion_amount", "image_noise"),
-]
+_DEFAULTS = {field.name for field in fields(Request)} & {field.name for field in fields(ModelConfig)}
 # fields that say nothing to a model without CMD's two parts; without text; without a picture
 _CMD_ONLY = ("content_seed", "motion_seed", "motion_steps", "motion_guidance", "content_from", "motion_from")
 _TEXT_ONLY, _PICTURE_ONLY = ("prompt", "negative"), ("guidance_first", "motion_amount", "image_noise")
