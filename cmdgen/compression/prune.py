@@ -15,7 +15,6 @@ from cmdgen.headers import weight_paths
 from cmdgen.models.pretrained import Pretrained
 from cmdgen.schema import write_config
 from cmdgen.store.parts import (
-    NETWORKS,
     PARTS,
     build_part,
     hash_weights,
@@ -77,7 +76,7 @@ def prune_folder(source: Path, target: Path, dropped: list[str]) -> None:
                 if (source / name).is_dir():
                     shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
                 continue
-            network, place = NETWORKS[name].network, weights_folder(source, name)
+            network, place = PARTS[name].network, weights_folder(source, name)
             weights: dict[str, Tensor] = {}
             for path in weight_paths(place, network.filename):
                 stored = read_tensors(path, foreign=True)[0]

@@ -16,16 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from cmdgen.config import (
-    CMD_SD15,
-    CMD_SD21,
-    PUBLIC,
-    AutoencoderConfig,
-    DiTConfig,
-    ModelConfig,
-    MotionConfig,
-    UNetConfig,
-)
+from cmdgen.config import PRESETS, PUBLIC, AutoencoderConfig, DiTConfig, ModelConfig, MotionConfig, UNetConfig
 
 _LAYER = re.compile(r"(down|up)_blocks\.(\d+)(?:\.(resnets|attentions|motion_modules)\.(\d+))?(.*)")
 _BLOCK = re.compile(r"(blocks|decoder)\.(\d+)(.*)")
@@ -196,5 +187,6 @@ def _prune_preset(model: ModelConfig) -> ModelConfig:
 
 
 # presets as VDMini's rule leaves them
-_PRUNED = map(_prune_preset, (CMD_SD15, CMD_SD21, PUBLIC["animatelcm"], PUBLIC["svd"]))
+_ALL = PRESETS | PUBLIC
+_PRUNED = [_prune_preset(_ALL[name]) for name in ("cmd-sd15", "cmd-sd21", "animatelcm", "svd")]
 PRUNED = {model.name: model for model in _PRUNED}

@@ -22,7 +22,7 @@ from cmdgen.config import MotionConfig, UNetConfig
 from cmdgen.models.attention import MOST_ROWS
 from cmdgen.models.layers import Attention, FeedForward, ResnetBlock, TimeEmbedding, normalise
 from cmdgen.models.pretrained import Pretrained
-from cmdgen.models.transformer import Conditions, SpatialTransformer
+from cmdgen.models.transformer import Conditions, Layers, SpatialTransformer
 
 # what the authors call it, and diffusers
 _OLD_NAMES = {
@@ -78,20 +78,14 @@ class PositionEmbedding(nn.Module):
         return x + self.pe[0, : x.shape[1], None].to(x.dtype)
 
 
-class MotionBlock(nn.Module):
+class MotionBlock(Layers):
     """Attention along time, twice, and feed-forward, each around a skip."""
 
     def __init__(self, width: int, config: MotionConfig) -> None:
-        super().__init__()
         heads = config.motion_num_attention_heads
+        super().__init__(width, TimeAttention(width, heads), TimeAttention(width, heads))
         # positions join what attention reads, not what is passed on
         self.pos_embed = PositionEmbedding(config.motion_max_seq_length, width)
-        self.norm1 = nn.LayerNorm(width)
-        self.attn1 = TimeAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.attn2 = TimeAttention(width, heads)
-        self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, P, D) -> (B, T, P, D)."""
@@ -224,20 +218,14 @@ class BlendedResnet(nn.Module):
         return self.time_mixer() if self.learns_time else 1 - self.time_mixer()
 
 
-class FrameBlock(nn.Module):
+class FrameBlock(Layers):
     """Feed-forward, attention along time, to the image, feed-forward, each around a skip."""
 
     def __init__(self, width: int, heads: int, config: UNetConfig) -> None:
-        super().__init__()
-        self.norm_in = nn.LayerNorm(width)
-        self.ff_in = FeedForward(width)
-        self.norm1 = nn.LayerNorm(width)
-        self.attn1 = TimeAttention(width, heads)
-        # of one token: neither the norm nor queries and keys of `attn2` matter
-        self.norm2 = nn.LayerNorm(width)
-        self.attn2 = Attention(width, config.cross_attention_dim, heads, bias=False)
-        self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
+        # of one token: neither its norm nor its queries and keys matter
+        reader = Attention(width, config.cross_attention_dim, heads, bias=False)
+        super().__init__(width, TimeAttention(width, heads), reader)
+        self.norm_in, self.ff_in = nn.LayerNorm(width), FeedForward(width)
 
     def forward(self, x: Tensor, token: Tensor) -> Tensor:
         """(B, T, P, D), (B, 1, D) -> (B, T, P, D)."""

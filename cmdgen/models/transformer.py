@@ -30,18 +30,23 @@ class Conditions(NamedTuple):
         return Conditions(len(range(self.clips)[clips]), shifts, text)
 
 
-class TransformerBlock(nn.Module):
+class Layers(nn.Module):
+    """Two attentions and a feed-forward, each with its norm, of a transformer block."""
+
+    def __init__(self, width: int, attn1: Attention, attn2: Attention) -> None:
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(width), attn1
+        self.norm2, self.attn2 = nn.LayerNorm(width), attn2
+        self.norm3, self.ff = nn.LayerNorm(width), FeedForward(width)
+
+
+class TransformerBlock(Layers):
     """Attention among positions, attention to the text, feed-forward, each around a skip."""
 
     def __init__(self, width: int, heads: int, config: UNetConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
         attend = self_attention(config, width // heads)
-        self.attn1 = Attention(width, width, heads, bias=False, attend=attend)
-        self.norm2 = nn.LayerNorm(width)
-        self.attn2 = Attention(width, config.cross_attention_dim, heads, bias=False)
-        self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
+        among = Attention(width, width, heads, bias=False, attend=attend)
+        super().__init__(width, among, Attention(width, config.cross_attention_dim, heads, bias=False))
 
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, H*W, D) -> (B, H*W, D)."""
