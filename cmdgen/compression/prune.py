@@ -14,15 +14,7 @@ from cmdgen.files import create_folder
 from cmdgen.headers import weight_paths
 from cmdgen.models.pretrained import Pretrained
 from cmdgen.schema import write_config
-from cmdgen.store.parts import (
-    PARTS,
-    build_part,
-    hash_weights,
-    network_configs,
-    read_model,
-    weights_folder,
-    write_model_index,
-)
+from cmdgen.store import parts
 from cmdgen.weights import build_empty, read_tensors, save_tensors
 
 
@@ -63,25 +55,25 @@ def prune_folder(source: Path, target: Path, dropped: list[str]) -> None:
 
     ValueError names a unit that the model does not have, or a file that is wrong.
     """
-    large = read_model(source)
+    large = parts.read_model(source)
     if large.loras:
         raise ValueError(f"{source} has LoRA, which changes layers that would be lost: it cannot be pruned")
     model = shrink_model(large, dropped)
-    model = replace(model, name=target.name, pruned_from=hash_weights(source))
-    configs, small = network_configs(large), network_configs(model)
+    model = replace(model, name=target.name, pruned_from=parts.hash_weights(source))
+    configs, small = parts.network_configs(large), parts.network_configs(model)
     with create_folder(target) as folder:
-        write_model_index(folder, model)
-        for name in PARTS:
+        parts.write_model_index(folder, model)
+        for name in parts.PARTS:
             if name not in configs or configs[name] == small[name]:
                 if (source / name).is_dir():
                     shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
                 continue
-            network, place = PARTS[name].network, weights_folder(source, name)
+            network, place = parts.PARTS[name].network, parts.weights_folder(source, name)
             weights: dict[str, Tensor] = {}
             for path in weight_paths(place, network.filename):
                 stored = read_tensors(path, foreign=True)[0]
                 weights |= {new: tensor for old, tensor in stored.items() if (new := network.rename_stored(old))}
-            expected = build_part(name, small[name]).state_dict()
+            expected = parts.build_part(name, small[name]).state_dict()
             try:
                 state = keep_weights(weights, expected, configs[name], units_of(name, dropped))
             except KeyError as error:

@@ -49,7 +49,12 @@ class Part:
     stage: str | None = None
     # library and class that open it, as model_index.json lists them
     opens: str | None = None
-    filename: str = "diffusion_pytorch_model.safetensors"
+
+    @property
+    def filename(self) -> str:
+        """The file of the weights: each library has a name for all of its own."""
+        theirs = (self.opens or "").startswith("transformers.")
+        return "model.safetensors" if theirs else "diffusion_pytorch_model.safetensors"
 
     @property
     def network(self) -> "type[Pretrained[Any]]":
@@ -64,22 +69,13 @@ _ROWS = (
     # the schedule of stills, where another one is that of videos
     Part("still_scheduler", "still_noise", NoiseConfig),
     Part("tokenizer", stage="content", opens="transformers.CLIPTokenizer"),
-    Part(
-        "text_encoder",
-        "text",
-        TextConfig,
-        "text.ClipTextModel",
-        "content",
-        "transformers.CLIPTextModel",
-        "model.safetensors",
-    ),
+    Part("text_encoder", "text", TextConfig, "text.ClipTextModel", "content", "transformers.CLIPTextModel"),
     Part("unet", "content", UNetConfig, "unet.UNet", "content", "diffusers.UNet2DConditionModel"),
     Part("motion_adapter", "adapter", MotionConfig, "temporal.MotionAdapter", opens="diffusers.MotionAdapter"),
     Part("transformer", "content", DiTConfig, "dit.DiT"),
     Part(
         *("image_encoder", "vision", VisionConfig, "vision.ClipVisionModel"),
         opens="transformers.CLIPVisionModelWithProjection",
-        filename="model.safetensors",
     ),
     Part("feature_extractor", opens="transformers.CLIPImageProcessor"),
     Part("evdm", "content", EvdmConfig, "evdm.Evdm", "evdm"),
