@@ -6,7 +6,7 @@ imports torch.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SOLVERS = ("ddim", "euler", "lcm")
@@ -57,7 +57,17 @@ TEMPORAL = ("none", "blend")
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class AttentionConfig:
+    """How tokens attend to one another."""
+
+    # one of ATTENTIONS; gated, with this threshold and so many random features
+    attention: str = "softmax"
+    attention_threshold: float = 2.0
+    attention_features: int | None = 256
+
+
+@dataclass(frozen=True)
+class UNetConfig(AttentionConfig):
     """Stable Diffusion UNet; the defaults are SD 1.5's."""
 
     sample_size: int = 64
@@ -81,10 +91,6 @@ class UNetConfig:
     # of numbers that join the timestep: the width of each, and of all
     addition_time_embed_dim: int | None = None
     projection_class_embeddings_input_dim: int | None = None
-    # one of ATTENTIONS; gated, with this threshold and so many random features
-    attention: str = "softmax"
-    attention_threshold: float = 2.0
-    attention_features: int = 256
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -176,8 +182,12 @@ class NoiseConfig:
     sigma_max: float | None = None
 
 
+# that of Ho et al. 2020 (arXiv:2006.11239)
+DDPM_NOISE = NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0)
+
+
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(AttentionConfig):
     """CMD autoencoder; the defaults are the paper's (8+8 blocks, width 384; arXiv:2403.14148)."""
 
     channels: int = 4
@@ -192,10 +202,6 @@ class AutoencoderConfig:
     importance: str = "pixel"
     # "tanh": the paper's bounded z; "linear": unbounded, held by a small L2 in training
     motion_activation: str = "tanh"
-    # one of ATTENTIONS; gated, with this threshold and so many random features
-    attention: str = "softmax"
-    attention_threshold: float = 2.0
-    attention_features: int = 256
     # per channel, measured on training data; z is standardised by them before diffusion
     motion_mean: tuple[float, ...] | None = None
     motion_std: tuple[float, ...] | None = None
@@ -221,13 +227,11 @@ class DiTConfig:
     context_channels: int | None = 4
     context_patch: int = 8
     learned_sigma: bool = True
-    noise: NoiseConfig = field(
-        default=NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0)
-    )
+    noise: NoiseConfig = DDPM_NOISE
 
 
 @dataclass(frozen=True)
-class EvdmConfig:
+class EvdmConfig(AttentionConfig):
     """Predictor of frames in pixels; the defaults are EVDM's for SM-MNIST (Zhang et al. 2023, ACM MM).
 
     It denoises `current` frames, given `past` frames before and `future` frames after them.
@@ -252,10 +256,8 @@ class EvdmConfig:
     # "relu": before the bottleneck, as printed; "silu": before and after it
     activation: str = "relu"
     dropout: float = 0.1
-    # one of ATTENTIONS, at all levels but the first, in heads as wide as the first level; None: as
-    # many random features as a head is wide
-    attention: str = "softmax"
-    attention_threshold: float = 2.0
+    # attention is at all levels but the first, in heads as wide as the first level; None: as many
+    # random features as a head is wide
     attention_features: int | None = None
 
     @property
@@ -471,7 +473,7 @@ def _evdm(name: str, content: EvdmConfig, noise: NoiseConfig, steps: int) -> Mod
     )
 
 
-_EVDM_NOISE = NoiseConfig(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, steps_offset=0, clip_sample=True)
+_EVDM_NOISE = replace(DDPM_NOISE, clip_sample=True)
 _EVDM_PAPER = [
     _evdm(f"{kind}-{data}", replace(base, channels=c, past=past, current=current, width=width), _EVDM_NOISE, steps=100)
     for kind, base in _EVDM_KINDS.items()

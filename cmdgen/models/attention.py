@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from cmdgen.config import AutoencoderConfig, EvdmConfig, UNetConfig
+from cmdgen.config import AttentionConfig
 from cmdgen_kernels.gated_attention import gated_attention, orthogonal_features, softmax_attention
 
 # rows of attention over time in one call: CUDA's attention kernels fail from 65,536 on, and their gradient
@@ -29,7 +29,7 @@ class GatedAttention(nn.Module):
         return gated_attention(q, k, v, self.projection, threshold=self.threshold)
 
 
-def self_attention(config: UNetConfig | AutoencoderConfig | EvdmConfig, head_dim: int) -> Attend:
+def self_attention(config: AttentionConfig, head_dim: int) -> Attend:
     """() -> the attention that a model's configuration names, for heads of that width."""
     if config.attention == "softmax":
         return softmax_attention
