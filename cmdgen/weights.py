@@ -114,11 +114,6 @@ def _read_tensors(
                     yield name, mapped.get_tensor(name) if stays else tensor
 
 
-def save_weights(module: nn.Module, folder: Folder, filename: str, dtype: torch.dtype | None = None) -> None:
-    """Write all tensors of a module, floating ones cast to `dtype`, to a safetensors file."""
-    save_tensors(Path(folder) / filename, module.state_dict(), dtype)
-
-
 def save_tensors(
     path: Path,
     tensors: Mapping[str, torch.Tensor],

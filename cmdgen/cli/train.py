@@ -1,5 +1,6 @@
 """`cmdgen train vae|autoencoder|content|motion|decoder|evdm` and `cmdgen train export`."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, make_dataclass, replace
@@ -27,7 +28,8 @@ _SUMMARIES = {
 }
 _HELP = """{}
 
-    The folder's path goes to stdout. After a stop, the same command continues.
+    The folder's path goes to stdout. After a stop, the same command continues, with any number
+    of processes: torchrun --nproc-per-node N -m cmdgen train {stage} ...
 
     Examples:
         cmdgen train {stage} -o RUN
@@ -81,7 +83,10 @@ for _stage, _help in _SUMMARIES.items():
 
 
 def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], device_name: str, say: Say) -> None:
-    started = time.monotonic()
+    started, leads = time.monotonic(), os.environ.get("RANK", "0") == "0"
+    if not leads:
+        # of the processes that torchrun started one reports
+        say = replace(say, quiet=True)
     _check_gate(stage, start, shared)
     if start.teacher is None and (alone := [name for name in ("icd", "mca") if settings.get(name) is not None]):
         raise ValueError(f"--{alone[0]} has no effect without --teacher")
@@ -91,6 +96,7 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
     from cmdgen.pipelines.device import use_device
     from cmdgen.training.context import Run
     from cmdgen.training.data import open_data
+    from cmdgen.training.distributed import join
     from cmdgen.training.loop import learning_rate
     from cmdgen.training.run import run_stage, settle
 
@@ -105,7 +111,8 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
         say.note(data.note)
     deadline = None if config.minutes is None else started + 60 * config.minutes
     smaller = "ask for a smaller --batch or --size, more --accumulate, or --gradient-checkpointing"
-    with Stop("this step") as stop, within_memory(smaller), say.progress(deadline=deadline) as show:
+    progress = say.progress(deadline=deadline)
+    with join(device) as ranks, Stop("this step") as stop, within_memory(smaller), progress as show:
         phases = set()
 
         def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
@@ -117,7 +124,7 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
                 say.note(f"{stage}: stopped with {done} of {total} clips encoded")
                 raise typer.Exit(stop.code)
 
-        run = Run(stage, start, shared, config, loss, model, data, device, report, stop, started)
+        run = Run(stage, start, shared, config, loss, model, data, device, report, stop, started, ranks)
         done = run_stage(run)
     say.note(f"{stage}: {done} of {config.steps} steps done")
     if done < config.steps and config.final_lr < 1:
@@ -128,7 +135,8 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
     later = [*_SUMMARIES][[*_SUMMARIES].index(stage) + 1 :] if "train" in phases else []
     if stale := [name for name in later if (start.folder / "training" / name).is_dir()]:
         say.note(f"note: {', '.join(stale)} learned from another {stage}: train them again with --restart")
-    say.result(start.folder, {"output": str(start.folder), "stage": stage, "steps": done, "of": config.steps})
+    if leads:
+        say.result(start.folder, {"output": str(start.folder), "stage": stage, "steps": done, "of": config.steps})
     raise typer.Exit(stop.code)
 
 

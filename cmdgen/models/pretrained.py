@@ -1,5 +1,6 @@
 """Networks that live in folders: config.json beside weights in safetensors."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -8,7 +9,7 @@ from torch import nn
 
 from cmdgen.files import blame, fill_folder
 from cmdgen.schema import Folder, check_choices, config_path, read_config, write_config
-from cmdgen.weights import build_empty, load_weights, save_weights
+from cmdgen.weights import build_empty, load_weights, save_tensors
 
 C = TypeVar("C")
 
@@ -45,10 +46,15 @@ class Pretrained(nn.Module, Generic[C]):
         load_weights(model, weights or folder, cls.filename, dtype=dtype, device=device, rename=cls.rename_stored)
         return model.eval()
 
-    def save_pretrained(self, folder: Folder, *, dtype: torch.dtype | None = None) -> None:
-        """Write the folder that `from_pretrained` and the library read; a new one appears whole."""
+    def save_pretrained(
+        self, folder: Folder, *, dtype: torch.dtype | None = None, state: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write the folder that `from_pretrained` and the library read; a new one appears whole.
+
+        `state` are the tensors of a module that holds shards of them.
+        """
         with fill_folder(Path(folder)) as place:
-            save_weights(self, place, self.filename, dtype)
+            save_tensors(place / self.filename, self.state_dict() if state is None else state, dtype)
             write_config(self.config, place)
 
     @staticmethod

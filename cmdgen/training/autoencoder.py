@@ -40,7 +40,8 @@ class AutoencoderStage(Stage):
 
     def batch(self, step: int) -> Batch:
         """Return latents (B, C, T, H, W)."""
-        rows = self.order.rows(step, self.run.config.batch)
+        size = self.run.config.batch
+        rows = self.order.rows(step, size)[self.run.ranks.part(size)]
         return {"latents": self.latents[rows].float()}
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

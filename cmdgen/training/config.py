@@ -181,6 +181,7 @@ class TrainConfig:
         "Compute activations again in the backward pass: slower, much less memory.",
         flags=("--gradient-checkpointing/--no-gradient-checkpointing",),
     )
+    reduce: str = _learning("fp32", "Type of gradients between processes.", choices=PRECISIONS[1:])
     precision: str = _learning("auto", "auto (bf16 on a GPU), bf16 or fp32.", choices=PRECISIONS)
     seed: int = _learning(0, "Seed of weights, order and noise.", low=0, high=MAX_SEED)
     save_seconds: float = _keeping(300.0, "Seconds between checkpoints.", low=0, flags=("--save-every",))

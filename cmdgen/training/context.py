@@ -23,7 +23,9 @@ from cmdgen.store.parts import NETWORKS, PARTS, hash_weights, load_part
 from cmdgen.training.cache import fingerprint
 from cmdgen.training.config import Loss, Report, Shared, Start, TrainConfig
 from cmdgen.training.data import TrainingData
+from cmdgen.training.distributed import ALONE, Ranks
 from cmdgen.training.latents import Codec, Encodings
+from cmdgen.training.randomness import Draws, seeded
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Run:
     stopped: Callable[[], bool] = lambda: False
     # the time.monotonic() from which `config.minutes` count
     started: float = field(default_factory=time.monotonic)
+    # the processes that train together
+    ranks: Ranks = ALONE
     # former stages' parts that this one has read
     parts: dict[str, Path] = field(default_factory=dict)
 
@@ -52,7 +56,7 @@ class Run:
 
     @property
     def state(self) -> Path:
-        """Return the folder of checkpoint.safetensors, log.jsonl and sheet-*.png."""
+        """Return the folder of the checkpoint, log.jsonl and sheet-*.png."""
         return self.folder / "training" / self.stage
 
     def autocast(self) -> torch.autocast:
@@ -98,6 +102,10 @@ class Run:
         contents, teacher = fingerprint([], data.source.contents), self.start.teacher
         taught = {} if teacher is None else {"teacher": hash_weights(find_model(teacher))}
         return {"stage": self.stage, **numbers, "data": contents, "size": list(data.size), **weights, **taught}
+
+    def draws(self, step: int, count: int) -> Draws:
+        """Return the random numbers for `count` rows of a step's batch, of which some are this process's."""
+        return Draws(seeded(self.config.seed, self.stage, step), count, self.ranks.part(count))
 
     def read(self, part: str) -> Any:
         """Return the network of a former stage, frozen."""

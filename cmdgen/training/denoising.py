@@ -24,7 +24,7 @@ from cmdgen.training.context import Run
 from cmdgen.training.distillation import Distillation
 from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import min_snr_weights, variational_bound
-from cmdgen.training.randomness import Order, seeded
+from cmdgen.training.randomness import Draws, Order, seeded
 from cmdgen.training.sheets import compare
 from cmdgen.training.text import GAIN, Text
 from cmdgen.world.world import World
@@ -63,7 +63,7 @@ class DenoisingStage(Stage):
         }
 
     @abstractmethod
-    def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
+    def example(self, rows: Tensor, draws: Draws) -> Batch:
         """Return x0 of some clips, and what `condition` reads."""
 
     @abstractmethod
@@ -85,11 +85,11 @@ class DenoisingStage(Stage):
     def batch(self, step: int) -> Batch:
         """Return clean samples, their conditions, noise and timesteps."""
         size = self.run.config.batch
-        generator = seeded(self.run.config.seed, self.run.stage, step)
-        batch = self.example(self.order.rows(step, size), generator)
+        draws, shift = self.run.draws(step, size), self.options.timestep_shift
+        batch = self.example(self.order.rows(step, size)[draws.own], draws)
         return batch | {
-            "noise": torch.randn(batch["x0"].shape, generator=generator),
-            "timestep": draw_timesteps(size, len(self.alphas), self.options.timestep_shift, generator),
+            "noise": draws(torch.randn, *batch["x0"].shape[1:]),
+            "timestep": draw_timesteps(size, len(self.alphas), shift, draws.generator)[draws.own],
         }
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -164,9 +164,9 @@ class CaptionedStage(DenoisingStage):
         self.text, prompts = text, run.data.held_out(len(held_out["x0"]))
         self.held_out["ids"] = text.ids(run.data.captions(prompts, 0))
 
-    def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
+    def example(self, rows: Tensor, draws: Draws) -> Batch:
         """Return x0 and token ids."""
-        return {"x0": self.rows[rows].float(), "ids": self.text.draw(rows, self.dropout, generator)}
+        return {"x0": self.rows[rows].float(), "ids": self.text.draw(rows, self.dropout, draws)}
 
     def condition(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the text."""
@@ -261,14 +261,14 @@ class MotionStage(CaptionedStage):
                 self.denoiser.embed_text.weight /= GAIN
         self.swap = self._find_swap()
 
-    def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
+    def example(self, rows: Tensor, draws: Draws) -> Batch:
         """Return standardised motion, and content frames: at sampling they are not real either."""
         assert isinstance(self.options, MotionLoss)
-        batch, content = super().example(rows, generator), self.content[rows].float()
-        blur = torch.rand((len(rows), 1, 1, 1), generator=generator) * self.options.content_noise
+        batch, content = super().example(rows, draws), self.content[rows].float()
+        blur = draws(torch.rand, 1, 1, 1) * self.options.content_noise
         return batch | {
             "x0": self.autoencoder.standardise(batch["x0"]),
-            "content": content + blur * torch.randn(content.shape, generator=generator),
+            "content": content + blur * draws(torch.randn, *content.shape[1:]),
         }
 
     def condition(self, batch: Batch) -> tuple[Tensor, ...]:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from cmdgen.training.distributed import local
+
 
 class Ema:
     """Moving average of every parameter of the modules, one fused call a step.
@@ -20,8 +22,10 @@ class Ema:
             for name, module in modules.items()
             for key, parameter in module.named_parameters()
         }
-        self.parameters = list(parameters.values())
         self.averages = {name: parameter.clone() for name, parameter in parameters.items()}
+        # of sharded ones what this process holds
+        self.parameters = [local(parameter) for parameter in parameters.values()]
+        self.shards = [local(average) for average in self.averages.values()]
         self.decay = decay
         self.updates = 0
 
@@ -29,7 +33,7 @@ class Ema:
     def update(self) -> None:
         """Move the averages towards the parameters."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.averages.values()), self.parameters, 1 - decay)
+        torch._foreach_lerp_(self.shards, self.parameters, 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -43,7 +47,7 @@ class Ema:
                 self._swap()
 
     def _swap(self) -> None:
-        for parameter, average in zip(self.parameters, self.averages.values(), strict=True):
+        for parameter, average in zip(self.parameters, self.shards, strict=True):
             current = parameter.clone()
             parameter.copy_(average)
             average.copy_(current)

@@ -13,6 +13,7 @@ from cmdgen.training.config import EvdmLoss
 from cmdgen.training.context import Run
 from cmdgen.training.denoising import DenoisingStage
 from cmdgen.training.loop import Batch
+from cmdgen.training.randomness import Draws
 from cmdgen.video.pixels import to_grey, to_unit
 
 # bytes of clips of files that stay in memory
@@ -52,13 +53,13 @@ class EvdmStage(DenoisingStage):
         past, x0, future = frames.split(sizes, dim=2)
         return x0, torch.cat([past, future], dim=2)
 
-    def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
+    def example(self, rows: Tensor, draws: Draws) -> Batch:
         """Return the frames to make and the context, whose unknown frames are 0."""
         assert isinstance(self.options, EvdmLoss)
         x0, context = self.split(self.read(self.data.training[rows]))
         drop, partial = (self.options.past_dropout, self.options.future_dropout), self.options.partial
         past, future = (
-            draw_known(len(rows), count, share, partial, generator)
+            draw_known(draws.count, count, share, partial, draws.generator)[draws.own]
             for count, share in zip((self.config.past, self.config.future), drop, strict=True)
         )
         known = torch.cat([past.flip(1), future], dim=1).to(context.device)

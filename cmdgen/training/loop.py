@@ -9,15 +9,16 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from cmdgen.models.pretrained import Pretrained
-from cmdgen.training.checkpoint import NAME, Log, check_origin, load_checkpoint, save_checkpoint
+from cmdgen.training.checkpoint import Checkpoint, Log, check_origin, load_checkpoint, save_checkpoint, save_shards
 from cmdgen.training.config import TrainConfig
 from cmdgen.training.context import Run
+from cmdgen.training.distributed import gather, sync, whole
 from cmdgen.training.ema import Ema
 from cmdgen.training.randomness import seeded
 from cmdgen.training.sheets import write_png
@@ -26,12 +27,15 @@ Batch = dict[str, Tensor]
 
 
 class Stage(Protocol):
-    """What the loop trains; `modules` are trainable, by the folders that they are written to."""
+    """What the loop trains; `modules` are trainable, by the folders that they are written to.
+
+    Of several processes each has its rows of a batch; all evaluate, draw and export together.
+    """
 
     modules: dict[str, nn.Module]
 
     def batch(self, step: int) -> Batch:
-        """Return the tensors of one update, the same for the same step."""
+        """Return the tensors of one update, of this process's rows, the same for the same step."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a mean over the batch, and named parts of it for the log."""
@@ -46,8 +50,8 @@ class Stage(Protocol):
         """Write the trained parts into a model folder."""
         for part, module in self.modules.items():
             # a critic is no part of a model
-            if isinstance(module, Pretrained):
-                module.save_pretrained(folder / part)
+            if isinstance(module, Pretrained) and (state := gather(module)):
+                module.save_pretrained(folder / part, state=state)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -68,22 +72,23 @@ def train(stage: Stage, run: Run) -> int:
     state = _State(stage, run)
     if state.step >= config.steps:
         return state.step
-    log = Log(run.state / "log.jsonl", state.step)
+    ranks = run.ranks
+    log = Log(run.state / "log.jsonl" if ranks.leads else None, state.step)
     deadline = math.inf if config.minutes is None else run.started + 60 * config.minutes
     last_save = last_log = time.monotonic()
     logged = state.step
     figures: dict[str, float] = {}
     # seconds of a step, and of evaluation and saving
     step_cost = finish_cost = 0.0
-    while state.step < config.steps and not run.stopped():
+    while state.step < config.steps and not ranks.any(run.stopped()):
         begun = time.monotonic()
-        if begun + step_cost + finish_cost > deadline and step_cost:
+        if ranks.any(begun + step_cost + finish_cost > deadline and step_cost > 0):
             break
         try:
             state.update()
         except (ValueError, OSError):
-            # a clip that cannot be read costs no step that was done
-            if state.step:
+            # a clip that cannot be read costs no step that was done, unless others must save as well
+            if state.step and ranks.world == 1:
                 state.save()
             raise
         step_cost = max(time.monotonic() - begun, 0.9 * step_cost)
@@ -100,13 +105,14 @@ def train(stage: Stage, run: Run) -> int:
         begun = time.monotonic()
         if state.step % config.evaluate_steps == 0:
             log.write({"step": state.step, **state.evaluate()})
-        if begun - last_save >= config.save_seconds:
+        if ranks.any(begun - last_save >= config.save_seconds):
             state.save()
             last_save = time.monotonic()
         finish_cost = max(finish_cost, time.monotonic() - begun)
     report("evaluate", state.step, config.steps, figures)
     log.write({"step": state.step, **state.evaluate()})
     state.save()
+    state.saved.result()
     log.close()
     return state.step
 
@@ -157,15 +163,18 @@ class _State:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.ema = Ema(stage.modules, config.ema)
         self.batches, self.origin = _Batches(stage, run.device), run.origin()
+        self.saved: Future[None] = Future()
+        self.saved.set_result(None)
         run.state.mkdir(parents=True, exist_ok=True)
-        if (read := load_checkpoint(run.state)) is not None:
-            self._load(*read)
+        if (read := load_checkpoint(run.state, run.ranks)) is not None:
+            self._load(read)
 
     def update(self) -> None:
         """Take one optimiser step."""
         lr, parts = learning_rate(self.config, self.step), self.config.accumulate
         # dropout draws from torch's own generators
-        torch.manual_seed(seeded(self.config.seed, "dropout", self.step).initial_seed())
+        rank = [self.run.ranks.rank] if self.run.ranks.rank else []
+        torch.manual_seed(seeded(self.config.seed, "dropout", self.step, *rank).initial_seed())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = self.batches.take(self.step)
@@ -174,11 +183,12 @@ class _State:
             chunk = {name: tensor.chunk(parts)[part] for name, tensor in batch.items()}
             with self.run.autocast():
                 loss, named = self.stage.loss(chunk)
+            sync(self.stage.modules, part == parts - 1)
             (loss / parts).backward()
             for name, value in {"loss": loss, **named}.items():
                 self._add(name, value.detach().float() / parts)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm, foreach=True)
-        self._add("grad", norm)
+        self._add("grad", whole(norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
@@ -190,6 +200,7 @@ class _State:
 
     def take_figures(self) -> dict[str, float]:
         """Return the means since the last call."""
+        self.sums = self.run.ranks.mean(self.sums)
         self._check_finite()
         figures = {name: float(value) / self.summed for name, value in self.sums.items()}
         self.sums, self.summed = {}, 0
@@ -206,8 +217,9 @@ class _State:
     def evaluate(self) -> dict[str, float]:
         """Return figures of the averaged weights, and draw their sheet."""
         with self.ema.swapped(), self.run.autocast():
-            figures = self.stage.evaluate()
-            write_png(self.run.state / f"sheet-{self.step:07d}.png", self.stage.sheet())
+            figures, sheet = self.stage.evaluate(), self.stage.sheet()
+            if self.run.ranks.leads:
+                write_png(self.run.state / f"sheet-{self.step:07d}.png", sheet)
         return figures
 
     def save(self) -> None:
@@ -215,11 +227,17 @@ class _State:
 
         In that order, a checkpoint of the last step says that all is done.
         """
+        ranks, self.sums = self.run.ranks, self.run.ranks.mean(self.sums)
         self._check_finite()
         with self.ema.swapped():
             self.stage.export(self.run.folder)
         state = {"step": self.step, "summed": self.summed, "origin": self.origin}
-        save_checkpoint(self.run.state, self._tensors(), state)
+        if ranks.world == 1:
+            save_checkpoint(self.run.state, self._tensors(), state)
+            return
+        self.saved.result()
+        background = self.run.device.type == "cuda"
+        self.saved = save_shards(self.run.state, self._tensors(), state, ranks, background=background)
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds, by name."""
@@ -237,20 +255,19 @@ class _State:
         return modules | moments | averages | {f"sums.{name}": value for name, value in self.sums.items()}
 
     @torch.no_grad()
-    def _load(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        path = self.run.state / NAME
+    def _load(self, read: Checkpoint) -> None:
+        path, state = read.path, read.state
         check_origin(path, self.origin, state.get("origin"))
         for name, parameter in self.trained.items():
-            if f"exp_avg.{name}" in tensors:
+            if f"exp_avg.{name}" in read.shapes:
                 step = torch.zeros((), device=parameter.device)
                 moments = {"step": step, "exp_avg": parameter.clone(), "exp_avg_sq": parameter.clone()}
                 self.optimizer.state[parameter] = moments
-        self.sums = {name[5:]: torch.zeros(()) for name in tensors if name.startswith("sums.")}
+        self.sums = {name[5:]: torch.zeros(()) for name in read.shapes if name.startswith("sums.")}
         expected = self._tensors()
-        if {name: tensor.shape for name, tensor in tensors.items()} != {name: t.shape for name, t in expected.items()}:
+        if read.shapes != {name: [*tensor.shape] for name, tensor in expected.items()}:
             raise ValueError(f"{path} is of a model of another shape: use --restart")
-        for name, tensor in expected.items():
-            tensor.copy_(tensors[name])
+        read.copy_to(expected, self.run.ranks)
         for name in ("step", "summed"):
             if type(count := state.get(name)) is not int or not 0 <= count < 2**53:
                 raise ValueError(f"{path}: {name} {short(count)} is no count: use --restart")

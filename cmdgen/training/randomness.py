@@ -1,7 +1,8 @@
 """Every draw of training follows from the seed and the step: resuming needs no generator state."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -12,6 +13,19 @@ def seeded(*key: int | str) -> torch.Generator:
     """Return a CPU generator that depends on the whole key, and on nothing else."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for the rows of a batch: all are drawn, and a process keeps those of its own rows."""
+
+    generator: torch.Generator
+    count: int
+    own: slice = field(default_factory=lambda: slice(None))
+
+    def __call__(self, function: Callable[..., Tensor], *shape: int) -> Tensor:
+        """() -> (B, *shape) of torch.rand or torch.randn."""
+        return function((self.count, *shape), generator=self.generator)[self.own]
 
 
 @dataclass(frozen=True)

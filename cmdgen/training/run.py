@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cmdgen.training.autoencoder import AutoencoderStage
 from cmdgen.training.config import DATA, EVDM, EVDM_PRESET, PRESET, Shared, presets_of
 from cmdgen.training.context import Run
 from cmdgen.training.denoising import ContentStage, MotionStage
+from cmdgen.training.distributed import shard
 from cmdgen.training.evdm import EvdmStage
 from cmdgen.training.loop import Stage, train
 from cmdgen.training.recompute import recompute_blocks
@@ -62,11 +64,23 @@ def run_stage(run: Run) -> int:
     Raises ValueError where a former stage is missing, or a part of `init` does not fit, OSError where
     another process trains in the folder.
     """
-    with hold_folder(run.folder):
-        return _run(run)
+    config, ranks = run.config, run.ranks
+    if config.batch % (parts := config.accumulate * ranks.world):
+        raise ValueError(f"batch {config.batch} is not a multiple of {ranks.world} processes and accumulate, {parts}")
+    with hold_folder(run.folder) if ranks.leads else nullcontext():
+        with ranks.in_turn():
+            # what the first has made is on the disk
+            stage, run = _build(run if ranks.leads else replace(run, start=replace(run.start, restart=False)))
+        if ranks.world > 1:
+            reduce = torch.bfloat16 if config.reduce == "bf16" else torch.float32
+            for module in stage.modules.values():
+                shard(module, ranks, reduce)
+        with fastest_libraries(run.device):
+            return train(stage, run)
 
 
-def _run(run: Run) -> int:
+def _build(run: Run) -> tuple[Stage, Run]:
+    """Return a stage and its run, of the `init` it starts from; all that it writes is on the disk."""
     init = run.start.init
     if init is not None:
         if init.resolve() == run.folder.resolve():
@@ -84,13 +98,14 @@ def _run(run: Run) -> int:
     torch.manual_seed(run.config.seed)
     with fastest_libraries(run.device):
         stage = (TinyStage if run.stage == "decoder" and run.start.teacher is not None else BUILD[run.stage])(run)
+    if run.ranks.leads:
         write_json(run.folder / "training" / "run.json", run.shared.to_json())
         if run.start.teacher is None:
             write_model_index(run.folder, run.model)
-        if run.config.gradient_checkpointing:
-            for module in stage.modules.values():
-                recompute_blocks(module)
-        return train(stage, run)
+    if run.config.gradient_checkpointing:
+        for module in stage.modules.values():
+            recompute_blocks(module)
+    return stage, run
 
 
 def _check_init(init: Path, model: ModelConfig) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.training.context import Run
+from cmdgen.training.randomness import Draws
 
 # captions that a tokenizer learns from, in two phrasings
 CAPTIONS = 10_000
@@ -74,11 +75,11 @@ class Text:
         scales = GAIN / (deviations.square() + (0.01 * deviations[0]).square()).sqrt()
         return mean, directions.mT * scales @ directions
 
-    def draw(self, rows: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+    def draw(self, rows: Tensor, dropout: float, draws: Draws) -> Tensor:
         """(B,) -> (B, L) int64: captions in another phrasing each time, some left empty."""
-        variant = int(torch.randint(1000, (), generator=generator))
+        variant = int(torch.randint(1000, (), generator=draws.generator))
         texts = self.data.captions(self.data.training[rows], variant)
-        dropped = (torch.rand(len(rows), generator=generator) < dropout).tolist()
+        dropped = (draws(torch.rand) < dropout).tolist()
         return self.ids(["" if drop else text for text, drop in zip(texts, dropped, strict=True)])
 
 

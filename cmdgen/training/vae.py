@@ -20,7 +20,7 @@ from cmdgen.training.config import DecoderLoss, VaeLoss
 from cmdgen.training.context import Run
 from cmdgen.training.loop import Batch, Stage
 from cmdgen.training.losses import edge_difference, gaussian_kl, l1_plus_l2
-from cmdgen.training.randomness import Order, seeded
+from cmdgen.training.randomness import Draws, Order, seeded
 from cmdgen.training.sheets import compare
 from cmdgen.video.pixels import to_levels, to_unit
 
@@ -49,8 +49,9 @@ class VaeStage(Stage):
         self.training = run.data.training
         self.order = Order(len(self.training), seed)
         held_out = run.data.held_out(run.config.held_out)
-        self.held_out = self._frames(held_out, seeded(seed, "held out"))
-        self.measured = self._frames(self.training[:MEASURED], seeded(seed, "scale"))["frames"]
+        self.held_out = self._frames(held_out, Draws(seeded(seed, "held out"), len(held_out)))
+        measured = self.training[:MEASURED]
+        self.measured = self._frames(measured, Draws(seeded(seed, "scale"), len(measured)))["frames"]
 
     def build(self) -> KlVae:
         """Return the VAE of `init`, or a new one."""
@@ -61,18 +62,22 @@ class VaeStage(Stage):
 
     def batch(self, step: int) -> Batch:
         """Return frames (B, 3, H, W) uint8, the subject's mask (B, 1, H, W) and noise."""
-        generator = seeded(self.run.config.seed, "vae", step)
-        rows = self.order.rows(step, self.run.config.batch // FRAMES)
-        batch = self._frames(self.training[rows], generator)
+        _, batch, draws = self._example(step)
         frames, config = batch["frames"], self.vae.config
         size = [side // config.stride for side in frames.shape[-2:]]
-        noise = torch.randn((len(frames), config.latent_channels, *size), generator=generator)
+        noise = draws(torch.randn, FRAMES, config.latent_channels, *size).flatten(0, 1)
         return batch | {"noise": noise}
 
-    def _frames(self, indices: Tensor, generator: torch.Generator) -> Batch:
+    def _example(self, step: int) -> tuple[Tensor, Batch, Draws]:
+        """Return the rows of a step's clips, some of their frames, and what else is drawn for them."""
+        draws = self.run.draws(step, self.run.config.batch // FRAMES)
+        rows = self.order.rows(step, draws.count)[draws.own]
+        return rows, self._frames(self.training[rows], draws), draws
+
+    def _frames(self, indices: Tensor, draws: Draws) -> Batch:
         """(B,) -> frames and masks of `FRAMES` frames of each clip, and which these are, (B, FRAMES)."""
         clips = self.run.data.clips(indices)
-        chosen = torch.rand(clips.frames.shape[:2], generator=generator).argsort(dim=1)[:, :FRAMES]
+        chosen = draws(torch.rand, clips.frames.shape[1]).argsort(dim=1)[:, :FRAMES]
         frames = _pick(clips.frames, chosen)
         mask = torch.zeros_like(frames[:, :1], dtype=torch.bool)
         if clips.mask is not None:
@@ -150,8 +155,7 @@ class DecoderStage(VaeStage):
     @torch.no_grad()
     def batch(self, step: int) -> Batch:
         """Return frames (B, 3, H, W) uint8, the subject's mask (B, 1, H, W) and latents (B, C, h, w)."""
-        rows = self.order.rows(step, self.run.config.batch // FRAMES)
-        batch = self._frames(self.training[rows], seeded(self.run.config.seed, "decoder", step))
+        rows, batch, _ = self._example(step)
         if step % CLEAN:
             halves = [self.pairs[name][rows].to(self.run.device).float() for name in ("content", "motion")]
             with self.run.autocast():

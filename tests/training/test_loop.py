@@ -68,8 +68,8 @@ def state(folder: Path) -> Path:
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     read = checkpoint.load_checkpoint(state(folder))
-    assert read is not None
-    return read
+    assert read is not None and read.tensors is not None
+    return read.tensors, read.state
 
 
 def log(folder: Path) -> list[dict[str, float]]:
