@@ -205,18 +205,25 @@ class Batch:
     def run(self, jobs: Iterable[Job | Refused | None]) -> None:
         """Make the jobs in order; Failure where some could not be made."""
         with self.stack, self.say.progress() as self.show:
-            for jobs_together in group(jobs, self.options.batch):
-                if isinstance(jobs_together, Refused):
-                    self._refuse(jobs_together)
-                elif jobs_together[0].exists:
-                    self._keep(jobs_together[0])
-                else:
-                    self._make(jobs_together)
-                if self.total is not None and not self.alone:
-                    self.show("clips", self.made + self.failed, self.total)
+            self.make_all(jobs)
         if self.failed:
             count = self.made + self.failed
             raise Failure(f"{self.failed} of {count} clips were not made", PARTIAL)
+
+    def make_all(self, jobs: Iterable[Job | Refused | None]) -> None:
+        """Make the jobs, those together that can be one forward."""
+        for jobs_together in group(jobs, self.options.batch):
+            if isinstance(jobs_together, Refused):
+                self._refuse(jobs_together)
+            elif jobs_together[0].exists:
+                self._keep(jobs_together[0])
+            else:
+                self.make(jobs_together)
+            self._show_clips()
+
+    def _show_clips(self) -> None:
+        if self.total is not None and not self.alone:
+            self.show("clips", self.made + self.failed, self.total)
 
     def _keep(self, job: Job) -> None:
         """Count a clip that is there as made; write a sidecar that it lacks."""
@@ -236,7 +243,8 @@ class Batch:
         if self.say.as_json:
             self.say.result("", refused.describe())
 
-    def _make(self, jobs: list[Job]) -> None:
+    def make(self, jobs: list[Job]) -> None:
+        """Make jobs of one forward."""
         started = time.monotonic()
         try:
             with on_the_way(lambda: advise(self.pipeline, jobs[0].request, len(jobs))):
@@ -247,8 +255,8 @@ class Batch:
                 raise
             if failure.code == MEMORY and len(jobs) > 1 and jobs[0].target != STDOUT:
                 self.say.note(f"note: not enough memory for {len(jobs)} clips at a time")
-                self._make(jobs[: len(jobs) // 2])
-                self._make(jobs[len(jobs) // 2 :])
+                self.make(jobs[: len(jobs) // 2])
+                self.make(jobs[len(jobs) // 2 :])
                 return
             errors = {job.index: failure for job in jobs}
         seconds = (time.monotonic() - started) / len(jobs)

@@ -62,6 +62,9 @@ class Batching:
     shard: Shard | None = _jobs(
         None, "Make this part of the clips, 1/N to N/N; auto: as a SLURM array or torchrun counts.", **SHARD
     )
+    ray: str | None = _jobs(
+        None, "Make the clips on a Ray cluster: local (all of this machine), auto, or its address.", metavar="ADDRESS"
+    )
     skip_existing: bool = _jobs(False, "Make only clips whose files do not exist yet.")
     fail_fast: bool = _jobs(False, "Stop at the first error.")
     like: Path | None = _path("Make this file's clip again, except for the options you change.")
@@ -72,6 +75,8 @@ class Batching:
     def __post_init__(self) -> None:
         if self.overwrite and self.skip_existing:
             raise ValueError("--overwrite and --skip-existing contradict each other: give one")
+        if self.ray is not None and self.preview is not None:
+            raise ValueError("--preview shows one clip as it is made: leave it out with --ray")
 
 
 class Entry(NamedTuple):

@@ -46,6 +46,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
       cmdgen sample -f prompts.txt --num 4 -o "clips/{index:04d}-{slug}-{seed}.mp4"
       cmdgen sample -f jobs.jsonl --batch 8 --json --skip-existing --seed 1 -o "{line}.mp4"
       cmdgen sample -f jobs.jsonl --shard 2/8 --skip-existing --seed 1 -o "{line}.mp4"
+      cmdgen sample -f jobs.jsonl --ray auto --threads 4 --seed 1 -o "{line}.mp4"
       cmdgen sample -f - -o - | ffplay -
       cmdgen sample --like corgi.mp4 --motion-seed 7 -o again.mp4
       cmdgen sample "a corgi jumping" --image corgi.png -o jump.mp4
@@ -62,6 +63,8 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     piped = [f"--{name.replace('_', '-')}" for name in INPUT_FIELDS if str(getattr(request, name)) == STDIN]
     if piped and (jobs.file == STDIN or (jobs.file is None and request.prompt is None and jobs.like is None)):
         raise ValueError(f"{piped[0]} - and the prompt both need stdin: give PROMPT, or a file with -f")
+    if jobs.ray is not None and (piped or request.output == STDOUT):
+        raise ValueError("--ray reads and writes files that all machines see: give names, not -")
     files = InputFiles(request)
     if jobs.like is not None:
         recorded = read_recorded(jobs.like)
@@ -81,7 +84,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     if complete:
         queue = jobs_ahead = list(islice(queue, MAX_JOBS + 1))
         total = len(jobs_ahead)
-        alone = jobs.file is None and total == 1 and jobs.shard is None
+        alone = jobs.file is None and total == 1 and jobs.shard is None and jobs.ray is None
         if total > MAX_JOBS:
             raise ValueError(f"more than {MAX_JOBS} clips: pipe them in with -f -")
         if total == 0:
@@ -113,10 +116,15 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     if not jobs.dry_run:
         if request.compile:
             say.note("the first step waits for the compiler, for minutes the first time")
-        if not request.no_metadata:
+        if not request.no_metadata and jobs.ray is None:
             # beside the work that follows
             Thread(target=_hash, args=(pipeline,), daemon=True).start()
-    batch = Batch(pipeline, jobs, say, files, alone=alone, total=total)
+    if jobs.ray is None:
+        batch = Batch(pipeline, jobs, say, files, alone=alone, total=total)
+    else:
+        from cmdgen.cli.cluster import Cluster
+
+        batch = Cluster(pipeline, jobs, say, files, alone=False, total=total, request=request)
     checked = batch.check(queue)
     if jobs.like is not None:
         for line in compare(jobs.like, recorded, pipeline, chosen="model" in flags):

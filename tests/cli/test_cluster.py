@@ -1,0 +1,87 @@
+"""Clips that a Ray cluster makes are those of one process, even where one of its processes dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LINES = ["a dog", "a cat", '{"prompt": "none", "steps": 0}', "a bird", "a red car", "two birds", "a dog", "a cat"]
+
+
+def command(model: Path, folder: Path, *options: object) -> list[str]:
+    shared = ["--model", model, "--seed", 1, "--batch", 2, "--threads", 1, "--json"]
+    options = ("-f", folder.parent / "jobs.txt", "-o", folder / "{index}.mp4", *shared, *options)
+    return [sys.executable, "-m", "cmdgen", "sample", *map(str, options)]
+
+
+def descendants(process: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except OSError:
+        return []
+    return [one for child in map(int, children) for one in (child, *descendants(child))]
+
+
+def actors(process: int) -> list[int]:
+    """Return the processes of a driver that are actors of ours."""
+    found = []
+    for child in descendants(process):
+        try:
+            if "ray::Worker" in Path(f"/proc/{child}/cmdline").read_text():
+                found.append(child)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the list of children is Linux's")
+def test_a_cluster_makes_the_files_of_one_process_though_an_actor_dies(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "jobs.txt").write_text("".join(f"{line}\n" for line in LINES))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
+    one, many = tmp_path / "one", tmp_path / "many"
+    alone = subprocess.run(command(tiny_model, one), env=environment, capture_output=True, text=True)
+    assert alone.returncode == 6, alone.stderr
+    driver = subprocess.Popen(
+        command(tiny_model, many, "--ray", "local"), env=environment, stdout=subprocess.PIPE, text=True
+    )
+    deadline, killed = time.monotonic() + 300, 0
+    while driver.poll() is None and time.monotonic() < deadline and not killed:
+        if any(many.glob("*.mp4")) and (running := actors(driver.pid)):
+            os.kill(running[0], signal.SIGKILL)
+            killed = running[0]
+        time.sleep(0.01)
+    out, _ = driver.communicate(timeout=300)
+    assert killed and driver.returncode == 6
+    assert {path.name: path.read_bytes() for path in many.glob("*.mp4")} == {
+        path.name: path.read_bytes() for path in one.iterdir()
+    }
+    got, expected = (
+        sorted(map(json.loads, text.splitlines()), key=lambda r: r["index"]) for text in (out, alone.stdout)
+    )
+    for records in (got, expected):
+        for record in records:
+            record.pop("seconds", None)
+            record["output"] = Path(record.get("output", "")).name
+    assert got == expected and len(got) == len(LINES)
+
+
+def test_a_cluster_needs_files(cmdgen, tiny_model: Path, tmp_path: Path) -> None:
+    for options, says in (
+        (["-o", "-"], "--ray reads and writes files that all machines see"),
+        (["-o", tmp_path / "a.png", "--preview", tmp_path / "b.png"], "leave it out with --ray"),
+    ):
+        result = cmdgen("sample", "a dog", "--model", tiny_model, "--ray", "local", *options)
+        assert result.code == 2 and says in result.err
+
+
+def test_without_ray_one_line_says_how_to_get_it(cmdgen, tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = cmdgen("sample", "a dog", "--model", tiny_model, "-o", tmp_path / "a.png", "--ray", "local")
+    assert result.code == 1 and result.err.endswith("error: --ray needs the package ray: pip install ray\n")
