@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,22 +22,21 @@ def command(model: Path, folder: Path, *options: object) -> list[str]:
 
 
 def descendants(process: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    except OSError:
-        return []
-    return [one for child in map(int, children) for one in (child, *descendants(child))]
+    """Return the processes that a process and its threads have started, and theirs."""
+    found = []
+    for listed in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):
+            found += [int(child) for child in listed.read_text().split()]
+    return [one for child in found for one in (child, *descendants(child))]
 
 
 def actors(process: int) -> list[int]:
     """Return the processes of a driver that are actors of ours."""
     found = []
     for child in descendants(process):
-        try:
+        with suppress(OSError):
             if "ray::Worker" in Path(f"/proc/{child}/cmdline").read_text():
                 found.append(child)
-        except OSError:
-            continue
     return found
 
 
