@@ -218,9 +218,9 @@ class ContentStage(CaptionedStage):
         self.pairs = pairs = Pairs(run)
         super().__init__(run, "unet", pairs.rows["content"], text, {"x0": pairs.content})
 
-    def example(self, rows: Tensor, generator: torch.Generator) -> Batch:
+    def example(self, rows: Tensor, draws: Draws) -> Batch:
         """Return x0 and token ids and, for a critic, the motion of the clips."""
-        batch = super().example(rows, generator)
+        batch = super().example(rows, draws)
         return batch | ({"motion": self.pairs.rows["motion"][rows].float()} if self.distillation else {})
 
     def halves(self, x0: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
