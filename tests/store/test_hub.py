@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from cmdgen.cli.app import main
-from cmdgen.store.hub import cached_folder, choose_files, find_cached, parse_name
+from cmdgen.store.hub import cached_folder, choose_adapter, choose_files, find_cached, parse_name
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SD = [
@@ -55,6 +55,20 @@ def test_shards_of_a_variant_are_chosen_with_their_index(index: str) -> None:
 def test_what_cannot_be_read_is_refused_before_it_is_downloaded(names, message) -> None:
     with pytest.raises(ValueError, match=message):
         choose_files(names, "a")
+
+
+def test_of_motion_modules_one_form_is_chosen() -> None:
+    whole, half = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+    lora = "AnimateLCM_sd15_t2v_lora.safetensors"
+    names = ["AnimateLCM_sd15_t2v.ckpt", lora, "README.md", "config.json", "diffusion_pytorch_model.bin", half, whole]
+    assert choose_adapter(names, "a", None) == ["README.md", "config.json", half]
+    assert choose_adapter(names, "a", None, lora=lora, full=True) == [lora, "README.md", "config.json", whole]
+    files = [f"animatediff_lightning_{steps}step_diffusers.safetensors" for steps in (1, 2, 4, 8)]
+    assert choose_adapter(["README.md", *files], "a", files[2]) == ["README.md", files[2]]
+    with pytest.raises(
+        ValueError, match=r"a has no diffusion_pytorch_model\.safetensors: name a file of it with --file"
+    ):
+        choose_adapter(["README.md", *files], "a", None)
 
 
 def test_names_that_lead_out_of_the_folder_are_not_chosen() -> None:

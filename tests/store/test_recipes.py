@@ -164,7 +164,7 @@ def test_motion_modules_and_their_base_are_one_model(
 
 
 def test_lightning_is_a_file_without_a_configuration(
-    cmdgen, sample, hub, base: Path, data: Path, tmp_path: Path
+    cmdgen, sample, hub, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, recipe = tmp_path / "modules", RECIPES["animatediff-lightning"]
     adapter(folder, mid=True)
@@ -183,6 +183,13 @@ def test_lightning_is_a_file_without_a_configuration(
     )
     assert sample("animatediff-lightning", tmp_path / "x.mp4", "a dog", "--frames", 3).shape[0] == 3
     assert not any("8step" in name for name in hub.asked)
+    # put together again from the cache
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    shutil.rmtree(data)
+    requests = hub.requests
+    done = cmdgen("models", "pull", "animatediff-lightning")
+    assert (done.code, hub.requests) == (0, requests), done.err
+    assert read_model(data / "animatediff-lightning") == model
 
 
 def test_any_motion_modules_go_into_any_base(cmdgen, sample, hub, base: Path, data: Path, tmp_path: Path) -> None:
