@@ -15,7 +15,7 @@ from torch import Tensor
 from cmdgen.acceleration.graphs import Out
 
 # what torch builds its programs with; CXX names another C++ compiler than g++
-_TOOLS = {"cpu": "a C++ compiler (g++, or that of CXX)", "cuda": "Triton, gcc"}
+_TOOLS = {"cpu": "a C++ compiler (g++, or that of CXX)", "cuda": "Triton, gcc", "mps": "a PyTorch that has Metal"}
 # sets of shapes in one process that a function is compiled for: torch would stop at 8
 _MAX_SHAPES = 1000
 

@@ -110,8 +110,10 @@ class Stopwatch(Observer):
             yield
             self._laps.append((name, started, _mark(self.device)))
         else:
+            _wait(self.device)
             begun = time.perf_counter()
             yield
+            _wait(self.device)
             self._seconds[name] += time.perf_counter() - begun
         self.memory[name] |= _peak(self.device)
 
@@ -352,6 +354,8 @@ def _mark(device: torch.device) -> torch.cuda.Event:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _forget_peak(device: torch.device) -> None:
@@ -383,4 +387,4 @@ def device_name(device: torch.device) -> str:
     """Return a GPU's own name, or a CPU's threads, for reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
+    return f"cpu, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

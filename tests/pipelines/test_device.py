@@ -1,5 +1,6 @@
 """Devices by name. None of these machines has Apple's: what asks for a GPU's kind is asked here."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cmdgen.acceleration.compiled import check_compiler
 from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.overlap import fetch
 from cmdgen.config import ANIMATEDIFF, SAMPLERS, SVD, ModelConfig
+from cmdgen.evaluation.memory import measure_memory
+from cmdgen.evaluation.profile import Stopwatch, device_name
 from cmdgen.pipelines import base, video_unet
 from cmdgen.pipelines.clip import Inputs
 from cmdgen.pipelines.device import choose_device, choose_dtype
@@ -64,6 +68,28 @@ def test_nothing_of_cuda_is_asked_for_on_mps(monkeypatch: pytest.MonkeyPatch) ->
         parts = [torch.empty(2, device="meta")]
         monkeypatch.setattr(torch.Tensor, "cpu", lambda part: torch.zeros(2))
         assert [part.tolist() for part in fetch(parts)] == [[0.0, 0.0]]
+
+
+def test_time_and_memory_of_mps_are_not_taken_for_a_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waits.append(time.perf_counter()))
+    watch = Stopwatch(MPS)
+    with watch.stage("content"):
+        begun = time.perf_counter()
+    assert waits[0] <= begun <= waits[1] and len(waits) == 2 and watch.seconds["content"] >= 0
+    assert device_name(MPS) == "mps" and device_name(torch.device("cpu")).startswith("cpu, ")
+    # what is not CUDA has the machine's own memory
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    assert measure_memory(MPS).total == measure_memory(torch.device("cpu")).total > 0
+
+
+def test_a_compiler_that_fails_on_mps_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(function: object) -> object:
+        raise RuntimeError("no Metal")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(ValueError, match=r"torch\.compile fails on mps: no Metal; it needs a PyTorch that has Metal"):
+        check_compiler(MPS)
 
 
 META = torch.device("meta")
