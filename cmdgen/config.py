@@ -561,6 +561,8 @@ LCM_STEPS = 50
 CALIBRATION = "rehash.json"
 # what its blocks are worth
 IMPORTANCE = "importance.json"
+# what a UNet's last layer has done when step rehash keeps its feature: nothing; then each of its operators
+CUTS = ("layer", "resnet", "attention", "motion")
 # how step rehash chooses the steps that run
 POLICIES = ("similarity", "uniform", "minimax")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TypeVar
 
-from cmdgen.config import LCM_STEPS, POLICIES, SAMPLERS, EvdmConfig, ModelConfig
+from cmdgen.config import CUTS, LCM_STEPS, POLICIES, SAMPLERS, EvdmConfig, ModelConfig, UNetConfig
 from cmdgen.options import SIZE, Size, option, parse_memory, parse_output, read_fields, with_values, write_size
 
 # groups of options
@@ -144,6 +144,11 @@ class Request:
     rehash_protect: float = _faster(
         0.1, "Share of the content steps, from the first, that always run in full.", low=0, high=1
     )
+    rehash_cut: str = _faster(
+        "layer",
+        "What the UNet's last layer has done of the feature that is reused: nothing, or its operators up to this one.",
+        choices=CUTS,
+    )
     rehash_file: Path | None = _faster(
         None, "Calibration of `cmdgen rehash calibrate`.", shown=MODELS_OWN, complete="file"
     )
@@ -237,6 +242,8 @@ class Plan:
     max_memory: int | None = None
     # None: every step runs in full
     key_steps: KeySteps | None = None
+    # of CUTS; None where every step runs in full
+    rehash_cut: str | None = None
     # the smallest, until a pipeline, which knows dtype and device, has chosen them
     slices: Slices = Slices(frames=1, positions=1, pictures=1)
 
@@ -293,6 +300,7 @@ def resolve(request: Request, model: ModelConfig) -> Plan:
     _check_clip(model)
     _check_rehash(request, model)
     plan = Plan(model, "", request.negative, 0, content_seed=0, motion_seed=0, max_memory=request.max_memory)
+    plan = replace(plan, rehash_cut=request.rehash_cut if request.rehashes else None)
     return with_prompt(plan, request)
 
 
@@ -343,13 +351,25 @@ def _check_clip(model: ModelConfig) -> None:
         raise ValueError(f"fps {model.fps} is not between 1 and {MAX_FPS}")
 
 
+def check_cut(cut: str, model: ModelConfig) -> None:
+    """Raise ValueError where the last layer of a model's UNet has no such operator."""
+    has = {"layer", "resnet"}
+    if isinstance(model.content, UNetConfig) and model.content.up_block_types[-1].startswith("CrossAttn"):
+        has |= {"attention"}
+    if model.adapter is not None and model.frames > 1:
+        has |= {"motion"}
+    if cut not in has:
+        raise ValueError(f"rehash cut {cut}: the last layer of {model.name} has no {cut}")
+
+
 def _check_rehash(request: Request, model: ModelConfig) -> None:
     policy, threshold = request.rehash_policy, request.rehash_threshold
     if not request.rehashes:
-        names = ("rehash_policy", "rehash_protect", "rehash_file")
+        names = ("rehash_policy", "rehash_protect", "rehash_cut", "rehash_file")
         if any(getattr(request, name) != getattr(Request, name) for name in names):
             raise ValueError("nothing is rehashed: say how many steps run in full with --rehash N")
         return
+    check_cut(request.rehash_cut, model)
     if isinstance(request.rehash, tuple) and (policy, threshold) != (None, None):
         raise ValueError("rehash lists the steps that run: nothing is left to choose")
     if model.guidance_interval is not None and model.guidance_interval[1] < 1:

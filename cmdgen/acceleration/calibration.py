@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cmdgen.acceleration import keysteps
 from cmdgen.acceleration.rehash import Network
-from cmdgen.config import CALIBRATION, SAMPLERS, ModelConfig
+from cmdgen.config import CALIBRATION, CUTS, SAMPLERS, ModelConfig
 from cmdgen.files import blame, read_json, replace_with
 from cmdgen.options import option, read_fields
 from cmdgen.request import KeySteps, Request, Steps
@@ -27,6 +27,8 @@ PARTS = ("content", "motion")
 # a map has the square of it
 MAX_STEPS = 250
 MAX_ERROR = 1e6
+# of models that look along time, which are distilled to so few: too few to skip any
+FEW_STEPS = 8
 # where a number of steps is given
 DEFAULT_POLICY = "minimax"
 _SIMILARITY_DIGITS, _ERROR_DIGITS = 4, 3
@@ -49,20 +51,22 @@ class Calibration:
     similarity: Rows = field(default_factory=list)
     # row i is of step P - 1 + i. For each j at least 2 later it has the squared error of the final
     # sample, relative to its squared mean, where the step's feature is reused up to j and all other
-    # steps run; j = K reuses it to the end
+    # steps run; j = K reuses it to the end. Empty where similarity alone was measured
     errors: Rows = field(default_factory=list)
+    cut: str = option("layer", "What the UNet's last layer has done of a feature.", choices=CUTS)
 
     def __post_init__(self) -> None:
         read_fields(self)
         if self.protected > self.steps:
             raise ValueError(f"protected {self.protected} is not between 1 and {self.steps}")
         _check_triangle("similarity", self.similarity, self.steps - 1, (-1, 1))
-        _check_triangle("errors", self.errors, self.steps - self.protected, (0, MAX_ERROR))
+        if self.errors:
+            _check_triangle("errors", self.errors, self.steps - self.protected, (0, MAX_ERROR))
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> tuple[str, str, int, str]:
         """Return what no two of one file share."""
-        return self.part, self.sampler, self.steps
+        return self.part, self.sampler, self.steps, self.cut
 
     def similarity_map(self) -> Rows:
         """Return (K, K), symmetric."""
@@ -90,8 +94,8 @@ def _check_triangle(name: str, rows: Any, size: int, bounds: tuple[float, float]
 class Measurement:
     """Sums over prompts, from which a `Calibration` is made."""
 
-    def __init__(self, steps: int, protected: int) -> None:
-        self.steps, self.protected = steps, protected
+    def __init__(self, steps: int, protected: int, *, replays: bool = True) -> None:
+        self.steps, self.protected, self.replays = steps, protected, replays
         self.similarity = torch.zeros(steps, steps, dtype=torch.float64)
         self.errors = torch.zeros(steps, steps + 1, dtype=torch.float64)
         self.rows, self.power = 0, 0.0
@@ -101,8 +105,8 @@ class Measurement:
     ) -> Tensor:
         """`sample` runs the sampler on a predictor, from the same noise each time -> (B, C, ...).
 
-        It runs once in full, whose result is returned, and once for each pair of steps with others
-        between them, with the whole network from the second of the two on.
+        It runs once in full, whose result is returned, and, if it `replays`, once for each pair of steps
+        with others between them, with the whole network from the second of the two on.
         """
         runs: list[tuple[Tensor, Tensor]] = []
 
@@ -120,7 +124,7 @@ class Measurement:
         del flat, unit
         self.power += float(final.double().square().sum())
         on_run()
-        for i in range(self.protected - 1, self.steps - 1):
+        for i in range(self.protected - 1, self.steps - 1) if self.replays else ():
             for j in range(i + 2, self.steps + 1):
                 changed = sample(_replay(network, runs, i, j))
                 self.errors[i, j] += float((changed - final).double().square().sum())
@@ -131,9 +135,9 @@ class Measurement:
     def runs(self) -> int:
         """Return how often `add` runs the sampler."""
         left = self.steps - self.protected
-        return 1 + left * (left + 1) // 2
+        return 1 + self.replays * left * (left + 1) // 2
 
-    def finish(self, part: str, sampler: str, prompts: int) -> Calibration:
+    def finish(self, part: str, sampler: str, prompts: int, cut: str = "layer") -> Calibration:
         """Return the means, rounded as a file holds them; ValueError where they are not valid."""
         if not self.errors.max() <= MAX_ERROR * self.power or not self.power:
             raise ValueError(f"skipped steps of {part} change the sample beyond all measure")
@@ -142,7 +146,8 @@ class Measurement:
         return Calibration(
             *(part, sampler, self.steps, prompts, self.protected),
             similarity=_round_above(similarity, 1, _SIMILARITY_DIGITS),
-            errors=_round_above(errors, self.protected + 1, _ERROR_DIGITS),
+            errors=_round_above(errors, self.protected + 1, _ERROR_DIGITS) if self.replays else [],
+            cut=cut,
         )
 
 
@@ -191,10 +196,8 @@ def read_calibrations(path: Path, model: str) -> list[Calibration]:
     names = [item.name for item in fields(Calibration)]
     with blame(path):
         return [
-            Calibration(**{name: entry.get(name) for name in names})
+            Calibration(**{name: entry.get(name, "layer" if name == "cut" else None) for name in names})
             for entry in entries
-            # version 0.1 could cut the UNet elsewhere than before its last layer
-            if entry.get("cut") in (None, "layer")
         ]
 
 
@@ -206,6 +209,8 @@ def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeyS
     """
     if not request.rehashes:
         return None
+    if model.looks_along_time and model.steps <= FEW_STEPS:
+        raise ValueError(f"rehash of {model.steps} steps: in {FEW_STEPS} or fewer no step is like the one before it")
     moves = model.frames > 1 and model.motion is not None
     totals = {"content": model.steps} | ({"motion": model.motion_steps} if moves else {})
     if isinstance(request.rehash, tuple):
@@ -230,7 +235,7 @@ def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeyS
             return tuple(range(steps))
         if policy == "uniform" and budget is not None:
             return keysteps.uniform(steps, budget, protected=protected)
-        found = known.get((part, model.sampler, steps))
+        found = known.get((part, model.sampler, steps, request.rehash_cut if part == "content" else CUTS[0]))
         if found is None:
             raise ValueError(
                 f"no calibration of {model.name}'s {part} for {steps} steps of {model.sampler}: "
@@ -242,6 +247,8 @@ def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeyS
             return keysteps.by_threshold(found.similarity_map(), threshold, protected=protected)
         if policy == "similarity":
             return keysteps.by_similarity(found.similarity_map(), budget, protected=protected)
+        if not found.errors:
+            raise ValueError(f"{path} has measured similarity alone: ask for --rehash-policy similarity")
         if protected < found.protected:
             raise ValueError(
                 f"{path} was measured with the first {found.protected} of {steps} steps protected: "

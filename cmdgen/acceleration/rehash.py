@@ -31,23 +31,26 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class CutUNet:
-    """A UNet whose feature is the input of its last layer.
+    """A UNet whose feature is the input of its last layer, or what `cut` operators of that made of it.
 
     No down, mid or other up layer runs on a skipped step. Its output depends on the new sample
-    through the first convolution alone.
+    through the first convolution alone; after a cut within the last layer, not at all. The cut of
+    the paper, after the last temporal layer, is 1 of SVD and 3 of AnimateDiff.
     """
 
     unet: UNet | SlicedUNet
+    cut: int = 0
 
     def run(self, x: Tensor, time: Tensor, *text: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, h, w), (B, P), the projected text -> (B, C, h, w), the feature (B, C', h, w)."""
         shares, first = self.unet.hand_out(time, text), self.unet.embed(x)
-        feature = self.unet.trunk(first, shares)
-        return self.unet.tail(feature, first, shares), feature
+        feature = self.unet.deepen(self.unet.trunk(first, shares), first, shares, self.cut)
+        return self.unet.tail(feature, first, shares, self.cut), feature
 
     def resume(self, feature: Tensor, x: Tensor, time: Tensor, *text: Tensor) -> Tensor:
         """(B, C', h, w), (B, C, h, w), (B, P), the projected text -> (B, C, h, w)."""
-        return self.unet.tail(feature, self.unet.embed(x), self.unet.hand_out(time, text))
+        first = None if self.cut else self.unet.embed(x)
+        return self.unet.tail(feature, first, self.unet.hand_out(time, text), self.cut)
 
 
 @dataclass(frozen=True)

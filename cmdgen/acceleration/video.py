@@ -32,7 +32,7 @@ from cmdgen.acceleration.moments import GONE, Affine, FrameMoments, Moments, gat
 from cmdgen.models.layers import normalise
 from cmdgen.models.temporal import BlendedResnet, BlendedTransformer, clip_view
 from cmdgen.models.transformer import Conditions
-from cmdgen.models.unet import UNet
+from cmdgen.models.unet import WHOLE, UNet
 from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
 
@@ -86,15 +86,25 @@ class SlicedUNet:
             up = next(iter(stage.upsamplers), None)
         return x
 
-    def tail(self, feature: Tensor, first: Tensor, conditions: Conditions) -> Tensor:
-        """(B T, C, h, w) x 2 -> (B T, C', h, w): the last layer; overwrites the first skip."""
+    def deepen(self, feature: Tensor, first: Tensor, conditions: Conditions, cut: int) -> Tensor:
+        """(B T, C, h, w) x 2 -> (B T, C', h, w): `UNet.deepen`; overwrites the first skip where there is a cut."""
+        return feature if cut == 0 else self._last(feature, first, conditions, range(cut))
+
+    def tail(self, feature: Tensor, first: Tensor | None, conditions: Conditions, cut: int = 0) -> Tensor:
+        """(B T, C, h, w) x 2 -> (B T, C', h, w): `UNet.tail`; overwrites the first skip."""
         groups = _Groups(conditions, self.bytes)
         unet: Any = self.unet
-        last = unet.up_blocks[-1]
-        x = groups.layer(last, len(last.resnets) - 1, _joined(feature, first, None), first, reuse=True)
+        x = feature if cut == len(WHOLE) else self._last(feature, first, conditions, range(cut, len(WHOLE)))
         out = _map(x, unet.conv_out.out_channels, x)
         groups.space(lambda rows, _: unet.conv_out(normalise(unet.conv_norm_out, x[rows])), out, x[0].numel())
         return out
+
+    def _last(self, x: Tensor, first: Tensor | None, conditions: Conditions, part: range) -> Tensor:
+        last: Any = self.unet.up_blocks[-1]
+        # a feature that is kept is not written into
+        read, skip = (_whole(x), x) if first is None or 0 not in part else (_joined(x, first, None), first)
+        groups = _Groups(conditions, self.bytes)
+        return groups.layer(last, len(last.resnets) - 1, read, skip, part, reuse=skip is first)
 
 
 def _map(like: Tensor, channels: int, sized: Tensor) -> Tensor:
@@ -143,7 +153,9 @@ class _Groups:
         self.conditions, self.clips, self.bytes = conditions, conditions.clips, size
         self.conditions_of = lru_cache(None)(lambda start, stop: conditions.of(slice(start, stop)))
 
-    def layer(self, stage: Any, i: int, read: Read, skip: Tensor, *, reuse: bool = False) -> Tensor:
+    def layer(
+        self, stage: Any, i: int, read: Read, skip: Tensor, part: range = WHOLE, *, reuse: bool = False
+    ) -> Tensor:
         """(B T, C, H, W) -> (B T, C', H, W): a layer of a stage, into the skip's memory where it may `reuse` it."""
         resnet, (attention, motion) = stage.resnets[i], stage.readers(i)
         blends = isinstance(resnet, BlendedResnet)
@@ -153,17 +165,19 @@ class _Groups:
         widest = max(channels, inputs) * skip[0, 0].numel()
 
         def frames(rows: slice, conditions: Conditions) -> Tensor:
-            x = spatial(read(rows), conditions.shifts[spatial])
-            return x if blends or attention is None else attention(x, conditions)
+            x = read(rows)
+            if 0 in part:
+                x = spatial(x, conditions.shifts[spatial])
+            return attention(x, conditions) if 1 in part and attention is not None and not blends else x
 
         moments = self.space(frames, out, widest)
-        if blends:
+        if blends and 0 in part:
             affine = moments.of_clips(self.clips).affine(resnet.temporal_res_block.norm1)
             shift = self.conditions.shifts[resnet.temporal_res_block]
             blend(resnet, [out], self.clips, affine, self.bytes, shift)
-            if attention is not None:
-                self.move(attention, out)
-        elif motion is not None and len(out) > self.clips:
+        if blends and 1 in part and attention is not None:
+            self.move(attention, out)
+        if 2 in part and motion is not None and len(out) > self.clips:
             affine = moments.of_clips(self.clips).affine(motion.norm)
             for at in _positions([out], self.bytes):
                 tokens = rearrange(gather([out], self.clips, at, affine, activate=False), "b c t p -> b t p c")

@@ -13,14 +13,14 @@ from cmdgen.cli.progress import JsonOrQuiet, Quiet
 from cmdgen.config import CALIBRATION
 from cmdgen.evaluation.settings import Calibrating, Comparing, check_writable
 from cmdgen.files import read_text
-from cmdgen.request import Request
+from cmdgen.request import Request, check_cut
 from cmdgen.world.config import MINI_WORLD
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Calibrate step rehash; compare it with fewer steps.")
 
 # captions of the rendered world, where no others are given
 CAPTIONS = 6
-_SAMPLING = ("steps", "motion_steps", "sampler", "size")
+_SAMPLING = ("steps", "motion_steps", "sampler", "size", "frames", "rehash_cut")
 
 
 @app.command(cls=Command)
@@ -38,30 +38,39 @@ def calibrate(
     Examples:
       cmdgen rehash calibrate --model DIR --steps 25 --plot map.png
       cmdgen rehash calibrate --model mini -o rehash.json --prompts prompts.txt
+      cmdgen rehash calibrate --model svd --policy similarity --image a.png --image b.png
     """
     from cmdgen.acceleration.calibration import MAX_STEPS, read_calibrations, write_calibrations
     from cmdgen.acceleration.chart import draw_similarity
     from cmdgen.evaluation import rehash
+    from cmdgen.pipelines.clip import Inputs
     from cmdgen.pipelines.load import load_pipeline
+    from cmdgen.video.read import read_video
 
-    prompts = _read_prompts(options.prompts)
     pipeline = load_pipeline(request.model, device=request.device, dtype=request.dtype)
     name, target = pipeline.config.name, options.output or pipeline.folder / CALIBRATION
     check_writable(target)
     if target.exists():
         # an error now, not minutes later
         read_calibrations(target, name)
-    if pipeline.config.text is None:
-        raise ValueError(f"{name} reads no text: --rehash-policy uniform needs no calibration")
+    pictures = [Inputs(image=read_video(Path(path), max_frames=1)[0][0]) for path in options.image]
+    if pipeline.config.vision is None and pictures:
+        raise ValueError(f"image has no effect with {name}: it animates no picture")
+    if pipeline.config.vision is not None and not pictures:
+        raise ValueError(f"{name} animates a picture: give one or more with --image")
+    prompts = [""] * len(pictures) or _read_prompts(options.prompts)
     if pipeline.config.motion is not None:
         request = replace(request, motion_steps=request.motion_steps or request.steps)
-    plan = pipeline.plan(request)
+    # of no step that runs, but of where its feature is taken
+    cut = request.rehash_cut
+    check_cut(cut, pipeline.config)
+    plan = replace(pipeline.plan(replace(request, rehash_cut="layer")), rehash_cut=cut)
     counts = {"content": plan.model.steps} | ({"motion": plan.model.motion_steps} if plan.samples_motion else {})
     for part, count in counts.items():
         if not 2 <= count <= MAX_STEPS:
             raise ValueError(f"{part} in {count} steps: between 2 and {MAX_STEPS} are searched")
     with on_the_way("ask for a smaller --batch or --size"), say.progress() as show:
-        measured = rehash.calibrate(*(pipeline, plan, prompts), protect=options.protect, batch=options.batch, show=show)
+        measured = rehash.calibrate(pipeline, plan, prompts, options, inputs=pictures, show=show)
     write_calibrations(target, name, measured)
     if options.plot is not None:
         draw_similarity(options.plot, measured, name)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from cmdgen.acceleration.memory import FusedAttention, LiveBytes, evaluate, peak_bytes
 from cmdgen.acceleration.rehash import CutDiT, CutUNet
 from cmdgen.compression.units import PRUNED
-from cmdgen.config import CMD_SD21, PRESETS, PUBLIC, ModelConfig, UNetConfig
+from cmdgen.config import CMD_SD21, CUTS, PRESETS, PUBLIC, ModelConfig, UNetConfig
 from cmdgen.latents import latent_shapes
 from cmdgen.models.temporal import MotionAdapter
 from cmdgen.models.unet import UNet
@@ -191,25 +191,25 @@ def _attach(config: UNetConfig, adapter: MotionAdapter) -> UNet:
     return unet
 
 
-def list_forwards(model: ModelConfig) -> dict[str, Forward]:
-    """Return the networks of a model, and their pieces, at its size and length.
+def list_forwards(model: ModelConfig, cut: int = 0) -> dict[str, Forward]:
+    """Return the networks of a model, and their pieces, at its size and length; `cut` as in `CutUNet`.
 
     Those that make content and motion run in pieces: what each step runs, in full or reusing
     features, and what is made beforehand. Raises ValueError as `build_networks`.
     """
     # one forward is the same whatever the sampler does
     model = replace(model, sampler="", steps=1, motion_steps=1, guidance_interval=None, fps=1)
-    return _list_forwards(replace(model, guidance=1.0, motion_guidance=1.0))
+    return _list_forwards(replace(model, guidance=1.0, motion_guidance=1.0), cut)
 
 
 @lru_cache(maxsize=8)
 @torch.no_grad()
-def _list_forwards(model: ModelConfig) -> dict[str, Forward]:
+def _list_forwards(model: ModelConfig, cut: int) -> dict[str, Forward]:
     with LiveBytes(), _AttentionCounter():
-        return _prepare_forwards(model)
+        return _prepare_forwards(model, cut)
 
 
-def _prepare_forwards(model: ModelConfig) -> dict[str, Forward]:
+def _prepare_forwards(model: ModelConfig, cut: int) -> dict[str, Forward]:
     networks = build_networks(model)
     unet, vae = networks["unet"], networks["vae"]
     empty = partial(torch.empty, device="meta")
@@ -238,7 +238,7 @@ def _prepare_forwards(model: ModelConfig) -> dict[str, Forward]:
         "content": Forward(unet, lambda: unet(rows, time, states, numbers)),
         "content time": Forward(unet, project_time),
         "content text": Forward(unet, lambda: unet.project_text(states)),
-        **_steps("content", CutUNet(unet), rows, project_time(), *unet.project_text(states)),
+        **_steps("content", CutUNet(unet, cut), rows, project_time(), *unet.project_text(states)),
         "VAE decode": Forward(vae, lambda: vae.decode(pictures)),
     }
     if model.frames == 1 or not {"autoencoder", "motion"} <= networks.keys():
@@ -276,7 +276,7 @@ def list_uses(plan: Plan, *, batch: int = 1) -> dict[str, list[Use]]:
     The clips of a batch, and the two branches of guidance, share a run; so do the pictures of one
     of the VAE's slices. The negative prompt and the timesteps are the same for all clips.
     """
-    model, forwards = plan.model, list_forwards(plan.model)
+    model, forwards = plan.model, list_forwards(plan.model, CUTS.index(plan.rehash_cut or CUTS[0]))
     if model.vision is None:
         uses = {"text": [Use(forwards["text"], batch + 1)]}
     else:

@@ -12,17 +12,18 @@ from torch import Tensor
 
 from cmdgen.acceleration.calibration import PARTS, Calibration, Measurement, Predict
 from cmdgen.acceleration.keysteps import count_protected
-from cmdgen.acceleration.rehash import CutDiT, CutUNet
-from cmdgen.config import POLICIES
+from cmdgen.acceleration.rehash import CutDiT
+from cmdgen.config import CUTS, POLICIES
 from cmdgen.evaluation.measure import Evaluator, Readings
 from cmdgen.evaluation.metrics import SquaredError, structural_similarity
 from cmdgen.evaluation.probe import HEADS
 from cmdgen.evaluation.profile import Show, Stopwatch, full_steps, vary
 from cmdgen.evaluation.report import table
-from cmdgen.evaluation.settings import Comparing
-from cmdgen.pipelines.clip import Task
+from cmdgen.evaluation.settings import Calibrating, Comparing
+from cmdgen.pipelines.clip import Inputs, Task
 from cmdgen.pipelines.cmd import CmdPipeline
-from cmdgen.pipelines.still import StillPipeline
+from cmdgen.pipelines.still import StillPipeline, cut_unet
+from cmdgen.pipelines.video_unet import MotionPipeline
 from cmdgen.request import Plan, Request
 
 # full steps of the content model; the motion model's are in proportion
@@ -31,13 +32,21 @@ BUDGETS = (13, 9)
 
 @torch.inference_mode()
 def calibrate(
-    pipeline: StillPipeline, plan: Plan, prompts: Sequence[str], *, protect: float, batch: int, show: Show
+    pipeline: StillPipeline,
+    plan: Plan,
+    prompts: Sequence[str],
+    options: Calibrating,
+    *,
+    inputs: Sequence[Inputs] = (),
+    show: Show,
 ) -> list[Calibration]:
     """Measure what step rehash of a plan's sampler and steps would change, for each network.
 
     Prompts have the seeds 0, 1, ... Where P of the K steps are protected, each network runs about
-    (K - P)^3 / 6 times for each prompt.
+    (K - P)^3 / 6 times for each prompt; for similarity alone, K times. A model that animates
+    pictures has `inputs` in place of prompts.
     """
+    protect, batch = options.protect, options.batch if not inputs else 1
     model = plan.model
     steps = dict(zip(PARTS, (model.steps, model.motion_steps)[: 1 + plan.samples_motion], strict=False))
     for part, count in steps.items():
@@ -45,7 +54,11 @@ def calibrate(
             raise ValueError(f"{part} in {count} step has nothing to reuse: ask for 2 or more")
     if not prompts:
         raise ValueError("no prompts to calibrate on")
-    sums = {part: Measurement(count, count_protected(part, count, protect)) for part, count in steps.items()}
+    replays = options.policy != "similarity"
+    sums = {
+        part: Measurement(count, count_protected(part, count, protect), replays=replays)
+        for part, count in steps.items()
+    }
     starts = range(0, len(prompts), batch)
     done = dict.fromkeys(steps, 0)
 
@@ -57,14 +70,19 @@ def calibrate(
         for start in starts:
             some = enumerate(prompts[start : start + batch], start)
             plans = [vary(plan, prompt, seed) for seed, prompt in some]
+            network = cut_unet(pipeline.unet, plan)
+            if isinstance(pipeline, MotionPipeline):
+                task = Task(plans, inputs=inputs[start] if inputs else Inputs())
+                sums["content"].add(network, partial(pipeline.sample_clips, task), partial(count_run, "content"))
+                continue
             task, text = Task(plans), pipeline.encode_text(plans)
-            network = CutUNet(pipeline.unet)
             sample = partial(pipeline.sample_content, task, text)
             content = sums["content"].add(network, sample, partial(count_run, "content"))
             if isinstance(pipeline, CmdPipeline) and plan.moves:
                 motion = partial(_sample_motion, pipeline, task, text, content)
                 sums["motion"].add(CutDiT(pipeline.motion), motion, partial(count_run, "motion"))
-    return [sums[part].finish(part, model.sampler, len(prompts)) for part in sums]
+    cuts = {"content": plan.rehash_cut or CUTS[0]}
+    return [sums[part].finish(part, model.sampler, len(prompts), cuts.get(part, CUTS[0])) for part in sums]
 
 
 def _sample_motion(pipeline: CmdPipeline, task: Task, text: Tensor, content: Tensor, predict: Predict) -> Tensor:

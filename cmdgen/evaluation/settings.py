@@ -103,6 +103,15 @@ class Calibrating(_Options):
     output: Path | None = _file("File to write.", flags=("--output", "-o"), shown=f"{CALIBRATION} of the model")
     plot: Path | None = _file("Also draw the similarities as a PNG.")
     protect: float = _like("rehash_protect", flags=("--protect",))
+    policy: str | None = option(
+        None,
+        "Measure what this policy reads: similarity needs K runs of a network, not (K - P)^3 / 6.",
+        choices=("similarity", "minimax"),
+        shown="minimax, and similarity with it",
+    )
+    image: tuple[str, ...] = option(
+        (), "Picture to calibrate on, for models that animate one; repeatable.", metavar="FILE"
+    )
     batch: int = _count(8, "Prompts at a time.")
 
 

@@ -25,6 +25,8 @@ from cmdgen.models.temporal import BlendedResnet, BlendedTransformer, MotionAdap
 from cmdgen.models.transformer import Conditions, SpatialTransformer
 
 _EPS, _SMALL_EPS = 1e-5, 1e-6
+# of a layer: residual block, attention, motion module
+WHOLE = range(3)
 
 
 class Stage(nn.Module):
@@ -50,14 +52,15 @@ class Stage(nn.Module):
         kind = BlendedTransformer if config.temporal == "blend" else SpatialTransformer
         self.attentions = nn.ModuleList(kind(channels, heads, config) for _ in range(layers))
 
-    def layer(self, i: int, x: Tensor, conditions: Conditions) -> Tensor:
-        """(B, C, H, W) -> (B, C', H, W)."""
-        x = self.residual(i, x, conditions)
+    def layer(self, i: int, x: Tensor, conditions: Conditions, part: range = WHOLE) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W): a `part` of the three operators of a layer."""
         attention, motion = self.readers(i)
-        if attention is not None:
+        if 0 in part:
+            x = self.residual(i, x, conditions)
+        if 1 in part and attention is not None:
             x = attention(x, conditions)
         # a still is what Stable Diffusion makes, without it
-        return x if motion is None or len(x) == conditions.clips else motion(x, conditions.clips)
+        return motion(x, conditions.clips) if 2 in part and motion is not None and len(x) > conditions.clips else x
 
     def readers(self, i: int) -> tuple[SpatialTransformer | None, MotionModule | None]:
         """Return what follows a layer's residual block, where there is such."""
@@ -251,9 +254,17 @@ class UNet(Pretrained[UNetConfig]):
             x = block(x, skips, conditions)
         return x
 
-    def tail(self, feature: Tensor, first: Tensor, conditions: Conditions) -> Tensor:
-        """(B, C, h, w) x 2 -> (B, C', h, w): the last layer, on a feature and the first skip."""
+    def deepen(self, feature: Tensor, first: Tensor, conditions: Conditions, cut: int) -> Tensor:
+        """(B, C, h, w) x 2 -> (B, C', h, w): a feature, after so many operators of the last layer."""
+        return feature if cut == 0 else self._last(torch.cat([feature, first], dim=1), conditions, range(cut))
+
+    def tail(self, feature: Tensor, first: Tensor | None, conditions: Conditions, cut: int = 0) -> Tensor:
+        """(B, C, h, w) x 2 -> (B, C', h, w): what is left of the last layer; without a `cut`, the first skip joins."""
+        x = feature if cut or first is None else torch.cat([feature, first], dim=1)
+        x = self._last(x, conditions, range(cut, len(WHOLE)))
+        return self.conv_out(normalise(self.conv_norm_out, x))
+
+    def _last(self, x: Tensor, conditions: Conditions, part: range) -> Tensor:
         last = self.up_blocks[-1]
         assert isinstance(last, UpStage)
-        x = last.layer(len(last.resnets) - 1, torch.cat([feature, first], dim=1), conditions)
-        return self.conv_out(normalise(self.conv_norm_out, x))
+        return last.layer(len(last.resnets) - 1, x, conditions, part)

@@ -11,7 +11,8 @@ from torch import Tensor
 from cmdgen.acceleration.calibration import Predict
 from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.acceleration.rehash import CutDiT, CutUNet, rehash
-from cmdgen.acceleration.video import in_slices, in_turn
+from cmdgen.acceleration.video import SlicedUNet, in_slices, in_turn
+from cmdgen.config import CUTS
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.tokenizer import Tokenizer
@@ -22,6 +23,11 @@ from cmdgen.pipelines.clip import Made, Task
 from cmdgen.pipelines.decode import Decoder, encode_frames
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request
+
+
+def cut_unet(network: UNet | SlicedUNet, plan: Plan) -> CutUNet:
+    """Return a UNet as step rehash runs it."""
+    return CutUNet(network, CUTS.index(plan.rehash_cut or CUTS[0]))
 
 
 class StillPipeline(Pipeline):
@@ -90,7 +96,7 @@ class StillPipeline(Pipeline):
         (B, C, h, w) that join the channels of all frames of a clip.
         """
         plan, network = task.plan, in_slices(self.unet, task.plan.slices)
-        predict = predict or self.denoiser("content", network.denoise, CutUNet(network), plan)
+        predict = predict or self.denoiser("content", network.denoise, cut_unet(network, plan), plan)
         model, middle = plan.model, plan.rows // 2
         assert model.vae is not None
         schedule = model.noise if plan.moves or model.still_noise is None else model.still_noise

@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from cmdgen.acceleration.calibration import Predict
 from cmdgen.models.vision import ClipVisionModel
 from cmdgen.pipelines.base import Branches, read_when_needed
 from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
@@ -39,18 +40,18 @@ class MotionPipeline(StillPipeline):
         """Make clips; see `Pipeline.make`."""
         if not task.plan.moves:
             return super().make(task)
-        with self.stage(task, "text", "text_encoder"):
-            text = self.encode_text(task.plans)
-        with self.stage(task, "content", "unet"):
-            frames = self.sample_content(task, text)
-        return self.decode_clips(task, frames)
-
-    def decode_clips(self, task: Task, frames: Tensor) -> Made:
-        """(B T, C, h, w) -> the clips."""
+        frames = self.sample_clips(task)
         latents = rearrange(frames, "(b t) c h w -> b c t h w", b=len(task.plans))
         with self.stage(task, "VAE decode", "vae"):
             made, middles = self.decoder(task.plan, task.observer).clips(latents.to(self.dtype), task.pixels)
         return Made(made, middles.numpy(), latents[:, :, latents.shape[2] // 2].cpu(), None)
+
+    def sample_clips(self, task: Task, predict: Predict | None = None) -> Tensor:
+        """() -> (B T, C, h, w): clips' scaled latents; `predict` stands for the UNet's own `denoise`."""
+        with self.stage(task, "text", "text_encoder"):
+            text = self.encode_text(task.plans)
+        with self.stage(task, "content", "unet"):
+            return self.sample_content(task, text, predict)
 
 
 class PicturePipeline(MotionPipeline):
@@ -66,8 +67,8 @@ class PicturePipeline(MotionPipeline):
         picture = read_video(request.image, max_frames=1)[0][0]
         return self.run([self.plan(request)], inputs=Inputs(image=picture))[0]
 
-    def make(self, task: Task) -> Made:
-        """Make clips of one picture; see `Pipeline.make`."""
+    def sample_clips(self, task: Task, predict: Predict | None = None) -> Tensor:
+        """() -> (B T, C, h, w): the latents of clips of one picture; see `MotionPipeline.sample_clips`."""
         if task.inputs.image is None:
             raise ValueError(f"{self.config.name} animates a picture: give it with --image")
         model = task.plan.model
@@ -85,8 +86,7 @@ class PicturePipeline(MotionPipeline):
         rows = scale.repeat(len(task.plans)).view(-1, 1, 1, 1)
         with self.stage(task, "content", "unet"):
             guidance = 1.0 if max(first, model.guidance) <= 1 else rows
-            frames = self.sample_frames(task, self.condition(token, still), project, guidance)
-        return self.decode_clips(task, frames)
+            return self.sample_frames(task, self.condition(token, still), project, guidance, predict)
 
     def encode_picture(self, picture: np.ndarray, plans: Sequence[Plan]) -> tuple[Tensor, Tensor]:
         """uint8 (H, W, 3) -> the token (1, 1, D) and the latents (B, C, h, w) of a picture."""

@@ -18,6 +18,7 @@ from cmdgen.config import POLICIES, SAMPLERS
 from cmdgen.evaluation import measure
 from cmdgen.evaluation.probe import HEADS, Probe, ProbeConfig
 from cmdgen.evaluation.rehash import calibrate
+from cmdgen.evaluation.settings import Calibrating
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Request
@@ -51,7 +52,7 @@ def calibration(model: StillPipeline, tmp_path_factory: pytest.TempPathFactory) 
 
 def measure_steps(model: StillPipeline, prompts: list[str], *, batch: int = 1, **options: object):
     plan = model.plan(Request(**options))
-    return calibrate(model, plan, prompts, protect=0.1, batch=batch, show=lambda *_: None)
+    return calibrate(model, plan, prompts, Calibrating(protect=0.1, batch=batch), show=lambda *_: None)
 
 
 def uniform(number: int, **more: object) -> dict:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from cmdgen.acceleration.memory import FusedAttention, Work, choose_slices, count_peak, peak_bytes, run_unet
+from cmdgen.acceleration.rehash import CutUNet
 from cmdgen.acceleration.slicer import decode_pictures
 from cmdgen.acceleration.video import SlicedUNet, decode_frames, in_slices
 from cmdgen.config import ANIMATEDIFF, SVD, SVD_XT, ModelConfig, MotionConfig, UNetConfig, VaeConfig
+from cmdgen.evaluation.flops import list_forwards
 from cmdgen.models.temporal import MotionAdapter
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
@@ -91,6 +93,37 @@ def test_a_group_sees_slices_and_never_the_whole(request: pytest.FixtureRequest,
         hook.remove()
     assert rows == {(n, HEIGHT * WIDTH, 32) for n in ((2, 1) if kind == "motion" else (FRAMES,))}
     assert columns == {(BATCH, FRAMES, 120, 32)}
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("motion", 1), ("motion", 2), ("motion", 3), ("blend", 1), ("blend", 2)])
+@torch.no_grad()
+def test_a_cut_within_the_last_layer_is_the_same_in_slices(request: pytest.FixtureRequest, kind: str, cut: int) -> None:
+    unet = request.getfixturevalue(kind)
+    first, second = torch.randn(2, BATCH * FRAMES, unet.config.in_channels, HEIGHT, WIDTH, dtype=WIDE)
+    time, text = conditions(unet, BATCH)
+    whole, sliced = CutUNet(unet, cut), CutUNet(SlicedUNet(unet, 100_000), cut)
+    (output, feature), (sliced_output, sliced_feature) = (each.run(first, time, *text) for each in (whole, sliced))
+    assert_exact(output, unet.denoise(first, time, *text))
+    assert_exact(sliced_output, output)
+    assert_exact(sliced_feature, feature)
+    kept = sliced_feature.clone()
+    resumed = sliced.resume(sliced_feature, second, time, *text)
+    assert_exact(resumed, whole.resume(feature, second, time, *text))
+    # nothing before the cut runs, and what is kept stays as it is
+    assert_exact(resumed, output)
+    assert torch.equal(sliced_feature, kept)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "saved"), [(ANIMATEDIFF, 512, 1.80), (ANIMATEDIFF, 576, 1.78), (SVD, 576, 1.78)]
+)
+def test_rehash_of_half_of_the_steps_saves_what_its_operations_say(model: ModelConfig, size: int, saved: float) -> None:
+    # the paper's cut leaves the output alone of AnimateDiff's last layer, and attention of SVD's
+    sized, paper = replace(model, height=size, width=512 if size == 512 else 1024), 1 if model is SVD else 3
+    forwards, last = list_forwards(sized), list_forwards(sized, paper)["content skipped"].count.flops
+    step, skipped = (forwards[name].count.flops for name in ("content step", "content skipped"))
+    assert 25 * step / (13 * step + 12 * skipped) == pytest.approx(saved, abs=0.005)
+    assert last < (0.07 if model is SVD else 0.001) * step
 
 
 @pytest.mark.parametrize("size", [None, 1, 20_000, 10**9])

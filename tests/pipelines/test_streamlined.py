@@ -1,14 +1,19 @@
 """Clips of UNets that look along time within a limit of memory: the same clips."""
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cmdgen.acceleration.calibration import read_calibrations, write_calibrations
+from cmdgen.acceleration.keysteps import by_similarity
 from cmdgen.acceleration.memory import WAYS, Work
 from cmdgen.config import ANIMATEDIFF, SVD
+from cmdgen.evaluation.rehash import calibrate
+from cmdgen.evaluation.settings import Calibrating
 from cmdgen.pipelines.clip import Clip, Inputs
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.pipelines.observer import Observer
@@ -68,3 +73,29 @@ def test_weights_are_there_for_their_stage_alone(model: StillPipeline) -> None:
     make(model, Watch(), max_memory=limit)
     assert held["content"] == {"unet"} and held["decode"] == {"vae"}
     assert not any(map(model.has, ("unet", "vae")))
+
+
+def test_a_calibration_of_similarity_alone_chooses_steps(model: StillPipeline, tmp_path: Path) -> None:
+    cut = "resnet" if model.config.vision is not None else "motion"
+    plan = replace(model.plan(Request(steps=9)), rehash_cut=cut)
+    pictures = [Inputs(image=PICTURE)] if model.config.vision is not None else []
+    runs: list[tuple[str, int, int]] = []
+    options = Calibrating(policy="similarity")
+    (measured,) = calibrate(model, plan, ["a dog"], options, inputs=pictures, show=lambda *run: runs.append(run))
+    # one run of nine steps
+    assert runs == [("content", 1, 1)] and measured.errors == [] and measured.cut == cut
+    file = tmp_path / "rehash.json"
+    write_calibrations(file, model.config.name, [measured])
+    (read,) = read_calibrations(file, model.config.name)
+    asked = {"steps": 9, "rehash": 5, "rehash_file": file, "rehash_cut": cut}
+    chosen = model.plan(Request(**asked, rehash_policy="similarity"))
+    assert chosen.key_steps.content == by_similarity(read.similarity_map(), 5) and len(chosen.key_steps.content) == 5
+    clip = make(model, **asked, rehash_policy="similarity")
+    assert clip.metadata["rehash_cut"] == cut and not np.array_equal(clip.frames, make(model, steps=9).frames)
+    for refused, message in (
+        (asked, "has measured similarity alone"),
+        ({**asked, "rehash_cut": "layer", "rehash_policy": "similarity"}, "no calibration of"),
+        ({"steps": 8, "rehash": 4, "rehash_policy": "uniform"}, "rehash of 8 steps: in 8 or fewer no step is like"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.plan(Request(**refused))
