@@ -315,6 +315,11 @@ class ModelConfig:
         return self.motion is not None or self.looks_along_time
 
     @property
+    def decodes_clips(self) -> bool:
+        """Return whether all frames of a clip go through its VAE's decoder together."""
+        return self.vae is not None and self.vae.temporal == "blend"
+
+    @property
     def looks_along_time(self) -> bool:
         """Return whether all frames of a video go through its UNet together."""
         return self.adapter is not None or self.vision is not None
@@ -561,6 +566,8 @@ LCM_STEPS = 50
 CALIBRATION = "rehash.json"
 # what its blocks are worth
 IMPORTANCE = "importance.json"
+# of models that look along time, which are distilled to so few: too few to skip any
+FEW_STEPS = 8
 # what a UNet's last layer has done when step rehash keeps its feature: nothing; then each of its operators
 CUTS = ("layer", "resnet", "attention", "motion")
 # how step rehash chooses the steps that run

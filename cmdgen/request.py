@@ -13,15 +13,16 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as short
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from cmdgen.config import CUTS, LCM_STEPS, POLICIES, SAMPLERS, EvdmConfig, ModelConfig, UNetConfig
+from cmdgen.config import CUTS, FEW_STEPS, LCM_STEPS, POLICIES, SAMPLERS, EvdmConfig, ModelConfig, UNetConfig
 from cmdgen.options import SIZE, Size, option, parse_memory, parse_output, read_fields, with_values, write_size
 
 # groups of options
 WHAT, INPUTS, HOW = "What is made", "Inputs instead of samples", "How it is sampled"
 FASTER, FILE, MACHINE = "Faster (changes the result)", "The file", "Model and machine"
 
+QUALITIES = ("draft", "normal", "best")
 # help of a default that each model has
 MODELS_OWN = "the model's own"
 MAX_SEED, MAX_FPS = 2**63 - 1, 240
@@ -105,6 +106,7 @@ class Request:
     frames: int | None = _what(None, "Length of the video. 1 is a still, the content frame.", low=1, shown=MODELS_OWN)
     size: Size | None = _what(None, "Size of the video.", shown=MODELS_OWN, **SIZE)
     fps: int | None = _what(None, "Frames per second.", low=1, shown=MODELS_OWN)
+    seamless: bool = _what(False, "Let the end of a clip lead to its start, where it is made in windows.")
 
     content_from: Path | None = _input(
         "Take the content frame from a video, or latents of `cmdgen encode`; sample the motion."
@@ -126,6 +128,12 @@ class Request:
         "Noise that is added to a picture that is animated: with more, less of it stays.", low=0, high=10
     )
 
+    window: int | None = _how("Frames that motion modules see at once; a longer clip is made in windows.", low=2)
+    overlap: int | None = _how("Frames that neighbouring windows share; their predictions are averaged.", low=0)
+
+    quality: str | None = _faster(
+        None, "Settings by name; what it switches on is printed.", choices=QUALITIES, shown="normal"
+    )
     guidance_interval: tuple[float, float] | None = _faster(
         None, "Guide only between these shares of the noise schedule, such as 0.1-0.8.", **_INTERVAL
     )
@@ -154,7 +162,8 @@ class Request:
     )
     decoder: Path | None = option(
         None,
-        "Decode with a small VAE: the folder of an AutoencoderTiny.",
+        "Decode with a small VAE, the folder of an AutoencoderTiny; AnimateDiff's clips also with that of a "
+        "model, such as svd.",
         group=FASTER,
         metavar="DIR",
         shown=MODELS_OWN,
@@ -244,6 +253,11 @@ class Plan:
     key_steps: KeySteps | None = None
     # of CUTS; None where every step runs in full
     rehash_cut: str | None = None
+    # frames of one window and those that two share, and whether the last window leads to the first;
+    # None: all frames are seen at once
+    window: int | None = None
+    overlap: int | None = None
+    seamless: bool = False
     # the smallest, until a pipeline, which knows dtype and device, has chosen them
     slices: Slices = Slices(frames=1, positions=1, pictures=1)
 
@@ -261,6 +275,21 @@ class Plan:
     def rows(self) -> int:
         """Return how many rows of a UNet's batch one clip is."""
         return self.model.frames if self.model.looks_along_time else 1
+
+    @property
+    def windows(self) -> list[list[int]]:
+        """Return the frames of each window, which start so far apart, the last flush with the end."""
+        frames, window = self.rows, self.window or self.rows
+        if window == frames:
+            return [list(range(frames))]
+        stride = window - (self.overlap or 0)
+        if self.seamless:
+            # evenly around
+            count = -(-frames // stride)
+            starts = [frames * i // count for i in range(count)]
+        else:
+            starts = [min(start, frames - window) for start in range(0, frames - window + stride, stride)]
+        return [[(start + i) % frames for i in range(window)] for start in starts]
 
 
 Values = TypeVar("Values", Request, Plan)
@@ -293,6 +322,7 @@ def resolve(request: Request, model: ModelConfig) -> Plan:
     possible, where this model cannot make the clip.
     """
     check_applies(request, model)
+    request, trained = apply_quality(request, model), model.frames
     values = {name: getattr(request, name) for name in _DEFAULTS}
     if request.size is not None:
         values["height"], values["width"] = request.size
@@ -300,8 +330,63 @@ def resolve(request: Request, model: ModelConfig) -> Plan:
     _check_clip(model)
     _check_rehash(request, model)
     plan = Plan(model, "", request.negative, 0, content_seed=0, motion_seed=0, max_memory=request.max_memory)
-    plan = replace(plan, rehash_cut=request.rehash_cut if request.rehashes else None)
+    plan = replace(
+        plan, rehash_cut=request.rehash_cut if request.rehashes else None, **_choose_windows(request, model, trained)
+    )
     return with_prompt(plan, request)
+
+
+# by quality, settings in place of a model's own: of CMD and stills; of UNets that look along time,
+# where the paper of step rehash measured half of the steps; of consistency models
+_QUALITY: dict[str, dict[str, dict[str, Any]]] = {
+    "draft": {
+        "cmd": {"steps": 10, "motion_steps": 10, "sampler": "dpm++"},
+        "video": {"rehash": 13, "rehash_policy": "uniform", "sampler": "dpm++"},
+        "lcm": {"steps": 4},
+    },
+    "normal": {},
+    "best": {"cmd": {"steps": 50, "motion_steps": 50}, "video": {"steps": 50}, "lcm": {"steps": 8}},
+}
+
+
+def quality_settings(request: Request, model: ModelConfig) -> dict[str, Any]:
+    """Return what the quality of a request switches on, by field: nothing that the request gives itself.
+
+    Raises ValueError for a model that is distilled to its few steps.
+    """
+    kind = "lcm" if model.noise.solver == "lcm" else "video" if model.looks_along_time else "cmd"
+    named = _QUALITY[request.quality or "normal"]
+    if named and kind == "video" and model.steps <= FEW_STEPS:
+        raise ValueError(f"quality has no effect with {model.name}: it is made for {model.steps} steps")
+    return {
+        name: value
+        for name, value in named.get(kind, {}).items()
+        if getattr(request, name) is None and not (name == "motion_steps" and model.motion is None)
+    }
+
+
+def apply_quality(request: Request, model: ModelConfig) -> Request:
+    """Return the request with the settings that its quality stands for."""
+    return with_values(request, quality_settings(request, model))
+
+
+def _choose_windows(request: Request, model: ModelConfig, trained: int) -> dict[str, Any]:
+    """Return the window, the overlap and whether it leads around; none where all frames are seen at once."""
+    if model.adapter is None:
+        return {}
+    longest, seamless = model.adapter.motion_max_seq_length, request.seamless
+    asked = request.window is not None or request.overlap is not None or seamless
+    window = request.window or min(trained, longest)
+    if window > longest:
+        raise ValueError(f"window {window}: the motion modules of {model.name} know at most {longest}")
+    if window >= model.frames or not (asked or model.frames > longest):
+        if seamless or request.overlap is not None:
+            raise ValueError(f"{model.frames} frames are one window of {window}: nothing overlaps")
+        return {}
+    overlap = window // 4 if request.overlap is None else request.overlap
+    if overlap >= window:
+        raise ValueError(f"overlap {overlap} is not less than the window, {window}")
+    return {"window": window, "overlap": overlap, "seamless": seamless}
 
 
 def check_applies(request: Request, model: ModelConfig) -> None:
@@ -315,9 +400,12 @@ def check_applies(request: Request, model: ModelConfig) -> None:
         refused |= dict.fromkeys(_TEXT_ONLY, "it reads no text, it animates --image")
     if model.adapter is not None:
         refused["image"] = "it makes videos from text alone"
+    else:
+        refused |= dict.fromkeys(("window", "overlap", "seamless"), "it has no motion modules")
     for name, reason in refused.items():
+        value = getattr(request, name)
         # an empty text says nothing
-        if getattr(request, name) not in (None, ""):
+        if value is not None and value is not False and value != "":
             raise ValueError(f"{name.replace('_', ' ')} has no effect with {model.name}: {reason}")
 
 
@@ -329,9 +417,8 @@ def _check_clip(model: ModelConfig) -> None:
             f"size {model.width}x{model.height}: both sides must be multiples of {multiple}, such "
             f"as {write_size((nearest[0], nearest[1]))}"
         )
-    if model.adapter is not None and model.frames > model.adapter.motion_max_seq_length:
-        longest = model.adapter.motion_max_seq_length
-        raise ValueError(f"frames {model.frames}: the motion modules of {model.name} know at most {longest}")
+    if model.frames == 1 and model.vision is None and model.decodes_clips:
+        raise ValueError("frames 1: a decoder that looks along time is for clips")
     if model.frames == 1 and model.vision is not None:
         raise ValueError(f"frames 1: {model.name} animates a picture, it makes no stills")
     if model.frames > 1 and not model.moves and not isinstance(model.content, EvdmConfig):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cmdgen.acceleration import keysteps
 from cmdgen.acceleration.rehash import Network
-from cmdgen.config import CALIBRATION, CUTS, SAMPLERS, ModelConfig
+from cmdgen.config import CALIBRATION, CUTS, FEW_STEPS, SAMPLERS, ModelConfig
 from cmdgen.files import blame, read_json, replace_with
 from cmdgen.options import option, read_fields
 from cmdgen.request import KeySteps, Request, Steps
@@ -27,8 +27,6 @@ PARTS = ("content", "motion")
 # a map has the square of it
 MAX_STEPS = 250
 MAX_ERROR = 1e6
-# of models that look along time, which are distilled to so few: too few to skip any
-FEW_STEPS = 8
 # where a number of steps is given
 DEFAULT_POLICY = "minimax"
 _SIMILARITY_DIGITS, _ERROR_DIGITS = 4, 3

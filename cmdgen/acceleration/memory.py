@@ -6,6 +6,7 @@ counted is what a library takes inside one operator, such as a convolution's wor
 allocator keeps for later. UNets that look along time are counted too, and with all weights.
 """
 
+import copy
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -110,13 +111,17 @@ class Work:
     dtype: torch.dtype
     batch: int = 1
     verb: str = "decode"
-    # whether a feature is kept from step to step
-    rehash: bool = False
+    # features that are kept from step to step, and the frames of one window, None for all
+    features: int = 0
+    window: int | None = None
+    # "cuda": the runs run, with random weights
+    device: str = "meta"
 
     @classmethod
     def of(cls, plan: Plan, dtype: torch.dtype, batch: int = 1) -> "Work":
         """Return the work of a batch of clips with one plan."""
-        return cls(plan.model, dtype, batch, rehash=plan.model.looks_along_time and plan.key_steps is not None)
+        kept = plan.key_steps is not None and plan.model.looks_along_time
+        return cls(plan.model, dtype, batch, features=kept * len(plan.windows), window=plan.window)
 
     @property
     def least(self) -> int:
@@ -127,7 +132,7 @@ class Work:
     @property
     def networks(self) -> dict[str, Any]:
         """Build those of a model that looks along time, by folder."""
-        return _build(replace(self.model, **_SAME), self.dtype)
+        return _build(replace(self.model, **_SAME), self.dtype, self.device)
 
     def weights(self, *names: str) -> int:
         """Return the bytes of these networks' weights, of all without a name."""
@@ -177,7 +182,8 @@ class Work:
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """() -> a tensor without values."""
-        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+        make = torch.empty if self.device == "meta" else torch.zeros
+        return make(shape, dtype=dtype or self.dtype, device=self.device)
 
     def latents(self) -> Tensor:
         """() -> (B, T, C, h, w)."""
@@ -200,7 +206,7 @@ def run_vae(work: Work, slices: Slices) -> None:
         if work.vae is not None:
             encode_pictures(work.vae, pictures.to(work.dtype), slices.strips)
     elif work.vae is not None:
-        together = slices.pictures if work.model.vision is None else work.model.frames
+        together = work.model.frames if work.model.decodes_clips else slices.pictures
         to_rgb24(decode_pictures(work.vae, latents[0][:together], slices.strips))
 
 
@@ -224,7 +230,7 @@ def run_reader(work: Work, slices: Slices) -> None:
         side = model.vision.image_size
         work.networks["image_encoder"](work.empty(1, 3, side, side))
         # in float32, a copy of its weights with it
-        vae = build_empty(KlVae, cast(VaeConfig, model.vae))
+        vae = copy.deepcopy(work.networks["vae"]).float()
         vae.encode(work.empty(work.batch, 3, model.height, model.width, dtype=torch.float32))
 
 
@@ -232,20 +238,24 @@ def run_unet(work: Work, slices: Slices) -> None:
     """Run a step, beside all latents in float32, the sampler's and what it makes of them."""
     model, unet = work.model, work.networks["unet"]
     clips = work.batch * (1 if max(model.guidance, model.guidance_first or 0) == 1 else 2)
-    rows = clips * model.frames
+    rows = clips * (work.window or model.frames)
+    # of other windows
+    features = [
+        work.empty(rows, unet.config.block_out_channels[0], *model.latent_size) for _ in range(work.features - 1)
+    ]
     latents = [work.latents().float() for _ in range(4)]
     sample = work.empty(rows, unet.config.in_channels, *model.latent_size)
     tokens = 1 if model.text is None else model.text.max_position_embeddings
     text = unet.project_text(work.empty(clips, tokens, unet.config.cross_attention_dim))
     time = unet.project_time(work.empty(clips), work.empty(clips, 3) if model.vision else None)
     network = in_slices(unet, slices)
-    step = CutUNet(network).run if work.rehash else network.denoise
+    step = CutUNet(network).run if work.features else network.denoise
     in_turn(step, slices)(sample, time, *text)
-    del latents
+    del latents, features
 
 
 @lru_cache(maxsize=4)
-def _build(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _build(model: ModelConfig, dtype: torch.dtype, device: str) -> dict[str, Any]:
     unet = build_empty(UNet, cast(UNetConfig, model.content))
     if model.adapter is not None:
         unet.attach(build_empty(MotionAdapter, model.adapter))
@@ -254,7 +264,13 @@ def _build(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         networks["text_encoder"] = build_empty(ClipTextModel, model.text)
     if model.vision is not None:
         networks["image_encoder"] = build_empty(ClipVisionModel, model.vision)
-    return {name: network.to(dtype) for name, network in networks.items()}
+    if device == "meta":
+        return {name: network.to(dtype) for name, network in networks.items()}
+    networks = {name: network.to(dtype).to_empty(device=device) for name, network in networks.items()}
+    for network in networks.values():
+        for parameter in network.parameters():
+            nn.init.normal_(parameter, std=0.02)
+    return networks
 
 
 @cache
@@ -331,7 +347,7 @@ def _cut(run: Run, work: Work, slices: Slices) -> Slices:
     if run is run_autoencoder:
         frames, positions = ceil(slices.frames / 2), ceil(slices.positions / 2)
         return replace(slices, frames=frames, positions=positions)
-    if run is not run_vae or work.model.vision is not None:
+    if run is not run_vae or work.model.decodes_clips:
         return slices
     # strips are slower: single pictures come first
     if slices.pictures > 1:

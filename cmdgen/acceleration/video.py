@@ -75,8 +75,10 @@ class SlicedUNet:
                 skips.append(groups.layer(stage, i, _whole(x := skips[-1]), x))
             for down in stage.downsamplers:
                 skips.append(groups.halve(down, skips[-1]))
-        x = groups.layer(unet.mid_block, 0, _whole(skips[-1]), skips[-1])
-        x = groups.layer(unet.mid_block, 1, _whole(x), x, reuse=True)
+        x = skips[-1]
+        if unet.mid_block is not None:
+            x = groups.layer(unet.mid_block, 0, _whole(x), x)
+            x = groups.layer(unet.mid_block, 1, _whole(x), x, reuse=True)
         up: Any = None
         for stage in unet.up_blocks:
             for i in range(min(len(stage.resnets), len(skips) - 1)):

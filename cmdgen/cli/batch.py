@@ -23,7 +23,7 @@ from cmdgen.options import WHOLE, Size, write_size
 from cmdgen.pipelines.base import Pipeline
 from cmdgen.pipelines.clip import Clip, Inputs
 from cmdgen.pipelines.still import StillPipeline
-from cmdgen.request import Plan, Request, shared_settings
+from cmdgen.request import Plan, Request, quality_settings, shared_settings
 from cmdgen.video.formats import STDOUT, Encoding, name_sidecar
 from cmdgen.video.read import read_metadata
 from cmdgen.video.write import Output, Writer, check_output, is_sidecar, open_video, write_sidecar, write_still
@@ -348,6 +348,11 @@ class Batch:
             self.note(f"note: {name} was trained at {write_size(trained.size)}")
         if model.motion is not None and model.frames not in (trained.frames, 1):
             self.note(f"note: {name} was trained on {trained.frames} frames")
+        if chosen := quality_settings(jobs[0].request, trained):
+            named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
+            self.note(f"quality {jobs[0].request.quality}: {named}")
+        if len(plan.windows) > 1:
+            self.note(f"{len(plan.windows)} windows of {plan.window} frames, {plan.overlap} of them shared")
         if steps is not None:
             full = _list_steps(steps.content, model.steps)
             self.note(f"rehash: {steps.policy}, content in full at {full}")

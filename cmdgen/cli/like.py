@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cmdgen.pipelines.base import Pipeline
 
 # options that --like does not reset to their defaults: where and how the new file is written
-_KEPT = {"output", "format", "sidecar", "no_metadata", "lora", "decoder", *INPUT_FIELDS}
+_KEPT = {"output", "format", "sidecar", "no_metadata", "lora", "decoder", "quality", *INPUT_FIELDS}
 # options of the encoding, which hold for the same format only
 _ENCODING = {"format", "crf", "codec", "loop"}
 # how the full steps were chosen: the metadata lists the steps themselves

@@ -11,7 +11,7 @@ import typer
 from cmdgen.cli.command import Only, list_flags
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.progress import JsonOrQuiet, Say
-from cmdgen.config import CMD_SD21
+from cmdgen.config import CMD_SD21, PUBLIC
 from cmdgen.evaluation.report import column, scale, table
 from cmdgen.evaluation.settings import Profiling
 from cmdgen.request import Request, resolve
@@ -22,6 +22,7 @@ Rows = Sequence[dict[str, Any]]
 MODES = {
     "paper": ("--paper counts the paper's own model", ""),
     "decoding": ("--decoding decodes with the paper's own model", "size runs device dtype"),
+    "memory": ("--memory counts one clip", "model size device dtype"),
     "suite": ("--suite measures ways to make one clip", "model size steps runs device dtype compile"),
 }
 PAPER_SIZE = 512, 1024
@@ -74,6 +75,8 @@ def profile(
         lines = [*_paper_lines(record), "", *_evdm_lines(record["evdm"]), "", *_pruned_lines(record["vdmini"])]
     elif options.decoding:
         lines, record = _decode(request, options.runs if "runs" in flags else 1, say)
+    elif options.memory:
+        lines, record = _count_memory(request, say)
     elif request.compile and not options.suite:
         raise ValueError("--compile has a use with --suite alone")
     else:
@@ -114,6 +117,28 @@ def _decode(request: Request, runs: int, say: Say) -> tuple[list[str], list[dict
         ways = compare_decoding(model, device, dtype, runs=runs, show=show)
     title = f"{model.name}, {model.frames} frames of {model.width}x{model.height}"
     return [title, "", *table(_decoding_rows(ways))], list(ways.values())
+
+
+def _count_memory(request: Request, say: Say) -> tuple[list[str], list[dict[str, Any]]]:
+    from cmdgen.evaluation.memory import compare_memory
+    from cmdgen.pipelines.device import choose_dtype, dtype_name, use_device
+    from cmdgen.store.find import find_model
+    from cmdgen.store.parts import read_model
+
+    config = PUBLIC.get(request.model) or read_model(find_model(request.model))
+    if not config.looks_along_time:
+        raise ValueError(f"--memory counts clips of AnimateDiff and SVD, not of {config.name}: see --decoding")
+    model = resolve(Request(size=request.size), config).model
+    device = use_device(request.device)
+    dtype = choose_dtype(request.dtype, device)
+    with say.progress() as show:
+        rows = compare_memory(model, dtype, device, show)
+    title = f"{model.name}, {model.frames} frames of {model.width}x{model.height} in {dtype_name(dtype)}, GB"
+    cells = [
+        [str(value) if name == "way" else "" if value is None else f"{value / 1e9:.3f}" for name, value in row.items()]
+        for row in rows
+    ]
+    return [title, "", *table([[*rows[0]], *cells])], rows
 
 
 def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +209,13 @@ def to_json(profiled: dict[str, Any]) -> dict[str, Any]:
     counted on the shapes of the same run, or PyTorch's on a GPU, reserved with
     the weights. Seconds are the least of the runs; of the VAE, those of its
     first slice times their number.
+
+    With --memory, a list of ways to make a clip, in bytes: all at once, and frames
+    through the VAE one by one, as libraries do (of SVD's decoder that is another
+    video); then ours, whole and in slices of so many bytes, with the branches of
+    guidance in turn. unet and vae are tensors beside weights, peak has all weights,
+    staged those of a stage alone; counted on shapes. On a GPU allocated, reserved
+    and driver, all memory in use, were measured.
 
     With --paper, ours are counted as the paper's: multiply-adds, without
     attention's products of queries with keys and of weights with values;

@@ -191,36 +191,40 @@ def _attach(config: UNetConfig, adapter: MotionAdapter) -> UNet:
     return unet
 
 
-def list_forwards(model: ModelConfig, cut: int = 0) -> dict[str, Forward]:
-    """Return the networks of a model, and their pieces, at its size and length; `cut` as in `CutUNet`.
+def list_forwards(model: ModelConfig, cut: int = 0, window: int | None = None) -> dict[str, Forward]:
+    """Return the networks of a model, and their pieces, at its size and length.
+
+    `cut` is as in `CutUNet`, `window` the frames that a UNet along time sees at once.
 
     Those that make content and motion run in pieces: what each step runs, in full or reusing
     features, and what is made beforehand. Raises ValueError as `build_networks`.
     """
     # one forward is the same whatever the sampler does
     model = replace(model, sampler="", steps=1, motion_steps=1, guidance_interval=None, fps=1)
-    return _list_forwards(replace(model, guidance=1.0, motion_guidance=1.0), cut)
+    return _list_forwards(replace(model, guidance=1.0, motion_guidance=1.0), cut, window)
 
 
 @lru_cache(maxsize=8)
 @torch.no_grad()
-def _list_forwards(model: ModelConfig, cut: int) -> dict[str, Forward]:
+def _list_forwards(model: ModelConfig, cut: int, window: int | None) -> dict[str, Forward]:
     with LiveBytes(), _AttentionCounter():
-        return _prepare_forwards(model, cut)
+        return _prepare_forwards(model, cut, window)
 
 
-def _prepare_forwards(model: ModelConfig, cut: int) -> dict[str, Forward]:
+def _prepare_forwards(model: ModelConfig, cut: int, window: int | None) -> dict[str, Forward]:
     networks = build_networks(model)
     unet, vae = networks["unet"], networks["vae"]
     empty = partial(torch.empty, device="meta")
     still, time = empty(1, vae.config.latent_channels, *model.latent_size), empty(1)
     numbers: Tensor | None = None
     # a sample is a clip where the UNet looks along time
-    frames = model.frames if model.looks_along_time else 1
-    rows, pictures = empty(frames, unet.config.in_channels, *model.latent_size), still
+    clip_frames = model.frames if model.looks_along_time else 1
+    frames = window or clip_frames
+    rows = empty(frames, unet.config.in_channels, *model.latent_size)
+    pictures = still.expand(clip_frames if model.decodes_clips else 1, -1, -1, -1)
     if model.vision is not None:
         vision = networks["image_encoder"]
-        numbers, pictures = empty(1, 3), still.expand(frames, -1, -1, -1)
+        numbers = empty(1, 3)
         seen = empty(1, 3, model.vision.image_size, model.vision.image_size)
         photo = empty(1, 3, model.height, model.width)
         states = empty(1, 1, model.vision.projection_dim)
@@ -276,7 +280,8 @@ def list_uses(plan: Plan, *, batch: int = 1) -> dict[str, list[Use]]:
     The clips of a batch, and the two branches of guidance, share a run; so do the pictures of one
     of the VAE's slices. The negative prompt and the timesteps are the same for all clips.
     """
-    model, forwards = plan.model, list_forwards(plan.model, CUTS.index(plan.rehash_cut or CUTS[0]))
+    model, windows = plan.model, len(plan.windows)
+    forwards = list_forwards(model, CUTS.index(plan.rehash_cut or CUTS[0]), plan.window)
     if model.vision is None:
         uses = {"text": [Use(forwards["text"], batch + 1)]}
     else:
@@ -292,15 +297,15 @@ def list_uses(plan: Plan, *, batch: int = 1) -> dict[str, list[Use]]:
         condition, samples, times = {"content": ("text", texts, steps), "motion": ("place", batch, steps * texts)}[part]
         projections = ceil(steps / TIMESTEPS_TOGETHER)
         uses[part] = [
-            Use(forwards[f"{part} step"], batch * branches * full, full),
-            Use(forwards[f"{part} skipped"], batch * branches * (steps - full), steps - full),
+            Use(forwards[f"{part} step"], batch * branches * full * windows, full * windows),
+            Use(forwards[f"{part} skipped"], batch * branches * (steps - full) * windows, (steps - full) * windows),
             Use(forwards[f"{part} {condition}"], samples, shared=True),
             Use(forwards[f"{part} time"], times, projections, shared=True),
         ]
     pictures, together = [batch], plan.slices.pictures
     if plan.samples_motion:
         uses["frame decode"] = [Use(forwards["frame decode"], batch)]
-    if plan.moves and model.vision is None:
+    if plan.moves and not model.decodes_clips:
         # after the content frames
         pictures.append(batch * model.frames)
     runs = sum(ceil(number / together) for number in pictures)

@@ -55,6 +55,10 @@ class Profiling(_Options):
         "Decode a clip of the paper's model, with random weights, whole and in slices; 512x1024 "
         "unless --size is given, and one run unless --runs is."
     )
+    memory: bool = _sample(
+        "Count what a clip of AnimateDiff or SVD, a folder or a public name, holds in each way to make it; on a GPU "
+        "also measure it, with random weights."
+    )
     suite: bool = _sample(
         "Make clips as the paper counts them, as a user waits for them, and with step rehash; all "
         "in one process with the weights loaded."

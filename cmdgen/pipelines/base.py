@@ -21,13 +21,15 @@ from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.config import ModelConfig, NoiseConfig
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import SAMPLERS, VISITED, Sampling
+from cmdgen.diffusion.windows import order_noise
 from cmdgen.latents import Latents, check_fit
 from cmdgen.metadata import describe_plan
 from cmdgen.models.tiny_vae import TinyVae
+from cmdgen.models.vae import KlVae
 from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
 from cmdgen.pipelines.device import dtype_name
 from cmdgen.pipelines.observer import Observer
-from cmdgen.request import Plan, Request, check_applies, resolve, shared_settings, with_prompt
+from cmdgen.request import Plan, Request, apply_quality, check_applies, resolve, shared_settings, with_prompt
 from cmdgen.store.lora import Lora, merge_lora
 from cmdgen.store.parts import hash_weights, load_part, network_configs
 from cmdgen.video.formats import Pixels, describe_origin
@@ -54,8 +56,10 @@ class Denoising:
     steps: int
     # of all rows, or of each, (B, 1, ...)
     guidance: float | Tensor
-    # rows of one clip
+    # rows of one clip; where it is made in windows, those of one and those that two share
     frames: int = 1
+    window: int | None = None
+    overlap: int | None = None
 
 
 def read_when_needed(part: str) -> Any:
@@ -86,7 +90,7 @@ class Pipeline(ABC):
         self.prepared: dict[object, Callable[..., Any]] = {}
         self.pool = cache(torch.cuda.graph_pool_handle)
         self._parts: dict[str, Any] = {}
-        # folder of a small VAE that decodes in place of the model's
+        # folder of a small VAE that decodes in place of the model's, or of a model whose VAE does
         self.loras, self.decoder_folder = tuple(loras), decoder
         self._hash: str | None = None
         self._hashing = Lock()
@@ -139,7 +143,7 @@ class Pipeline(ABC):
         Reads no weights. Raises ValueError, saying what is possible, where it cannot be made.
         """
         check_applies(request, self.config)
-        if request.max_memory is not None and self.decoder_folder is not None:
+        if request.max_memory is not None and self.decoder_folder is not None and not self.takes_vae:
             raise ValueError("max memory is that of the model's own decoder: leave --decoder out")
         # prompt and seeds do not matter for all else that is checked and chosen
         key = batch, shared_settings(request)
@@ -147,6 +151,7 @@ class Pipeline(ABC):
             if len(self._plans) >= _MAX_PLANS:
                 self._plans.clear()
             plan = resolve(request, self.config)
+            request = apply_quality(request, self.config)
             plan = replace(plan, key_steps=choose_key_steps(request, plan.model, self.folder))
             slices = choose_slices(Work.of(plan, self.dtype, batch), self.device, plan.max_memory)
             self._plans[key] = replace(plan, slices=slices)
@@ -176,13 +181,20 @@ class Pipeline(ABC):
 
     def read_part(self, name: str) -> Any:
         """Read one part of the model."""
-        return self.change(name, load_part(self.folder, name, dtype=self.dtype, device=self.device))
+        place = self.decoder_folder if name == "vae" and self.takes_vae else self.folder
+        assert place is not None
+        return self.change(name, load_part(place, name, dtype=self.dtype, device=self.device))
 
     def change(self, name: str, part: Any) -> Any:
         """Return a part with what LoRA changes of its weights."""
         for lora in self.loras if name in ("unet", "text_encoder") else ():
             merge_lora(part, name, lora)
         return part
+
+    @property
+    def takes_vae(self) -> bool:
+        """Return whether another model's VAE is this one's."""
+        return self.decoder_folder is not None and (self.decoder_folder / "vae").is_dir()
 
     def has(self, name: str) -> bool:
         """Return whether a part has been read."""
@@ -263,7 +275,8 @@ class Pipeline(ABC):
                 self._hash = hash_weights(self.folder)
                 changes: list[Any] = [(describe_origin(lora.path)["sha256"], lora.scale) for lora in self.loras]
                 if self.decoder_folder is not None:
-                    changes += [hash_files(self.decoder_folder, {"": TinyVae.filename})]
+                    files = {"vae": KlVae.filename} if self.takes_vae else {"": TinyVae.filename}
+                    changes += [hash_files(self.decoder_folder, files)]
                 if changes:
                     self._hash = hashlib.blake2b(repr((self._hash, changes)).encode(), digest_size=16).hexdigest()
         return self._hash
@@ -276,6 +289,11 @@ class Pipeline(ABC):
         `look` gets the clean sample that each step is heading for.
         """
         noise, generators = self.noise(what.part, what.shape, what.seeds, frames=what.frames)
+        if what.window is not None:
+            stride = what.window - (what.overlap or 0)
+            orders = [order_noise(what.frames, what.window, stride, seeded("windows", seed)) for seed in what.seeds]
+            clips = noise.unflatten(0, (len(orders), -1))
+            noise = torch.cat([clip[order] for clip, order in zip(clips, orders, strict=True)])
         model, interval = task.plan.model, task.plan.model.guidance_interval
         if interval is not None:
             low, high = (share * what.schedule.num_train_timesteps for share in interval)

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from cmdgen.acceleration.compiled import check_compiler
-from cmdgen.config import EvdmConfig, ModelConfig, TinyConfig, UNetConfig
+from cmdgen.config import EvdmConfig, ModelConfig, TinyConfig, UNetConfig, VaeConfig
 from cmdgen.pipelines.base import Pipeline
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.device import choose_device, choose_dtype
@@ -38,10 +39,16 @@ def load_as(
     a GPU if there is one, and float16 on it. With `compile` the denoisers go through torch's
     compiler, which takes minutes for the first clip of a size. `lora` names files, or OWNER/NAME that
     was pulled, each with :SCALE or not, which change its weights. `decoder` is the folder of a small
-    VAE that decodes in place of the model's. Raises ValueError, saying what is possible.
+    VAE that decodes in place of the model's, or a model whose VAE does. Raises ValueError, saying
+    what is possible.
     """
     folder = find_model(os.fspath(model))
-    config = read_model(folder)
+    config, decoding = read_model(folder), None
+    if decoder is not None and (Path(decoder) / "config.json").exists():
+        decoding = find_decoder(Path(decoder), config)
+    elif decoder is not None:
+        decoding = find_model(os.fspath(decoder))
+        config = _change_vae(config, decoding)
     found: type[Pipeline] = StillPipeline if config.motion is None else CmdPipeline
     reads = config.text is not None or config.vision is not None
     if isinstance(config.content, EvdmConfig):
@@ -60,10 +67,8 @@ def load_as(
             makes = "no video from text: it continues clips, with cmdgen predict"
         raise ValueError(f"{folder} makes {makes}")
     loras = [find_lora(f"{folder / 'lora' / Path(name).name}") for name in config.loras]
-    small = None if decoder is None else find_decoder(Path(decoder), config)
-    return found(
-        *(folder, config, place, number), compile=compile, loras=[*loras, *map(find_lora, lora)], decoder=small
-    )
+    loras = [*loras, *map(find_lora, lora)]
+    return found(*(folder, config, place, number), compile=compile, loras=loras, decoder=decoding)
 
 
 def find_decoder(folder: Path, model: ModelConfig) -> Path:
@@ -73,6 +78,18 @@ def find_decoder(folder: Path, model: ModelConfig) -> Path:
         if (got := getattr(tiny, name)) != (expected := getattr(model.vae, name, None)):
             raise ValueError(f"{folder}: {name} is {got}, the VAE of {model.name} has {expected}")
     return folder
+
+
+def _change_vae(config: ModelConfig, place: Path) -> ModelConfig:
+    """Return a model with the VAE of another; ValueError where its latents are others."""
+    if config.adapter is None or config.vae is None:
+        raise ValueError(f"decoder has no effect with {config.name}: that of a model is for clips of AnimateDiff")
+    vae = read_config(place / "vae", VaeConfig)
+    for name in ("latent_channels", "scaling_factor", "stride"):
+        got, expected = getattr(vae, name), getattr(config.vae, name)
+        if got != expected:
+            raise ValueError(f"decoder {place.name}: {name} {got} of its vae/ is not that of {config.name}, {expected}")
+    return replace(config, vae=vae)
 
 
 # of any kind; of a kind that makes clips or stills from text; of one that continues and fills in clips

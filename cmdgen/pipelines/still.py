@@ -13,6 +13,7 @@ from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.acceleration.rehash import CutDiT, CutUNet, rehash
 from cmdgen.acceleration.video import SlicedUNet, in_slices, in_turn
 from cmdgen.config import CUTS
+from cmdgen.diffusion.windows import denoise_windows
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.tokenizer import Tokenizer
@@ -43,11 +44,15 @@ class StillPipeline(Pipeline):
         assert self.config.text is not None
         return Tokenizer.from_pretrained(self.folder / "tokenizer", vocab_size=self.config.text.vocab_size)
 
-    @cached_property
+    @property
     def decoding_vae(self) -> KlVae | TinyVae:
         """Return the VAE that decodes: the model's, or a small one in its place."""
-        if self.decoder_folder is None:
-            return self.vae
+        return self.vae if self.decoder_folder is None or self.takes_vae else self.small_vae
+
+    @cached_property
+    def small_vae(self) -> TinyVae:
+        """Return a small VAE that decodes."""
+        assert self.decoder_folder is not None
         return TinyVae.from_pretrained(self.decoder_folder, dtype=self.dtype, device=self.device)
 
     def make(self, task: Task) -> Made:
@@ -96,7 +101,11 @@ class StillPipeline(Pipeline):
         (B, C, h, w) that join the channels of all frames of a clip.
         """
         plan, network = task.plan, in_slices(self.unet, task.plan.slices)
-        predict = predict or self.denoiser("content", network.denoise, cut_unet(network, plan), plan)
+        windows = plan.windows
+        # each has features of its own
+        predicts = [
+            predict or self.denoiser("content", network.denoise, cut_unet(network, plan), plan) for _ in windows
+        ]
         model, middle = plan.model, plan.rows // 2
         assert model.vae is not None
         schedule = model.noise if plan.moves or model.still_noise is None else model.still_noise
@@ -108,7 +117,10 @@ class StillPipeline(Pipeline):
                 conditions = conditions[:-1]
             # in the same order of memory at every step: a graph's inputs are then one copy
             x = x.to(self.dtype, memory_format=torch.channels_last)
-            return predict(x, next(times).repeat(len(conditions[0]), 1), *conditions)
+            time = next(times).repeat(len(conditions[0]), 1)
+            if len(windows) > 1:
+                return denoise_windows(predicts, windows, x, time, *conditions)
+            return predicts[0](x, time, *conditions)
 
         observer = task.observer
         # without the VAE's weights there is nothing to see
@@ -119,7 +131,7 @@ class StillPipeline(Pipeline):
             observer.estimate(lambda: self.decoder(plan, observer).picture(latent))
 
         shape, seeds = (model.vae.latent_channels, *model.latent_size), [each.content_seed for each in task.plans]
-        what = Denoising("content", shape, seeds, schedule, model.steps, guidance, frames=plan.rows)
+        what = Denoising("content", shape, seeds, schedule, model.steps, guidance, plan.rows, plan.window, plan.overlap)
         content = self.denoise(task, what, denoise, conditions, look if looks else None)
         return self.check_finite(content, "unet")
 

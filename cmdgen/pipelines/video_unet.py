@@ -21,7 +21,6 @@ from cmdgen.pipelines.base import Branches, read_when_needed
 from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Plan, Request
-from cmdgen.store.parts import load_part
 from cmdgen.video.pixels import to_unit
 from cmdgen.video.read import fit, read_video
 
@@ -31,10 +30,10 @@ class MotionPipeline(StillPipeline):
 
     def read_part(self, name: str) -> Any:
         """Read one part of the model; the UNet comes with its motion modules."""
-        part = load_part(self.folder, name, dtype=self.dtype, device=self.device)
+        part = super().read_part(name)
         if name == "unet" and self.config.adapter is not None:
             part.attach(self.part("motion_adapter"))
-        return self.change(name, part)
+        return part
 
     def make(self, task: Task) -> Made:
         """Make clips; see `Pipeline.make`."""

@@ -142,11 +142,11 @@ def build_part(name: str, config: Any) -> Any:
     return build_empty(PARTS[name].network, config)
 
 
-def hash_weights(folder: Folder) -> str:
-    """Return the hash that tells the weights of a model from others, wherever they are."""
+def hash_weights(folder: Folder, *names: str) -> str:
+    """Return the hash that tells the weights of a model, or of these parts, from others, wherever they are."""
     from cmdgen import weights
 
-    files = {name: part.filename for name, part in NETWORKS.items()}
+    files = {name: NETWORKS[name].filename for name in names or NETWORKS}
     return weights.hash_weights(Path(folder), files)
 
 

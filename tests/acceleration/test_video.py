@@ -163,8 +163,8 @@ def test_a_decoder_with_frames_apart_is_as_exact_in_half_precision(decoder: KlVa
     assert 0 < errors[1] <= 1.2 * errors[0]
 
 
-def full_size(model: ModelConfig, *, rehash: bool = False) -> Work:
-    return Work(replace(model, height=576, width=1024), torch.float16, rehash=rehash)
+def full_size(model: ModelConfig, *, features: int = 0) -> Work:
+    return Work(replace(model, height=576, width=1024), torch.float16, features=features)
 
 
 # with a module in the middle, and guided
@@ -185,7 +185,7 @@ def test_live_bytes_are_those_of_a_model_of_the_memory(model: ModelConfig) -> No
             assert held <= skips + 18 * size * MIB
             if size == 16 and not in_turn:
                 assert held >= 0.9 * (skips + 18 * size * MIB)
-    kept = count_peak(run_unet, full_size(model, rehash=True), Slices(1, 1, 1, bytes=16 * MIB))
+    kept = count_peak(run_unet, full_size(model, features=1), Slices(1, 1, 1, bytes=16 * MIB))
     assert kept <= 6.0625 * level + 18 * 16 * MIB
     if model.vision is not None:
         vae = build_empty(KlVae, model.vae).half()
@@ -236,4 +236,5 @@ def test_a_count_on_shapes_is_what_a_step_holds(request: pytest.FixtureRequest, 
     shapes, given = shapes.double().to("meta"), [each.to("meta") for each in (sample, time, *text)]
     with FusedAttention():
         counted = peak_bytes(lambda: in_slices(shapes, slices).denoise(*given))
-    assert held <= counted <= 1.05 * held
+    # a few moments of a channel apart
+    assert 0.995 * held <= counted <= 1.05 * held

@@ -10,16 +10,17 @@ import torch
 
 from cmdgen.acceleration.calibration import read_calibrations, write_calibrations
 from cmdgen.acceleration.keysteps import by_similarity
-from cmdgen.acceleration.memory import WAYS, Work
+from cmdgen.acceleration.memory import WAYS, Work, count_peak, run_unet
 from cmdgen.config import ANIMATEDIFF, SVD
 from cmdgen.evaluation.rehash import calibrate
 from cmdgen.evaluation.settings import Calibrating
-from cmdgen.pipelines.clip import Clip, Inputs
+from cmdgen.pipelines.clip import Clip, Inputs, Task
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.pipelines.observer import Observer
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Request, Slices
 from cmdgen.store.create import create_model
+from cmdgen.video.pixels import to_rgb24
 from tests.video_unets import tiny
 
 PICTURE = (np.random.default_rng(0).random((50, 90, 3)) * 255).astype(np.uint8)
@@ -99,3 +100,64 @@ def test_a_calibration_of_similarity_alone_chooses_steps(model: StillPipeline, t
     ):
         with pytest.raises(ValueError, match=message):
             model.plan(Request(**refused))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    places = {preset.name: tmp_path_factory.mktemp("models") / preset.name for preset in (ANIMATEDIFF, SVD)}
+    for preset in (ANIMATEDIFF, SVD):
+        create_model(tiny(preset), places[preset.name], dtype=torch.float32)
+    return places
+
+
+def test_a_long_clip_is_made_in_windows_within_the_memory_of_one(folders: dict[str, Path]) -> None:
+    model = load_pipeline(folders["animatediff"])
+    short, long = (model.plan(Request("a dog", frames=frames, window=4)) for frames in (4, 13))
+    assert [len(plan.windows) for plan in (short, long)] == [1, 4]
+    held = [count_peak(run_unet, Work.of(plan, model.dtype), Slices(1, 1, 1)) for plan in (short, long)]
+    # more latents
+    assert held[0] < held[1] < held[0] + 64 * 13 * 4 * 8 * 8
+    clip = make(model, frames=13, window=4, overlap=1)
+    assert clip.frames.shape == (13, 64, 64, 3) and clip.metadata.items() >= {"window": 4, "overlap": 1}.items()
+    # a limit changes nothing
+    limit = Work.of(long, model.dtype).least
+    limited = make(model, frames=13, window=4, overlap=1, max_memory=limit)
+    assert np.abs(clip.frames.astype(int) - limited.frames).max() <= 1
+    around = make(model, frames=13, window=4, overlap=1, seamless=True)
+    assert around.metadata["seamless"] is True and not np.array_equal(around.frames, clip.frames)
+    # each window has its feature
+    asked = {"frames": 13, "window": 4, "overlap": 1, "steps": 9}
+    full, skipped = make(model, **asked), make(model, **asked, rehash="0,1,2,3,4,5,6,7,8")
+    assert np.abs(full.frames.astype(int) - skipped.frames).max() <= 1
+    assert not np.array_equal(full.frames, make(model, **asked, rehash="0,4,8").frames)
+
+
+def test_a_clip_is_decoded_by_the_vae_of_another_model(folders: dict[str, Path]) -> None:
+    own, other = (load_pipeline(folders["animatediff"], decoder=name) for name in (None, str(folders["svd"])))
+    clips = [make(model) for model in (own, other)]
+    assert clips[1].metadata["decoder"] == "svd" and "decoder" not in clips[0].metadata
+    assert clips[0].metadata["weights"] != clips[1].metadata["weights"]
+    task = Task([own.plan(Request("a dog", seed=1))])
+    with torch.inference_mode():
+        latents = own.sample_clips(task)
+        frames = to_rgb24(load_pipeline(folders["svd"]).vae.from_latents(latents)).numpy()
+    assert np.abs(frames.astype(int) - clips[1].frames).max() <= 1
+    assert not np.array_equal(clips[0].frames, clips[1].frames)
+    with pytest.raises(ValueError, match="frames 1: a decoder that looks along time is for clips"):
+        other.plan(Request("a dog", frames=1))
+
+
+def test_quality_names_settings_that_are_recorded_and_may_be_changed(model: StillPipeline) -> None:
+    model = load_pipeline(model.folder)
+    model.config = replace(model.config, steps=25)
+    draft, best = (model.plan(Request(quality=quality)) for quality in ("draft", "best"))
+    assert model.plan(Request(quality="normal")) == model.plan(Request())
+    assert len(draft.key_steps.content) == 13 and draft.key_steps.policy == "uniform"
+    assert draft.model.sampler == "dpm++" and best.model.steps == 50 and best.key_steps is None
+    assert model.describe(draft).items() >= {"sampler": "dpm++", "steps": 25, "rehash_policy": "uniform"}.items()
+    changed = model.plan(Request(quality="draft", rehash=20, sampler="ddim", rehash_policy="uniform"))
+    assert len(changed.key_steps.content) == 20 and changed.model.sampler == "ddim"
+    model = load_pipeline(model.folder)
+    model.config = replace(model.config, steps=4)
+    with pytest.raises(ValueError, match=r"quality has no effect with .*: it is made for 4 steps"):
+        model.plan(Request(quality="draft"))

@@ -276,7 +276,10 @@ def test_the_steps_within_a_guidance_interval_are_guided(svd: Path, picture: Pat
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("composed", {"frames": 33}, "frames 33: the motion modules of composed know at most 32"),
+        ("composed", {"frames": 64, "window": 33}, "window 33: the motion modules of composed know at most 32"),
+        ("composed", {"frames": 64, "overlap": 16}, "overlap 16 is not less than the window, 16"),
+        ("composed", {"seamless": True}, "16 frames are one window of 16: nothing overlaps"),
+        ("svd", {"window": 8}, "window has no effect with svd: it has no motion modules"),
         ("composed", {"motion_steps": 3}, "motion steps has no effect with composed: content and motion are one"),
         ("composed", {"image": "x.png"}, "image has no effect with composed: it makes videos from text alone"),
         ("composed", {"motion_amount": 3}, "motion amount has no effect with composed: it animates no picture"),
