@@ -93,6 +93,8 @@ def choose_units(
     they are together shows when the pruned model is measured. ValueError where that cannot be reached.
     """
     rows = [row for row in importance.rows if _parts([row]) <= {*parts}]
+    # blocks of one kind take the same time, whatever the machine had to do beside one of them
+    rows = [replace(row, saved=median(other.saved for other in rows if _kind(other) == _kind(row))) for row in rows]
     whole = sum(median(row.seconds for row in rows if row.unit.startswith(f"{part}.")) for part in _parts(rows))
     chosen: list[Row] = []
     for row in sorted((row for row in rows if row.saved > 0), key=lambda row: row.distance / row.saved):
@@ -110,6 +112,10 @@ def choose_units(
 
 def _parts(rows: Sequence[Row]) -> set[str]:
     return {row.unit.partition(".")[0] for row in rows}
+
+
+def _kind(row: Row) -> tuple[str, int]:
+    return row.unit.partition(".")[0], row.parameters
 
 
 def _fits(model: ModelConfig, units: Sequence[str]) -> bool:

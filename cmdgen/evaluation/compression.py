@@ -193,7 +193,8 @@ def compare_models(options: Contest, device: str, show: Show) -> dict[str, Any]:
         small = None if rule else decoder
         evaluator = load_evaluator(model, device, options.probe, options.data, decoder=small, show=_silent)
         pipeline = evaluator.pipeline
-        plan, vae = pipeline.plan(Request(), batch=options.batch), pipeline.decoding_vae
+        request = Request(steps=options.steps, motion_steps=options.steps)
+        plan, vae = pipeline.plan(request, batch=options.batch), pipeline.decoding_vae
         if whole is None or real is None:
             real = _read_real(evaluator, options)
         dropped = list_vdmini(pipeline.vae) if rule else []
@@ -217,7 +218,7 @@ def compare_models(options: Contest, device: str, show: Show) -> dict[str, Any]:
         )
         rows[-1]["parameters"]["vae"] -= sum(map(_count, dropped))
     show("compare", len(ways), len(ways))
-    shared = {key: getattr(options, key) for key in ("clips", "seed", "batch")}
+    shared = {key: getattr(options, key) for key in ("clips", "steps", "seed", "batch")}
     return {**shared, "device": device, "threads": torch.get_num_threads(), "rows": rows}
 
 

@@ -171,6 +171,7 @@ class Contest(_Options):
     )
     decoder: tuple[str, ...] = option((), "A small decoder of the first model; repeatable.", metavar="DIR")
     clips: int = option(128, "Clips to make with each.", low=2)
+    steps: int | None = option(None, "Sampling steps of content and motion.", low=1, shown="each model's own")
     batch: int = _count(16, "Clips at a time.")
     seed: int = _seed()
     data: str = _data()

@@ -63,8 +63,8 @@ def test_every_block_is_weighed_once_and_what_it_is_worth_decides(
     assert all(row["psnr"] is not None and math.isfinite(row["frechet"]) for row in (rule, tiny, small))
 
 
-def row(unit: str, saved: float, distance: float, seconds: float = 1.0) -> Row:
-    return Row(unit, 1, seconds, saved, None, None, 0, distance, 0.0, 0.0, 0.0)
+def row(unit: str, saved: float, distance: float, parameters: int | None = None) -> Row:
+    return Row(unit, parameters or len(unit), 1.0, saved, None, None, 0, distance, 0.0, 0.0, 0.0)
 
 
 def test_least_harm_for_the_time_goes_first_until_the_budget() -> None:
@@ -83,6 +83,16 @@ def test_least_harm_for_the_time_goes_first_until_the_budget() -> None:
     assert choose_units(importance, MINI, 0.65) == ["unet.attentions.up.1", "motion.blocks.4", "unet.level"]
     with pytest.raises(ValueError, match=r"more than 0\.5 of the time of unet, motion is left"):
         choose_units(importance, MINI, 0.5)
+
+
+def test_blocks_of_one_kind_are_taken_to_save_the_same_time() -> None:
+    rows = (
+        row("motion.blocks.0", 0.5, 0.2, 7),
+        row("motion.blocks.1", 0.1, 0.1, 7),
+        row("motion.blocks.2", 0.2, 0.3, 7),
+    )
+    importance = Importance("mini", "", 1, 1, 0, rows)
+    assert choose_units(importance, MINI, 0.7, ["motion"]) == ["motion.blocks.1", "motion.blocks.0"]
 
 
 def test_files_of_importance_are_checked(tmp_path: Path) -> None:
