@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNetSpatioTemporalConditionModel
 from torch import nn
 
-from cmdgen.compression.prune import prune_network
+from cmdgen.compression.prune import prune_folder, prune_network
 from cmdgen.compression.units import PRUNED, list_rule, list_units, shrink, shrink_model
 from cmdgen.config import CMD_SD15, CMD_SD21, MINI, PUBLIC, ModelConfig, UNetConfig
 from cmdgen.evaluation.flops import count_pruned
@@ -18,8 +18,12 @@ from cmdgen.models.dit import DiT
 from cmdgen.models.pretrained import Pretrained
 from cmdgen.models.unet import UNet
 from cmdgen.pipelines.load import load_pipeline
+from cmdgen.store.catalogue import check_folder
+from cmdgen.store.create import create_model
 from cmdgen.store.parts import build_part, read_model
+from cmdgen.weights import read_tensors
 from tests import video_unets as video
+from tests.conftest import tiny_config
 
 WHOLE = {"cmd-sd15": CMD_SD15, "cmd-sd21": CMD_SD21, "animatelcm": PUBLIC["animatelcm"], "svd": PUBLIC["svd"]}
 # of the UNet, with its motion modules: parameters whole and pruned, the share of operations that is left
@@ -137,3 +141,27 @@ def test_a_pruned_folder_samples_and_says_where_it_came_from(tiny_model: Path, t
     assert model.pruned_from == load_pipeline(tiny_model).weights_hash
     assert load_pipeline(target).sample("a dog swimming").frames.shape == (4, 32, 48, 3)
     assert cmdgen("compress", "prune", tiny_model, "-o", tmp_path / "none").code == 2
+
+
+@pytest.mark.parametrize("name", ["still", "animatelcm", "svd"])
+def test_folders_of_other_models_are_pruned_and_read(name: str, tmp_path: Path) -> None:
+    whole = replace(tiny_config(), autoencoder=None, motion=None, frames=1)
+    if name != "still":
+        whole = video.tiny(PUBLIC[name])
+        assert isinstance(whole.content, UNetConfig)
+        whole = replace(whole, loras=(), content=replace(whole.content, norm_num_groups=32))
+    create_model(whole, tmp_path / "whole")
+    assert isinstance(whole.content, UNetConfig)
+    dropped = [f"unet.{unit}" for unit in list_rule(whole.content)]
+    prune_folder(tmp_path / "whole", tmp_path / "small", dropped)
+    small = read_model(tmp_path / "small")
+    assert small.dropped == tuple(dropped) and small.pruned_from is not None
+    assert (small.frames, small.moves) == (whole.frames, whole.moves)
+    pipeline = load_pipeline(tmp_path / "small")
+    pipeline.load()
+    # in the precision of the weights
+    assert read_tensors(tmp_path / "small/unet" / UNet.filename)[0]["conv_in.weight"].dtype == torch.float16
+    if name == "svd":
+        return
+    assert pipeline.sample("a dog", seed=1).frames.shape[0] == whole.frames
+    check_folder(tmp_path / "small", weights=True)
