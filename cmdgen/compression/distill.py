@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from cmdgen.compression.units import origin_of
+from cmdgen.compression.units import kept_blocks, origin_of
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 
@@ -25,10 +25,14 @@ _WIDTH = 64
 
 
 class Matched:
-    """The blocks of a student and those of its teacher that they were, and what each made last."""
+    """The blocks of a student, those of its teacher that make what they should, and what each made last."""
 
     def __init__(self, student: nn.Module, teacher: Any, units: Collection[str]) -> None:
         names = {name: origin_of(name, teacher.config, units) for name in _list_blocks(student)}
+        if isinstance(teacher, DiT):
+            # what a block makes is what the next one read, also where others were in between
+            kept = kept_blocks("blocks", len(teacher.blocks), units)
+            names = {f"blocks.{i}": f"blocks.{end - 1}" for i, end in enumerate([*kept[1:], len(teacher.blocks)])}
         self.pairs = [(student.get_submodule(name), teacher.get_submodule(old)) for name, old in names.items()]
         self.made: dict[nn.Module, Tensor] = {}
         for block in (block for pair in self.pairs for block in pair):

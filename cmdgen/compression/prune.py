@@ -11,11 +11,10 @@ from torch import Tensor
 
 from cmdgen.compression.units import origin_of, shrink, shrink_model, units_of
 from cmdgen.files import create_folder
-from cmdgen.headers import weight_paths
 from cmdgen.models.pretrained import Pretrained
 from cmdgen.schema import write_config
 from cmdgen.store import parts
-from cmdgen.weights import build_empty, read_tensors, save_tensors
+from cmdgen.weights import build_empty, match_weights, read_tensors, save_tensors
 
 
 def prune_network(network: Pretrained[Any], units: Collection[str]) -> Pretrained[Any]:
@@ -69,15 +68,12 @@ def prune_folder(source: Path, target: Path, dropped: list[str]) -> None:
                     shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
                 continue
             network, place = parts.PARTS[name].network, parts.weights_folder(source, name)
+            whole, expected = (parts.build_part(name, each[name]).state_dict() for each in (configs, small))
             weights: dict[str, Tensor] = {}
-            for path in weight_paths(place, network.filename):
-                stored = read_tensors(path, foreign=True)[0]
-                weights |= {new: tensor for old, tensor in stored.items() if (new := network.rename_stored(old))}
-            expected = parts.build_part(name, small[name]).state_dict()
-            try:
-                state = keep_weights(weights, expected, configs[name], units_of(name, dropped))
-            except KeyError as error:
-                raise ValueError(f"{place}: tensor {error.args[0]} is missing") from error
+            for path, names in match_weights(whole, place, network.filename, network.rename_stored).items():
+                stored, _ = read_tensors(path, foreign=True)
+                weights |= {ours: stored[theirs] for theirs, ours in names.items()}
+            state = keep_weights(weights, expected, configs[name], units_of(name, dropped))
             (folder / name).mkdir()
             save_tensors(folder / name / network.filename, state)
             write_config(small[name], folder / name)

@@ -42,7 +42,8 @@ def test_tokens_of_motion_alone_count_frame_by_frame() -> None:
     teacher = randomise(DiT(DIT))
     student = prune_network(teacher, ["blocks.1"])
     matched, pair = Matched(student, teacher, ["blocks.1"]), (torch.randn(2, 14, 32), torch.randn(2, 14, 32))
-    assert [teacher.blocks[i] for i in (0, 2)] == [theirs for _, theirs in matched.pairs]
+    # the second block's input was made by two
+    assert [teacher.blocks[i] for i in (1, 2)] == [theirs for _, theirs in matched.pairs]
     matched.pairs = matched.pairs[:1]
     matched.made = dict(zip(matched.pairs[0], pair, strict=True))
     # 3 frames of 4 tokens, and two of context

@@ -1,5 +1,6 @@
 """What is left of a network: exact sizes, diffusers' own networks, weights where they were."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,11 @@ def test_a_pruned_folder_samples_and_says_where_it_came_from(tiny_model: Path, t
     assert model.pruned_from == load_pipeline(tiny_model).weights_hash
     assert load_pipeline(target).sample("a dog swimming").frames.shape == (4, 32, 48, 3)
     assert cmdgen("compress", "prune", tiny_model, "-o", tmp_path / "none").code == 2
+    # weights that are not what their configuration says
+    shutil.copytree(tiny_model, tmp_path / "broken")
+    shutil.copy(tiny_model / "vae" / UNet.filename, tmp_path / "broken" / "unet")
+    done = cmdgen("compress", "prune", tmp_path / "broken", "-o", tmp_path / "none", "--rule", "vdmini")
+    assert done.code and "is not part of the model" in done.err and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("name", ["still", "animatelcm", "svd"])
