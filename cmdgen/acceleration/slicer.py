@@ -45,8 +45,8 @@ def decode_clip(autoencoder: CmdAutoencoder, content: Tensor, motion: Tensor, sl
     batch, _, frames, _ = motion.shape
     tokens = content.new_empty(frames, batch, rows * columns, width)
     together = max(1, slices.frames // batch)
-    for i in range(0, frames, together):
-        tokens[i : i + together] = autoencoder.embed(content, motion[:, :, i : i + together])
+    for part, moves in zip(_slices(tokens, together, dim=0), _slices(motion, together, dim=2), strict=True):
+        part.copy_(autoencoder.embed(content, moves))
     _transform(autoencoder, autoencoder.decoder, tokens, rows, slices)
     return autoencoder.output(tokens, rows).to(content.dtype)
 
@@ -64,7 +64,7 @@ def _transform(autoencoder: CmdAutoencoder, blocks: nn.ModuleList, tokens: Tenso
 
 
 def _slices(tokens: Tensor, size: int, *, dim: int) -> Sequence[Tensor]:
-    """(..., D) -> parts of it; the first and largest alone where there are no values."""
+    """(...) -> parts of it; the first and largest alone where there are no values."""
     parts = tokens.split(size, dim)
     return parts[:1] if tokens.is_meta else parts
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cmdgen.acceleration.memory import LiveBytes, count_peak
 from cmdgen.cli import advice
 from cmdgen.cli.app import main
 from cmdgen.evaluation import memory as memories
@@ -85,6 +86,21 @@ def test_the_largest_that_fits_is_found(tiny_model) -> None:
         before = size
     assert before is not None and before < 8 * 64 * 96
     assert find_fitting(model, request, 1000) is None
+
+
+def test_what_fits_of_thousands_of_frames_is_counted_as_fast_as_that_of_a_few(tiny_model, monkeypatch) -> None:
+    model, steps = load_pipeline(tiny_model), []
+    evaluate = LiveBytes.__torch_dispatch__
+    monkeypatch.setattr(LiveBytes, "__torch_dispatch__", lambda *arguments: (steps.append(1), evaluate(*arguments))[1])
+
+    def count(frames: int) -> int:
+        count_peak.cache_clear()
+        steps.clear()
+        request = Request(frames=frames, size=(64, 96))
+        assert find_fitting(model, request, needs(model, request) // 3) is not None
+        return len(steps)
+
+    assert count(4096) < 2 * count(8)
 
 
 def test_clips_at_a_time_come_first(tiny_model, short) -> None:
