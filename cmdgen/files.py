@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
-from itertools import count
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -23,6 +22,8 @@ except ImportError:
 
 # how the names of temporary folders begin
 _HIDDEN = ".cmdgen-"
+# inside them: files that are to be replaced, those that are replaced, and those that take their places
+_OLD, _GONE, _NEW = ".cmdgen.old", ".cmdgen.gone", ".cmdgen.new"
 # bytes of a text file: the largest tokenizer has a fifth of it
 MOST_TEXT = 2**24
 # how a file begins that stands for one which was not downloaded
@@ -149,37 +150,67 @@ def _lock(folder: Path) -> Iterator[bool | None]:
 
 @lru_cache(256)
 def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary folders of dead processes, once in a process."""
+    """Remove temporary folders of dead processes, once in a process; no file that had a name is lost."""
     for path in folder.glob(f"{_HIDDEN}*"):
         with _lock(path) as got:
             if got:
-                shutil.rmtree(path, ignore_errors=True)
+                # what cannot be put in its place stays here
+                with suppress(OSError):
+                    _recover(path)
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def publish(moves: Mapping[Path, Path], *, overwrite: bool = True, old: Iterable[Path] = ()) -> None:
-    """Move files of a temporary folder to their names, all or none, after `old` ones went aside.
+    """Move files of a temporary folder to their names beside it, all or none, in place of the `old` ones.
 
-    They are on the disk before their names are. A process that is killed here may leave fewer files,
-    never old ones beside new ones. Raises FileExistsError where a file exists, unless `overwrite`.
+    They are on the disk before their names are, and never stand beside old ones. Where the process is
+    killed here, the next start in that folder puts the old files back, or all new ones in their place.
+    Raises FileExistsError where a file exists, unless `overwrite`.
     """
     for source in moves:
         _sync(source)
-    aside = (next(iter(moves)).with_name(f"{number}.old") for number in count())
-    with ExitStack() as undo:
-        for file in old:
-            os.replace(file, place := next(aside))
-            undo.callback(os.replace, place, file)
-        for source, target in moves.items():
-            # one file alone is replaced or not
-            if overwrite and len(moves) > 1:
-                with suppress(OSError):
-                    os.link(target, place := next(aside))
-                    undo.callback(os.replace, place, target)
-            _move(source, target, overwrite=overwrite)
-            undo.callback(target.unlink)
-        undo.pop_all()
-    for folder in {target.parent for target in moves.values()}:
-        _sync(folder)
+    [temporary], targets = {source.parent for source in moves}, [*moves.values()]
+    if overwrite:
+        old = dict.fromkeys([*old, *(target for target in targets if os.path.lexists(target) and not target.is_dir())])
+    if len(moves) == 1 and all(file in targets and not file.is_dir() for file in old):
+        # one file alone is replaced or not
+        [(source, target)] = moves.items()
+        _move(source, target, overwrite=overwrite)
+    else:
+        with ExitStack() as undo:
+            # `_recover` reads what a kill leaves
+            (temporary / _OLD).mkdir()
+            (temporary / _NEW).mkdir()
+            waiting = {temporary / _NEW / target.name: target for target in targets}
+            for source, place in zip(moves, waiting, strict=True):
+                os.replace(source, place)
+            for file in old:
+                os.replace(file, place := temporary / _OLD / file.name)
+                undo.callback(os.replace, place, file)
+            os.replace(temporary / _OLD, temporary / _GONE)
+            undo.callback(os.replace, temporary / _GONE, temporary / _OLD)
+            for place, target in waiting.items():
+                _move(place, target, overwrite=overwrite)
+                undo.callback(_take_back, target, place)
+            undo.pop_all()
+    _sync(targets[0].parent)
+
+
+def _take_back(target: Path, place: Path) -> None:
+    """Undo `_move`."""
+    if place.exists():
+        target.unlink()
+    else:
+        os.replace(target, place)
+
+
+def _recover(temporary: Path) -> None:
+    """Put back the old files that a dead process had moved aside, or finish what `publish` had begun."""
+    old, new = temporary / _OLD, temporary / _NEW
+    waiting = old if old.is_dir() else new
+    for file in waiting.iterdir() if waiting.is_dir() and not waiting.is_symlink() else ():
+        if not os.path.lexists(target := temporary.parent / file.name):
+            os.replace(file, target)
 
 
 def _move(source: Path, target: Path, *, overwrite: bool) -> None:
