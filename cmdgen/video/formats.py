@@ -295,18 +295,29 @@ def list_frames(target: Path) -> list[Path]:
     pattern = parse_pattern(target)
     frames = {}
     for file in target.parent.iterdir() if target.parent.is_dir() else ():
-        if match := pattern.fullmatch(file.name):
-            frames[int(match[1])] = file
+        # of %d, 01 is no number
+        if (match := pattern.fullmatch(file.name)) and file.name == target.name % (number := int(match[1])):
+            frames[number] = file
     return [frames[number] for number in sorted(frames)]
 
 
 def list_files(path: Path) -> list[Path]:
-    """Return the files of a video: those of a sequence such as %04d.png, or `path` itself."""
+    """Return the files of a video: those of a sequence such as %04d.png, or `path` itself.
+
+    Raises ValueError, which names it, where a picture between others is missing.
+    """
+    frames: list[Path] = []
     if not path.is_file():
         # a name that is no pattern is the name of a file
         with suppress(ValueError):
-            return list_frames(path) or [path]
-    return [path]
+            frames = list_frames(path)
+    if not frames:
+        return [path]
+    [first] = parse_pattern(path).findall(frames[0].name)
+    for number, frame in enumerate(frames, int(first)):
+        if frame.name != (name := path.name % number):
+            raise ValueError(f"{path}: {name} is missing, there is {frames[0].name} to {frames[-1].name}")
+    return frames
 
 
 def describe_origin(path: Path) -> dict[str, str]:

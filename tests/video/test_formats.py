@@ -1,6 +1,6 @@
 import pytest
 
-from cmdgen.video.formats import FORMATS, Encoding, choose_encoding, list_frames
+from cmdgen.video.formats import FORMATS, Encoding, choose_encoding, list_files, list_frames
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,15 @@ def test_frames_of_a_sequence_are_in_the_order_of_their_numbers(tmp_path):
     found = [file.name for file in list_frames(tmp_path / "a%%%04d.png")]
     assert found == ["a%0002.png", "a%0010.png", "a%10000.png"]
     assert list_frames(tmp_path / "none" / "%d.png") == []
+
+
+def test_a_number_that_a_sequence_lacks_is_named(tmp_path):
+    for number in (3, 4, 6, 7):
+        (tmp_path / f"a-{number:02d}.png").touch()
+    pattern = tmp_path / "a-%02d.png"
+    with pytest.raises(ValueError, match=r"a-%02d\.png: a-05\.png is missing, there is a-03\.png to a-07\.png$"):
+        list_files(pattern)
+    (tmp_path / "a-05.png").touch()
+    # another spelling of a number is of no sequence
+    (tmp_path / "a-005.png").touch()
+    assert [file.name for file in list_files(pattern)] == [f"a-{number:02d}.png" for number in range(3, 8)]
