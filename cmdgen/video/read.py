@@ -37,6 +37,8 @@ from cmdgen.video.write import ASCII
 MOST_PIXELS = 2**26
 # bytes of a file that Pillow may read whole
 MOST_PICTURE = 2**28
+# bytes at the start of a file that tell what it is
+_START = 2**16
 # bytes at the start of a file in which metadata is looked for
 MOST_HEAD = 2**23
 # bytes that ffmpeg may ask for: pictures of MOST_PIXELS wait in several places
@@ -49,11 +51,13 @@ _CONTAINERS = "mov,matroska,avi,flv,mpeg,mpegvideo,mpegts,ogg,asf,ivf,nut,yuv4mp
 # how picture files begin, by Pillow's formats
 _PICTURES = re.compile(
     rb"(?P<png>\x89PNG)|(?P<gif>GIF8)|(?P<webp>RIFF.{4}WEBP)|(?P<jpeg>\xff\xd8\xff)|(?P<bmp>BM)"
-    rb"|(?P<tiff>II[*+]\0|MM\0[*+])|(?P<ppm>P[1-6]\s)|(?P<jpeg2000>\0\0\0\x0cjP  |\xff\x4f\xff\x51)",
+    rb"|(?P<tiff>II[*+]\0|MM\0[*+])|(?P<ppm>P[1-6]\s)|(?P<jpeg2000>\0\0\0\x0cjP  |\xff\x4f\xff\x51)"
+    # others are shown by ffmpeg, which knows HDR and tiles, and drops what says how transparent they are
+    rb"|(?P<avif>.{4}ftypavi[fs].*?mpegB:cicp:systems:auxiliary:alpha)",
     re.DOTALL,
 )
 # other files of several pictures, such as a photograph with its depth, are shown as the first of them
-_ANIMATED = ("png", "gif", "webp")
+_ANIMATED = ("png", "gif", "webp", "avif")
 # nothing at its start tells a TGA
 _BY_SUFFIX = {".tga": "tga"}
 # what Pillow raises on its way through a broken file
@@ -82,7 +86,7 @@ _TO_SRGB = (
 _PIXELS_TOGETHER = 2**21
 # lines from which colours without a tag are BT.709
 _HD = 720
-_READABLE = f"videos, {', '.join(_PICTURES.groupindex)}, tga, heic and avif"
+_READABLE = f"videos, {', '.join(_PICTURES.groupindex)}, tga and heic"
 File = str | os.PathLike[str]
 # frames, each with the seconds for which it is shown
 _Shown = Generator[tuple[np.ndarray, float], None, None]
@@ -439,7 +443,7 @@ def _read_head(file: Path, size: int = MOST_HEAD) -> bytes:
 
 def _picture_format(file: Path) -> str:
     """Return the format of a picture file by how it begins; empty where it is none."""
-    start = _PICTURES.match(_read_head(file, 12))
+    start = _PICTURES.match(_read_head(file, _START))
     return start.lastgroup or "" if start else _BY_SUFFIX.get(file.suffix.lower(), "")
 
 

@@ -231,3 +231,24 @@ def test_a_picture_whose_rows_are_converted_in_turn_is_the_same(mode: str, tmp_p
     whole, _ = read_video(file)
     monkeypatch.setattr(read, "_PIXELS_TOGETHER", 14)
     assert np.array_equal(read_video(file)[0], whole)
+
+
+def test_what_is_transparent_in_an_avif_is_white_in_each_of_its_frames(tmp_path):
+    frames = []
+    for colour in QUARTERS[:3]:
+        frame = np.full((64, 64, 4), (*colour, 255), np.uint8)
+        frame[:, 32:, 3] = 0
+        frames.append(Image.fromarray(frame))
+    frames[0].save(tmp_path / "still.avif", quality=95)
+    frames[0].save(tmp_path / "film.avif", quality=95, save_all=True, append_images=frames[1:], duration=250)
+    # as a picture without transparency, which ffmpeg shows
+    frames[0].convert("RGB").save(tmp_path / "plain.avif", quality=95)
+    for name, colours in (("still.avif", QUARTERS[:1]), ("film.avif", QUARTERS[:3])):
+        shown, _ = read_video(tmp_path / name, max_frames=4)
+        assert len(shown) == len(colours)
+        assert np.abs(shown[:, 32, 16].astype(int) - colours).max() <= 6
+        assert (shown[:, 32, 48] >= 250).all()
+    clip, source = read_clip(tmp_path / "film.avif", frames=8, size=(64, 64), fps=8)
+    assert (source.fps, source.seconds, source.held) == (4, 0.75, 2)
+    assert np.abs(clip[:6, 32, 16].astype(int) - np.repeat(QUARTERS[:3], 2, axis=0)).max() <= 6
+    assert np.abs(read_video(tmp_path / "plain.avif", max_frames=1)[0][0, 32, 48].astype(int) - QUARTERS[0]).max() <= 6
