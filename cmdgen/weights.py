@@ -168,6 +168,23 @@ def read_tensors(
     return tensors, header
 
 
+def verify_weights(path: Path) -> bool:
+    """Compare a file with its SHA-256, which is its name in the hub's cache, or with the digest in its header.
+
+    False where it has neither. ValueError names a file that is damaged.
+    """
+    if re.fullmatch("[0-9a-f]{64}", name := path.resolve().name):
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != name:
+                raise ValueError(f"{path} is damaged: remove {path.resolve()} and pull it again")
+        return True
+    with open_weights(path) as weights:
+        has_digest = "digest" in (weights.metadata() or {})
+    if has_digest:
+        read_tensors(path)
+    return has_digest
+
+
 def _digest(tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> str:
     """Return a hash of names, types, shapes and bytes of tensors, and of their metadata."""
     kinds = {name: [str(tensor.dtype), *tensor.shape] for name, tensor in tensors.items()}

@@ -29,6 +29,7 @@ _NAME = typer.Argument(
     autocompletion=lambda incomplete: complete_model(incomplete) + one_of(_SHAPES)(incomplete),
     help="A packaged model, a preset, a folder, or OWNER/NAME in the local cache.",
 )
+_VERIFY = typer.Option("--verify", help="Read all weights, and compare them with their digests.")
 _REPOSITORY = typer.Argument(
     metavar="NAME|REPO[@REV]",
     autocompletion=one_of(PUBLIC),
@@ -77,23 +78,28 @@ def list_models(say: AsJson) -> None:
 
 @app.command(cls=Command)
 @expand
-def show(model: Annotated[str, _NAME], say: AsJson) -> None:
+def show(model: Annotated[str, _NAME], say: AsJson, verify: Annotated[bool, _VERIFY] = False) -> None:
     """Print what a model consists of, its licence, and which presets it fits.
 
     A part fits a preset that has the same configuration. The size of a preset is the size of the
     model that `cmdgen models init` writes.
     The UNet of a model that others wrote runs once, to check what its scheduler says of it.
+    Files that cmdgen wrote hold a digest, and files of the hub's cache are named by theirs. Loading a
+    model checks those of less than 64 MiB, pull those that it brings, and --verify all.
 
     Examples:
         cmdgen models show mini
+        cmdgen models show my-model --verify
         cmdgen models show cmd-sd21 --json
     """
-    from cmdgen.store.catalogue import describe_preset
+    from cmdgen.store.catalogue import describe_preset, verify_folder
 
     pulled = composed_models() / model
     if model in _SHAPES and model not in packaged_models() and not pulled.is_dir():
         described = describe_preset(_SHAPES[model])
         place, licence = f"a preset: cmdgen models init {model} -o DIR", "none: no weights"
+        if verify:
+            raise ValueError(f"{model} is a preset: there are no weights to verify")
         if model in PUBLIC:
             place, licence = f"not here yet: cmdgen models pull {model}", "of each part, by pull"
     else:
@@ -101,6 +107,13 @@ def show(model: Annotated[str, _NAME], say: AsJson) -> None:
         place, licence = str(described.folder), described.licence or "not stated"
     fits = ", ".join(described.presets) or "no preset as a whole"
     facts = {"model": described.name, "where": place, "licence": licence, "fits": fits}
+    digests: dict[str, int] = {}
+    if verify:
+        try:
+            digests = dict(zip(("verified", "files"), verify_folder(described.folder or Path()), strict=True))
+        except ValueError as error:
+            raise Failure(describe(error)) from error
+        facts["digests"] = "{verified} of {files} files match theirs, others have none".format(**digests)
     cells = [("", "parameters", "size", "", "fits")]
     for part in described.parts:
         fits = ", ".join(part.presets) or "no preset"
@@ -108,7 +121,7 @@ def show(model: Annotated[str, _NAME], say: AsJson) -> None:
     cells.append(("total", f"{described.parameters:,}", _size(described.bytes), "", ""))
     lines = [*(f"{name:16}{fact}" for name, fact in facts.items()), "", *_align(cells, right=(1, 2))]
     record = _record(described) | {"licence": described.licence, "parts": [vars(part) for part in described.parts]}
-    say.result("\n".join(lines), record)
+    say.result("\n".join(lines), record | digests)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,17 @@ def recognise(folder: Path, model: ModelConfig) -> str | None:
         )
 
 
+def verify_folder(folder: Path) -> tuple[int, int]:
+    """Read all weights of a folder; return how many files are what they were by their digests, and how many there are.
+
+    ValueError names one that is damaged.
+    """
+    from cmdgen.weights import verify_weights
+
+    paths = [path for name in _read_configs(folder) for path in weight_paths(folder / name, NETWORKS[name].filename)]
+    return sum(map(verify_weights, paths)), len(paths)
+
+
 def _read_configs(folder: Path) -> dict[str, Any]:
     """Return the configurations of the networks in a folder, whose weights may be missing."""
     index = read_index(folder)

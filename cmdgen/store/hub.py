@@ -198,9 +198,18 @@ def _pull(
         check(Path(described))
         licence = read_licence(Path(described)) or "not stated"
         report(f"{name}: {sum(sizes[file] for file in files) / 1e6:,.0f} MB, licence: {licence}")
-        return Path(api.snapshot_download(repo, revision=revision, allow_patterns=files))
+        folder = Path(api.snapshot_download(repo, revision=revision, allow_patterns=files))
     except (errors.HTTPError, OSError) as error:
         raise _explain(error, repo, revision) from error
+    # it compares sizes alone
+    from cmdgen.weights import verify_weights
+
+    for file in set(files) - {*small}:
+        try:
+            verify_weights(folder / file)
+        except ValueError as error:
+            raise OSError(str(error)) from error
+    return folder
 
 
 def copy_snapshot(snapshot: Path, folder: Path) -> None:

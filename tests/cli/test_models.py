@@ -61,6 +61,13 @@ def test_init_writes_a_folder_once_that_show_knows(models, tmp_path: Path) -> No
     code, out, _ = models("show", folder, "--json")
     assert code == 0
     assert json.loads(out)["presets"] == ["mini"]
+    weights = folder / "motion" / "diffusion_pytorch_model.safetensors"
+    assert "digests         5 of 5 files match theirs" in models("show", folder, "--verify")[1]
+    whole = bytearray(weights.read_bytes())
+    whole[-1] ^= 1
+    weights.write_bytes(whole)
+    code, out, err = models("show", folder, "--verify")
+    assert (code, out, err) == (1, "", f"error: {weights} is damaged: its digest is another one\n")
     code, out, err = models("init", "mini", "-o", folder)
     assert (code, out) == (2, "")
     assert err == f"error: {folder} exists already: give another folder\n"
@@ -85,9 +92,9 @@ def test_show_tries_out_what_the_unet_of_others_predicts(models, tmp_path: Path)
     ("arguments", "message"),
     [
         (("init", "maxi", "-o", "x"), "preset 'maxi' is not one of mini, mini2, mini2-gpu, cmd-sd15"),
-        (("init", "mini", "-o", "x", "--dtype", "int8"), "dtype 'int8' is not one of float32"),
+        (("init", "mini", "-o", "x", "--dtype", "int8"), "--dtype 'int8' is not one of float32"),
         (("init", "mini", "-o", "no/x"), "folder "),
-        (("init", "mini", "-o", "x", "--seed", str(2**63)), "seed 9223372036854775808 is not"),
+        (("init", "mini", "-o", "x", "--seed", str(2**63)), "--seed 9223372036854775808 is not"),
         (("pull", "../x"), "'../x' is no repository: expected OWNER/NAME"),
     ],
 )

@@ -120,7 +120,20 @@ def test_a_pulled_model_is_usable_later_without_the_hub(hub, models, monkeypatch
     assert (code, out) == (3, "")
     assert last == "error: HF_HUB_OFFLINE is set; acme/model@v2 is not in the local cache"
 
+    # a bit that flipped on the way to the disk, or there
+    weights = snapshot.folder / "vae" / "diffusion_pytorch_model.safetensors"
+    assert '"verified": 5, "files": 5' in models("show", "acme/model", "--verify", "--json")[1]
+    whole = bytearray(weights.read_bytes())
+    whole[-1] ^= 1
+    weights.write_bytes(whole)
+    code, out, last = models("show", "acme/model", "--verify")
+    assert (code, out) == (1, "")
+    assert last == f"error: {weights} is damaged: remove {weights.resolve()} and pull it again"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert models("pull", "acme/model") == (1, "", last)
+
     # as an interrupted download leaves it
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     (snapshot.folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     code, out, last = models("pull", "acme/model", "-o", str(tmp_path / "second"))
     assert (code, out) == (1, "")
