@@ -197,7 +197,7 @@ def test_options_are_read_without_pydantic() -> None:
     code += "finally: print('pydantic' in sys.modules)"
     done = run(code, "sample", "a dog", "--steps", "x", "-o", "a.mp4")
     assert (done.returncode, done.stdout) == (2, "False\n")
-    assert done.stderr == "error: steps 'x' is not a whole number\n"
+    assert done.stderr == "error: --steps 'x' is not a whole number\n"
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch could launch kernels")

@@ -1,6 +1,7 @@
 """Typer's options, made from the fields of dataclasses; see `cmdgen.options`."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from inspect import Parameter, Signature, signature
@@ -49,8 +50,7 @@ def parameter(described: Option) -> Parameter:
         settings["metavar"] = described.metavar or name.upper()
         info: Any = typer.Argument(**settings)
     else:
-        flags = described.flags or (f"--{name.replace('_', '-')}",)
-        info = typer.Option(*flags, **settings)
+        info = typer.Option(*_flags(described), **settings)
     hint: Any = Annotated[value_type | None if default is None else value_type, info]
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
@@ -112,17 +112,35 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
     if not makers:
         return function
 
+    options = {name: of for _, table in makers.values() for name, of in table.items()}
+
     def command(**values: Any) -> None:
-        made = {
-            name: cls(**{field: read_text(of, values.pop(field)) for field, of in table.items()})
-            for name, (cls, table) in makers.items()
-        }
-        function(**values, **made)
+        try:
+            made = {
+                name: cls(**{field: read_text(of, values.pop(field)) for field, of in table.items()})
+                for name, (cls, table) in makers.items()
+            }
+            function(**values, **made)
+        except ValueError as error:
+            if type(error) is not ValueError or (text := _name_flag(str(error), options)) is None:
+                raise
+            raise ValueError(text) from error
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__annotations__ = {each.name: each.annotation for each in parameters}
-    vars(command).update(
-        __signature__=Signature(parameters),
-        options={name: of for _, table in makers.values() for name, of in table.items()},
-    )
+    vars(command).update(__signature__=Signature(parameters), options=options)
     return command
+
+
+def _name_flag(text: str, options: Mapping[str, Option]) -> str | None:
+    """Return what is wrong with a field's value in a shell's terms: by its flag; None for any other error."""
+    for name, of in options.items():
+        title = name.replace("_", " ")
+        # a name that is followed by no value may be that of a file
+        if not of.argument and re.match(rf"{title} (['\"\d-]|(nan|inf) |has no effect)", text):
+            return _flags(of)[0] + text.removeprefix(title)
+    return None
+
+
+def _flags(described: Option) -> tuple[str, ...]:
+    return described.flags or (f"--{described.name.replace('_', '-')}",)

@@ -67,12 +67,12 @@ def test_values_are_read_as_the_dataclass_reads_them(make) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--count x", "count 'x' is not a whole number"),
-        ("--count 1.5", "count '1.5' is not a whole number"),
-        ("--count 10", "count 10 is not between 1 and 9"),
-        ("--share nan", "share nan is not at least 0"),
-        ("--share -1", "share -1.0 is not at least 0"),
-        ("--size 8", "size '8' is not WIDTHxHEIGHT"),
+        ("--count x", "--count 'x' is not a whole number"),
+        ("--count 1.5", "--count '1.5' is not a whole number"),
+        ("--count 10", "--count 10 is not between 1 and 9"),
+        ("--share nan", "--share nan is not at least 0"),
+        ("--share -1", "--share -1.0 is not at least 0"),
+        ("--size 8", "--size '8' is not WIDTHxHEIGHT"),
         ("--left-out 1", "No such option: --left-out"),
         ("--pair 1", "Option '--pair' requires 2 arguments"),
     ],

@@ -80,7 +80,7 @@ def test_all_kernels_run_and_agree_on_a_gpu(doctor):
 def test_a_device_that_is_not_there_is_refused(doctor):
     code, out, err = doctor("--device", "tpu")
     assert (code, out) == (2, "")
-    assert err.startswith("error: device 'tpu' is not one of auto, cpu")
+    assert err.startswith("error: --device 'tpu' is not one of auto, cpu")
 
 
 def test_what_the_machine_has_is_said(doctor, monkeypatch, tmp_path):
