@@ -161,6 +161,11 @@ class Work:
             return run_reader, run_unet, run_vae
         return (run_vae, run_autoencoder) if self.model.frames > 1 and self.model.autoencoder else (run_vae,)
 
+    @property
+    def kept(self) -> int:
+        """Return the bytes that no slices change: of all frames, and of two copies of all latents."""
+        return self.frames().nbytes + 2 * self.latents().nbytes
+
     def peak(self, slices: Slices) -> int:
         """Return the most bytes of tensors at once, beside the weights."""
         # wherever the weights are
@@ -185,6 +190,10 @@ class Work:
         make = torch.empty if self.device == "meta" else torch.zeros
         return make(shape, dtype=dtype or self.dtype, device=self.device)
 
+    def frames(self) -> Tensor:
+        """() -> (B * T, 3, H, W) uint8."""
+        return self.empty(self.batch * self.model.frames, 3, self.model.height, self.model.width, dtype=torch.uint8)
+
     def latents(self) -> Tensor:
         """() -> (B, T, C, h, w)."""
         vae, autoencoder = self.model.vae, self.model.autoencoder
@@ -198,8 +207,7 @@ Run = Callable[[Work, Slices], object]
 
 def run_vae(work: Work, slices: Slices) -> None:
     """Run a first slice, beside all frames and two copies of all latents."""
-    shape = work.batch * work.model.frames, 3, work.model.height, work.model.width
-    frames = work.empty(*shape, dtype=torch.uint8)
+    frames = work.frames()
     latents = [work.latents().flatten(0, 1) for _ in range(2)]
     if work.verb == "encode":
         pictures = to_unit(frames[: slices.pictures])

@@ -84,6 +84,10 @@ def find_fitting(pipeline: StillPipeline, request: Request, memory: int) -> Requ
             # of these, weights count too
             limit = memory + (Work.of(plan, pipeline.dtype).weights() if model.looks_along_time else 0)
             smaller = replace(request, size=(height, width), frames=frames, max_memory=limit)
+            kept = Work(replace(model, height=height, width=width, frames=frames), pipeline.dtype).kept
+            if kept > memory:
+                # whatever the slices are, of which there may be many to count
+                continue
             try:
                 fitting = pipeline.plan(smaller)
             except ValueError:
