@@ -19,9 +19,10 @@ HELP_RUNS = 3
 
 
 class Cost(NamedTuple):
-    """Seconds from start to end, and the peak resident memory of the largest process in MB."""
+    """Seconds from start to end, CPU seconds of all processes, and the peak resident memory of the largest in MB."""
 
     seconds: float
+    cpu: float
     megabytes: float
 
 
@@ -40,7 +41,8 @@ def measure_cost(*arguments: str) -> Cost:
         last = errors.splitlines()[-1] if errors else process.returncode
         raise ValueError(f"cmdgen {arguments[0]}: {last}")
     # kilobytes on Linux, bytes on macOS
-    return Cost(seconds, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e6 / 1024))
+    cpu = usage.ru_utime + usage.ru_stime
+    return Cost(seconds, cpu, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e6 / 1024))
 
 
 def report_cost(model: str, prompt: str = "a corgi swimming") -> Report:
@@ -56,11 +58,13 @@ def report_cost(model: str, prompt: str = "a corgi swimming") -> Report:
         title=f"Cost of {model} on {cores} CPU cores",
         figures=[
             Figure("sample_seconds", "cmdgen sample, cold", sample.seconds, "s", {}, 15, "most"),
+            Figure("sample_cpu", "its CPU time", sample.cpu, "s", {}, 5, "most"),
             Figure("sample_memory", "its peak resident memory", sample.megabytes, "MB", {}, 2000, "most"),
             Figure("help_seconds", "cmdgen --help", median(helps), "s", spread, 0.5, "most"),
         ],
         notes=[
             "Seconds from the start of a new process to its end, file on disk; targets: 2 cores.",
+            "CPU time is nearly the same on a busy machine.",
             f"--help is the median of {HELP_RUNS} runs.",
         ],
         settings={"model": model, "cores": cores},
