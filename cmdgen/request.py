@@ -26,6 +26,8 @@ QUALITIES = ("draft", "normal", "best")
 # help of a default that each model has
 MODELS_OWN = "the model's own"
 MAX_SEED, MAX_FPS = 2**63 - 1, 240
+# two hours at 8 frames a second: what is listed by frames has an end, whatever memory there is
+MAX_FRAMES = 2**16
 
 # steps that run in full: of the content model, of the motion model
 Steps = tuple[tuple[int, ...], tuple[int, ...]]
@@ -103,7 +105,9 @@ class Request:
     content_seed: int | None = _seed("Seed of the content frame.", shown="--seed")
     motion_seed: int | None = _seed("Seed of the motion.", shown="--seed")
     negative: str = _what("", "Negative prompt: guidance leads away from it.", shown="none")
-    frames: int | None = _what(None, "Length of the video. 1 is a still, the content frame.", low=1, shown=MODELS_OWN)
+    frames: int | None = _what(
+        None, "Length of the video. 1 is a still, the content frame.", low=1, high=MAX_FRAMES, shown=MODELS_OWN
+    )
     size: Size | None = _what(None, "Size of the video.", shown=MODELS_OWN, **SIZE)
     fps: int | None = _what(None, "Frames per second.", low=1, shown=MODELS_OWN)
     seamless: bool = _what(False, "Let the end of a clip lead to its start, where it is made in windows.")

@@ -16,7 +16,7 @@ from cmdgen.cli.naming import check_stdout
 from cmdgen.cli.progress import Say
 from cmdgen.config import EvdmConfig, ModelConfig
 from cmdgen.options import option, options_of, write_size
-from cmdgen.request import HOW, MACHINE, WHAT, Plan, Request
+from cmdgen.request import HOW, MACHINE, MAX_FRAMES, WHAT, Plan, Request
 from cmdgen.video.formats import describe_origin
 
 if TYPE_CHECKING:
@@ -41,7 +41,12 @@ class Prediction(Request):
     """A request for new frames of a clip."""
 
     frames: int | None = option(
-        None, "New frames; of interpolate: between each two.", group=WHAT, low=1, shown="the model's own"
+        None,
+        "New frames; of interpolate: between each two.",
+        group=WHAT,
+        low=1,
+        high=MAX_FRAMES,
+        shown="the model's own",
     )
     steps: int | None = option(None, "Sampling steps.", group=HOW, low=1, shown="the model's own")
     # until a trained one ships

@@ -9,7 +9,7 @@ from typing import Any
 from cmdgen.config import CALIBRATION, IMPORTANCE
 from cmdgen.metadata import FIELDS
 from cmdgen.options import SIZE, Size, option, read_fields
-from cmdgen.request import MAX_SEED
+from cmdgen.request import MAX_FRAMES, MAX_SEED
 
 _count = partial(option, low=1)
 _runs = partial(option, low=1, high=1000)
@@ -82,7 +82,7 @@ class Evaluation(_Options):
     real: Path | None = _folders(None, "Folder of real videos.")
     generated: Path | None = _folders(None, "Folder of generated videos.")
     pairs: bool = _folders(False, "Also compare files of one name; NAME-0, NAME-1 are samples of NAME.")
-    frames: int = _folders(16, "Frames of each video, from its first.", low=1)
+    frames: int = _folders(16, "Frames of each video, from its first.", low=1, high=MAX_FRAMES)
     size: Size = _folders((64, 64), "Size that they are compared at.", **SIZE)
     probe: Path | None = _probe()
     cost: bool = _evaluation(False, "Measure seconds and memory of a cold `sample`.")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cmdgen.config import ATTENTIONS, PRESETS, EvdmConfig, ModelConfig, UNetConfig
 from cmdgen.options import SIZE, Size, option, read_fields, write_size
-from cmdgen.request import MAX_SEED, Request, resolve, threads_option
+from cmdgen.request import MAX_FRAMES, MAX_SEED, Request, resolve, threads_option
 from cmdgen.store.find import find_model
 from cmdgen.store.parts import hash_weights, read_model
 from cmdgen.world.config import WORLDS
@@ -68,7 +68,7 @@ class Shared:
     preset: str | None = _none("Model to build.", choices=tuple(PRESETS), shown=f"{PRESET}; {EVDM_PRESET} for {EVDM}")
     data: str | None = _none(CLIPS_OF, complete="world", shown=DATA)
     size: Size | None = _none("Frame size.", shown="the preset's", **SIZE)
-    frames: int | None = _none("Frames of a clip.", low=1, shown="the preset's")
+    frames: int | None = _none("Frames of a clip.", low=1, high=MAX_FRAMES, shown="the preset's")
     fps: int | None = _none("Frames per second that clips are read at.", low=1, shown="the preset's")
     latents: Path | None = _none("Latents of `cmdgen data precompute` for these clips and VAE.")
     attention: str | None = _none(

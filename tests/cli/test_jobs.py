@@ -217,6 +217,9 @@ def test_what_no_flag_takes_no_line_does(values, says):
 def test_numbers_have_an_end():
     (refused,) = jobs(b'{"prompt": "a", "guidance": 1e999}', "a.mp4")
     assert "1e999 is not a finite number" in str(refused)
+    # a name for each of 10^12 frames would take hours
+    (refused,) = jobs(b'{"prompt": "a", "frames": 1000000000000}', "%d.png")
+    assert "frames 1000000000000 is not between 1 and 65536" in str(refused)
 
 
 def test_every_option_of_a_job_is_one_of_the_command():

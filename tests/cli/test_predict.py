@@ -113,7 +113,7 @@ def test_every_gap_of_a_clip_is_filled(run, clip: Path, tmp_path: Path) -> None:
         (("predict", "no.mp4", "-o", "a.mp4"), "no.mp4"),
         (("predict", "CLIP"), "no output"),
         (("predict", "CLIP", "-o", "a.safetensors"), "tiny has no motion"),
-        (("predict", "CLIP", "-o", "a.mp4", "--frames", 0), "frames 0 is not at least 1"),
+        (("predict", "CLIP", "-o", "a.mp4", "--frames", 0), "--frames 0 is not between 1 and 65536"),
         (("predict", "CLIP", "-o", "a.mp4", "--size", "50x50"), "both sides must be multiples of 4"),
         (("interpolate", "CLIP", "-o", "a.mp4", "--frames", 9), "puts at most 3 between two frames"),
         (("interpolate", "ONE", "-o", "a.mp4"), "there is one frame"),

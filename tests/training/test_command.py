@@ -182,6 +182,7 @@ def test_a_run_cut_short_by_the_clock_says_where_the_learning_rate_is(train) -> 
         ('{"preset": "none"}', "preset 'none' is not one of"),
         ('{"frames": "2"}', "frames '2' is not a whole number"),
         ('{"frames": true}', "frames True is not a whole number"),
+        ('{"frames": 4294967296}', "frames 4294967296 is not between 1 and 65536"),
         ('{"latents": 7}', "latents 7 is not text"),
         ('{"attention_threshold": 0}', "attention threshold 0.0 is not above 0"),
     ],
