@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cmdgen import files
-from cmdgen.files import write_json
+from cmdgen.files import create_folder, write_json
 from cmdgen.latents import Latents, save_latents
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.store.create import create_model
@@ -67,6 +67,12 @@ def make_folder(folder: Path) -> None:
         Tokenizer.train(["a dog"], 520).save_pretrained(folder / "m")
 
 
+def replace_folder(folder: Path, number: int) -> None:
+    with create_folder(folder / "m", overwrite=True) as target:
+        for name in ("a", f"{number}"):
+            (target / name).write_text(f"{number}")
+
+
 def encode(folder: Path) -> None:
     rows = torch.arange(20.0).view(10, 2)
     fill(folder / "x-a", 10, lambda part: {"x": rows[part.start : part.stop]}, lambda *_: None, step=2, shard=4)
@@ -87,6 +93,7 @@ WRITERS = {
     "frames and sidecar": video("f%02d.png", sidecar=True),
     "longer frames": Writer(video("f%02d.png").new, video("f%02d.png").old, together=True),
     "folder": Writer(nothing, make_folder, whole=True),
+    "folder over another": twice(replace_folder, together=True),
     "model": Writer(nothing, lambda folder: create_model(tiny_config(), folder / "m"), whole=True),
     "cache": Writer(nothing, encode),
 }
