@@ -1,6 +1,7 @@
 """The command line with AnimateDiff and Stable Video Diffusion: what it does with any other model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from PIL import Image
 
 from cmdgen.cli.models import _SHAPES
-from cmdgen.config import ANIMATEDIFF_LIGHTNING, SVD
+from cmdgen.config import ANIMATEDIFF_LIGHTNING, CMD_SD15, SVD
+from cmdgen.schema import write_config
 from cmdgen.store.create import create_model
 from cmdgen.video.read import read_metadata, read_video
 from tests.video_unets import tiny
@@ -65,6 +67,23 @@ def test_a_picture_becomes_a_clip_without_a_prompt(cmdgen, svd: Path, picture: P
     assert np.array_equal(read_video(first)[0], read_video(again)[0])
     done = cmdgen("sample", "--like", first, "--model", svd, "-o", tmp_path / "c.mp4")
     assert done.code == 2 and "give that file, too" in done.err
+
+
+def test_a_model_that_others_put_together_says_what_it_is_sampled_on(cmdgen, animatediff: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "by-hand"
+    shutil.copytree(animatediff, folder)
+    shutil.rmtree(folder / "still_scheduler")
+    write_config(CMD_SD15.noise, folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["cmdgen"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    note = (
+        "is sampled as motion modules were trained, on linear betas with leading timesteps; its base model's schedule"
+    )
+    for model, noted in ((folder, True), (animatediff, False)):
+        clip = ("--frames", 2, "--steps", 1, "-o", tmp_path / f"{noted}.mp4")
+        done = cmdgen("sample", "a dog", "--model", model, *clip)
+        assert done.code == 0 and (f"note: by-hand {note}" in done.err) == noted, done.err
 
 
 def test_prompts_of_a_file_are_one_stream_of_clips(streamed, animatediff: Path, tmp_path: Path) -> None:

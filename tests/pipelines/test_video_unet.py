@@ -32,7 +32,7 @@ from cmdgen.pipelines.load import load_pipeline
 from cmdgen.pipelines.still import StillPipeline
 from cmdgen.pipelines.video_unet import MotionPipeline, PicturePipeline
 from cmdgen.request import Request, resolve
-from cmdgen.store.parts import read_model
+from cmdgen.store.parts import list_notes, read_model
 from tests import video_unets as video
 
 PROMPT, NEGATIVE = "a dog swimming", "the ocean"
@@ -203,6 +203,17 @@ def test_the_schedule_is_the_one_that_motion_modules_were_trained_on(composed: P
     assert model.noise == NoiseConfig(beta_schedule="linear", set_alpha_to_one=True)
     assert model.still_noise == NoiseConfig(set_alpha_to_one=False)
     assert (model.frames, model.height, model.steps, model.guidance, model.fps) == (16, 128, 25, 7.5, 8)
+
+
+def test_a_spacing_that_motion_modules_were_not_trained_on_is_for_stills_alone(composed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "spaced"
+    shutil.copytree(composed, folder)
+    for spacing, used, still in (("linspace", "leading", "linspace"), ("trailing", "trailing", None)):
+        DDIMScheduler(**LINEAR, clip_sample=False, timestep_spacing=spacing).save_pretrained(folder / "scheduler")
+        model = read_model(folder)
+        assert (model.noise.beta_schedule, model.noise.timestep_spacing) == ("linear", used)
+        assert (model.still_noise and model.still_noise.timestep_spacing) == still
+        assert len(list_notes(model)) == (still is not None)
 
 
 def test_a_longer_clip_starts_from_the_noise_of_a_shorter_one(composed: Path) -> None:
