@@ -34,6 +34,8 @@ STREAMS = ("y4m", "raw", "mp4")
 PREVIEW_SHARE = 0.1
 # times the pixels of the model's own clip from which memory is estimated first
 _LARGE = 8
+# frames of motion modules: users complain of fewer
+_FEWEST = 8
 # notes that are remembered, so that each is printed once, and names of files of a pipe
 _MAX_NOTES, _MAX_NAMES = 1000, 100_000
 
@@ -348,6 +350,8 @@ class Batch:
             self.note(f"note: {name} was trained at {write_size(trained.size)}")
         if model.motion is not None and model.frames not in (trained.frames, 1):
             self.note(f"note: {name} was trained on {trained.frames} frames")
+        if model.adapter is not None and 1 < model.frames < _FEWEST:
+            self.note(f"note: {name} was trained on {trained.frames} frames: so few may be noise")
         if chosen := quality_settings(jobs[0].request, trained):
             named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items())
             self.note(f"quality {jobs[0].request.quality}: {named}")

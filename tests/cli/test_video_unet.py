@@ -84,6 +84,8 @@ def test_a_model_that_others_put_together_says_what_it_is_sampled_on(cmdgen, ani
         clip = ("--frames", 2, "--steps", 1, "-o", tmp_path / f"{noted}.mp4")
         done = cmdgen("sample", "a dog", "--model", model, *clip)
         assert done.code == 0 and (f"note: by-hand {note}" in done.err) == noted, done.err
+        trained = "by-hand was trained on 16" if noted else "animatediff-lightning was trained on 4"
+        assert f"note: {trained} frames: so few may be noise\n" in done.err
 
 
 def test_prompts_of_a_file_are_one_stream_of_clips(streamed, animatediff: Path, tmp_path: Path) -> None:
