@@ -261,7 +261,7 @@ class Plan:
     # None: all frames are seen at once
     window: int | None = None
     overlap: int | None = None
-    seamless: bool = False
+    seamless: bool | None = None
     # the smallest, until a pipeline, which knows dtype and device, has chosen them
     slices: Slices = Slices(frames=1, positions=1, pictures=1)
 
@@ -390,7 +390,7 @@ def _choose_windows(request: Request, model: ModelConfig, trained: int) -> dict[
     overlap = window // 4 if request.overlap is None else request.overlap
     if overlap >= window:
         raise ValueError(f"overlap {overlap} is not less than the window, {window}")
-    return {"window": window, "overlap": overlap, "seamless": seamless}
+    return {"window": window, "overlap": overlap, "seamless": seamless or None}
 
 
 def check_applies(request: Request, model: ModelConfig) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cmdgen.acceleration import graphs
 from cmdgen.acceleration.calibration import read_calibrations, write_calibrations
 from cmdgen.acceleration.keysteps import by_similarity
 from cmdgen.acceleration.memory import WAYS, Work, count_peak, run_unet
@@ -21,6 +22,7 @@ from cmdgen.pipelines.still import StillPipeline
 from cmdgen.request import Request, Slices
 from cmdgen.store.create import create_model
 from cmdgen.video.pixels import to_rgb24
+from tests.acceleration.test_graphs import capture_on_cpu
 from tests.video_unets import tiny
 
 PICTURE = (np.random.default_rng(0).random((50, 90, 3)) * 255).astype(np.uint8)
@@ -55,6 +57,17 @@ def test_every_limit_makes_the_same_clip(model: StillPipeline, rehash: dict) -> 
             assert np.abs(clip.frames.astype(int) - whole.frames).max() <= 1
             assert clip.metadata == whole.metadata | {"max_memory": f"{limit}B"}
     assert {True, False} <= {slices.staged for slices in seen} and any(slices.in_turn for slices in seen)
+
+
+@pytest.mark.parametrize("rehash", [{}, {"steps": 9, "rehash": "0,2,3,8"}], ids=["full", "rehash"])
+def test_a_step_in_slices_is_captured_as_any_other(model: StillPipeline, monkeypatch, rehash: dict) -> None:
+    plain, graphed = (load_pipeline(model.folder) for _ in range(2))
+    monkeypatch.setattr(graphs, "capture", capture_on_cpu)
+    graphed.uses_graphs = True
+    work = Work.of(plain.plan(Request(**rehash)), plain.dtype)
+    for way in (WAYS[3], WAYS[4]):
+        asked = {"max_memory": work.need(Slices(1, 1, 1, **way)), **rehash}
+        assert np.array_equal(make(graphed, **asked).frames, make(plain, **asked).frames)
 
 
 def test_weights_are_there_for_their_stage_alone(model: StillPipeline) -> None:
