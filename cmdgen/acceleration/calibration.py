@@ -194,7 +194,7 @@ def read_calibrations(path: Path, model: str) -> list[Calibration]:
     names = [item.name for item in fields(Calibration)]
     with blame(path):
         return [
-            Calibration(**{name: entry.get(name, "layer" if name == "cut" else None) for name in names})
+            Calibration(**{name: entry.get(name) for name in names} | {"cut": entry.get("cut") or CUTS[0]})
             for entry in entries
         ]
 

@@ -28,12 +28,11 @@ from cmdgen.video.read import fit, read_video
 class MotionPipeline(StillPipeline):
     """A Stable Diffusion 1.x folder with motion modules; a clip of one frame is its still."""
 
-    def read_part(self, name: str) -> Any:
-        """Read one part of the model; the UNet comes with its motion modules."""
-        part = super().read_part(name)
+    def change(self, name: str, part: Any) -> Any:
+        """Return a part with what LoRA changes of its weights; the UNet comes with its motion modules."""
         if name == "unet" and self.config.adapter is not None:
             part.attach(self.part("motion_adapter"))
-        return part
+        return super().change(name, part)
 
     def make(self, task: Task) -> Made:
         """Make clips; see `Pipeline.make`."""

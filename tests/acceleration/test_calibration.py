@@ -132,17 +132,18 @@ def test_a_file_gives_back_what_was_written(calibrations, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_files_of_other_cuts_still_load(calibrations, tmp_path: Path) -> None:
+def test_a_file_has_a_calibration_for_each_cut(calibrations, tmp_path: Path) -> None:
     path = tmp_path / "rehash.json"
     write_calibrations(path, "mini", calibrations)
     data = json.loads(path.read_text())
     content, other, motion = data["calibrations"]
-    # as version 0.1 wrote them
+    # none as the packaged file has it
     others = [content | {"cut": cut, "prompts": 1} for cut in ("resnet", "attention")]
     entries = [content | {"cut": "layer"}, *others, other | {"cut": "layer"}, motion | {"cut": None}]
     path.write_text(json.dumps({"model": "mini", "calibrations": entries}))
     found = read_calibrations(path, "mini")
-    assert sorted(found, key=str) == sorted(calibrations, key=str)
+    expected = [replace(calibrations[0], cut=cut, prompts=1) for cut in ("resnet", "attention")]
+    assert sorted(found, key=str) == sorted([*calibrations, *expected], key=str)
 
 
 def entry(calibrations: list[Calibration], path: Path) -> dict:
