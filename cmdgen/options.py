@@ -139,11 +139,14 @@ def _check_range(title: str, value: Any, described: Option) -> None:
         raise ValueError(f"{title} {short(value)} is not at least {low}")
 
 
-def read_fields(instance: Any) -> None:
-    """Read all fields of a frozen dataclass in place; call it in `__post_init__`."""
-    cls: Any = type(instance)
-    for name, described in options_of(cls).items():
-        object.__setattr__(instance, name, read_value(described, getattr(instance, name)))
+@dataclass(frozen=True)
+class Options:
+    """A dataclass with options as fields, which are read and checked when one is made."""
+
+    def __post_init__(self) -> None:
+        cls: Any = type(self)
+        for name, described in options_of(cls).items():
+            object.__setattr__(self, name, read_value(described, getattr(self, name)))
 
 
 def with_values(instance: V, values: Mapping[str, Any]) -> V:

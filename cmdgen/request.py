@@ -16,7 +16,7 @@ from reprlib import repr as short
 from typing import Any, TypeVar
 
 from cmdgen.config import CUTS, FEW_STEPS, LCM_STEPS, POLICIES, SAMPLERS, EvdmConfig, ModelConfig, UNetConfig
-from cmdgen.options import SIZE, Size, option, parse_memory, parse_output, read_fields, with_values, write_size
+from cmdgen.options import SIZE, Options, Size, option, parse_memory, parse_output, with_values, write_size
 
 # groups of options
 WHAT, INPUTS, HOW = "What is made", "Inputs instead of samples", "How it is sampled"
@@ -87,7 +87,7 @@ _NAME = {"flags": ("--output", "-o"), "metavar": "NAME", "complete": "file", "re
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Options):
     """One clip as a user asks for it; None means the model's own value.
 
     Every field is read and checked alone when a request is made, whether it is given as text or as
@@ -199,9 +199,6 @@ class Request:
         "auto", "auto (float32 on a CPU, else float16), float32, float16, bfloat16.", complete="dtype"
     )
     compile: bool = _machine(False, "Compile the networks with torch.compile. The first clip of a size takes minutes.")
-
-    def __post_init__(self) -> None:
-        read_fields(self)
 
     @property
     def rehashes(self) -> bool:

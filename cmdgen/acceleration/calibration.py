@@ -20,7 +20,7 @@ from cmdgen.acceleration import keysteps
 from cmdgen.acceleration.rehash import Network
 from cmdgen.config import CALIBRATION, CUTS, FEW_STEPS, SAMPLERS, ModelConfig
 from cmdgen.files import blame, read_json, replace_with
-from cmdgen.options import option, read_fields
+from cmdgen.options import Options, option
 from cmdgen.request import KeySteps, Request, Steps
 
 PARTS = ("content", "motion")
@@ -37,7 +37,7 @@ Rows = list[list[float]]
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Options):
     """One network under one sampler in so many steps; ValueError says what is not valid."""
 
     part: str = option(MISSING, "The network.", choices=PARTS)
@@ -54,7 +54,7 @@ class Calibration:
     cut: str = option("layer", "What the UNet's last layer has done of a feature.", choices=CUTS)
 
     def __post_init__(self) -> None:
-        read_fields(self)
+        super().__post_init__()
         if self.protected > self.steps:
             raise ValueError(f"protected {self.protected} is not between 1 and {self.steps}")
         _check_triangle("similarity", self.similarity, self.steps - 1, (-1, 1))

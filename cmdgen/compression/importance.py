@@ -12,7 +12,7 @@ from statistics import median
 from cmdgen.compression.units import overlaps, shrink_model
 from cmdgen.config import ModelConfig
 from cmdgen.files import read_json, write_json
-from cmdgen.options import option, read_fields
+from cmdgen.options import Options, option
 
 # decibels below which a clip shows something else
 FAILED = 25.0
@@ -25,7 +25,7 @@ _measured = partial(option, MISSING)
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Options):
     """One block: what becomes of the clips without it."""
 
     unit: str = _measured("A name of `units`, which can be dropped, or of a layer that was its shortcut.")
@@ -40,12 +40,9 @@ class Row:
     motion: float = _count("The same.")
     scene: float = _count("The same.")
 
-    def __post_init__(self) -> None:
-        read_fields(self)
-
 
 @dataclass(frozen=True)
-class Importance:
+class Importance(Options):
     """What was measured of one model; ValueError says what is not valid."""
 
     model: str = _measured("Its name.")
@@ -54,9 +51,6 @@ class Importance:
     steps: int = _count("Steps of both samplers.")
     seed: int = _count("Of the first clip.")
     rows: tuple[Row, ...] = ()
-
-    def __post_init__(self) -> None:
-        read_fields(self)
 
     def resume(self, path: Path) -> "Importance":
         """Return this with the rows of a file; ValueError where that is of another measurement."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from cmdgen.config import CALIBRATION, IMPORTANCE
 from cmdgen.metadata import FIELDS
-from cmdgen.options import SIZE, Size, option, read_fields
+from cmdgen.options import SIZE, Options, Size, option
 from cmdgen.request import MAX_FRAMES, MAX_SEED
 
 _count = partial(option, low=1)
@@ -35,9 +35,9 @@ def check_writable(path: Path | None) -> None:
 
 
 @dataclass(frozen=True)
-class _Options:
+class _Options(Options):
     def __post_init__(self) -> None:
-        read_fields(self)
+        super().__post_init__()
         for name in ("output", "plot", "trace"):
             check_writable(getattr(self, name, None))
 

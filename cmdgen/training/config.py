@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cmdgen.config import ATTENTIONS, PRESETS, EvdmConfig, ModelConfig, UNetConfig
-from cmdgen.options import SIZE, Size, option, read_fields, write_size
+from cmdgen.options import SIZE, Options, Size, option, write_size
 from cmdgen.request import MAX_FRAMES, MAX_SEED, Request, resolve, threads_option
 from cmdgen.store.find import find_model
 from cmdgen.store.parts import hash_weights, read_model
@@ -41,7 +41,7 @@ Report = Callable[[str, int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
-class Start:
+class Start(Options):
     """Where a stage is trained, and what it starts from."""
 
     folder: Path = option(MISSING, "Folder of the run, for all stages.", flags=("--output", "-o"))
@@ -56,13 +56,13 @@ class Start:
     threads: int | None = threads_option()
 
     def __post_init__(self) -> None:
-        read_fields(self)
+        super().__post_init__()
         if self.init is not None and not self.init.is_dir():
             raise FileNotFoundError(f"init {self.init} is not a folder")
 
 
 @dataclass(frozen=True)
-class Shared:
+class Shared(Options):
     """What all stages of a run share; None leaves it to the first stage or to the default."""
 
     preset: str | None = _none("Model to build.", choices=tuple(PRESETS), shown=f"{PRESET}; {EVDM_PRESET} for {EVDM}")
@@ -78,7 +78,7 @@ class Shared:
     attention_features: int | None = _none("Features of gated attention.", low=1, shown="256")
 
     def __post_init__(self) -> None:
-        read_fields(self)
+        super().__post_init__()
         if self.attention_threshold == 0:
             raise ValueError("attention threshold 0.0 is not above 0")
 
@@ -160,7 +160,7 @@ def build_model(shared: Shared) -> ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """Settings of the training loop."""
 
     steps: int = _learning(20_000, "Updates in all.", low=1)
@@ -192,7 +192,7 @@ class TrainConfig:
     held_out: int = _keeping(32, "Clips to evaluate on, never trained on.", low=1)
 
     def __post_init__(self) -> None:
-        read_fields(self)
+        super().__post_init__()
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} is not a multiple of accumulate {self.accumulate}")
         for name, decays in {"betas": self.betas, "ema": (self.ema,)}.items():
@@ -210,11 +210,8 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Loss:
+class Loss(Options):
     """Settings of a stage's objective."""
-
-    def __post_init__(self) -> None:
-        read_fields(self)
 
 
 @dataclass(frozen=True)

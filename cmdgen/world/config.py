@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import partial
 
-from cmdgen.options import option, read_fields
+from cmdgen.options import Options, option
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -17,7 +17,7 @@ _share = partial(option, low=0, high=1)
 
 
 @dataclass(frozen=True)
-class WorldConfig:
+class WorldConfig(Options):
     """What the rendered world shows; no names mean everything there is of that kind."""
 
     seed: int = _world(0, "Seed of the world.", low=0)
@@ -35,9 +35,6 @@ class WorldConfig:
     # "shapes" are drawn polygons that need no font, for tests
     sprites: str = option("emoji", "Pictures of subjects.", choices=("emoji", "shapes"))
     font: str | None = _world(None, "NotoColorEmoji.ttf, or sprites.", shown="where fonts usually are")
-
-    def __post_init__(self) -> None:
-        read_fields(self)
 
 
 WORLD = WorldConfig()

@@ -11,11 +11,11 @@ import typer
 from cmdgen.cli import app as application
 from cmdgen.cli.command import Only, expand
 from cmdgen.cli.help import Command
-from cmdgen.options import option, parse_size, read_fields, write_size
+from cmdgen.options import Options, option, parse_size, write_size
 
 
 @dataclass(frozen=True)
-class Fields:
+class Fields(Options):
     kind: str = option(MISSING, "A kind.", choices=("one", "other"), argument=True)
     count: int = option(1, "A count.", low=1, high=9)
     share: float | None = option(None, "A share.", low=0, shown="the model's own")
@@ -25,9 +25,6 @@ class Fields:
     pair: tuple[float, float] = option((1.0, 2.0), "Two numbers.")
     many: list[int] | None = option(None, "Some numbers.")
     flag: bool = option(False, "A flag.")
-
-    def __post_init__(self) -> None:
-        read_fields(self)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import typer
 from cmdgen.cli import app as application
 from cmdgen.cli import settings
 from cmdgen.cli.command import expand
-from cmdgen.options import option, parse_size, read_fields, write_size
+from cmdgen.options import Options, option, parse_size, write_size
 
 
-@dataclass
-class Values:
+@dataclass(frozen=True)
+class Values(Options):
     """A field of every kind."""
 
     count: int = option(1, "A number.", low=1)
@@ -26,9 +26,6 @@ class Values:
     both: bool = option(False, "One of two flags.", flags=("--both/--neither",))
     pair: tuple[float, float] | None = option(None, "Two numbers.")
     as_json: bool = option(False, "A flag.", flags=("--json",))
-
-    def __post_init__(self) -> None:
-        read_fields(self)
 
 
 OWN = asdict(Values())
