@@ -28,7 +28,7 @@ class Distillation:
 
     def __init__(self, run: Run, part: str, student: Any) -> None:
         assert isinstance(run.loss, CaptionedLoss)
-        self.weights, self.teacher = run.loss, run.teach(part)
+        self.weights, self.teacher, self.ranks = run.loss, run.teach(part), run.ranks
         self.matched = Matched(student, self.teacher, units_of(part, run.model.dropped))
         # frames meet here for the first time
         self.autoencoder = run.teach("autoencoder")
@@ -40,7 +40,8 @@ class Distillation:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of ICD and MCA, and both, of what student and teacher made of noisy samples.
 
-        Draws from torch's own generators, which the loop seeds at each step.
+        Draws from torch's own generators, which the loop seeds at each step. Of several processes each
+        has `CLIPS` of its own: their MCA is another estimate of the same mean.
         """
         grid = None
         if isinstance(self.teacher, DiT):
@@ -49,8 +50,12 @@ class Distillation:
         named = {"icd": self.matched.difference(grid)}
         total = self.weights.icd * named["icd"]
         rows = (batch["timestep"] < LEAST_NOISY * len(stage.alphas)).nonzero().flatten()[:CLIPS]
-        if not self.weights.mca or not len(rows):
+        if not self.weights.mca or (not len(rows) and self.ranks.world == 1):
             return total, named
+        share = float(len(rows) > 0)
+        if not len(rows):
+            # of several processes all take the same path, this one with a weight of 0
+            rows = batch["timestep"].argmin()[None]
         alpha, kind = stage.alphas[batch["timestep"][rows]], stage.noise.prediction_type
         some = {name: tensor[rows] for name, tensor in batch.items()}
         deviation = DEVIATION * torch.rand(len(rows), *(1,) * (noisy.ndim - 1), device=noisy.device)
@@ -63,5 +68,5 @@ class Distillation:
             return decoder_tokens(self.autoencoder, content, motion), content.shape[-2] // self.autoencoder.config.patch
 
         (student, height), (teacher, _) = map(see, outputs)
-        named["mca"], named["critic"] = hinge(self.critic, student, teacher, height)
+        named["mca"], named["critic"] = (share * part for part in hinge(self.critic, student, teacher, height))
         return total + self.weights.mca * named["mca"] + named["critic"], named

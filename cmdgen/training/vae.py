@@ -212,14 +212,19 @@ class TinyStage(VaeStage):
         vae: KlVae = self.run.teach("vae")
         return vae
 
+    def batch(self, step: int) -> Batch:
+        """Return what a VAE learns from, and deviations of the noise (B, 1, 1, 1)."""
+        size = self.run.config.batch
+        draws = Draws(seeded(self.run.config.seed, "small decoder", step), size, self.run.ranks.part(size))
+        return super().batch(step) | {"deviation": draws(torch.rand, 1, 1, 1)}
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the distance from what the teacher decodes of noisy latents, and from the latents it encodes."""
         frames, scale = to_unit(batch["frames"]), self.vae.config.scaling_factor
         with torch.no_grad():
             latents = self.vae.encode(frames)[0] * scale
             # those of samplers are not real ones
-            deviation = NOISE * torch.rand(len(frames), 1, 1, 1, device=frames.device)
-            seen = latents + deviation * batch["noise"]
+            seen = latents + NOISE * batch["deviation"] * batch["noise"]
             expected = self.vae.from_latents(seen).float()
         loss, parts = self.compare(self.tiny.from_latents(seen).float(), batch, expected)
         parts["latents"] = F.mse_loss(self.tiny.encode(frames).float(), latents.float())

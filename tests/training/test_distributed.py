@@ -59,6 +59,25 @@ def steps_are_equal(place: Path) -> None:
         assert error[:, 0].max() < 1e-6 and error[:, 1].max() < 1e-5, stage
 
 
+def distillation_is_shared(place: Path) -> None:
+    """A pruned denoiser and a small decoder; with a critic, which sees some clips of each process, two train too."""
+    from cmdgen.cli.app import main
+    from tests.training.ranks import fork, train
+
+    teacher, one = place / "one", place / "small"
+    assert fork(1, lambda _: main(["compress", "prune", str(teacher), "-o", str(one), "--rule", "vdmini"])) == [0]
+    for stage, options in (("content", ("--mca", 0)), ("decoder", ())):
+        two = copy(one, f"small-{stage}")
+        for world, folder in ((1, one), (2, two)):
+            train(world, stage, folder, 2, "--teacher", teacher, *options)
+        alone, together = (torch.tensor(curve(folder, stage), dtype=torch.float64) for folder in (one, two))
+        error = (together / alone - 1).abs()
+        print(f"{stage} of a teacher: loss {error[:, 0].max():.1e}, gradient {error[:, 1].max():.1e}")
+        assert error[:, 0].max() < 1e-6
+    train(2, "motion", one, 2, "--teacher", teacher)
+    assert len(curve(one, "motion")) == 2
+
+
 def any_number_goes_on(place: Path) -> None:
     """A checkpoint of one goes on in one and two, that of two in one and, in two nodes, four; all bits are equal."""
     from tests.training.ranks import train
@@ -202,7 +221,7 @@ if __name__ == "__main__":
     from tests.training.ranks import prepare
 
     prepare()
-    for check in (checkpoints_are_whole, steps_are_equal, any_number_goes_on):
+    for check in (checkpoints_are_whole, steps_are_equal, distillation_is_shared, any_number_goes_on):
         if len(sys.argv) < 3 or check.__name__ in sys.argv[2:]:
             started = time.monotonic()
             check(Path(sys.argv[1]))
