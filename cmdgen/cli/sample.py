@@ -1,5 +1,6 @@
 """`cmdgen sample`: prompts to videos and stills."""
 
+import gc
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -104,11 +105,14 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
         job.encoding.check(model.size, model.fps)
         if job.target != STDOUT:
             check_output(job.target, job.encoding, overwrite=jobs.overwrite or jobs.skip_existing)
+    # nearly all that these modules make stays: to look for garbage meanwhile costs 0.1 s
+    gc.disable()
     import torch
 
     from cmdgen.cli.batch import Batch
     from cmdgen.pipelines.load import load_pipeline
 
+    gc.enable()
     if jobs.threads is not None:
         torch.set_num_threads(jobs.threads)
     shared = {name: getattr(request, name) for name in ("device", "dtype", "compile", "lora", "decoder")}
