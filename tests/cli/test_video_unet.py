@@ -135,7 +135,11 @@ def test_lines_of_a_file_are_clips_of_the_picture(cmdgen, svd: Path, picture: Pa
         ("animatediff", ["a dog", "--image", "PICTURE"], "--image has no effect with animatediff"),
         ("animatediff", ["a dog", "--motion-steps", "3"], "--motion-steps has no effect with animatediff"),
         ("animatediff", ["a dog", "--frames", "40", "--window", "40"], "window 40: the motion modules of animatediff"),
-        ("animatediff", ["a dog", "--quality", "draft"], "--quality has no effect with animatediff: it is made for"),
+        (
+            "animatediff",
+            ["a dog", "--quality", "draft"],
+            "--quality has no effect with animatediff-lightning: it is made for",
+        ),
         ("svd", ["--image", "PICTURE", "--decoder", "mini"], "--decoder has no effect with svd: that of a model"),
         ("animatediff", ["a dog", "--decoder", "mini"], "decoder mini: latent_channels 8 of its vae/ is not that of"),
         ("animatediff", ["a dog", "--image-noise", "1"], "--image-noise has no effect with animatediff"),

@@ -28,8 +28,8 @@ from transformers import (
 
 from cmdgen.config import NoiseConfig
 from cmdgen.models.tokenizer import Tokenizer
+from cmdgen.pipelines import decode
 from cmdgen.pipelines.load import load_pipeline
-from cmdgen.pipelines.still import StillPipeline
 from cmdgen.pipelines.video_unet import MotionPipeline, PicturePipeline
 from cmdgen.request import Request, resolve
 from cmdgen.store.parts import list_notes, read_model
@@ -125,11 +125,16 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def watch(model: StillPipeline) -> list[torch.Tensor]:
-    """What is decoded from now on, but for the first: of AnimateDiff, the middle frame alone."""
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What is decoded from now on; of AnimateDiff, the middle frame alone comes first."""
     latents: list[torch.Tensor] = []
-    decode = model.vae.from_latents
-    model.vae.from_latents = lambda x: decode(latents.append(x) or x)
+    decode_pictures = decode.decode_pictures
+
+    def keep(vae: object, some: torch.Tensor, strips: int) -> torch.Tensor:
+        latents.append(some.clone())
+        return decode_pictures(vae, some, strips)
+
+    monkeypatch.setattr(decode, "decode_pictures", keep)
     return latents
 
 
@@ -149,13 +154,13 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, frames: np.ndarray, ex
     ids=["animatediff", "lightning"],
 )
 def test_a_clip_is_that_of_diffusers_from_the_same_noise(
-    parts: dict, tmp_path: Path, scheduler: object, settings: dict, mid: bool
+    parts: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: object, settings: dict, mid: bool
 ) -> None:
     peer = animatediff(parts, scheduler, mid=mid)
     peer.save_pretrained(tmp_path)
     model = load_pipeline(tmp_path)
     assert type(model) is MotionPipeline
-    latents = watch(model)
+    latents = watch(monkeypatch)
     clip = model.sample(PROMPT, seed=3, negative=NEGATIVE, **SIZE, **settings)
     noise = model.noise("content", (4, 8, 16), [3], frames=FRAMES)[0].transpose(0, 1)[None]
     theirs, expected = (
@@ -175,7 +180,7 @@ def test_a_clip_of_a_consistency_model_is_that_of_diffusers(parts: dict, tmp_pat
     peer = animatediff(parts, LCMScheduler(**LINEAR))
     peer.save_pretrained(tmp_path)
     model = load_pipeline(tmp_path)
-    latents = watch(model)
+    latents = watch(monkeypatch)
     model.sample(PROMPT, seed=3, steps=4, guidance=2.0, sampler="lcm", **SIZE)
     noise, generators = model.noise("content", (4, 8, 16), [3], frames=FRAMES)
 
@@ -235,10 +240,10 @@ def test_a_batch_is_its_clips_one_by_one(composed: Path) -> None:
     assert np.abs(together[0].frames.astype(int) - together[1].frames).mean() > 10
 
 
-def test_a_picture_moves_as_in_diffusers(svd: Path, picture: Path) -> None:
+def test_a_picture_moves_as_in_diffusers(svd: Path, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_pipeline(svd)
     assert type(model) is PicturePipeline
-    latents = watch(model)
+    latents = watch(monkeypatch)
     clip = model.sample(image=picture, seed=3, steps=6, motion_amount=100, image_noise=0, **SIZE)
     noise, _ = model.noise("content", (4, 8, 16), [3], frames=FRAMES)
     peer = StableVideoDiffusionPipeline.from_pretrained(svd)
