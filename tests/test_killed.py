@@ -1,5 +1,6 @@
 """A kill at any rename leaves old files or new ones, whole; the same command afterwards makes the rest."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,8 @@ class Writer(NamedTuple):
     together: bool = False
     # whether there are all of the new files or none
     whole: bool = False
+    # a file that lists the others, and is written whole after each of them
+    index: str = ""
 
 
 def twice(write: Callable[[Path, int], object], *, together: bool = False) -> Writer:
@@ -75,7 +78,7 @@ def replace_folder(folder: Path, number: int) -> None:
 
 def encode(folder: Path) -> None:
     rows = torch.arange(20.0).view(10, 2)
-    fill(folder / "x-a", 10, lambda part: {"x": rows[part.start : part.stop]}, lambda *_: None, step=2, shard=4)
+    fill(folder / "x-a", 10, lambda part: {"x": rows[part.start : part.stop]}, lambda *_: None, step=2, rows=4)
 
 
 def nothing(folder: Path) -> None:
@@ -95,7 +98,7 @@ WRITERS = {
     "folder": Writer(nothing, make_folder, whole=True),
     "folder over another": twice(replace_folder, together=True),
     "model": Writer(nothing, lambda folder: create_model(tiny_config(), folder / "m"), whole=True),
-    "cache": Writer(nothing, encode),
+    "cache": Writer(nothing, encode, index="x-a/index-00001-of-00001.json"),
 }
 
 
@@ -114,6 +117,8 @@ def test_a_kill_leaves_old_or_new_files_and_the_next_start_makes_the_rest(name: 
 
     for _ in kill_at_every_rename(begin):
         left = tree(trial)
+        index = left.pop(writer.index, None)
+        assert index is None or set(json.loads(index)["files"]) <= {Path(file).name for file in left}
         assert all(data in (old.get(file), new.get(file)) for file, data in left.items())
         if writer.together:
             assert left.items() <= old.items() or left.items() <= new.items()

@@ -1,19 +1,17 @@
 """Beside a stage's own loss: what a pruned denoiser learns from its teacher, as `compression.distill` has it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cmdgen.compression.distill import Critic, Matched, decoder_tokens, hinge, list_depths
 from cmdgen.compression.units import units_of
+from cmdgen.config import NoiseConfig
 from cmdgen.diffusion.schedule import split_sigma, to_x0_eps
 from cmdgen.models.dit import DiT
 from cmdgen.training.config import CaptionedLoss
 from cmdgen.training.context import Run
-
-if TYPE_CHECKING:
-    from cmdgen.training.denoising import DenoisingStage
 
 # of the noise schedule: where more is noise, student and teacher head for the same mean of all clips
 LEAST_NOISY = 0.6
@@ -21,6 +19,17 @@ LEAST_NOISY = 0.6
 CLIPS = 8
 # largest deviation of noise on what it sees
 DEVIATION = 0.3
+
+
+class Stage(Protocol):
+    """What is asked of the stage whose denoiser learns."""
+
+    # signal powers of the timesteps
+    alphas: Tensor
+    noise: NoiseConfig
+
+    def halves(self, x0: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return content frames and motion latents of samples: these, and those of the batch."""
 
 
 class Distillation:
@@ -36,7 +45,7 @@ class Distillation:
         self.critic = critic.to(run.device).requires_grad_(bool(run.loss.mca))
 
     def loss(
-        self, stage: "DenoisingStage", batch: dict[str, Tensor], noisy: Tensor, outputs: tuple[Tensor, Tensor]
+        self, stage: Stage, batch: dict[str, Tensor], noisy: Tensor, outputs: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of ICD and MCA, and both, of what student and teacher made of noisy samples.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cmdgen.compression.units import PRUNED
 from cmdgen.config import PRESETS, SAMPLERS
 from cmdgen.world.config import WORLDS
 
@@ -66,7 +67,7 @@ def test_options_are_offered_once_with_their_meaning(offered) -> None:
 def test_values_are_offered(offered) -> None:
     assert offered("rehash", "calibrate", "--sampler", "") == list(SAMPLERS)
     assert offered("profile", "--device", "c") == ["cpu", "cuda"]
-    assert offered("models", "init", "cmd-") == [name for name in PRESETS if "cmd-" in name]
+    assert offered("models", "init", "cmd-") == [name for name in (*PRESETS, *PRUNED) if name.startswith("cmd-")]
     assert offered("train", "vae", "--data", "") == list(WORLDS)
     assert offered("completion", "") == SHELLS
     # numbers have no end

@@ -20,7 +20,7 @@ from cmdgen.acceleration.overlap import fetch
 from cmdgen.config import ANIMATEDIFF, SAMPLERS, SVD, ModelConfig
 from cmdgen.evaluation.memory import measure_memory
 from cmdgen.evaluation.profile import Stopwatch, device_name
-from cmdgen.pipelines import base, video_unet
+from cmdgen.pipelines import base
 from cmdgen.pipelines.clip import Inputs
 from cmdgen.pipelines.device import choose_device, choose_dtype
 from cmdgen.pipelines.video_unet import MotionPipeline, PicturePipeline
@@ -125,8 +125,7 @@ def test_clips_are_made_on_one_device_without_float64(
     def build(folder: Path, name: str, *, dtype: torch.dtype, device: torch.device) -> Any:
         return build_empty(PARTS[name].network, network_configs(model)[name]).to(device, dtype)
 
-    for module in (base, video_unet):
-        monkeypatch.setattr(module, "load_part", build)
+    monkeypatch.setattr(base, "load_part", build)
     leave = Tensor.cpu
     monkeypatch.setattr(Tensor, "cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else leave(x))
     monkeypatch.setattr(base.Pipeline, "check_finite", lambda pipeline, sample, part: sample)
