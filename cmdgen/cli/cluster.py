@@ -90,7 +90,8 @@ class Cluster(Batch):
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=self.options.ray, log_to_driver=False, logging_level="ERROR", **settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        # a node that does not start in time is a plain Exception of Ray's
+        except Exception as error:
             raise Failure(f"Ray at {self.options.ray} does not answer: {error}") from error
         # Ray's own would end with another exit code
         signal.signal(signal.SIGTERM, handler)

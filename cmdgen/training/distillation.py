@@ -21,15 +21,14 @@ CLIPS = 8
 DEVIATION = 0.3
 
 
-class Stage(Protocol):
-    """What is asked of the stage whose denoiser learns."""
+class Student(Protocol):
+    """What is read of the stage whose denoiser learns."""
 
-    # signal powers of the timesteps
     alphas: Tensor
     noise: NoiseConfig
 
     def halves(self, x0: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return content frames and motion latents of samples: these, and those of the batch."""
+        """(B, C, ...) -> content (B, C, h, w) and motion (B, K, T, S) of the clips that samples are of."""
 
 
 class Distillation:
@@ -45,7 +44,7 @@ class Distillation:
         self.critic = critic.to(run.device).requires_grad_(bool(run.loss.mca))
 
     def loss(
-        self, stage: Stage, batch: dict[str, Tensor], noisy: Tensor, outputs: tuple[Tensor, Tensor]
+        self, stage: Student, batch: dict[str, Tensor], noisy: Tensor, outputs: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of ICD and MCA, and both, of what student and teacher made of noisy samples.
 

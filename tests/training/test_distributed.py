@@ -59,6 +59,18 @@ def steps_are_equal(place: Path) -> None:
         assert error[:, 0].max() < 1e-6 and error[:, 1].max() < 1e-5, stage
 
 
+def gradients_are_rounded_alone(place: Path) -> None:
+    """With --reduce bf16 the losses are of the same weights; gradients differ by what bfloat16 rounds."""
+    from tests.training.ranks import train
+
+    one, two = copy(place / "one", "exact", "autoencoder"), copy(place / "one", "rounded", "autoencoder")
+    train(1, "autoencoder", one, 1)
+    train(2, "autoencoder", two, 1, "--reduce", "bf16")
+    (loss, gradient), (near, rough) = curve(one, "autoencoder") + curve(two, "autoencoder")
+    print(f"rounded: gradient {abs(rough / gradient - 1):.1e}")
+    assert abs(near / loss - 1) < 1e-6 and 1e-6 < abs(rough / gradient - 1) < 2**-8
+
+
 def distillation_is_shared(place: Path) -> None:
     """A pruned denoiser and a small decoder; with a critic, which sees some clips of each process, two train too."""
     from cmdgen.cli.app import main
@@ -221,7 +233,10 @@ if __name__ == "__main__":
     from tests.training.ranks import prepare
 
     prepare()
-    for check in (checkpoints_are_whole, steps_are_equal, distillation_is_shared, any_number_goes_on):
+    for check in (
+        *(checkpoints_are_whole, steps_are_equal, gradients_are_rounded_alone),
+        *(distillation_is_shared, any_number_goes_on),
+    ):
         if len(sys.argv) < 3 or check.__name__ in sys.argv[2:]:
             started = time.monotonic()
             check(Path(sys.argv[1]))
