@@ -2,8 +2,10 @@
 
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,11 +97,14 @@ class Cluster(Batch):
             raise Failure(f"Ray at {self.options.ray} does not answer: {error}") from error
         # Ray's own would end with another exit code
         signal.signal(signal.SIGTERM, handler)
+        # Ray reports dead workers on stdout
+        self.say.out = sys.stdout
         try:
-            self.idle.extend(self._start(ray))
-            super().make_all(jobs)
-            while self.busy:
-                self._wait(ray)
+            with redirect_stdout(sys.stderr):
+                self.idle.extend(self._start(ray))
+                super().make_all(jobs)
+                while self.busy:
+                    self._wait(ray)
         finally:
             ray.shutdown()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import IO, TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
@@ -58,6 +58,8 @@ class Say:
     verbose: bool = _flag("Print more on stderr.", flags=("--verbose", "-v"))
     # a rich Console while bars are drawn: lines go above them
     _console: Any = field(default=None, init=False, repr=False)
+    # where results go, where that is not stdout at the time
+    out: IO[str] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         # where one is a default from the user's file, the other must be able to win
@@ -92,7 +94,7 @@ class Say:
             line = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")
             text = line.decode()
         # typer.echo would strip control characters from a file's name
-        print(text, flush=True)
+        print(text, file=self.out, flush=True)
 
     @contextmanager
     def progress(self, *, deadline: float | None = None) -> Iterator[Show]:
