@@ -30,6 +30,16 @@ MOST_TEXT = 2**24
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
+def user_folder(kind: str) -> Path:
+    """Return the user's folder for "data" or "cache" of cmdgen; without a home directory, one that is never there."""
+    import platformdirs
+
+    try:
+        return Path(getattr(platformdirs, f"user_{kind}_path")("cmdgen"))
+    except RuntimeError:
+        return Path(os.devnull) / "cmdgen"
+
+
 @contextmanager
 def replace_with(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """Give a temporary path with the suffix of `path`; the file written there becomes `path`.

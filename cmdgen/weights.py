@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from cmdgen.files import check_file, replace_with
+from cmdgen.files import check_file, replace_with, user_folder
 from cmdgen.headers import FLOATS, open_weights, weight_paths
 from cmdgen.schema import Folder
 
@@ -231,10 +231,8 @@ def hash_weights(folder: Folder, files: Mapping[str, str]) -> str:
         state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         note = None
         if sum(size for _, size, _ in state) >= HASHED_AT_ONCE:
-            from platformdirs import user_cache_path
-
             key = hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
-            note = user_cache_path("cmdgen") / "weights" / key
+            note = user_folder("cache") / "weights" / key
         if note is not None and note.is_file():
             kept = note.read_text(errors="replace")
             if re.fullmatch(f"[0-9a-f]{{{2 * _DIGEST}}}", kept):

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 from cmdgen.config import PRESETS, PUBLIC, packaged_models
+from cmdgen.files import user_folder
 
 
 def composed_models() -> Path:
     """Return the folder of the models that `cmdgen models pull NAME` put together."""
-    from platformdirs import user_data_path
-
-    return user_data_path("cmdgen") / "models"
+    return user_folder("data") / "models"
 
 
 def find_model(name: str) -> Path:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cmdgen.config import CMD_SD15, CMD_SD21, ModelConfig, UNetConfig
-from cmdgen.files import create_folder
+from cmdgen.files import create_folder, user_folder
 from cmdgen.models.tokenizer import EOS, Tokenizer
 from cmdgen.schema import write_config
 from cmdgen.store.catalogue import recognise
@@ -49,11 +49,9 @@ _LARGE = 768
 
 def find_imported(path: Path) -> Path:
     """Return the model folder of a checkpoint, in the user's cache: the first time, it is made."""
-    from platformdirs import user_cache_path
-
     stat = path.stat()
     of = hashlib.blake2b(repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode(), digest_size=8)
-    folder = user_cache_path("cmdgen") / "imported" / of.hexdigest() / path.stem
+    folder = user_folder("cache") / "imported" / of.hexdigest() / path.stem
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         import_checkpoint(path, folder, None)

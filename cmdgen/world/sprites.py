@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.nn import functional as F
 
-from cmdgen.files import check_file, replace_with
+from cmdgen.files import check_file, replace_with, user_folder
 from cmdgen.world.tables import Subject
 
 # side of a sprite in the atlas, its smallest copy, and the only size that the font can be drawn at
@@ -100,9 +100,7 @@ def _find_sprites(font: str | None) -> Path | None:
     try:
         _open_font(None)
     except FileNotFoundError:
-        from platformdirs import user_data_path
-
-        if (place := user_data_path("cmdgen") / "sprites.png").exists():
+        if (place := user_folder("data") / "sprites.png").exists():
             return place
     return None
 

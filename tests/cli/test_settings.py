@@ -145,6 +145,7 @@ def test_without_a_home_directory_there_is_no_file(cmdgen, monkeypatch) -> None:
     def fail(name: str) -> Path:
         raise RuntimeError("could not determine the home directory")
 
-    monkeypatch.setattr("platformdirs.user_config_path", fail)
+    for kind in ("config", "data", "cache"):
+        monkeypatch.setattr(f"platformdirs.user_{kind}_path", fail)
     assert settings.config_path() is None
     assert cmdgen("models", "list").code == 0
