@@ -106,7 +106,7 @@ class SlicedUNet:
         # a feature that is kept is not written into
         read, skip = (_whole(x), x) if first is None or 0 not in part else (_joined(x, first, None), first)
         groups = _Groups(conditions, self.bytes)
-        return groups.layer(last, len(last.resnets) - 1, read, skip, part, reuse=skip is first)
+        return groups.layer(last, len(last.resnets) - 1, read, skip, part, reuse=0 in part)
 
 
 def _map(like: Tensor, channels: int, sized: Tensor) -> Tensor:
