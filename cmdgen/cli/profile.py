@@ -321,15 +321,16 @@ def _suite_lines(record: dict[str, Any]) -> list[str]:
 def _decoding_rows(ways: dict[str, dict[str, Any]]) -> Iterator[Sequence[str]]:
     whole = ways["whole"]
     (kind, *_) = whole["memory"]
+    cut = "frames", "positions", "pictures", "strips"
     yield (
-        *("way", "frames", "positions", "pictures", "strips", "predicted MB"),
+        *("way", *cut, "predicted MB"),
         *(f"{name} MB" for name in whole["memory"]),
         *("of whole", "clip s", "VAE s", "total s", "of whole"),
     )
     for name, way in ways.items():
-        slices = way["slices"] or {"frames": "", "positions": "", "pictures": 1, "strips": ""}
+        slices = way["slices"] or {"pictures": 1}
         yield (
-            *(name, *map(str, slices.values())),
+            *(name, *(str(slices.get(each, "")) for each in cut)),
             "" if way["predicted"] is None else f"{way['predicted'] / 1e6:.0f}",
             *(f"{value / 1e6:.0f}" for value in way["memory"].values()),
             f"{way['memory'][kind] / whole['memory'][kind]:.1%}",

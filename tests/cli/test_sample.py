@@ -906,7 +906,7 @@ def test_a_dry_run_names_unknown_words(sample):
 def test_a_seed_that_other_tools_take_is_refused_with_what_to_do(refused, seed):
     result = refused(PROMPT, "-o", "a.mp4", "--seed", seed)
     assert result.code == 2
-    assert result.err == f"error: seed {seed} is not between 0 and 2^63 - 1: leave it out for a random one\n"
+    assert result.err == f"error: --seed {seed} is not between 0 and 2^63 - 1: leave it out for a random one\n"
 
 
 def test_a_small_decoder_takes_the_place_of_the_vae_and_is_recorded(sample, tmp_path):
