@@ -101,6 +101,8 @@ def capture(function: Callable[..., Out], inputs: list[Tensor], pool: Pool) -> C
         for _ in range(_WARM_UP):
             function(*inputs)
     torch.cuda.current_stream().wait_stream(side)
+    # what they took is kept for their stream alone: the graph would take as much again
+    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     with record(graph, pool(), side):
         output = function(*inputs)

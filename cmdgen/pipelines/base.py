@@ -333,15 +333,16 @@ class Pipeline(ABC):
         for some in visited.split(TIMESTEPS_TOGETHER):
             yield from project(some)
 
-    def graphed(self, key: object, function: Callable[..., Out]) -> Callable[..., Out]:
-        """Return a function compiled if asked for, and as CUDA graphs where they pay.
+    def graphed(self, key: object, function: Callable[..., Out], *, compiles: bool = True) -> Callable[..., Out]:
+        """Return a function compiled if asked for, where it `compiles`, and as CUDA graphs where they pay.
 
         Compiled and captured functions of earlier clips serve again.
         """
-        if not (self.uses_compiler or self.uses_graphs):
+        compiles &= self.uses_compiler
+        if not (compiles or self.uses_graphs):
             return function
         if key not in self.prepared:
-            if self.uses_compiler:
+            if compiles:
                 function = Compiled(function)
             # the first calls, before a capture, compile
             self.prepared[key] = Graphed(function, self.pool) if self.uses_graphs else function

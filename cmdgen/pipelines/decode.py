@@ -17,48 +17,61 @@ from cmdgen.request import Slices
 from cmdgen.video.formats import Pixels
 from cmdgen.video.pixels import CONVERT, to_rgb24, to_unit
 
+# of latents
+Make = Callable[[Tensor], tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class Decoder:
-    """A VAE that decodes in slices; `check` raises ValueError for a sample with NaN or inf."""
+    """A VAE that decodes in slices; `check` raises ValueError for a sample with NaN or inf.
+
+    `prepare` takes a function and returns it as it runs fastest, under a key that tells it from others.
+    """
 
     vae: KlVae | TinyVae
     slices: Slices
     check: Callable[[Tensor, str], Tensor]
     observer: Observer
+    prepare: Callable[[object, Make], Make] = lambda _, make: make
 
-    def decode(self, latents: Tensor, sums: list[Tensor] | None = None) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W), in [-1, 1] except for overshoot.
+    def decode(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, h, w) -> (B, 3, H, W), in [-1, 1] except for overshoot, and their sum ().
 
-        Their sum, which tells whether all are finite, is left on the device, in `sums`.
+        The sum, on the device, tells whether all are finite.
         """
         pixels = decode_pictures(self.vae, latents, self.slices.strips)
-        if sums is not None:
-            sums.append(pixels.sum(dtype=torch.float32))
-        return pixels
+        return pixels, pixels.sum(dtype=torch.float32)
+
+    def shows(self, pixels: Pixels) -> Make:
+        """Return a function: (B, C, h, w) -> uint8 (B, ...) in `pixels`, and the sum of `decode`."""
+
+        def show(latents: Tensor) -> tuple[Tensor, Tensor]:
+            decoded, total = self.decode(latents)
+            return CONVERT[pixels](decoded), total
+
+        return show
 
     def picture(self, latent: Tensor) -> np.ndarray:
         """(B, C, h, w) -> uint8 (H, W, 3) of the first latent."""
-        picture: np.ndarray = to_rgb24(self.decode(latent[:1]))[0].cpu().numpy()
+        picture: np.ndarray = to_rgb24(self.decode(latent[:1])[0])[0].cpu().numpy()
         return picture
 
     def start_pictures(self, content: Tensor, stream: torch.cuda.Stream | None = None) -> Pending:
         """(B, C, h, w) -> uint8 (B, H, W, 3), beside other work if there is a stream for it."""
+        show = self.shows("rgb24")
 
         def decode(content: Tensor) -> Tensor:
-            sums: list[Tensor] = []
-            parts = content.split(self.slices.pictures)
-            made = torch.cat([to_rgb24(self.decode(part, sums)) for part in parts])
+            made, sums = zip(*map(show, content.split(self.slices.pictures)), strict=True)
             if stream is None:
                 # beside other work nothing may wait: there, the frames tell
                 self.check(torch.stack(sums), "vae")
-            return made
+            return torch.cat(made)
 
-        def show(pictures: Tensor) -> None:
+        def hand_out(pictures: Tensor) -> None:
             for i, picture in enumerate(pictures.numpy()):
                 self.observer.content(i, picture)
 
-        return start(decode, content, show, stream=stream)
+        return start(decode, content, hand_out, stream=stream)
 
     def clips(self, latents: Tensor, pixels: Pixels) -> tuple[np.ndarray, Tensor]:
         """(B, C, T, h, w) -> uint8 (B, T, ...) in `pixels`, the middle frames (B, H, W, 3) uint8."""
@@ -68,10 +81,9 @@ class Decoder:
             return self.frames(latents, pixels), middle
         made: list[np.ndarray] = []
         middles: list[Tensor] = []
-        sums: list[Tensor] = []
         for i, clip in enumerate(rearrange(latents, "b c t h w -> b t c h w")):
-            decoded = self.decode(clip, sums)
-            self.check(torch.stack(sums), "vae")
+            decoded, total = self.decode(clip)
+            self.check(total, "vae")
             middles.append(to_rgb24(decoded[count // 2 :][:1]).cpu())
             self.observer.content(i, middles[-1][0].numpy())
             made.append(CONVERT[pixels](decoded).cpu().numpy())
@@ -81,12 +93,21 @@ class Decoder:
 
     def frames(self, latents: Tensor, pixels: Pixels) -> np.ndarray:
         """(B, C, T, h, w) -> uint8 (B, T, ...) in `pixels`; all clips' first frames come first."""
+        show = self.shows(pixels)
+        prepared = self.prepare(("frames", pixels, self.slices.strips), show)
         batch, _, count = latents.shape[:3]
         frames: np.ndarray | None = None
         parts = rearrange(latents, "b c t h w -> (t b) c h w").split(self.slices.pictures)
         pictures = done = 0
         sums: list[Tensor] = []
-        for part in fetch(CONVERT[pixels](self.decode(part, sums)) for part in parts):
+
+        def run(part: Tensor) -> Tensor:
+            # what is left at the end is not worth its preparation
+            shown, total = (prepared if len(part) == self.slices.pictures else show)(part)
+            sums.append(total)
+            return shown
+
+        for part in fetch(map(run, parts)):
             if frames is None:
                 frames = np.empty((batch, count, *part.shape[1:]), np.uint8)
             for picture in part.numpy():

@@ -1,7 +1,7 @@
 """Text to a still: text encoder, UNet, VAE decoder, as in Stable Diffusion."""
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,8 @@ class StillPipeline(Pipeline):
 
     def decoder(self, plan: Plan, observer: Observer | None = None) -> Decoder:
         """Return the VAE with the plan's slices."""
-        return Decoder(self.decoding_vae, plan.slices, self.check_finite, observer or Observer())
+        prepare = partial(self.graphed, compiles=False)
+        return Decoder(self.decoding_vae, plan.slices, self.check_finite, observer or Observer(), prepare)
 
     @torch.inference_mode()
     def encode_still(self, picture: np.ndarray) -> Tensor:
