@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cmdgen.models.attention import Attend
 from cmdgen_kernels import geglu
-from cmdgen_kernels.convolution import convolution, convolution_obstacle
+from cmdgen_kernels.convolution import convolution, convolution_obstacle, doubled_convolution, fold_doubling
 from cmdgen_kernels.gated_attention import softmax_attention
 from cmdgen_kernels.group_norm_silu import group_norm_silu, group_norm_silu_obstacle
 from cmdgen_kernels.layer_norm import layer_norm
@@ -190,11 +190,24 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, or resizing, followed by a 3x3 convolution."""
 
+    # the convolution's weight for a map that is not doubled, where there is room for it
+    folded: Tensor | None
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = Conv2d(channels, channels, 3, padding=1)
+        self.register_buffer("folded", None, persistent=False)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W), or to the `size` asked for."""
-        size = size or (2 * x.shape[2], 2 * x.shape[3])
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        doubled = 2 * x.shape[2], 2 * x.shape[3]
+        if self.folded is not None and size in (None, doubled):
+            return doubled_convolution(x, self.folded, self.conv.bias)
+        return self.conv(F.interpolate(x, size=size or doubled, mode="nearest"))
+
+
+def fold_upsampling(network: nn.Module) -> None:
+    """Give every `Upsample` of a network, whose weights stay as they are, its folded weight."""
+    for layer in network.modules():
+        if isinstance(layer, Upsample) and layer.folded is None:
+            layer.folded = fold_doubling(layer.conv.weight.detach())

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmdgen.acceleration.calibration import Predict
 from cmdgen.acceleration.graphs import fastest_libraries
@@ -14,6 +14,7 @@ from cmdgen.acceleration.rehash import CutDiT, CutUNet, rehash
 from cmdgen.acceleration.video import SlicedUNet, in_slices, in_turn
 from cmdgen.config import CUTS
 from cmdgen.diffusion.windows import denoise_windows
+from cmdgen.models.layers import fold_upsampling
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.tokenizer import Tokenizer
@@ -24,6 +25,8 @@ from cmdgen.pipelines.clip import Made, Task
 from cmdgen.pipelines.decode import Decoder, encode_frames
 from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Plan, Request
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def cut_unet(network: UNet | SlicedUNet, plan: Plan) -> CutUNet:
@@ -100,7 +103,8 @@ class StillPipeline(Pipeline):
         `conditions` have a row for each clip: what the UNet reads and, after these, still latents
         (B, C, h, w) that join the channels of all frames of a clip.
         """
-        plan, network = task.plan, in_slices(self.unet, task.plan.slices)
+        plan = task.plan
+        network = in_slices(self.fold(self.unet, plan), plan.slices)
         windows = plan.windows
         # each has features of its own
         predicts = [
@@ -148,7 +152,14 @@ class StillPipeline(Pipeline):
     def decoder(self, plan: Plan, observer: Observer | None = None) -> Decoder:
         """Return the VAE with the plan's slices."""
         prepare = partial(self.graphed, compiles=False)
-        return Decoder(self.decoding_vae, plan.slices, self.check_finite, observer or Observer(), prepare)
+        vae = self.fold(self.decoding_vae, plan)
+        return Decoder(vae, plan.slices, self.check_finite, observer or Observer(), prepare)
+
+    def fold(self, network: Network, plan: Plan) -> Network:
+        """Return a network whose doubling convolutions are folded, where it has memory and a GPU for that."""
+        if self.device.type == "cuda" and plan.max_memory is None:
+            fold_upsampling(network)
+        return network
 
     @torch.inference_mode()
     def encode_still(self, picture: np.ndarray) -> Tensor:

@@ -44,6 +44,7 @@ CASES = (
     ("group_norm_silu", "UNet, middle", (128, 4, 4), (1280, 8, 8), (1280, 8, 16)),
     ("group_norm_silu", "VAE, last level", (32, 64, 64), (128, 512, 512), (128, 512, 1024)),
     ("convolution", "VAE, last level", (32, 64, 64), (128, 512, 512), (128, 512, 1024)),
+    ("doubled_convolution", "VAE, last doubling", (64, 32, 32), (256, 256, 256), (256, 256, 512)),
     # L, D
     ("layer_norm", "motion model", (80, 256), (512, 1152), (512, 1152)),
     ("geglu", "UNet, level 0", (256, 256), (4096, 1280), (8192, 1280)),

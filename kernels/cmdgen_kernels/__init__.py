@@ -2,6 +2,7 @@
 
 from cmdgen_kernels.content_frame import content_frame as content_frame
 from cmdgen_kernels.convolution import convolution as convolution
+from cmdgen_kernels.convolution import doubled_convolution as doubled_convolution
 from cmdgen_kernels.gated_attention import gated_attention as gated_attention
 from cmdgen_kernels.geglu import geglu as geglu
 from cmdgen_kernels.group_norm_silu import group_norm_silu as group_norm_silu

@@ -57,6 +57,7 @@ def _moments_kernel(
     P,
     part,
     parts,
+    width,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -78,14 +79,21 @@ def _moments_kernel(
     for start in range(first, last, BLOCK_P):
         n_tiles += 1.0
         m_p = (start + o_p < last)[:, None]
-        o_x = i_b * P * C + (start + o_p)[:, None] * C + o_c[None, :]
+        o_out = i_b * P * C + (start + o_p)[:, None] * C + o_c[None, :]
+        o_x = o_out
+        if width is not None:
+            # of `doubled_convolution`: the four phases of each position of a map of half the size, and one more
+            o_h, o_w = (start + o_p) // width, (start + o_p) % width
+            o_row = i_b * (P // width // 2 + 1) + o_h // 2 + o_h % 2
+            o_phase = (o_row * (width // 2 + 1) + o_w // 2 + o_w % 2) * 4 + o_h % 2 * 2 + o_w % 2
+            o_x = o_phase[:, None] * C + o_c[None, :]
         b_x = tl.load(x_ptr + o_x, mask=m_p & m_c[None, :], other=0.0).to(tl.float32)
         if out_ptr is not None:
             b_x += b_bias
             if residual_ptr is not None:
-                b_x += tl.load(residual_ptr + o_x, mask=m_p & m_c[None, :], other=0.0).to(tl.float32)
+                b_x += tl.load(residual_ptr + o_out, mask=m_p & m_c[None, :], other=0.0).to(tl.float32)
             b_out = b_x.to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + o_x, b_out, mask=m_p & m_c[None, :])
+            tl.store(out_ptr + o_out, b_out, mask=m_p & m_c[None, :])
             # of the map as it is read
             b_x = b_out.to(tl.float32)
         b_delta = tl.where(m_p, b_x - b_mean, 0.0)
@@ -107,11 +115,16 @@ def moments(x: Tensor) -> Moments:
     return found if found is not None and version == _version(x) else _launch(x, None, None, None)
 
 
-def add(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-    """(B, C, H, W), (C), (B, C, H, W) -> x + bias + residual, channels_last; with it its moments are kept."""
+def add(x: Tensor, bias: Tensor, residual: Tensor | None, *, phases: bool = False) -> Tensor:
+    """(B, C, H, W), (C), (B, C, H, W) -> x + bias + residual, channels_last; with it its moments are kept.
+
+    Of `phases`, (B, 4 C, H / 2 + 1, W / 2 + 1), x is what `doubled_convolution` makes of them.
+    """
     x = x.contiguous(memory_format=torch.channels_last)
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x)
+    batch, channels, height, width = x.shape
+    shape = (batch, channels // 4, 2 * height - 2, 2 * width - 2) if phases else x.shape
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if out.numel():
         found = _launch(x, bias.contiguous(), residual, out)
         # a compiled graph has no attributes
@@ -127,9 +140,12 @@ def _version(x: Tensor) -> int | None:
 
 def _launch(x: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor | None) -> Moments:
     # of a second map there is as much to hold
-    tiles, (batch, channels, height, width) = share(x, 4 if out is None else 2), x.shape
+    made = x if out is None else out
+    tiles, (batch, channels, height, width) = share(made, 4 if out is None else 2), made.shape
     mean, square = x.new_empty((2, batch, tiles.parts, channels), dtype=torch.float32)
     _moments_kernel[(batch * tiles.parts * tiles.blocks,)](
-        *(x, bias, residual, out, mean, square, channels, height * width, tiles.part, tiles.parts), **tiles.options
+        *(x, bias, residual, out, mean, square, channels, height * width, tiles.part, tiles.parts),
+        None if x.shape == made.shape else width,
+        **tiles.options,
     )
     return Moments(mean, square, tiles.part)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import cmdgen_kernels as ops
+from cmdgen_kernels.convolution import fold_doubling
 from cmdgen_kernels.gated_attention import orthogonal_features
 
 Sizes = tuple[int, ...]
@@ -118,6 +119,12 @@ def _convolution(noise: Noise, b: int, c: int, *sizes: int) -> tuple[Tensor, ...
     return x, noise(c, c, 1, 1) / c**0.5, noise(c), residual
 
 
+def _doubled_convolution(noise: Noise, b: int, c: int, *sizes: int) -> tuple[Tensor, ...]:
+    """B, C, H, W -> x in channels_last, folded weight, bias."""
+    x = noise(b, c, *sizes).contiguous(memory_format=torch.channels_last)
+    return x, fold_doubling(noise(c, c, 3, 3) / (3 * c**0.5)), noise(c)
+
+
 def _layer_norm(noise: Noise, b: int, length: int, d: int) -> tuple[Tensor, ...]:
     """B, L, D -> x, a condition's weight and bias, branch, the condition's gate."""
     weight, bias, gate = noise(b, 1, 3 * d).chunk(3, dim=-1)
@@ -153,6 +160,7 @@ OPS = (
     _op(ops.gated_attention, _gated_attention, (2, 3, 77, 24, 48), leaves=3, threshold=0),
     _op(ops.group_norm_silu, _group_norm_silu, (1, 96, 111, 99), leaves=4, groups=32, eps=1e-5),
     _op(ops.convolution, _convolution, (2, 72, 9, 7)),
+    _op(ops.doubled_convolution, _doubled_convolution, (2, 72, 5, 7)),
     _op(ops.layer_norm, _layer_norm, (2, 7, 72), eps=1e-6),
     _op(ops.geglu, _geglu, (2, 7, 1080)),
     _op(ops.wide_attention, _wide_attention, (2, 77, 264)),

@@ -61,6 +61,7 @@ SIZES = {
     # a large map, and one whose groups fit in a program
     "group_norm_silu": [(2, 320, 64, 128), (2, 1280, 8, 16)],
     "convolution": [(1, 128, 512, 1024)],
+    "doubled_convolution": [(1, 256, 256, 512)],
     # of UNet and motion model
     "layer_norm": [(2, 8192, 320), (1, 512, 1152)],
     "geglu": [(2, 8192, 1280)],

@@ -26,6 +26,7 @@ TINY = {
     "gated_attention": (1, 2, 20, 16, 16),
     "group_norm_silu": (2, 64, 3, 5),
     "convolution": (2, 8, 3, 5),
+    "doubled_convolution": (2, 8, 3, 5),
     "layer_norm": (2, 5, 16),
     "geglu": (2, 5, 16),
     "wide_attention": (1, 20, 264),

@@ -4,8 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmdgen_kernels import convolution
-from cmdgen_kernels.convolution import convolution_obstacle, convolution_reference
+from cmdgen.models.layers import Upsample, fold_upsampling
+from cmdgen_kernels import convolution, doubled_convolution
+from cmdgen_kernels.convolution import (
+    convolution_obstacle,
+    convolution_reference,
+    doubled_convolution_reference,
+    fold_doubling,
+)
 
 
 def inputs(shape, channels, dtype, device, *, kernel=3, size=None):
@@ -60,3 +66,26 @@ def test_a_residual_of_another_size_is_refused(device):
     x, weight, bias, residual = inputs((2, 5, 7, 9), 6, torch.float32, device)
     with pytest.raises(ValueError, match=r"residual \(2, 6, 7, 9\) is not \(2, 6, 5, 7\)"):
         convolution(x, weight, bias, residual)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (1, 40, 1, 1), (1, 24, 33, 6)])
+def test_a_doubled_map_is_convolved_as_it_was(shape, dtype, device, assert_parity):
+    x, weight, bias, _ = inputs(shape, 40, torch.float64, device)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
+    folded = fold_doubling(weight)
+    torch.testing.assert_close(doubled_convolution_reference(x, folded, bias), expected, rtol=1e-12, atol=1e-12)
+    rounded = [each.to(dtype) for each in (x, folded, bias)]
+    assert doubled_convolution(*rounded).is_contiguous(memory_format=torch.channels_last)
+    assert_parity(doubled_convolution, doubled_convolution_reference, *rounded, gradients=False)
+
+
+def test_upsampling_folds_what_it_has_and_only_for_twice_the_size(device):
+    with torch.no_grad():
+        layer = Upsample(24).to(device)
+        x = torch.randn(2, 24, 5, 7, device=device).contiguous(memory_format=torch.channels_last)
+        plain, odd = layer(x), layer(x, size=(9, 13))
+        state = layer.state_dict().keys()
+        fold_upsampling(layer)
+        assert layer.folded is not None and layer.state_dict().keys() == state
+        torch.testing.assert_close(layer(x), plain, rtol=1e-4, atol=1e-5)
+        assert torch.equal(layer(x, size=(9, 13)), odd)

@@ -10,7 +10,7 @@ from torch import nn
 from cmdgen.config import PRESETS
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
-from cmdgen.models.layers import ResnetBlock
+from cmdgen.models.layers import ResnetBlock, Upsample, fold_upsampling
 from cmdgen.models.transformer import Conditions, TransformerBlock
 from cmdgen.models.vae import SpatialAttention
 from cmdgen.video.pixels import CONVERT
@@ -42,6 +42,14 @@ def decoding() -> Run:
     blocks = inference(lambda: nn.Sequential(*(ResnetBlock(channels, 128, 32, 1e-6) for channels in (256, 128))))
     x = feature_map(1, 256, 512, 1024)
     return lambda: blocks(x)
+
+
+def doubling() -> Run:
+    """A picture's last doubling in the VAE."""
+    layer = inference(lambda: Upsample(256))
+    fold_upsampling(layer)
+    x = feature_map(1, 256, 256, 512)
+    return lambda: layer(x)
 
 
 def middle() -> Run:
@@ -86,6 +94,7 @@ FOLDED = ("group_norm_silu of cmdgen.models.layers", "convolution of cmdgen.mode
 CASES = [
     (training, ("group_norm_silu", *FOLDED), (36, 1825, 4), (24, 549, 4)),
     (decoding, ("convolution", *FOLDED), (19, 4162, 5), (14, 2686, 5)),
+    (doubling, ("doubled_convolution",), (5, 2147, 1), (1, 538, 1)),
     # more launches, and bytes for the scores, at the rate of products
     (middle, ("wide_attention",), (4, 50, 5), (9, 470, 12)),
     (motion, ("layer_norm", "obstacle of cmdgen.models.dit"), (18, 40, 6), (6, 24, 6)),
