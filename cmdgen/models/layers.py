@@ -35,6 +35,9 @@ def timestep_embedding(t: Tensor, width: int, *, dtype: torch.dtype = torch.floa
 class Attention(nn.Module):
     """Multi-head attention of x over a context, or over itself, under diffusers' names."""
 
+    # see `fuse_weights`
+    fused: Tensor | None
+
     def __init__(
         self, width: int, context_width: int, heads: int, *, bias: bool, attend: Attend = softmax_attention
     ) -> None:
@@ -47,6 +50,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.attend = attend
+        self.register_buffer("fused", None, persistent=False)
 
     def project(self, context: Tensor) -> KeysValues:
         """(B, M, D') -> keys and values of it, (B, N, M, D / N) x 2."""
@@ -60,8 +64,11 @@ class Attention(nn.Module):
 
         A context of fewer rows is one of clips, whose frames, rows of x, follow one another.
         """
-        k, v = self.project(x) if context is None else context
-        q = rearrange(self.to_q(x), "(b t) l (n d) -> b n (t l) d", n=self.heads, b=len(k))
+        if context is None and self.fused is not None:
+            q, k, v = rearrange(F.linear(x, self.fused), "b l (three n d) -> three b n l d", three=3, n=self.heads)
+        else:
+            k, v = self.project(x) if context is None else context
+            q = rearrange(self.to_q(x), "(b t) l (n d) -> b n (t l) d", n=self.heads, b=len(k))
         out = self.attend(q, k, v)  # (B, N, L, D / N)
         return self.to_out[0](rearrange(out, "b n (t l) d -> (b t) l (n d)", l=x.shape[1]))
 
@@ -190,7 +197,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, or resizing, followed by a 3x3 convolution."""
 
-    # the convolution's weight for a map that is not doubled, where there is room for it
+    # see `fuse_weights`
     folded: Tensor | None
 
     def __init__(self, channels: int) -> None:
@@ -206,8 +213,16 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size or doubled, mode="nearest"))
 
 
-def fold_upsampling(network: nn.Module) -> None:
-    """Give every `Upsample` of a network, whose weights stay as they are, its folded weight."""
+def fuse_weights(network: nn.Module) -> None:
+    """Give layers what they are fastest with, beside their own weights, which must not change from then on.
+
+    Doubling and its convolution as one; queries, keys and values of attention to itself as one product.
+    """
     for layer in network.modules():
         if isinstance(layer, Upsample) and layer.folded is None:
             layer.folded = fold_doubling(layer.conv.weight.detach())
+        elif type(layer) is Attention and layer.fused is None and layer.to_q.bias is None:
+            weights = [each.weight.detach() for each in (layer.to_q, layer.to_k, layer.to_v)]
+            # else it looks at something else
+            if weights[0].shape == weights[1].shape:
+                layer.fused = torch.cat(weights)

@@ -14,7 +14,7 @@ from cmdgen.acceleration.rehash import CutDiT, CutUNet, rehash
 from cmdgen.acceleration.video import SlicedUNet, in_slices, in_turn
 from cmdgen.config import CUTS
 from cmdgen.diffusion.windows import denoise_windows
-from cmdgen.models.layers import fold_upsampling
+from cmdgen.models.layers import fuse_weights
 from cmdgen.models.text import ClipTextModel
 from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ class StillPipeline(Pipeline):
         (B, C, h, w) that join the channels of all frames of a clip.
         """
         plan = task.plan
-        network = in_slices(self.fold(self.unet, plan), plan.slices)
+        network = in_slices(self.fused(self.unet, plan), plan.slices)
         windows = plan.windows
         # each has features of its own
         predicts = [
@@ -152,13 +152,13 @@ class StillPipeline(Pipeline):
     def decoder(self, plan: Plan, observer: Observer | None = None) -> Decoder:
         """Return the VAE with the plan's slices."""
         prepare = partial(self.graphed, compiles=False)
-        vae = self.fold(self.decoding_vae, plan)
+        vae = self.fused(self.decoding_vae, plan)
         return Decoder(vae, plan.slices, self.check_finite, observer or Observer(), prepare)
 
-    def fold(self, network: Network, plan: Plan) -> Network:
-        """Return a network whose doubling convolutions are folded, where it has memory and a GPU for that."""
+    def fused(self, network: Network, plan: Plan) -> Network:
+        """Return a network with fused weights, where it has memory and a GPU for that."""
         if self.device.type == "cuda" and plan.max_memory is None:
-            fold_upsampling(network)
+            fuse_weights(network)
         return network
 
     @torch.inference_mode()

@@ -23,7 +23,7 @@ from cmdgen.acceleration.slicer import decode_clip
 from cmdgen.config import CMD_SD21, UNetConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
-from cmdgen.models.layers import fold_upsampling
+from cmdgen.models.layers import fuse_weights
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
 from cmdgen.request import Slices
@@ -55,7 +55,7 @@ def content() -> Run:
     assert isinstance(CMD_SD21.content, UNetConfig)
     config = CMD_SD21.content
     unet = inference(lambda: UNet(config))
-    fold_upsampling(unet)
+    fuse_weights(unet)
     time = unet.project_time(half(2))
     text = unet.project_text(half(2, 77, config.cross_attention_dim))
     return lambda: unet.denoise(feature_map(2, 4, 64, 128), time, *text)
@@ -85,7 +85,7 @@ def picture() -> Run:
     assert CMD_SD21.vae is not None
     config = CMD_SD21.vae
     vae = inference(lambda: KlVae(config))
-    fold_upsampling(vae)
+    fuse_weights(vae)
     return lambda: CONVERT["yuv420p"](vae.from_latents(half(1, 4, 64, 128)))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmdgen.models.layers import Upsample, fold_upsampling
+from cmdgen.models.layers import Upsample, fuse_weights
 from cmdgen_kernels import convolution, doubled_convolution
 from cmdgen_kernels.convolution import (
     convolution_obstacle,
@@ -85,7 +85,7 @@ def test_upsampling_folds_what_it_has_and_only_for_twice_the_size(device):
         x = torch.randn(2, 24, 5, 7, device=device).contiguous(memory_format=torch.channels_last)
         plain, odd = layer(x), layer(x, size=(9, 13))
         state = layer.state_dict().keys()
-        fold_upsampling(layer)
+        fuse_weights(layer)
         assert layer.folded is not None and layer.state_dict().keys() == state
         torch.testing.assert_close(layer(x), plain, rtol=1e-4, atol=1e-5)
         assert torch.equal(layer(x, size=(9, 13)), odd)

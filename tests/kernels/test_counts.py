@@ -10,7 +10,7 @@ from torch import nn
 from cmdgen.config import PRESETS
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
-from cmdgen.models.layers import ResnetBlock, Upsample, fold_upsampling
+from cmdgen.models.layers import ResnetBlock, Upsample, fuse_weights
 from cmdgen.models.transformer import Conditions, TransformerBlock
 from cmdgen.models.vae import SpatialAttention
 from cmdgen.video.pixels import CONVERT
@@ -47,7 +47,7 @@ def decoding() -> Run:
 def doubling() -> Run:
     """A picture's last doubling in the VAE."""
     layer = inference(lambda: Upsample(256))
-    fold_upsampling(layer)
+    fuse_weights(layer)
     x = feature_map(1, 256, 256, 512)
     return lambda: layer(x)
 

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from cmdgen.config import AutoencoderConfig, UNetConfig
 from cmdgen.models.attention import GatedAttention
 from cmdgen.models.autoencoder import CmdAutoencoder
+from cmdgen.models.layers import Attention, fuse_weights
 from cmdgen.models.unet import UNet
 from cmdgen_kernels.gated_attention import linear_attention_reference
 
@@ -94,3 +95,18 @@ def test_attention_that_is_not_known_is_refused(tmp_path):
     config.write_text(config.read_text().replace('"gated"', '"fast"'))
     with pytest.raises(ValueError, match="attention 'fast' is not supported"):
         UNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("clips", [2, 1])
+def test_one_product_makes_queries_keys_and_values(clips: int) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        among, reader = (Attention(24, width, 3, bias=False) for width in (24, 16))
+        x, text = torch.randn(2, 7, 24), torch.randn(clips, 5, 16)
+        expected, state = among(x), among.state_dict().keys()
+        read = reader(x, reader.project(text))
+        for layer in (among, reader):
+            fuse_weights(layer)
+        assert among.fused is not None and among.state_dict().keys() == state
+        torch.testing.assert_close(among(x), expected)
+        assert reader.fused is None and torch.equal(reader(x, reader.project(text)), read)
