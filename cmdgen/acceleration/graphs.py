@@ -20,7 +20,7 @@ Out = TypeVar("Out", Tensor, tuple[Tensor, Tensor])
 Pool = Callable[[], Any]
 
 # runs before a capture: libraries choose algorithms and allocate workspaces in the first ones
-_WARM_UP = 3
+_WARM_UP = 1
 # sets of shapes whose graphs a function keeps: a clip needs two
 _MOST_CAPTURES = 4
 
