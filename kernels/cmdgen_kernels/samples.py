@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -171,6 +172,20 @@ OPS = (
 )
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within, a GPU's float32 is float32: cuDNN's convolutions round theirs to TF32 by default."""
+    places: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed
+
+
 def errors(op: Op, inputs: tuple[Tensor, ...], *, backward: bool = False) -> list[Error]:
     """Compare the output and, with `backward`, the gradients of an op with its reference."""
     return compare(op.run, op.reference, inputs, leaves=op.leaves if backward else 0)
@@ -180,8 +195,9 @@ def compare(
     run: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: tuple[Tensor, ...], *, leaves: int
 ) -> list[Error]:
     """Compute the errors of the output and of the gradients of the first `leaves` inputs."""
-    plain = results(reference, inputs, leaves)
-    ours = results(run, inputs, leaves, dtype=plain[0].dtype)
+    with full_float32():
+        plain = results(reference, inputs, leaves)
+        ours = results(run, inputs, leaves, dtype=plain[0].dtype)
     precise = (x.to(torch.complex128 if x.is_complex() else torch.float64) for x in inputs)
     exact = results(reference, tuple(precise), leaves, dtype=plain[0].dtype)
     found = []

@@ -70,6 +70,22 @@ def test_a_kernel_that_is_wrong_is_named_and_fails(doctor, monkeypatch):
     assert "kernel, fails: no kernel image for this device" in none
 
 
+def test_kernels_are_compared_in_full_float32(doctor, monkeypatch):
+    # what cuDNN's convolutions may be rounded to on a GPU would hide errors
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    seen = []
+
+    def run(frames, logits):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return samples.OPS[0].reference(frames, logits)
+
+    monkeypatch.setattr(samples, "OPS", (replace(samples.OPS[0], obstacle=lambda *inputs: None, run=run),))
+    code, _, err = doctor("--device", "cpu")
+    assert (code, err) == (0, "")
+    assert seen == [(False, False)]
+    assert torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.gpu
 def test_all_kernels_run_and_agree_on_a_gpu(doctor):
     code, out, _ = doctor("--device", "cuda")

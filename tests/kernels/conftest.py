@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmdgen_kernels import dispatch
-from cmdgen_kernels.samples import compare
+from cmdgen_kernels.samples import compare, full_float32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter computes neither products nor roundings of bfloat16
@@ -22,11 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    """Kernels run: on a GPU, or else in Triton's interpreter; memory starts out as NaN."""
+    """Kernels run: on a GPU, in full float32, or else in Triton's interpreter; memory starts out as NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     if DEVICE == "cuda":
-        yield
+        with full_float32():
+            yield
     else:
         # there is none for macOS and Windows
         pytest.importorskip("triton")
