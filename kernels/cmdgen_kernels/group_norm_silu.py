@@ -144,27 +144,30 @@ def _group_norm_silu_combine_kernel(
     b_shift = tl.zeros([BLOCK_G], tl.float32)
     if shift_ptr is not None:
         b_shift = tl.load(shift_ptr + i_b * shift_b + o_c, mask=m_g, other=0.0).to(tl.float32)
+    # relative to the first mean: where all are equal nothing is rounded
+    first = tl.load(mean_ptr + tl.program_id(1) * GROUP)
+    if shift_ptr is not None:
+        first += tl.load(shift_ptr + i_b * shift_b + tl.program_id(1) * GROUP).to(tl.float32)
 
     b_sum = tl.zeros([BLOCK_S, BLOCK_G], tl.float32)
     for start in range(0, parts, BLOCK_S):
         mask = (start + o_s < parts)[:, None] & m_g[None, :]
         o_part = (start + o_s)[:, None] * C + o_c[None, :]
         b_count = tl.where(mask, tl.minimum(part, P - (start + o_s) * part)[:, None], 0)
-        b_mean = tl.load(mean_ptr + o_part, mask=mask, other=0.0) + b_shift[None, :]
-        b_sum += b_count.to(tl.float32) * b_mean
-    mean = tl.sum(b_sum) / (P * GROUP)
+        b_delta = tl.load(mean_ptr + o_part, mask=mask, other=0.0) + b_shift[None, :] - first
+        b_sum += b_count.to(tl.float32) * b_delta
+    rest = tl.sum(b_sum) / (P * GROUP)
 
     b_sum = tl.zeros([BLOCK_S, BLOCK_G], tl.float32)
     for start in range(0, parts, BLOCK_S):
         mask = (start + o_s < parts)[:, None] & m_g[None, :]
         o_part = (start + o_s)[:, None] * C + o_c[None, :]
         b_count = tl.where(mask, tl.minimum(part, P - (start + o_s) * part)[:, None], 0)
-        b_delta = tl.load(mean_ptr + o_part, mask=mask, other=0.0) + b_shift[None, :] - mean
+        b_delta = tl.load(mean_ptr + o_part, mask=mask, other=0.0) + b_shift[None, :] - first - rest
         b_sum += tl.load(square_ptr + o_part, mask=mask, other=0.0)
         b_sum += b_count.to(tl.float32) * b_delta * b_delta
-    # CUDA's approximate 1 / 1 in Welford's first step may leave a little less than nothing
-    deviation = tl.sqrt(tl.maximum(tl.sum(b_sum), 0.0) / (P * GROUP) + eps)
-    tl.store(centre_ptr + i_b * C + o_c, mean - b_shift, mask=m_g)
+    deviation = tl.sqrt(tl.sum(b_sum) / (P * GROUP) + eps)
+    tl.store(centre_ptr + i_b * C + o_c, first + rest - b_shift, mask=m_g)
     tl.store(inverse_ptr + i_b * C + o_c, tl.zeros([BLOCK_G], tl.float32) + 1.0 / deviation, mask=m_g)
 
 

@@ -97,15 +97,19 @@ def _moments_kernel(
             # of the map as it is read
             b_x = b_out.to(tl.float32)
         b_delta = tl.where(m_p, b_x - b_mean, 0.0)
-        b_mean += b_delta * (1.0 / n_tiles)
+        # CUDA's division is approximate, also of 1 by 1: the first value is a mean as it is
+        b_mean += b_delta * tl.where(n_tiles > 1.0, 1.0 / n_tiles, 1.0)
         b_square += b_delta * (b_x - b_mean)
         b_count += tl.where(m_p, 1.0, 0.0)
 
-    # then the places of each channel, by Chan et al. 1979's rule
-    b_channel = tl.sum(b_count * b_mean, axis=0) / (last - first)
-    b_delta = b_mean - b_channel[None, :]
+    # then the places of each channel, by Chan et al. 1979's rule, from the first place's mean: where
+    # all are equal nothing is rounded, which a deviation near 0 would magnify
+    b_first = tl.sum(tl.where(o_p[:, None] == 0, b_mean, 0.0), axis=0)
+    b_delta = b_mean - b_first[None, :]
+    b_rest = tl.sum(b_count * b_delta, axis=0) / (last - first)
+    b_delta -= b_rest[None, :]
     b_square = tl.sum(b_square + b_count * b_delta * b_delta, axis=0)
-    tl.store(mean_ptr + i_row * C + o_c, b_channel, mask=m_c)
+    tl.store(mean_ptr + i_row * C + o_c, b_first + b_rest, mask=m_c)
     tl.store(square_ptr + i_row * C + o_c, b_square, mask=m_c)
 
 
