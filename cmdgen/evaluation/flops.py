@@ -116,7 +116,8 @@ class _Counter(TorchDispatchMode):
 def count(run: Callable[[], object], network: nn.Module | None = None) -> Count:
     """Count a function of tensors on the meta device."""
     with (
-        # inference mode would hand over whole what is made of other operators
+        # it would hand over whole what is made of other operators
+        torch.inference_mode(False),
         torch.no_grad(),
         _AttentionCounter() as attention,
         _Counter(network or nn.Module()) as counter,

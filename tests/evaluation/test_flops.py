@@ -36,6 +36,13 @@ def test_a_product_is_counted_once_for_each_multiply_add():
     assert convolution.multiply_adds == 3 * 2 * 9 * 48
 
 
+def test_inference_mode_hides_no_convolution():
+    layer = torch.nn.Conv2d(3, 5, 3, padding=1, device="meta")
+    with torch.inference_mode():
+        x = torch.empty(2, 3, 8, 8, device="meta")
+        assert count(lambda: layer(x)).multiply_adds == 2 * 8 * 8 * 5 * 3 * 9
+
+
 def test_attention_alone_is_told_apart_from_other_batched_products():
     q, k, v = meta(2, 3, 4, 5), meta(2, 3, 7, 5), meta(2, 3, 7, 6)
 
