@@ -73,8 +73,8 @@ class StillPipeline(Pipeline):
     def encode_text(self, plans: Sequence[Plan]) -> Tensor:
         """() -> (B + 1, L, D): the states of all prompts, then of the negative prompt."""
         prompts = [*(plan.prompt for plan in plans), plans[0].negative]
-        ids = self.tokenizer(prompts, self.text_length)
-        return self.text_encoder(ids.to(self.device)).last_hidden_state
+        ids = self.tokenizer(prompts, self.text_length).to(self.device)
+        return self.graphed("text", lambda ids: self.text_encoder(ids).last_hidden_state, compiles=False)(ids)
 
     def sample_content(self, task: Task, text: Tensor, predict: Predict | None = None) -> Tensor:
         """(B + 1, L, D) -> (B, C, h, w): content frames, scaled latents, in float32.
