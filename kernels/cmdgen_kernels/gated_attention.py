@@ -191,6 +191,7 @@ def _summary_combine_kernel(
     max_ptr,
     sum_ptr,
     u_ptr,
+    wide_ptr,
     z_max_ptr,
     z_sum_ptr,
     SPLITS,
@@ -223,6 +224,8 @@ def _summary_combine_kernel(
     o_out = i_h * M + o_m
     o_u = o_out[:, None] * D + o_d[None, :]
     tl.store(u_ptr + o_u, b_acc.to(u_ptr.dtype.element_ty), mask=m_w)
+    if wide_ptr is not None:
+        tl.store(wide_ptr + o_u, b_acc, mask=m_w)
     tl.store(z_max_ptr + o_out, b_max, mask=m_m)
     tl.store(z_sum_ptr + o_out, b_sum, mask=m_m)
 
@@ -235,6 +238,7 @@ def _readout_fwd_kernel(
     z_max_ptr,
     z_sum_ptr,
     out_ptr,
+    wide_ptr,
     max_ptr,
     sum_ptr,
     N,
@@ -267,6 +271,8 @@ def _readout_fwd_kernel(
     # (B, N, L, D) in memory: offsets like those of q would stay in registers through the loop
     o_out = (i_h * L + o_l)[:, None] * D + o_d[None, :]
     tl.store(out_ptr + o_out, b_acc.to(out_ptr.dtype.element_ty), mask=m_x)
+    if wide_ptr is not None:
+        tl.store(wide_ptr + o_out, b_acc, mask=m_x)
     if SAVE:
         tl.store(max_ptr + i_h * L + o_l, b_max, mask=o_l < L)
         tl.store(sum_ptr + i_h * L + o_l, b_sum, mask=o_l < L)
@@ -305,7 +311,7 @@ def _readout_bwd_kernel(
     b_out = tl.load(out_ptr + o_out, mask=m_x, other=0.0)
     b_max = tl.load(max_ptr + i_h * L + o_l, mask=m_l, other=0.0)
     b_sum = tl.load(sum_ptr + i_h * L + o_l, mask=m_l, other=1.0)
-    b_delta = tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), axis=1)
+    b_delta = tl.sum(b_out * b_grad.to(tl.float32), axis=1)
     tl.store(delta_ptr + i_h * L + o_l, b_delta, mask=m_l)
 
     b_acc = tl.zeros([BLOCK_L, BLOCK_D], tl.float32)
@@ -466,6 +472,15 @@ def _split(length: int, programs: int, block: int) -> tuple[int, int]:
     return tokens, triton.cdiv(length, tokens)
 
 
+def _wide(x: Tensor, save: bool) -> Tensor | None:
+    """Return room for what is in float32 before it is rounded to `x`, where a gradient wants it.
+
+    A softmax's gradient subtracts the product of its result and that result's gradient. Of a
+    rounded one, what is left after the weights' products cancel is wrong by as much for all.
+    """
+    return x.new_empty(x.shape, dtype=torch.float32) if save and x.dtype != torch.float32 else None
+
+
 class LinearAttention(torch.autograd.Function):
     """FAVOR+: in the summary the features attend over the tokens, in the readout the reverse.
 
@@ -491,26 +506,29 @@ class LinearAttention(torch.autograd.Function):
             k, v, projection, partial, *partial_z, heads, length, split, scale, **options
         )
         u = q.new_empty(rows, features, width)
+        wide_u = _wide(u, save)
         z = q.new_empty(2, rows, features, dtype=torch.float32)
         options = _options(_SUMMARY_COMBINE, projection)
         _summary_combine_kernel[(rows * triton.cdiv(features, options["BLOCK_M"]),)](
-            partial, *partial_z, u, *z, splits, **options
+            partial, *partial_z, u, wide_u, *z, splits, **options
         )
         out = q.new_empty(batch, heads, length, width)
+        wide = _wide(out, save)
         saved = q.new_empty((2, rows, length) if save else (2, 0), dtype=torch.float32)
         options = _options(_READOUT_FWD, projection)
         _readout_fwd_kernel[(rows * triton.cdiv(length, options["BLOCK_L"]),)](
-            q, projection, u, *z, out, *saved, heads, length, scale, SAVE=save, **options
+            q, projection, u, *z, out, wide, *saved, heads, length, scale, SAVE=save, **options
         )
         if save:
-            ctx.save_for_backward(q, k, v, projection, u, z, out, saved)
+            wide_u, wide = u if wide_u is None else wide_u, out if wide is None else wide
+            ctx.save_for_backward(q, k, v, projection, u, wide_u, z, wide, saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """(B, N, L, D) -> (B, N, L, D) x 3, nothing for the others."""
-        q, k, v, projection, u, z, out, saved = ctx.saved_tensors
+        q, k, v, projection, u, wide_u, z, out, saved = ctx.saved_tensors
         batch, length, heads, width = q.shape
         grad = grad.transpose(1, 2).contiguous()
         features, rows, scale = projection.shape[0], batch * heads, width**-0.25
@@ -532,9 +550,10 @@ class LinearAttention(torch.autograd.Function):
         )
         # u and log z are the value and the normaliser of one softmax: both gradients meet in it
         raised = min(length, 2**14)
-        grad_u = grad_u.sum(dim=1) / raised
-        shift = grad_log_z.sum(dim=1) / raised - (grad_u * u).sum(dim=-1)
-        grad_u, sizes = grad_u.to(q.dtype), (heads, length, raised, scale)
+        # rounded as the kernel multiplies it
+        grad_u = (grad_u.sum(dim=1) / raised).to(q.dtype)
+        shift = grad_log_z.sum(dim=1) / raised - (grad_u * wide_u).sum(dim=-1)
+        sizes = heads, length, raised, scale
         options = _options(_TOKENS_BWD, projection)
         _tokens_bwd_kernel[(rows * triton.cdiv(length, options["BLOCK_L"]),)](
             k, v, projection, *z, grad_u, shift, grad_k, grad_v, *sizes, **options

@@ -15,7 +15,7 @@ from cmdgen_kernels.gated_attention import (
     orthogonal_features,
     softmax_attention,
 )
-from cmdgen_kernels.samples import FLOAT32_ULPS
+from cmdgen_kernels.samples import FLOAT32_ULPS, results
 
 
 def inputs(batch, heads, length, width, features, dtype, device, *, scale=0.7, seed=0):
@@ -42,6 +42,17 @@ def test_linear_attention_and_its_gradients_match_the_reference(
 ):
     q, k, v, projection = inputs(batch, heads, length, width, features, dtype, device)
     assert_parity(*linear(projection), q, k, v)
+
+
+def test_a_mean_of_the_values_costs_the_gradients_no_more_than_plain_pytorchs(dtype, device):
+    if dtype == torch.float32:
+        pytest.skip("nothing is rounded in between")
+    q, k, v, projection = inputs(32, 2, 3, 8, 16, dtype, device)
+    tensors = q, k, v + 8
+    ours, plain = (results(op, tensors, 3) for op in linear(projection))
+    exact = results(linear(projection)[1], tuple(x.double() for x in tensors), 3, dtype=dtype)
+    for x, y, z in zip(ours, plain, exact, strict=True):
+        assert (x - z).norm() <= (y - z).norm()
 
 
 def test_strided_inputs(dtype, device, assert_parity):
