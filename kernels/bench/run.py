@@ -50,6 +50,10 @@ CASES = (
     ("geglu", "UNet, level 0", (256, 256), (4096, 1280), (8192, 1280)),
     # mini's middle is narrower, and fused attention's
     ("wide_attention", "VAE, middle", (64, 264), (4096, 512), (8192, 512)),
+    # T, P, N, D: clips of 256x256, 512x512 and 576x1024; of 288x512, 576x1024 and that in 25 frames
+    ("time_attention", "AnimateDiff, level 0", (16, 1024, 8, 40), (16, 4096, 8, 40), (16, 9216, 8, 40)),
+    ("time_attention", "AnimateDiff, level 2", (16, 64, 8, 160), (16, 256, 8, 160), (16, 576, 8, 160)),
+    ("time_attention", "SVD, level 0", (14, 2304, 5, 64), (14, 9216, 5, 64), (25, 9216, 5, 64)),
     # N, D: frames are the batch
     ("rotate", "decoder", (64, 320), (1024, 768), (2048, 768)),
     # H, W

@@ -11,5 +11,6 @@ from cmdgen_kernels.layer_norm import layer_norm as layer_norm
 from cmdgen_kernels.motion import motion_latents as motion_latents
 from cmdgen_kernels.motion import motion_tokens as motion_tokens
 from cmdgen_kernels.rotate import rotate as rotate
+from cmdgen_kernels.time_attention import time_attention as time_attention
 from cmdgen_kernels.wide_attention import wide_attention as wide_attention
 from cmdgen_kernels.yuv420p import yuv420p as yuv420p

@@ -142,6 +142,11 @@ def _wide_attention(noise: Noise, b: int, length: int, d: int) -> tuple[Tensor, 
     return tuple(noise(b, length, 1, d).transpose(1, 2) for _ in range(3))
 
 
+def _time_attention(noise: Noise, b: int, *sizes: int) -> tuple[Tensor, ...]:
+    """B, T, P, N, D -> q, k and v."""
+    return noise(b, *sizes), noise(b, *sizes), noise(b, *sizes)
+
+
 def _rotate(noise: Noise, s: int, r: int, d: int) -> tuple[Tensor, ...]:
     """S, R, D -> x, a rotation of each r."""
     rotation = torch.view_as_complex(noise(r, d // 2, 2).to(torch.float32))
@@ -165,6 +170,7 @@ OPS = (
     _op(ops.layer_norm, _layer_norm, (2, 7, 72), eps=1e-6),
     _op(ops.geglu, _geglu, (2, 7, 1080)),
     _op(ops.wide_attention, _wide_attention, (2, 77, 264)),
+    _op(ops.time_attention, _time_attention, (2, 5, 7, 3, 40)),
     _op(ops.rotate, _rotate, (2, 7, 72)),
     _op(ops.yuv420p, _yuv420p, (2, 10, 22)),
     # the step of a text-to-image model halfway through

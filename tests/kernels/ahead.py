@@ -66,6 +66,8 @@ SIZES = {
     "layer_norm": [(2, 8192, 320), (1, 512, 1152)],
     "geglu": [(2, 8192, 1280)],
     "wide_attention": [(1, 8192, 512)],
+    # AnimateDiff's levels, and SVD's first, of 25 frames
+    "time_attention": [(2, 16, 9216, 8, 40), (2, 16, 2304, 8, 80), (2, 16, 576, 8, 160), (2, 25, 9216, 5, 64)],
     "rotate": [(16, 2048, 768)],
     "yuv420p": [(1, 512, 1024)],
     "guided_ddim_step": [(8, 4, 64, 128)],

@@ -30,6 +30,7 @@ TINY = {
     "layer_norm": (2, 5, 16),
     "geglu": (2, 5, 16),
     "wide_attention": (1, 20, 264),
+    "time_attention": (2, 5, 3, 2, 16),
     "rotate": (2, 5, 16),
     "yuv420p": (2, 4, 6),
     "guided_ddim_step": (2, 4, 3, 5),
@@ -112,6 +113,7 @@ def test_bytes_are_those_of_inputs_and_outputs():
     assert moved("group_norm_silu", backward=True, cache=100) == 8 * x + 3 * rest
     # x and what is added to it, their sum and its norm; a condition's three rows
     assert moved("layer_norm") == 4 * 2 * 5 * 16 * 2 + 3 * 2 * 16 * 2
+    assert moved("time_attention") == 4 * 2 * 5 * 3 * 2 * 16 * 2
     # float32 in and out, and two branches of float16
     assert moved("guided_ddim_step") == 2 * 4 * 15 * (4 + 4 + 2 * 2)
 
