@@ -28,7 +28,6 @@ from cmdgen.acceleration.slicer import decode_clip, decode_pictures, encode_clip
 from cmdgen.acceleration.video import in_slices, in_turn
 from cmdgen.config import ModelConfig, UNetConfig, VaeConfig
 from cmdgen.latents import latent_shapes
-from cmdgen.models.attention import MOST_ROWS
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.temporal import MotionAdapter
 from cmdgen.models.text import ClipTextModel
@@ -39,6 +38,7 @@ from cmdgen.request import Plan, Slices
 from cmdgen.video.pixels import to_rgb24, to_unit
 from cmdgen.weights import build_empty
 from cmdgen_kernels.gated_attention import is_short, plain_attention
+from cmdgen_kernels.time_attention import MOST_ROWS
 
 # without a limit: bytes of the tokens in a slice, which a CPU's caches then hold beside weights
 SLICE_BYTES = {"cpu": 2**19}

@@ -7,10 +7,6 @@ from torch import Tensor, nn
 from cmdgen.config import AttentionConfig
 from cmdgen_kernels.gated_attention import gated_attention, orthogonal_features, softmax_attention
 
-# rows of attention over time in one call: CUDA's attention kernels fail from 65,536 on, and their gradient
-# counts in 32 bits the bytes of 8 heads
-MOST_ROWS = 2**15
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

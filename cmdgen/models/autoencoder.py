@@ -10,10 +10,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import AutoencoderConfig
-from cmdgen.models.attention import MOST_ROWS, self_attention
+from cmdgen.models.attention import self_attention
 from cmdgen.models.layers import add_normalised
 from cmdgen.models.pretrained import Pretrained
 from cmdgen_kernels import content_frame, geglu, motion_latents, motion_tokens, rotate
+from cmdgen_kernels.time_attention import MOST_ROWS
 
 # an axis has tens of positions: slower rotations than this would tell nothing apart
 SLOWEST_ROTATION = 1 / 100

@@ -19,10 +19,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import MotionConfig, UNetConfig
-from cmdgen.models.attention import MOST_ROWS
 from cmdgen.models.layers import Attention, FeedForward, ResnetBlock, TimeEmbedding, normalise
 from cmdgen.models.pretrained import Pretrained
 from cmdgen.models.transformer import Conditions, Layers, SpatialTransformer
+from cmdgen_kernels import time_attention
 
 # what the authors call it, and diffusers
 _OLD_NAMES = {
@@ -54,14 +54,8 @@ class TimeAttention(Attention):
 
     def forward(self, x: Tensor, context: object = None) -> Tensor:
         """(B, T, P, D) -> (B, T, P, D)."""
-        q, k, v = (
-            rearrange(project(x), "b t p (n d) -> b p n t d", n=self.heads)
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
-        # fused attention takes four axes: positions of one clip are a batch without a copy
-        clips = (zip(*(x.split(MOST_ROWS) for x in clip), strict=True) for clip in zip(q, k, v, strict=True))
-        out = torch.cat([self.attend(*part) for parts in clips for part in parts])  # (B P, N, T, D / N)
-        return self.to_out[0](rearrange(out, "(b p) n t d -> b t p (n d)", b=len(x)))
+        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](time_attention(q, k, v).flatten(-2))
 
 
 class PositionEmbedding(nn.Module):

@@ -11,6 +11,7 @@ from cmdgen.config import PRESETS
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.layers import ResnetBlock, Upsample, fuse_weights
+from cmdgen.models.temporal import TimeAttention
 from cmdgen.models.transformer import Conditions, TransformerBlock
 from cmdgen.models.vae import SpatialAttention
 from cmdgen.video.pixels import CONVERT
@@ -75,6 +76,13 @@ def transformer() -> Run:
     return lambda: block(tokens, conditions)
 
 
+def time() -> Run:
+    """AnimateDiff's first attention over time, 16 frames of 576x1024, guidance's two branches."""
+    attention = inference(lambda: TimeAttention(320, 8))
+    tokens = torch.empty(2, 16, 9216, 320, dtype=torch.bfloat16)
+    return lambda: attention(tokens)
+
+
 def decoder() -> Run:
     """A block of the CMD decoder, of a clip."""
     model = inference(lambda: CmdAutoencoder(replace(CMD_SD21.autoencoder, depth=1)))
@@ -100,6 +108,8 @@ CASES = [
     (motion, ("layer_norm", "obstacle of cmdgen.models.dit"), (18, 40, 6), (6, 24, 6)),
     (transformer, ("layer_norm",), (7, 283, 10), (5, 262, 10)),
     (transformer, ("geglu",), (6, 346, 10), (5, 262, 10)),
+    # before, the copies of what two calls of a library attend to: as many bytes as the kernel moves in all
+    (time, ("time_attention",), (2, 754, 6), (1, 754, 4)),
     (decoder, ("rotate", "geglu", "layer_norm"), (16, 1894, 8), (8, 862, 8)),
     (planes, ("yuv420p",), (34, 139, 0), (1, 3, 0)),
 ]

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cmdgen.config import MINI
+from cmdgen.config import MINI, MotionConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.layers import ResnetBlock
+from cmdgen.models.temporal import MotionBlock
 from cmdgen.models.transformer import Conditions, TransformerBlock
 from cmdgen.models.vae import KlVae
 from cmdgen_kernels import dispatch
@@ -47,6 +48,12 @@ def transformer() -> tuple[nn.Module, Run]:
     return block, lambda: block(noise(2, 10, 48), conditions)
 
 
+def motion() -> tuple[nn.Module, Run]:
+    """Attention over time, twice, of what is not in one piece."""
+    block = MotionBlock(48, MotionConfig(motion_num_attention_heads=2))
+    return block, lambda: block(noise(2, 5, 9, 48)[:, :, 2:])
+
+
 def decoder() -> tuple[nn.Module, Run]:
     assert MINI.autoencoder is not None
     model = CmdAutoencoder(replace(MINI.autoencoder, depth=1))
@@ -71,15 +78,15 @@ def resnet(channels: int) -> tuple[nn.Module, Run]:
     return block, lambda: block(x, shift)
 
 
-MAKERS = (vae, dit, transformer, decoder, lambda: resnet(48), lambda: resnet(24))
+MAKERS = (vae, dit, transformer, motion, decoder, lambda: resnet(48), lambda: resnet(24))
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("make", MAKERS, ids=["vae", "dit", "transformer", "decoder", "resnet", "shortcut"])
+@pytest.mark.parametrize("make", MAKERS, ids=["vae", "dit", "transformer", "motion", "decoder", "resnet", "shortcut"])
 def test_kernels_change_nothing(make: Callable[[], tuple[nn.Module, Run]], training: bool) -> None:
     if torch.cuda.is_available():
         pytest.skip("the tests of whole clips compare a GPU's with a CPU's")
-    if training and make in (vae, dit, transformer, decoder):
+    if training and make in (vae, dit, transformer, motion, decoder):
         pytest.skip("they train by references")
     torch.manual_seed(0)
     block, run = make()
