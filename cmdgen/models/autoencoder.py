@@ -13,7 +13,8 @@ from cmdgen.config import AutoencoderConfig
 from cmdgen.models.attention import self_attention
 from cmdgen.models.layers import add_normalised
 from cmdgen.models.pretrained import Pretrained
-from cmdgen_kernels import content_frame, geglu, motion_latents, motion_tokens, rotate
+from cmdgen_kernels import content_frame, geglu, motion_latents, motion_tokens, rotate, time_attention
+from cmdgen_kernels.gated_attention import softmax_attention
 from cmdgen_kernels.time_attention import MOST_ROWS
 
 # an axis has tens of positions: slower rotations than this would tell nothing apart
@@ -54,9 +55,11 @@ class Attention(nn.Module):
         """
         qk, v = self.qkv(x).tensor_split((2 * x.shape[-1],), dim=-1)
         q, k = rotate(qk, rotation).chunk(2, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
+        if self.dim == 0 and self.attend is softmax_attention:
+            return self.out(time_attention(q[None], k[None], v[None])[0].flatten(2))
         to_heads = (1 - self.dim, 2, self.dim, 3)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).permute(to_heads) for part in (q, k, v))
-        mixed = self.attend(q, k, v)  # (batch, N, L, D / N)
+        mixed = self.attend(*(part.permute(to_heads) for part in (q, k, v)))  # (batch, N, L, D / N)
         mixed = mixed.permute((2, 0, 1, 3) if self.dim == 0 else (0, 2, 1, 3)).flatten(2)
         return self.out(mixed)
 

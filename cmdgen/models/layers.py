@@ -59,15 +59,21 @@ class Attention(nn.Module):
         )
         return keys, values
 
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., D) -> queries, keys and values of x itself."""
+        if self.fused is not None:
+            return F.linear(x, self.fused).chunk(3, dim=-1)
+        return self.to_q(x), self.to_k(x), self.to_v(x)
+
     def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
         """(B, L, D), what `project` made of a context, or nothing for x itself -> (B, L, D).
 
         A context of fewer rows is one of clips, whose frames, rows of x, follow one another.
         """
-        if context is None and self.fused is not None:
-            q, k, v = rearrange(F.linear(x, self.fused), "b l (three n d) -> three b n l d", three=3, n=self.heads)
+        if context is None:
+            q, k, v = (rearrange(y, "b l (n d) -> b n l d", n=self.heads) for y in self.split(x))
         else:
-            k, v = self.project(x) if context is None else context
+            k, v = context
             q = rearrange(self.to_q(x), "(b t) l (n d) -> b n (t l) d", n=self.heads, b=len(k))
         out = self.attend(q, k, v)  # (B, N, L, D / N)
         return self.to_out[0](rearrange(out, "b n (t l) d -> (b t) l (n d)", l=x.shape[1]))
@@ -221,7 +227,7 @@ def fuse_weights(network: nn.Module) -> None:
     for layer in network.modules():
         if isinstance(layer, Upsample) and layer.folded is None:
             layer.folded = fold_doubling(layer.conv.weight.detach())
-        elif type(layer) is Attention and layer.fused is None and layer.to_q.bias is None:
+        elif isinstance(layer, Attention) and layer.fused is None and layer.to_q.bias is None:
             weights = [each.weight.detach() for each in (layer.to_q, layer.to_k, layer.to_v)]
             # else it looks at something else
             if weights[0].shape == weights[1].shape:

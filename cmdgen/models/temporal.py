@@ -54,7 +54,7 @@ class TimeAttention(Attention):
 
     def forward(self, x: Tensor, context: object = None) -> Tensor:
         """(B, T, P, D) -> (B, T, P, D)."""
-        q, k, v = (project(x).unflatten(-1, (self.heads, -1)) for project in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in self.split(x))
         return self.to_out[0](time_attention(q, k, v).flatten(-2))
 
 

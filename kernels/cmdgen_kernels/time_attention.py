@@ -40,6 +40,9 @@ def _time_attention_fwd_kernel(
     T,
     P,
     N,
+    q_row,
+    k_row,
+    v_row,
     scale,
     D: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -53,32 +56,39 @@ def _time_attention_fwd_kernel(
     o_p = i_row % n_blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     o_t = tl.arange(0, BLOCK_T)
     m_x = (o_p < P)[:, None, None] & (o_t < T)[None, :, None]
-    o_x = (((i_row // n_blocks * T + o_t[None, :]) * P + o_p[:, None]) * N + i_n)[:, :, None] * D
+    i_x = ((i_row // n_blocks * T + o_t[None, :]) * P + o_p[:, None])[:, :, None]
 
     b_s = tl.zeros((BLOCK_P, BLOCK_T, BLOCK_T), tl.float32)
     for i_d in tl.static_range(0, D, BLOCK_D):
         o_d = i_d + tl.arange(0, BLOCK_D)[None, None, :]
-        b_q = tl.load(q_ptr + o_x + o_d, mask=m_x & (o_d < D), other=0.0)
-        b_k = tl.load(k_ptr + o_x + o_d, mask=m_x & (o_d < D), other=0.0)
+        b_q = tl.load(q_ptr + i_x * q_row + i_n * D + o_d, mask=m_x & (o_d < D), other=0.0)
+        b_k = tl.load(k_ptr + i_x * k_row + i_n * D + o_d, mask=m_x & (o_d < D), other=0.0)
         b_s = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), b_s, input_precision="ieee")
     b_s = tl.where((o_t < T)[None, None, :], b_s * scale, float("-inf"))
     b_p = tl.exp2(b_s - tl.max(b_s, axis=2)[:, :, None])
     b_p = (b_p / tl.sum(b_p, axis=2)[:, :, None]).to(v_ptr.dtype.element_ty)
     for i_d in tl.static_range(0, D, BLOCK_D):
         o_d = i_d + tl.arange(0, BLOCK_D)[None, None, :]
-        b_v = tl.load(v_ptr + o_x + o_d, mask=m_x & (o_d < D), other=0.0)
+        b_v = tl.load(v_ptr + i_x * v_row + i_n * D + o_d, mask=m_x & (o_d < D), other=0.0)
         b_out = tl.dot(b_p, b_v, input_precision="ieee")
-        tl.store(out_ptr + o_x + o_d, b_out.to(out_ptr.dtype.element_ty), mask=m_x & (o_d < D))
+        tl.store(out_ptr + (i_x * N + i_n) * D + o_d, b_out.to(out_ptr.dtype.element_ty), mask=m_x & (o_d < D))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, T, P, N, D) -> (B T P, N D), where it lies if rows lie one after another, as parts of a product do."""
+    rows = x.flatten(3).flatten(0, 2)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _launch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     batch, frames, positions, heads, width = q.shape
+    rows = [_rows(each) for each in (q, k, v)]
     # wide heads in parts, which pads them less. A warp has a position, half of one where no tensor core multiplies
     block_p, block_d = (2, 16) if q.dtype == torch.float32 else (4, 64 if width <= 64 else 32)
     _time_attention_fwd_kernel[(batch * heads * triton.cdiv(positions, block_p),)](
-        *(q.contiguous(), k.contiguous(), v.contiguous(), out),
-        *(frames, positions, heads, LOG2E * width**-0.5),
+        *(*rows, out, frames, positions, heads),
+        *(*(each.stride(0) for each in rows), LOG2E * width**-0.5),
         D=width,
         BLOCK_P=block_p,
         BLOCK_T=max(power_of_two(frames), 16),

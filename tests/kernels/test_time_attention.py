@@ -54,6 +54,14 @@ def test_positions_and_clips_share_nothing(dtype, device):
     assert torch.equal(op(*parts), op(*tensors)[1:, :, 3:6])
 
 
+def test_parts_of_one_product_are_read_where_they_lie(dtype, device, monkeypatch):
+    (product,) = inputs(2, 6, 5, 3 * 48, dtype=dtype, device=device)[:1]
+    parts = [part.unflatten(-1, (2, 24)) for part in product.chunk(3, dim=-1)]
+    expected = op(*(part.contiguous() for part in parts))
+    monkeypatch.setattr(torch.Tensor, "contiguous", None)
+    assert torch.equal(op(*parts), expected)
+
+
 def test_the_reference_is_softmax_attention_of_each_position(device):
     q, k, v = inputs(2, 6, 5, 2, 24, dtype=torch.float64, device=device)
     plain = softmax_attention(*(x[1, :, 4].transpose(0, 1) for x in (q, k, v)))

@@ -12,6 +12,7 @@ from cmdgen.config import AutoencoderConfig, UNetConfig
 from cmdgen.models.attention import GatedAttention
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.layers import Attention, fuse_weights
+from cmdgen.models.temporal import TimeAttention
 from cmdgen.models.unet import UNet
 from cmdgen_kernels.gated_attention import linear_attention_reference
 
@@ -105,8 +106,12 @@ def test_one_product_makes_queries_keys_and_values(clips: int) -> None:
         x, text = torch.randn(2, 7, 24), torch.randn(clips, 5, 16)
         expected, state = among(x), among.state_dict().keys()
         read = reader(x, reader.project(text))
-        for layer in (among, reader):
+        time = TimeAttention(24, 3)
+        over_time = time(x[:, None])
+        for layer in (among, reader, time):
             fuse_weights(layer)
+        assert time.fused is not None
+        torch.testing.assert_close(time(x[:, None]), over_time)
         assert among.fused is not None and among.state_dict().keys() == state
         torch.testing.assert_close(among(x), expected)
         assert reader.fused is None and torch.equal(reader(x, reader.project(text)), read)
