@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cmdgen.config import AutoencoderConfig
 from cmdgen.models.attention import self_attention
-from cmdgen.models.layers import add_normalised
+from cmdgen.models.layers import add_normalised, normalise_tokens
 from cmdgen.models.pretrained import Pretrained
 from cmdgen_kernels import content_frame, geglu, motion_latents, motion_tokens, rotate, time_attention
 from cmdgen_kernels.gated_attention import softmax_attention
@@ -99,11 +99,12 @@ class Block(nn.Module):
 
     def mix_time(self, x: Tensor, rotation: Tensor) -> Tensor:
         """(T, R, D) -> (T, R, D): what knows no other position; any part of the R alone will do."""
-        return x + self.time(self.time_norm(x), rotation)
+        return x + self.time(normalise_tokens(self.time_norm, x), rotation)
 
     def mix_space(self, x: Tensor, rotation: Tensor) -> Tensor:
         """(S, N, D) -> (S, N, D): what knows no other frame; any part of the S alone will do."""
-        x, h = add_normalised(self.feed_forward_norm, x, self.space(self.space_norm(x), rotation))
+        mixed = self.space(normalise_tokens(self.space_norm, x), rotation)
+        x, h = add_normalised(self.feed_forward_norm, x, mixed)
         return x + self.feed_forward(h)
 
 

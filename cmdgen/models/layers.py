@@ -136,9 +136,15 @@ def normalise(norm: nn.GroupNorm, x: Tensor, *, shift: Tensor | None = None, act
     return group_norm_silu(x, norm.weight, norm.bias, shift, groups=groups, eps=eps, activation=activation)
 
 
+def normalise_tokens(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """(B, ..., D) -> (B, ..., D): its layer norm."""
+    return layer_norm(x.flatten(1, -2), norm.weight, norm.bias, eps=norm.eps)[1].view(x.shape)
+
+
 def add_normalised(norm: nn.LayerNorm, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L, D) x 2 -> x + branch, and its layer norm."""
-    return layer_norm(x, norm.weight, norm.bias, branch, eps=norm.eps)
+    """(B, ..., D) x 2 -> x + branch, and its layer norm."""
+    y, out = layer_norm(x.flatten(1, -2), norm.weight, norm.bias, branch.flatten(1, -2), eps=norm.eps)
+    return y.view(x.shape), out.view(x.shape)
 
 
 class Conv2d(nn.Conv2d):

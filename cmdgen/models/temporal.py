@@ -19,7 +19,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cmdgen.config import MotionConfig, UNetConfig
-from cmdgen.models.layers import Attention, FeedForward, ResnetBlock, TimeEmbedding, normalise
+from cmdgen.models.layers import (
+    Attention,
+    FeedForward,
+    ResnetBlock,
+    TimeEmbedding,
+    add_normalised,
+    normalise,
+    normalise_tokens,
+)
 from cmdgen.models.pretrained import Pretrained
 from cmdgen.models.transformer import Conditions, Layers, SpatialTransformer
 from cmdgen_kernels import time_attention
@@ -83,9 +91,11 @@ class MotionBlock(Layers):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, P, D) -> (B, T, P, D)."""
-        x = x + self.attn1(self.pos_embed(self.norm1(x)))
-        x = x + self.attn2(self.pos_embed(self.norm2(x)))
-        return x + self.ff(self.norm3(x))
+        h = self.pos_embed(normalise_tokens(self.norm1, x))
+        x, h = add_normalised(self.norm2, x, self.attn1(h))
+        h = self.pos_embed(h)
+        x, h = add_normalised(self.norm3, x, self.attn2(h))
+        return x + self.ff(h)
 
 
 class MotionModule(nn.Module):
@@ -223,9 +233,9 @@ class FrameBlock(Layers):
 
     def forward(self, x: Tensor, token: Tensor) -> Tensor:
         """(B, T, P, D), (B, 1, D) -> (B, T, P, D)."""
-        x = x + self.ff_in(self.norm_in(x))
-        x = x + self.attn1(self.norm1(x)) + token[:, None]
-        return x + self.ff(self.norm3(x))
+        x, h = add_normalised(self.norm1, x, self.ff_in(normalise_tokens(self.norm_in, x)))
+        x = x + self.attn1(h) + token[:, None]
+        return x + self.ff(normalise_tokens(self.norm3, x))
 
 
 class BlendedTransformer(SpatialTransformer):

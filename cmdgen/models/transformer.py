@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cmdgen.config import UNetConfig
 from cmdgen.models.attention import self_attention
-from cmdgen.models.layers import Attention, FeedForward, KeysValues, add_normalised, normalise
+from cmdgen.models.layers import Attention, FeedForward, KeysValues, add_normalised, normalise, normalise_tokens
 
 
 class Conditions(NamedTuple):
@@ -50,7 +50,7 @@ class TransformerBlock(Layers):
 
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B, H*W, D) -> (B, H*W, D)."""
-        text, mixed = conditions.text[self.attn2], self.attn1(self.norm1(x))
+        text, mixed = conditions.text[self.attn2], self.attn1(normalise_tokens(self.norm1, x))
         if isinstance(text, Tensor):
             mixed = (mixed.unflatten(0, (len(text), -1)) + text[:, None]).flatten(0, 1)
         else:

@@ -1,11 +1,11 @@
-"""Layer normalisation of tokens, with a residual added before it.
+"""Layer normalisation of tokens, with or without a residual added before it.
 
     y[b, l] = x[b, l] + gate[b] branch[b, l]
     out[b, l] = (y[b, l] - mean) / deviation * weight + bias
 
 where mean and deviation are of the D values of y[b, l] (Ba et al. 2016, arXiv:1607.06450). Weight and
 bias are the layer's, or those of a condition: adaLN of Peebles & Xie 2023 (arXiv:2212.09748) has
-1 + weight[b] and bias[b]. One program holds whole rows in registers and writes both y and out.
+1 + weight[b] and bias[b]. One program holds whole rows in registers and writes out, and y where it is not x.
 """
 
 import torch
@@ -77,7 +77,7 @@ def _launch(
     x: Tensor, weight: Tensor, bias: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    y = x if branch is None else torch.empty_like(out)
+    y = None if branch is None else torch.empty_like(out)
     batch, length, width = x.shape
     if weight.stride() != bias.stride():
         weight, bias = weight.contiguous(), bias.contiguous()
@@ -92,7 +92,7 @@ def _launch(
         _layer_norm_fwd_kernel[(triton.cdiv(batch * length, block_r),)](
             x, weight, bias, branch, gate, y, out, *sizes, *strides, eps, **options
         )
-    return y, out
+    return x if y is None else y, out
 
 
 def layer_norm_obstacle(

@@ -1,10 +1,13 @@
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from cmdgen_kernels import layer_norm
+from cmdgen.models.layers import add_normalised, normalise_tokens
+from cmdgen_kernels import dispatch, layer_norm
 from cmdgen_kernels.layer_norm import layer_norm_obstacle, layer_norm_reference
 
 EPS = 1e-6
@@ -43,6 +46,7 @@ def test_layer_norm_matches_the_reference(shape, dtype, device, check):
     check(x, weight, bias)
     check(x, weight, bias, branch)
     check(x, weight, bias, branch, gate)
+    check(x, weight[0, 0], bias[0, 0])
     check(x, weight[0, 0], bias[0, 0], branch)
 
 
@@ -54,6 +58,19 @@ def test_the_first_tokens_of_each_sample_are_read_where_they_lie(device, check):
     x, weight, bias, *_ = inputs((3, 7, 24), torch.float32, device)
     assert not x[:, :4].is_contiguous()
     check(x[:, :4], weight, bias)
+
+
+def test_the_norms_of_models_are_torchs_of_any_axes_and_parts(device):
+    norm = nn.LayerNorm(24).to(device).requires_grad_(False)
+    x, weight, _, branch, _ = inputs((6, 14, 24), torch.float32, device)
+    norm.weight.copy_(weight[0, 0])
+    for shape, rows in [((6, 14), 14), ((6, 14), 3), ((2, 3, 2, 7), 3)]:
+        part, added = (each.view(*shape, 24)[:, :rows] for each in (x, branch))
+        torch.testing.assert_close(normalise_tokens(norm, part), norm(part))
+        torch.testing.assert_close(add_normalised(norm, part, added), (part + added, norm(part + added)))
+        with patch.object(dispatch, "_interpreting", False):
+            if device == "cpu":
+                assert torch.equal(normalise_tokens(norm, part), norm(part))
 
 
 def test_the_references_are_torchs_layers(device):

@@ -12,7 +12,7 @@ from cmdgen.config import MINI, MotionConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.dit import DiT
 from cmdgen.models.layers import ResnetBlock
-from cmdgen.models.temporal import MotionBlock
+from cmdgen.models.temporal import FrameBlock, MotionBlock
 from cmdgen.models.transformer import Conditions, TransformerBlock
 from cmdgen.models.vae import KlVae
 from cmdgen_kernels import dispatch
@@ -54,6 +54,11 @@ def motion() -> tuple[nn.Module, Run]:
     return block, lambda: block(noise(2, 5, 9, 48)[:, :, 2:])
 
 
+def frame_block() -> tuple[nn.Module, Run]:
+    block = FrameBlock(48, 3, MINI.content)  # type: ignore[arg-type]
+    return block, lambda: block(noise(2, 3, 7, 48), noise(2, 1, 48))
+
+
 def decoder() -> tuple[nn.Module, Run]:
     assert MINI.autoencoder is not None
     model = CmdAutoencoder(replace(MINI.autoencoder, depth=1))
@@ -78,15 +83,17 @@ def resnet(channels: int) -> tuple[nn.Module, Run]:
     return block, lambda: block(x, shift)
 
 
-MAKERS = (vae, dit, transformer, motion, decoder, lambda: resnet(48), lambda: resnet(24))
+BY_REFERENCES = (vae, dit, transformer, motion, frame_block, decoder)
+MAKERS = (*BY_REFERENCES, lambda: resnet(48), lambda: resnet(24))
+NAMES = ["vae", "dit", "transformer", "motion", "frames", "decoder", "resnet", "shortcut"]
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("make", MAKERS, ids=["vae", "dit", "transformer", "motion", "decoder", "resnet", "shortcut"])
+@pytest.mark.parametrize("make", MAKERS, ids=NAMES)
 def test_kernels_change_nothing(make: Callable[[], tuple[nn.Module, Run]], training: bool) -> None:
     if torch.cuda.is_available():
         pytest.skip("the tests of whole clips compare a GPU's with a CPU's")
-    if training and make in (vae, dit, transformer, motion, decoder):
+    if training and make in BY_REFERENCES:
         pytest.skip("they train by references")
     torch.manual_seed(0)
     block, run = make()
