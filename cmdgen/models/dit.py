@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cmdgen.config import DiTConfig
 from cmdgen.models.layers import timestep_embedding
 from cmdgen.models.pretrained import Pretrained
-from cmdgen_kernels.dispatch import obstacle
+from cmdgen_kernels.dispatch import inference_obstacle, obstacle
 from cmdgen_kernels.gated_attention import softmax_attention
 from cmdgen_kernels.layer_norm import layer_norm
 
@@ -48,6 +48,29 @@ def to_patches(image: Tensor, patch: int) -> Tensor:
     return rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
 
 
+class Mlp(nn.Sequential):
+    """To four times the width and back; GELU in between, by its approximation with tanh."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        up, _, down = self
+        assert isinstance(up, nn.Linear)
+        if not _fuses_gelu(x, up):
+            return super().forward(x)
+        # applied by cuBLASLt to what its product holds in registers
+        h = torch._addmm_activation(up.bias, x.flatten(0, 1), up.weight.t(), use_gelu=True)  # (B L, 4 D)
+        return down(h.unflatten(0, x.shape[:2]))
+
+
+def _fuses_gelu(x: Tensor, layer: nn.Linear) -> bool:
+    """Return whether to use `_addmm_activation`: only CUDA's GELU is by tanh, and it has no gradient."""
+    half = x.dtype == layer.weight.dtype and x.dtype.itemsize == 2
+    return half and x.is_cuda and inference_obstacle(x, layer.weight) is None
+
+
 class Block(nn.Module):
     """Attention and MLP, each modulated and gated by the condition; the identity at first."""
 
@@ -57,7 +80,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = Mlp(width)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """(B, L, D), (B, 1, 6 D), which `modulation` made of the condition -> (B, L, D)."""

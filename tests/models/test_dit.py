@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmdgen.config import CMD_SD15, CMD_SD21, CMD_UCF, DiTConfig, ModelConfig
-from cmdgen.models.dit import DiT, grid_positions
+from cmdgen.models import dit
+from cmdgen.models.dit import DiT, Mlp, grid_positions
 
 MOTION = DiTConfig(in_channels=5, width=24, depth=2, heads=2, text_width=7, context_channels=3, context_patch=4)
 IMAGE = replace(MOTION, in_channels=3, text_width=None, context_channels=None, num_classes=6)
@@ -194,6 +196,50 @@ def test_autocast_stays_close() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         low = predict(model)
     assert (low - predict(model)).norm() < 0.05 * predict(model).norm()
+
+
+def fused_gelu(bias: Tensor, x: Tensor, weight: Tensor, *, use_gelu: bool) -> Tensor:
+    """What CUDA does: cuBLASLt's GELU, and PyTorch's in its place, are by tanh."""
+    assert use_gelu
+    return F.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+
+def test_an_mlp_is_gelu_by_tanh_where_the_product_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, x = Mlp(12).requires_grad_(False), torch.randn(2, 5, 12)
+    plain = mlp(x)
+    assert torch.equal(plain, mlp[2](F.gelu(mlp[0](x), approximate="tanh")))
+    monkeypatch.setattr(dit, "_fuses_gelu", lambda x, layer: True)
+    # a CPU's is by erf
+    assert torch.equal(mlp(x), mlp[2](F.gelu(mlp[0](x))))
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), mlp(x))
+    monkeypatch.setattr(torch, "_addmm_activation", fused_gelu)
+    torch.testing.assert_close(mlp(x), plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_gpus_product_fuses_gelu_by_tanh(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = Mlp(72).cuda().requires_grad_(False)
+    x = torch.randn(2, 77, 72, device="cuda", dtype=dtype)
+    calls, run = [], torch._addmm_activation
+
+    def note(*inputs: Tensor, use_gelu: bool) -> Tensor:
+        calls.append(use_gelu)
+        return run(*inputs, use_gelu=use_gelu)
+
+    monkeypatch.setattr(torch, "_addmm_activation", note)
+    exact, ours = mlp.to(dtype).double()(x.double()), mlp.to(dtype)(x)
+    assert calls == [True]
+    plain = nn.Sequential.forward(mlp, x)
+    largest = exact.abs().max() * torch.finfo(dtype).eps
+    assert (ours - exact).abs().max() <= max(2 * (plain - exact).abs().max(), largest)
+    # with a gradient, in float32 and under autocast it is the layers
+    mlp(x.requires_grad_()).sum().backward()
+    mlp.float()(x.float())
+    with torch.autocast("cuda", dtype), torch.no_grad():
+        mlp(x)
+    assert calls == [True]
 
 
 def test_saved_model_comes_back_exactly(tmp_path: Path) -> None:
