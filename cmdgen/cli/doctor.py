@@ -69,7 +69,8 @@ def doctor(context: typer.Context, machine: Device, say: AsJson) -> None:
     lines = {name: _show(value) for name, value in rows.items()} | {name: _show_op(op) for name, op in ops.items()}
     listed = [{"device": name, **record} for name, record in devices.items()]
     report = {**facts, "devices": listed, "device": str(device), **checks, "ops": ops}
-    say.result("\n".join(f"{name:18}{line}" for name, line in lines.items()), report)
+    width = max(map(len, lines)) + 2
+    say.result("\n".join(f"{name:{width}}{line}" for name, line in lines.items()), report)
     faults = {
         "broken": [name for name, record in checks.items() if "error" in record],
         f"not what the definition gives, on {device}": [name for name, op in ops.items() if op["agrees"] is False],
