@@ -5,6 +5,7 @@ A graph makes one launch of the hundreds of kernels of a forward pass.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -90,12 +91,18 @@ def record(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) ->
         raise
 
 
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """Return the one stream of all captures: what a graph lets go of in a pool serves its own stream alone."""
+    return torch.cuda.Stream(device)
+
+
 def capture(function: Callable[..., Out], inputs: list[Tensor], pool: Pool) -> Callable[[], Out]:
     """Record what a function does with these tensors, and return what does it again.
 
     Any other graph of the pool overwrites the output.
     """
-    side = torch.cuda.Stream()
+    side = _capture_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(_WARM_UP):

@@ -104,8 +104,12 @@ class CmdPipeline(StillPipeline):
         """(B, C, h, w), (B, K, T, W' + H') -> uint8 (B, T, ...) in `pixels`."""
         halves = content.to(self.dtype), motion.to(self.dtype)
         with decoder.observer.stage("frame decode"):
-            latents = decode_clip(self.autoencoder, *halves, decoder.slices)
-            self.check_finite(latents, "autoencoder")
+            rebuild = self.graphed(
+                ("frame decode", decoder.slices),
+                lambda content, motion: decode_clip(self.autoencoder, content, motion, decoder.slices),
+                compiles=False,
+            )
+            latents = self.check_finite(rebuild(*halves), "autoencoder")
         with decoder.observer.stage("VAE decode"):
             picture.finish()
             return decoder.frames(latents, pixels)

@@ -136,8 +136,8 @@ def test_inputs_have_one_order_in_memory_so_that_they_are_one_copy(
     model = load_pipeline(tiny_model)
     model.uses_graphs = True
     model.sample("a dog", sampler=sampler, steps=5, motion_steps=4, **asked)
-    # of the text encoder, the networks and the VAE
-    assert len(copied) == 1 + 5 + 4 + 1
+    # of the text encoder, the networks, the CMD decoder and the VAE
+    assert len(copied) == 1 + 5 + 4 + 1 + 1
 
 
 @pytest.mark.gpu
