@@ -74,6 +74,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return _capabilities[index]
 
 
+def since_hopper(device: torch.device) -> bool:
+    """Return whether a GPU's compute capability is 9.0 or later."""
+    return capability(device) >= (9, 0)
+
+
 @cache
 def _compiler() -> bool:
     """Return whether Triton will find a C compiler and Python's header; looks once."""
@@ -82,6 +87,6 @@ def _compiler() -> bool:
     return any(name and shutil.which(name) for name in names) and header.exists()
 
 
-for _function in (machine_obstacle, shared_memory, capability):
-    # like torch.compiler.assume_constant_result, which would import Triton and all of dynamo
+for _function in (machine_obstacle, shared_memory, since_hopper):
+    # to dynamo a constant: like torch.compiler.assume_constant_result, which would import Triton and all of dynamo
     _function.__dict__["_dynamo_marked_constant"] = True

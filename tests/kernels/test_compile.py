@@ -9,6 +9,7 @@ import torch
 from cmdgen.config import AutoencoderConfig, UNetConfig
 from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.unet import UNet
+from cmdgen_kernels import dispatch
 from cmdgen_kernels.samples import OPS
 
 # both attentions are in it: 4x6 tokens are more than twice a head's width, 2x3 are not
@@ -67,6 +68,12 @@ def test_every_op_compiles_to_one_graph(op):
     torch.manual_seed(0)
     inputs = op.inputs(op.small, torch.float32)
     torch.testing.assert_close(compiled(op.run)(*inputs), op.run(*inputs))
+
+
+def test_a_gpus_generation_is_a_constant_of_the_graph(monkeypatch):
+    monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
+    x = torch.ones(3)
+    assert torch.equal(compiled(lambda x: x + 1 if dispatch.since_hopper(x.device) else x)(x), x + 1)
 
 
 def test_no_kernel_breaks_the_graph_on_a_gpu():

@@ -1,18 +1,17 @@
 import math
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cmdgen_kernels import gated_attention
+from cmdgen_kernels import dispatch, gated_attention
 from cmdgen_kernels.gated_attention import (
     gated_attention_obstacle,
     gated_attention_reference,
-    is_long,
     linear_attention_reference,
     orthogonal_features,
+    pays_cudnn,
     softmax_attention,
 )
 from cmdgen_kernels.samples import FLOAT32_ULPS, results
@@ -174,15 +173,23 @@ def test_what_cannot_be_is_refused(device):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "keys", "newest", "long"),
-    [(2048, 2048, 9, True), (2047, 2047, 9, False), (8192, 77, 9, False), (8192, 8192, 8, False)],
+    ("shape", "keys", "newest", "pays"),
+    [
+        ((2, 5, 8192, 64), 8192, (9, 0), True),
+        ((2, 5, 8192, 64), 77, (9, 0), True),
+        ((1, 16, 512, 72), 512, (10, 0), True),
+        ((2, 20, 512, 64), 77, (9, 0), False),
+        ((2, 20, 128, 64), 128, (9, 0), False),
+        ((32, 8, 256, 160), 256, (9, 0), False),
+        ((2, 5, 8192, 64), 8192, (8, 9), False),
+    ],
 )
-def test_cudnn_attends_among_many_tokens_on_hopper_alone(monkeypatch, tokens, keys, newest, long) -> None:
-    monkeypatch.setattr(sys.modules["cmdgen_kernels.gated_attention"], "capability", lambda device: (newest, 0))
+def test_cudnn_attends_on_hopper_where_there_is_much_to_do(monkeypatch, shape, keys, newest, pays) -> None:
+    monkeypatch.setattr(dispatch, "capability", lambda device: newest)
     # a tensor of a GPU without one: shapes alone
     with FakeTensorMode(), torch.no_grad():
-        q, k = (torch.empty(1, 1, count, 64, device="cuda") for count in (tokens, keys))
-        assert is_long(q, k) == long
+        q, k = torch.empty(shape, device="cuda"), torch.empty(*shape[:2], keys, shape[3], device="cuda")
+        assert pays_cudnn(q, k) == pays
         with torch.enable_grad():
-            assert not is_long(q, k)
-        assert not is_long(torch.empty(1, 1, 4096, 64), torch.empty(1, 1, 4096, 64))
+            assert not pays_cudnn(q, k)
+        assert not pays_cudnn(torch.empty(shape), torch.empty(shape))
