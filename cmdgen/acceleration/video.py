@@ -272,11 +272,13 @@ def _positions(parts: Sequence[Tensor], size: int) -> list[slice]:
 def decode_frames(vae: KlVae, latents: Tensor, size: int | None = None) -> Tensor:
     """(T, c, h, w) scaled -> (T, 3, H, W): `from_latents` of a decoder that looks along time, all frames together.
 
-    A slice of positions has `size` bytes, or a quarter of a frame's.
+    A slice of positions has `size` bytes, or half of what a frame has where it is largest.
     """
     decoder: Any = vae.decoder
     latents = (latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
     frames = [decoder.conv_in(latent[None]) for latent in latents]
+    # smaller ones would leave the peak as it is, and launch more
+    size = size or vae.config.block_out_channels[0] * vae.config.stride**2 * latents[0, 0].nbytes // 2
 
     def run(layer: Any, up: Any = None) -> None:
         moments = FrameMoments(len(frames))
@@ -291,7 +293,7 @@ def decode_frames(vae: KlVae, latents: Tensor, size: int | None = None) -> Tenso
             frames[i] = moments.add(x, slice(i, i + 1))
             del x
         affine = moments.of_clips(1).affine(layer.temporal_res_block.norm1)
-        blend(layer, frames, 1, affine, size or frames[0].nbytes // 4, again=True)
+        blend(layer, frames, 1, affine, size, again=True)
 
     first, *others = decoder.mid_block.resnets
     run(first)
