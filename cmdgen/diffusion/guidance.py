@@ -35,16 +35,9 @@ class Guided:
             return self
         return lambda x, t: self.predict(x, t, *self.positive)
 
-    def branches(self, x: Tensor, t: Tensor) -> Tensor:
-        """(B, C, ...), (B,) -> (2 B, C or 2 C, ...): the raw output, negative branch first."""
-        return self.predict(torch.cat((x, x)), torch.cat((t, t)), *self.both)
-
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, C, ...), (B,) -> (B, C or 2 C, ...), in the dtype of x."""
-        return self.combine(self.branches(x, t), x)
-
-    def combine(self, output: Tensor, x: Tensor) -> Tensor:
-        """(2 B, C or 2 C, ...), (B, C, ...) -> (B, C or 2 C, ...): both branches as one output."""
+        output = self.predict(torch.cat((x, x)), torch.cat((t, t)), *self.both)  # (2 B, C or 2 C, ...)
         prediction, sigma = split_sigma(output, x.shape[1])
         # the scale magnifies rounding: combine in the dtype of the sample, not of the network
         negative, positive = prediction.to(x.dtype).chunk(2)

@@ -18,7 +18,6 @@ from cmdgen.config import LCM_STEPS, NoiseConfig
 from cmdgen.diffusion import schedule
 from cmdgen.diffusion.guidance import Denoise, Guided
 from cmdgen.diffusion.schedule import alphas_cumprod, signal_powers, timesteps
-from cmdgen_kernels.guided_ddim_step import guided_ddim_step
 
 
 @dataclass(frozen=True)
@@ -179,13 +178,7 @@ def _predict(
 
 def _linear_step(denoise: Denoise, x: Tensor, t: float, keep: float, move: float) -> Tensor:
     """(B, C, ...) -> (B, C, ...): weights of the sample and of what is predicted at timestep t."""
-    denoise = _choose(denoise, t)
-    if isinstance(denoise, Guided):
-        output = denoise.branches(x, _at(t, x))
-        if isinstance(denoise.scale, float | int):
-            return guided_ddim_step(x, output, guidance=denoise.scale, keep=keep, move=move)
-        return keep * x + move * denoise.combine(output, x)
-    prediction, _ = schedule.split_sigma(denoise(x, _at(t, x)), x.shape[1])
+    prediction, _ = schedule.split_sigma(_choose(denoise, t)(x, _at(t, x)), x.shape[1])
     return keep * x + move * prediction.to(x.dtype)
 
 

@@ -58,7 +58,6 @@ CASES = (
     ("rotate", "decoder", (64, 320), (1024, 768), (2048, 768)),
     # H, W
     ("yuv420p", "frames", (64, 64), (512, 512), (512, 1024)),
-    ("guided_ddim_step", "latents", (8, 16, 16), (4, 64, 64), (4, 64, 128)),
 )
 # compiling takes the minutes: gradients are timed at this preset's sizes only
 TRAINED = "cmd-sd21"

@@ -6,7 +6,6 @@ from cmdgen_kernels.convolution import doubled_convolution as doubled_convolutio
 from cmdgen_kernels.gated_attention import gated_attention as gated_attention
 from cmdgen_kernels.geglu import geglu as geglu
 from cmdgen_kernels.group_norm_silu import group_norm_silu as group_norm_silu
-from cmdgen_kernels.guided_ddim_step import guided_ddim_step as guided_ddim_step
 from cmdgen_kernels.layer_norm import layer_norm as layer_norm
 from cmdgen_kernels.motion import motion_latents as motion_latents
 from cmdgen_kernels.motion import motion_tokens as motion_tokens

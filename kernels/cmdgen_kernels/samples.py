@@ -108,12 +108,6 @@ def _group_norm_silu(noise: Noise, b: int, c: int, h: int, w: int) -> tuple[Tens
     return noise(b, c, h, w).contiguous(memory_format=torch.channels_last), noise(c), noise(c), noise(b, c)
 
 
-def _guided_ddim_step(noise: Noise, b: int, *sizes: int) -> tuple[Tensor, ...]:
-    """B, C, H, W -> the sample, in float32 at least; the network's output, in channels_last."""
-    output = noise(2 * b, *sizes).contiguous(memory_format=torch.channels_last)
-    return torch.randn_like(output[:b], dtype=torch.promote_types(output.dtype, torch.float32)), output
-
-
 def _convolution(noise: Noise, b: int, c: int, *sizes: int) -> tuple[Tensor, ...]:
     """B, C, H, W -> x in channels_last, the weight of a 1x1 convolution, bias, residual in channels_last."""
     x, residual = (noise(b, c, *sizes).contiguous(memory_format=torch.channels_last) for _ in range(2))
@@ -173,8 +167,6 @@ OPS = (
     _op(ops.time_attention, _time_attention, (2, 5, 7, 3, 40)),
     _op(ops.rotate, _rotate, (2, 7, 72)),
     _op(ops.yuv420p, _yuv420p, (2, 10, 22)),
-    # the step of a text-to-image model halfway through
-    _op(ops.guided_ddim_step, _guided_ddim_step, (3, 4, 9, 7), guidance=7.5, keep=1.02, move=-0.05),
 )
 
 

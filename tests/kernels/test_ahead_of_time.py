@@ -23,7 +23,6 @@ STREAMS = {
     "_wide_attention_softmax_kernel",
     "_time_attention_fwd_kernel",
     "_rotate_fwd_kernel",
-    "_guided_ddim_step_fwd_kernel",
 }
 # and these have nothing to move that much of: sums and latents, thousandths of the whole, or pixels,
 # whose three channels no 16 bytes divide

@@ -83,5 +83,4 @@ def test_no_kernel_breaks_the_graph_on_a_gpu():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     traced = {kernel for op in result["traced"].values() for graph in op.values() for kernel in graph}
-    # its numbers change with every step: dynamo would compile each
-    assert set(result["kernels"]) - traced == {"_guided_ddim_step_fwd_kernel"}
+    assert set(result["kernels"]) == traced
