@@ -12,6 +12,7 @@ from torch import Tensor
 from cmdgen_kernels.dispatch import inference_obstacle
 from cmdgen_kernels.language import power_of_two, program, tl, triton
 
+
 HALF_SQRT = tl.constexpr(0.7071067811865476)
 
 
@@ -24,14 +25,16 @@ def geglu_reference(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _geglu_fwd_kernel(x_ptr, out_ptr, D, BLOCK: tl.constexpr):
-    # one program: BLOCK of the D results of one row
-    i_row, o_d = program(D, BLOCK)
-    m_d = o_d < D
-    b_x = tl.load(x_ptr + i_row * 2 * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_gate = tl.load(x_ptr + (i_row * 2 + 1) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+def _geglu_fwd_kernel(x_ptr, out_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    # one program: BLOCK_D of the D results of BLOCK_N of N rows
+    i_row, o_d = program(D, BLOCK_D)
+    o_n = i_row * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    mask = (o_n < N) & (o_d < D)[None, :]
+    x_ptr += o_n * 2 * D + o_d[None, :]
+    b_x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    b_gate = tl.load(x_ptr + D, mask=mask, other=0.0).to(tl.float32)
     b_x *= 0.5 * b_gate * (1.0 + tl.erf(b_gate * HALF_SQRT))
-    tl.store(out_ptr + i_row * D + o_d, b_x.to(out_ptr.dtype.element_ty), mask=m_d)
+    tl.store(out_ptr + o_n * D + o_d[None, :], b_x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def geglu_obstacle(x: Tensor) -> str | None:
@@ -52,8 +55,9 @@ def geglu(x: Tensor) -> Tensor:
     x, width = x.contiguous(), x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], width)
     if out.numel():
-        block = min(1024, power_of_two(width))
-        programs = out.numel() // width * triton.cdiv(width, block)
-        # 16 bytes of half precision for each thread
-        _geglu_fwd_kernel[(programs,)](x, out, width, BLOCK=block, num_warps=max(block // 256, 1))
+        # 16 bytes of half precision for each of 128 threads; a block of 256 divides the models' widths
+        rows, block = out.numel() // width, min(256, power_of_two(width))
+        block_n = 1024 // block
+        programs = triton.cdiv(rows, block_n) * triton.cdiv(width, block)
+        _geglu_fwd_kernel[(programs,)](x, out, rows, width, BLOCK_N=block_n, BLOCK_D=block, num_warps=4)
     return out
