@@ -13,15 +13,23 @@ from cmdgen_kernels.dispatch import inference_obstacle
 from cmdgen_kernels.language import power_of_two, program, tl, triton
 
 
-HALF_SQRT = tl.constexpr(0.7071067811865476)
-
-
 def geglu_reference(x: Tensor) -> Tensor:
     """(..., 2 D) -> (..., D): the definition."""
     value, gate = x.chunk(2, dim=-1)
     gate = F.gelu(gate)
     # in place, a third of a feed-forward's memory, where no gradient needs what was there
     return gate * value if torch.is_grad_enabled() else gate.mul_(value)
+
+
+@triton.jit
+def _normal_cdf(x):
+    # (1 + erf(x / sqrt(2))) / 2. The tail beyond |x| is a power of two; its exponent is a polynomial that we fitted so
+    # that the tail errs by at most 7e-8. tl.erf takes twice as many instructions
+    z = tl.abs(x)
+    b_log = z * (z * (-2.7721948e-6 * z + 3.8622232e-5) - 1.8255359e-4) - 1.4585798e-4
+    b_log = z * (z * (z * (z * b_log + 7.0754585e-3) - 5.2505021e-2) - 4.5920491e-1) - 1.1511057
+    tail = tl.exp2(z * b_log - 1.0)
+    return tl.where(x < 0, tail, 1.0 - tail)
 
 
 @triton.jit
@@ -33,7 +41,7 @@ def _geglu_fwd_kernel(x_ptr, out_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.c
     x_ptr += o_n * 2 * D + o_d[None, :]
     b_x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
     b_gate = tl.load(x_ptr + D, mask=mask, other=0.0).to(tl.float32)
-    b_x *= 0.5 * b_gate * (1.0 + tl.erf(b_gate * HALF_SQRT))
+    b_x *= b_gate * _normal_cdf(b_gate)
     tl.store(out_ptr + o_n * D + o_d[None, :], b_x.to(out_ptr.dtype.element_ty), mask=mask)
 
 

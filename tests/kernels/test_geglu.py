@@ -18,6 +18,19 @@ def test_geglu_matches_the_reference(shape, dtype, device, assert_parity):
     assert_parity(op, geglu_reference, 3 * x, gradients=False)
 
 
+def test_gates_pass_the_normal_distribution_to_seven_digits(device):
+    gate = torch.linspace(-9, 9, 4096, device=device)[:, None]
+    passed = op(torch.cat((1 / gate, gate), dim=1))
+    torch.testing.assert_close(passed.double(), torch.special.ndtr(gate.double()), rtol=0, atol=2e-7)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_gates_that_are_not_finite_give_no_finite_result(dtype, device):
+    gate = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype, device=device)
+    result = op(torch.cat((torch.ones_like(gate), gate)))
+    assert result[0] == torch.inf and result[1:].isnan().all()
+
+
 def test_gates_far_from_zero_pass_all_or_nothing(dtype, device):
     gate = torch.tensor([100.0, -100.0, 0.0], dtype=dtype, device=device)
     assert op(torch.cat((torch.ones_like(gate), gate))).tolist() == [100.0, 0.0, 0.0]
