@@ -22,6 +22,8 @@ from cmdgen.cli.errors import describe, exit_code, printable, shorten
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.settings import Defaults, read_settings
 
+# bytes that loading torch takes
+_TORCH_SPACE = 640 * 2**20
 VIDEOS, MODELS, MACHINE = "Videos", "Models", "This machine"
 # by name: title of the group, module and attribute in `cmdgen.cli`, and the first sentence of its
 # help, which a test compares: to import all verbs for it would take as long as everything else
@@ -129,6 +131,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, stop)
     _reopen_streams()
+    _check_space()
     # OpenMP's threads spin in barriers, while another process may hold the core that they wait for: a clip
     # beside two such processes took 7 to 42 s. Asleep at once, it takes 2.3 s where nothing else runs, not
     # 2.0; after a short spin it takes 2.0 s, and 3.5 s beside them
@@ -152,6 +155,23 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if received:
             sys.exit(128 + received[0])
     sys.exit(code)
+
+
+class _NoRoom:
+    """Where an import of torch is an error."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "torch":
+            raise MemoryError(f"less than {_TORCH_SPACE >> 20} MiB of address space, which torch takes (ulimit -v)")
+
+
+def _check_space() -> None:
+    """Make an import of torch an error where its libraries would end the process."""
+    with suppress(ImportError):
+        import resource
+
+        if resource.getrlimit(resource.RLIMIT_AS)[0] in range(_TORCH_SPACE):
+                sys.meta_path.insert(0, _NoRoom())
 
 
 def _reopen_streams() -> None:
