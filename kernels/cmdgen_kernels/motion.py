@@ -14,9 +14,10 @@ kernel, with the weights transposed.
 column sums and row sums. A projection is linear, so it projects these unfinished sums at once and
 writes K numbers for each in place of D; a second, small kernel adds them in a fixed order.
 
-`motion_tokens` writes u once. A thread keeps its channels' projected columns and weights in
-registers and goes down the rows. Threads of one warp share the content and differ in t, so that the
-content is read once for (up to) 16 frames.
+`motion_tokens` writes u once. A first, small kernel projects the latents to lines, one of D numbers
+for each column and row of a frame. The second adds: a thread keeps the content of some tokens in
+registers and goes through the frames. A line serves a whole column or row: to project it again in
+each program that adds it takes longer than to read it.
 """
 
 from typing import Any
@@ -27,17 +28,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cmdgen_kernels.dispatch import obstacle
-from cmdgen_kernels.language import power_of_two, tl, triton
+from cmdgen_kernels.language import power_of_two, program, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # enough to occupy a GPU to the end: some thirty for each of some 130 multiprocessors
 WARPS = 4096
-# with fewer rows, what a program computes once for its columns would dominate
-LEAST_ROWS = 4
+# rows or frames that a program takes: with fewer, what it does once would dominate
+LEAST_STEPS = 4
 # consecutive bytes of one token's channels: a line of the cache
 LINE = 128
-# more weights would not fit the registers of a thread of `_motion_tokens_kernel`
+# the kernels' loops over K are unrolled
 MOST_CHANNELS = 16
 
 
@@ -191,12 +192,49 @@ def _motion_combine_kernel(
 
 
 @triton.jit
-def _motion_tokens_kernel(
-    content_ptr,
+def _motion_lines_kernel(
     motion_ptr,
-    weights_ptr,
+    weight_w_ptr,
+    weight_h_ptr,
     bias_w_ptr,
     bias_h_ptr,
+    lines_ptr,
+    B,
+    T,
+    W,
+    S,
+    D,
+    K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # one program: BLOCK_S of the W columns, or of the rows, of one frame (t, b), BLOCK_D of D
+    i_row, o_d = program(D, BLOCK_D)
+    n_w = tl.cdiv(W, BLOCK_S)
+    n_s = n_w + tl.cdiv(S - W, BLOCK_S)
+    i_s, i_frame = (i_row % n_s).to(tl.int32), i_row // n_s
+    across = i_s < n_w
+    o_s = tl.where(across, i_s * BLOCK_S, W + (i_s - n_w) * BLOCK_S) + tl.arange(0, BLOCK_S)
+    m_s, m_d = o_s < tl.where(across, W, S), o_d < D
+    m_w, m_h = o_d < tl.where(across, D, 0), o_d < tl.where(across, 0, D)
+    motion_ptr += (i_frame % B * K * T + i_frame // B) * S + o_s
+    # the columns hold both biases
+    b_bias = tl.load(bias_w_ptr + o_d, mask=m_w, other=0.0).to(tl.float32)
+    b_bias += tl.load(bias_h_ptr + o_d, mask=m_w, other=0.0).to(tl.float32)
+    b_lines = tl.zeros([BLOCK_S, BLOCK_D], tl.float32) + b_bias[None, :]
+    for k in tl.static_range(K):
+        b_weight = tl.load(weight_w_ptr + o_d * K + k, mask=m_w, other=0.0).to(tl.float32)
+        b_weight += tl.load(weight_h_ptr + o_d * K + k, mask=m_h, other=0.0).to(tl.float32)
+        b_latent = tl.load(motion_ptr + k * T * S, mask=m_s, other=0.0).to(tl.float32)
+        b_lines += b_latent[:, None] * b_weight[None, :]
+    o_lines = (i_frame * S + o_s[:, None]) * D + o_d[None, :]
+    tl.store(lines_ptr + o_lines, b_lines, mask=m_s[:, None] & m_d[None, :])
+
+
+@triton.jit
+def _motion_tokens_kernel(
+    content_ptr,
+    lines_ptr,
     tokens_ptr,
     B,
     T,
@@ -206,74 +244,56 @@ def _motion_tokens_kernel(
     content_b,
     content_h,
     content_w,
-    ROWS,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    FRAMES,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # one program: ROWS rows by COLUMNS columns of BLOCK_T frames, BLOCK_D of D
-    n_d, n_w, n_t = tl.cdiv(D, BLOCK_D), tl.cdiv(W, COLUMNS), tl.cdiv(T, BLOCK_T)
+    # one program: ROWS rows by BLOCK_W columns of FRAMES frames, BLOCK_D of D
+    n_d, n_w, n_t, n_h = tl.cdiv(D, BLOCK_D), tl.cdiv(W, BLOCK_W), tl.cdiv(T, FRAMES), tl.cdiv(H, ROWS)
     i_d = tl.program_id(0) % n_d
-    i_w = tl.program_id(0) // n_d % n_w * COLUMNS
-    i_t = tl.program_id(0) // (n_d * n_w) % n_t
-    i_b = (tl.program_id(0) // (n_d * n_w * n_t)).to(tl.int64)
+    i_w = tl.program_id(0) // n_d % n_w
+    i_t = tl.program_id(0) // (n_d * n_w) % n_t * FRAMES
+    i_h = tl.program_id(0) // (n_d * n_w * n_t) % n_h * ROWS
+    i_b = (tl.program_id(0) // (n_d * n_w * n_t * n_h)).to(tl.int64)
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    m_d, m_t = o_d < D, o_t < T
-    motion_ptrs = motion_ptr + i_b * K * T * (W + H) + o_t * (W + H)
-    # (2, K, D): of the columns, of the rows
-    weights_ptrs = weights_ptr + o_d
+    o_w = i_w * BLOCK_W + tl.arange(0, BLOCK_W)
+    content_ptr += i_b * content_b + i_h.to(tl.int64) * content_h
+    o_content = o_w[:, None].to(tl.int64) * content_w + o_d[None, :]
+    # tuples of tiles, one for each row: the layout of a tile with a third dimension differs between versions of Triton
+    m_tokens = ()
+    b_content = ()
+    for i in tl.static_range(ROWS):
+        m_row = (o_w < W)[:, None] & (o_d < tl.where(i_h + i < H, D, 0))[None, :]
+        b_row = tl.load(content_ptr + i * content_h + o_content, mask=m_row, other=0.0).to(tl.float32)
+        m_tokens += (m_row,)  # type: ignore[assignment]
+        b_content += (b_row,)  # type: ignore[assignment]
 
-    # the projected columns, a tuple of tiles: of a tile with a third dimension, which of the outer
-    # two the threads of a warp divide would differ between versions of Triton
-    b_bias = tl.load(bias_w_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_bias += tl.load(bias_h_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
-    b_columns = (tl.zeros([BLOCK_T, BLOCK_D], tl.float32) + b_bias[None, :],) * COLUMNS
-    for k in tl.static_range(K):
-        b_weight = tl.load(weights_ptrs + k * D, mask=m_d, other=0.0).to(tl.float32)
-        b_sums = ()
-        for i in tl.static_range(COLUMNS):
-            m_latent = o_t < tl.where(i_w + i < W, T, 0)
-            o_latent = k * T * (W + H) + i_w + i
-            b_latent = tl.load(motion_ptrs + o_latent, mask=m_latent, other=0.0)
-            b_across = b_latent.to(tl.float32)[:, None] * b_weight[None, :]
-            b_sums += (b_columns[i] + b_across,)  # type: ignore[assignment]
-        b_columns = b_sums
-    b_weights = ()
-    for k in tl.static_range(K):
-        b_weight = tl.load(weights_ptrs + (K + k) * D, mask=m_d, other=0.0)
-        b_weights += (b_weight.to(tl.float32),)  # type: ignore[assignment]
-
-    first = tl.program_id(1) * ROWS
-    tokens_ptr += ((i_b * H + first) * W + i_w) * D
-    o_tokens = o_t[:, None].to(tl.int64) * B * H * W * D + o_d[None, :]
-    # every frame reads it: in the tokens' layout, without a passage through shared memory
-    content_ptr += i_b * content_b + first.to(tl.int64) * content_h
-    content_ptr += tl.cast(i_w, tl.int64) * content_w
-    o_content = tl.broadcast_to(o_d[None, :], [BLOCK_T, BLOCK_D])
-    for h in range(first, tl.minimum(first + ROWS, H)):
-        b_down = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        for k in tl.static_range(K):
-            o_latent = k * T * (W + H) + W + h
-            b_latent = tl.load(motion_ptrs + o_latent, mask=m_t, other=0.0)
-            b_down += b_latent.to(tl.float32)[:, None] * b_weights[k][None, :]
-        for i in tl.static_range(COLUMNS):
-            m_tokens = m_t[:, None] & (o_d < tl.where(i_w + i < W, D, 0))[None, :]
-            b_still = tl.load(content_ptr + i * content_w + o_content, mask=m_tokens, other=0.0)
-            b_tokens = b_still.to(tl.float32) + b_columns[i] + b_down
-            b_tokens = b_tokens.to(tokens_ptr.dtype.element_ty)
-            tl.store(tokens_ptr + i * D + o_tokens, b_tokens, mask=m_tokens)
-        tokens_ptr += W * D
-        content_ptr += content_h
+    i_frame, next_frame = i_t * B + i_b, tl.cast(B, tl.int64) * D
+    lines_ptr += i_frame * (W + H) * D
+    tokens_ptr += (i_frame * H + i_h) * W * D
+    o_tokens = o_w[:, None] * D + o_d[None, :]
+    # every column reads the row's line: in the tokens' layout, without a passage through shared memory
+    o_down = (W + i_h) * D + tl.broadcast_to(o_d[None, :], [BLOCK_W, BLOCK_D])
+    for _ in range(i_t, tl.minimum(i_t + FRAMES, T)):
+        b_across = tl.load(lines_ptr + o_tokens, mask=m_tokens[0], other=0.0)  # type: ignore[misc]
+        # all loads before the first store, which no load may pass
+        b_down = ()
+        for i in tl.static_range(ROWS):
+            b_down += (tl.load(lines_ptr + i * D + o_down, mask=m_tokens[i], other=0.0),)  # type: ignore[assignment]
+        for i in tl.static_range(ROWS):
+            b_tokens = (b_content[i] + b_across + b_down[i]).to(tokens_ptr.dtype.element_ty)
+            tl.store(tokens_ptr + i * W * D + o_tokens, b_tokens, mask=m_tokens[i])
+        lines_ptr += next_frame * (W + H)
+        tokens_ptr += next_frame * H * W
 
 
-def _rows_per_program(height: int, warps: int) -> int:
-    """Choose a power of two; `warps` is how many would run if each program had all rows."""
-    share, rows = max(LEAST_ROWS, height * warps // WARPS), 1
-    while 2 * rows <= share:
-        rows *= 2
-    return min(rows, power_of_two(height))
+def _steps_per_program(steps: int, warps: int) -> int:
+    """Choose a power of two; `warps` is how many would run if each program took all steps."""
+    share, taken = max(LEAST_STEPS, steps * warps // WARPS), 1
+    while 2 * taken <= share:
+        taken *= 2
+    return min(taken, power_of_two(steps))
 
 
 def _block_of_channels(width: int, itemsize: int) -> int:
@@ -287,7 +307,7 @@ def _sums_options(frames: int, size: tuple[int, int, int], itemsize: int) -> dic
     block_w = min(power_of_two(width), 64)
     warps = max(1, block_w * block_d * itemsize // (4 * 32 * 16))
     programs = frames * triton.cdiv(width, block_w) * triton.cdiv(channels, block_d)
-    rows = _rows_per_program(height, programs * warps)
+    rows = _steps_per_program(height, programs * warps)
     return {"ROWS": rows, "BLOCK_W": block_w, "BLOCK_D": block_d, "num_warps": warps}
 
 
@@ -334,36 +354,34 @@ def _latents(
     return motion, columns, rows
 
 
-def _tokens_options(batch: int, size: tuple[int, int, int, int], itemsize: int) -> tuple[int, dict[str, int]]:
-    """Choose tiles in which each thread writes 16 bytes of one frame, for four columns in turn, and count them."""
-    frames, height, width, channels = size
-    block_d = _block_of_channels(channels, itemsize)
-    block_t = min(power_of_two(frames), 16)
-    columns = min(power_of_two(width), 4)
-    warps = max(1, block_t * block_d * itemsize // (32 * 16))
-    blocks = batch * triton.cdiv(frames, block_t) * triton.cdiv(width, columns) * triton.cdiv(channels, block_d)
-    options = {"ROWS": _rows_per_program(height, blocks * warps), "COLUMNS": columns}
-    return blocks, options | {"BLOCK_T": block_t, "BLOCK_D": block_d, "num_warps": warps}
-
-
 def _tokens(content: Tensor, motion: Tensor, weights: tuple[Tensor, Tensor], biases: tuple[Tensor, Tensor]) -> Tensor:
-    """(B, H, W, D), (B, K, T, W + H), (K, D) x 2, (D,) x 2 -> (B, T, H, W, D).
+    """(B, H, W, D), (B, K, T, W + H), (D, K) x 2, (D,) x 2 -> (B, T, H, W, D).
 
     A view of memory in which time comes first.
     """
     batch, height, width, channels = content.shape
-    latents, frames = motion.shape[1:3]
+    latents, frames, length = motion.shape[1:]
     motion = motion.contiguous()
     content = content if content.stride(-1) == 1 else content.contiguous()
+    lines = content.new_empty((frames, batch, length, channels), dtype=torch.float32)
     tokens = content.new_empty((frames, batch, height, width, channels))
-    blocks, options = _tokens_options(batch, (frames, height, width, channels), tokens.element_size())
     if tokens.numel():
-        # one small copy, so that 16 bytes hold the weights of neighbouring channels
-        stacked = torch.stack(weights)
-        sizes = batch, frames, height, width, channels, *content.stride()[:3]
-        _motion_tokens_kernel[(blocks, triton.cdiv(height, options["ROWS"]))](
-            content, motion, stacked, *biases, tokens, *sizes, K=latents, **options
+        block_d, block_s, rows = _block_of_channels(channels, tokens.element_size()), 32, min(power_of_two(height), 4)
+        n_d = triton.cdiv(channels, block_d)
+        programs = frames * batch * (triton.cdiv(width, block_s) + triton.cdiv(height, block_s)) * n_d
+        weight_w, weight_h = (weight.contiguous() for weight in weights)
+        options = {"K": latents, "BLOCK_S": block_s, "BLOCK_D": block_d, "num_warps": 2}
+        _motion_lines_kernel[(programs,)](
+            motion, weight_w, weight_h, *biases, lines, batch, frames, width, length, channels, **options
         )
+        # each thread has 16 bytes of each row
+        block_w = min(power_of_two(width), 16)
+        warps = max(1, block_w * block_d * tokens.element_size() // (32 * 16))
+        programs = batch * triton.cdiv(height, rows) * triton.cdiv(width, block_w) * n_d
+        taken = _steps_per_program(frames, programs * warps)
+        sizes = batch, frames, height, width, channels, *content.stride()[:3], taken
+        options = {"ROWS": rows, "BLOCK_W": block_w, "BLOCK_D": block_d, "num_warps": warps}
+        _motion_tokens_kernel[(programs * triton.cdiv(frames, taken),)](content, lines, tokens, *sizes, **options)
     return tokens.transpose(0, 1)
 
 
@@ -378,7 +396,7 @@ def _weight_gradients(motion: Tensor, columns: Tensor, rows: Tensor, dtype: torc
 
 
 class MotionLatents(torch.autograd.Function):
-    """`_motion_sums_kernel` and `_motion_combine_kernel`; backward, `_motion_tokens_kernel`."""
+    """The kernels of sums; backward, those of lines and tokens."""
 
     @staticmethod
     def forward(
@@ -433,7 +451,7 @@ class MotionLatents(torch.autograd.Function):
             # one row of zeros, which is cached, instead of a second kernel that adds no content
             zeros = grad.new_zeros(weight_w.shape[1], dtype=u_dtype)
             still = zeros.expand(grad.shape[0], height, width, -1)
-            grad_u = _tokens(still, grad, (weight_w, weight_h), (zeros, zeros))
+            grad_u = _tokens(still, grad, (weight_w.T, weight_h.T), (zeros, zeros))
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
             grad_weight_w, grad_weight_h = _weight_gradients(grad, columns, rows, weight_w.dtype)
         grad_bias_w, grad_bias_h = grad_bias_w.to(bias_w_dtype), grad_bias_h.to(bias_h_dtype)
@@ -441,7 +459,7 @@ class MotionLatents(torch.autograd.Function):
 
 
 class MotionTokens(torch.autograd.Function):
-    """`_motion_tokens_kernel`; backward, `_motion_sums_kernel` and `_motion_combine_kernel`."""
+    """The kernels of lines and tokens; backward, those of sums."""
 
     @staticmethod
     def forward(
@@ -451,7 +469,7 @@ class MotionTokens(torch.autograd.Function):
         ctx.save_for_backward(motion, weight_w, weight_h)
         ctx.dtypes = content.dtype, bias_w.dtype, bias_h.dtype
         biases = bias_w.contiguous(), bias_h.contiguous()
-        return _tokens(content, motion, (weight_w.T, weight_h.T), biases)
+        return _tokens(content, motion, (weight_w, weight_h), biases)
 
     @staticmethod
     @once_differentiable

@@ -16,6 +16,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 STREAMS = {
     "_content_frame_fwd_kernel",
     "_content_frame_bwd_kernel",
+    "_motion_tokens_kernel",
     "_group_norm_silu_apply_kernel",
     "_group_norm_silu_bwd_apply_kernel",
     "_layer_norm_fwd_kernel",
