@@ -18,10 +18,10 @@ def test_geglu_matches_the_reference(shape, dtype, device, assert_parity):
     assert_parity(op, geglu_reference, 3 * x, gradients=False)
 
 
-def test_gates_pass_the_normal_distribution_to_seven_digits(device):
+def test_gates_pass_the_normal_distribution_to_six_digits(device):
     gate = torch.linspace(-9, 9, 4096, device=device)[:, None]
     passed = op(torch.cat((1 / gate, gate), dim=1))
-    torch.testing.assert_close(passed.double(), torch.special.ndtr(gate.double()), rtol=0, atol=2e-7)
+    torch.testing.assert_close(passed.double(), torch.special.ndtr(gate.double()), rtol=0, atol=4e-7)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
