@@ -171,7 +171,7 @@ def _check_space() -> None:
         import resource
 
         if resource.getrlimit(resource.RLIMIT_AS)[0] in range(_TORCH_SPACE):
-                sys.meta_path.insert(0, _NoRoom())
+            sys.meta_path.insert(0, _NoRoom())
 
 
 def _reopen_streams() -> None:
