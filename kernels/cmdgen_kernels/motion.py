@@ -38,7 +38,7 @@ WARPS = 4096
 LEAST_STEPS = 4
 # consecutive bytes of one token's channels: a line of the cache
 LINE = 128
-# the kernels' loops over K are unrolled
+# `_motion_sums_kernel` holds the rows' weights in registers
 MOST_CHANNELS = 16
 
 
@@ -222,7 +222,7 @@ def _motion_lines_kernel(
     b_bias = tl.load(bias_w_ptr + o_d, mask=m_w, other=0.0).to(tl.float32)
     b_bias += tl.load(bias_h_ptr + o_d, mask=m_w, other=0.0).to(tl.float32)
     b_lines = tl.zeros([BLOCK_S, BLOCK_D], tl.float32) + b_bias[None, :]
-    for k in tl.static_range(K):
+    for k in range(K):
         b_weight = tl.load(weight_w_ptr + o_d * K + k, mask=m_w, other=0.0).to(tl.float32)
         b_weight += tl.load(weight_h_ptr + o_d * K + k, mask=m_h, other=0.0).to(tl.float32)
         b_latent = tl.load(motion_ptr + k * T * S, mask=m_s, other=0.0).to(tl.float32)
