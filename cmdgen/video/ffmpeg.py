@@ -33,17 +33,19 @@ def run_ffmpeg(
         env={**os.environ, "SVT_LOG": "1"},
         start_new_session=True,
     ) as process:
-        assert process.stderr is not None
         # a pipe that nobody reads would stop ffmpeg when it is full
         listener = Thread(target=_listen, args=(process.stderr, said), daemon=True)
-        listener.start()
         try:
+            # here, too, Ctrl-C may come: nothing closes the pipe while the thread reads from it
+            listener.start()
             yield process, said
         except BaseException:
             process.kill()
             raise
         finally:
-            listener.join()
+            # it is not there yet if starting it was interrupted
+            with suppress(RuntimeError):
+                listener.join()
 
 
 def _listen(stderr: IO[bytes], said: bytearray) -> None:

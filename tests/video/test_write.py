@@ -15,6 +15,8 @@ import pytest
 from PIL import Image, ImageSequence
 
 from cmdgen.request import Request
+from cmdgen.video import ffmpeg
+from cmdgen.video.ffmpeg import run_ffmpeg
 from cmdgen.video.formats import STDOUT, Encoding, choose_encoding
 from cmdgen.video.read import read_metadata, read_video
 from cmdgen.video.write import EncoderError, Output, check_output, open_video, write_still
@@ -394,3 +396,26 @@ def test_a_named_pipe_and_a_device_take_a_video_live(tmp_path, colours):
     with pytest.raises(ValueError, match="webm cannot go to stdout or a pipe"):
         choose_encoding("/dev/null", format="webm")
     assert Request(output="/dev/stdout").output == STDOUT
+
+
+def test_ctrl_c_while_ffmpeg_starts_does_not_wait_for_it(monkeypatch) -> None:
+    class Interrupted(Thread):
+        def start(self) -> None:
+            super().start()
+            raise KeyboardInterrupt
+
+    ended = []
+
+    def run() -> None:
+        try:
+            with run_ffmpeg(*"-f rawvideo -pix_fmt gray -s 2x2 -i pipe:0 -f null -".split(), stdin=subprocess.PIPE):
+                pass
+        except KeyboardInterrupt:
+            ended.append(True)
+
+    # it reads from a pipe that nobody closes
+    worker = Thread(target=run, daemon=True)
+    monkeypatch.setattr(ffmpeg, "Thread", Interrupted)
+    worker.start()
+    worker.join(20)
+    assert ended
