@@ -408,7 +408,10 @@ def test_ctrl_c_while_ffmpeg_starts_does_not_wait_for_it(monkeypatch) -> None:
 
     def run() -> None:
         try:
-            with run_ffmpeg(*"-f rawvideo -pix_fmt gray -s 2x2 -i pipe:0 -f null -".split(), stdin=subprocess.PIPE):
+            with run_ffmpeg(
+                *["-f", "rawvideo", "-pix_fmt", "gray", "-s", "2x2", "-i", "pipe:0", "-f", "null", "-"],
+                stdin=subprocess.PIPE,
+            ):
                 pass
         except KeyboardInterrupt:
             ended.append(True)
