@@ -53,7 +53,7 @@ def doctor(context: typer.Context, machine: Device, say: AsJson) -> None:
         "cmdgen": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": next((each.version for each in distributions(name="triton")), None),
+        **{name: next((each.version for each in distributions(name=name)), None) for name in ("triton", "av")},
         "system": platform.platform(),
     }
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]

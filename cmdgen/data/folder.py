@@ -6,7 +6,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cmdgen.data.clips import SPLITS, Clips, Indices, Size
 from cmdgen.files import MOST_TEXT, decode_text, parse_json, read_text, temporary_folder
+from cmdgen.video.plain import MOST_BYTES, Decoders
 from cmdgen.video.read import count_frames, read_clip
 
 # the first that a folder has is read; the others are as the Hugging Face hub has them
@@ -45,6 +46,13 @@ class Video:
 
     def __str__(self) -> str:
         return str(self.file if self.start is None else self.file / self.name)
+
+    def small(self) -> bytes:
+        """Return the bytes of the file; none of a large one, and of one that cannot be read."""
+        with suppress(OSError), self.file.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size if self.start is None else self.size
+            return _part(file, self.start or 0, size) if size <= MOST_BYTES else b""
+        return b""
 
     @contextmanager
     def unpacked(self) -> Iterator[Path]:
@@ -81,9 +89,10 @@ class Folder:
             raise ValueError(f"{path} is neither a folder nor a tar")
         videos = list(_find(path.absolute()))
         self.left_out: dict[str, str] = {}
+        self._decoders = Decoders()
         if frames is not None:
             with ThreadPoolExecutor(os.cpu_count()) as threads:
-                reasons = threads.map(partial(_find_fault, fps=fps, frames=frames), videos)
+                reasons = threads.map(partial(_find_fault, self._decoders, fps=fps, frames=frames), videos)
                 self.left_out = {video.name: reason for video, reason in zip(videos, reasons, strict=True) if reason}
         found, videos = len(videos), [video for video in videos if video.name not in self.left_out]
         if len(videos) < 2:
@@ -120,7 +129,8 @@ class Folder:
     def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0) -> Clips:
         """(B,) -> clips of `size` (height, width): the first frames at the folder's rate, resized."""
         chosen = [self._videos[i] for i in torch.as_tensor(indices).tolist()]
-        clips = torch.stack([*self._threads.map(partial(_read, size=size, frames=frames, fps=self.fps), chosen)])
+        read = partial(_read, self._decoders, size=size, frames=frames, fps=self.fps)
+        clips = torch.stack([*self._threads.map(read, chosen)])
         return Clips(clips.to(device), None, self.captions(indices, variant))
 
 
@@ -235,11 +245,12 @@ def _lines(file: Path) -> list[str]:
     return read_text(file, _MOST).splitlines()
 
 
-def _find_fault(video: Video, *, fps: int, frames: int) -> str:
+def _find_fault(decoders: Decoders, video: Video, *, fps: int, frames: int) -> str:
     """Return why a file is no clip to learn from; empty where it is one, as far as its header says."""
     try:
-        with video.unpacked() as file:
-            count = count_frames(file, fps, frames)
+        if (count := decoders.count(video.small(), fps, frames)) is None:
+            with video.unpacked() as file:
+                count = count_frames(file, fps, frames)
     except ValueError as error:
         return str(error)
     return "" if count >= frames else _too_short(video, count, fps, frames)
@@ -249,10 +260,11 @@ def _too_short(video: Video, count: int, fps: int, frames: int) -> str:
     return f"{video} has {count} frames at {fps} fps, {frames} are needed"
 
 
-def _read(video: Video, *, size: tuple[int, int], frames: int, fps: int) -> Tensor:
+def _read(decoders: Decoders, video: Video, *, size: tuple[int, int], frames: int, fps: int) -> Tensor:
     """-> (T, 3, H, W) uint8: the first `frames` frames at `fps`, cropped in the middle and resized."""
-    with video.unpacked() as file:
-        clip, source = read_clip(file, frames=frames, size=size, fps=fps)
-    if source.held:
-        raise ValueError(_too_short(video, frames - source.held, fps, frames))
+    if (clip := decoders.read(video.small(), frames=frames, size=size, fps=fps)) is None:
+        with video.unpacked() as file:
+            clip, source = read_clip(file, frames=frames, size=size, fps=fps)
+        if source.held:
+            raise ValueError(_too_short(video, frames - source.held, fps, frames))
     return torch.from_numpy(clip).permute(0, 3, 1, 2).contiguous()

@@ -66,9 +66,10 @@ _BROKEN = (
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 # pixels as wide as they are high, by making the longer side shorter
-_SQUARE = (
+SQUARE = (
     "scale=w='if(gt(sar,1),iw,max(1,round(iw*sar)))':h='if(gt(sar,1),max(1,round(ih/sar)),ih)'"
-    ":flags=bicubic+accurate_rnd+full_chroma_int,format=rgb24"
+    ":flags=bicubic+accurate_rnd+full_chroma_int",
+    "format=rgb24",
 )
 # a stream, or a picture that phones store in tiles, as ffmpeg describes it: what is in the bracket
 # behind its pixels' format, and its size
@@ -85,7 +86,8 @@ _TO_SRGB = (
 # of a picture whose colours are converted
 _PIXELS_TOGETHER = 2**21
 # lines from which colours without a tag are BT.709
-_HD = 720
+HD = 720
+UNTAGGED_HD = "setparams=colorspace=bt709"
 _READABLE = f"videos, {', '.join(_PICTURES.groupindex)}, tga and heic"
 File = str | os.PathLike[str]
 # frames, each with the seconds for which it is shown
@@ -305,13 +307,8 @@ def _video(file: Path, fps: float | None, limit: int | None, source: Source) -> 
     rate = []
     if fps is not None and whole is None:
         assert limit is not None
-        # where time leaps, ffmpeg makes all frames between at once: let it make no more than are
-        # needed. The unit of time must be short for that
-        rate = ["settb=intb/ceil(intb*1000)"]
-        rate += [f"setpts=min(PTS-STARTPTS\\,ceil({(limit + 2) / fps!r}/TB))"]
-        # rounded to the nearest: the last one that began by the middle of the time
-        rate += [f"fps={float(fps)!r}:round=near"]
-    filters = ",".join([*scan, *rate, *colours, _SQUARE])
+        rate = set_rate(fps, limit)
+    filters = ",".join([*scan, *rate, *colours, *SQUARE])
     arguments = ["-filter_complex", f"[0:{stream}]{filters}[v]", "-map", "[v]", "-fps_mode", "passthrough"]
     arguments += [] if limit is None else ["-frames:v", str(limit)]
     said = bytearray()
@@ -327,6 +324,18 @@ def _video(file: Path, fps: float | None, limit: int | None, source: Source) -> 
         _describe(said.decode(errors="replace"), source)
 
 
+def set_rate(fps: float, limit: int) -> list[str]:
+    """Return ffmpeg's filters that show a video at `fps`, for at least `limit` frames."""
+    return [
+        # where time leaps, ffmpeg makes all frames between at once: let it make no more than are
+        # needed. The unit of time must be short for that
+        "settb=intb/ceil(intb*1000)",
+        f"setpts=min(PTS-STARTPTS\\,ceil({(limit + 2) / fps!r}/TB))",
+        # rounded to the nearest: the last one that began by the middle of the time
+        f"fps={float(fps)!r}:round=near",
+    ]
+
+
 def _choose_filters(file: Path) -> tuple[str, list[str], list[str], set[int] | None]:
     """Return ffmpeg's name of what to show, the filters of its scan and of its colours, and sides of tiles joined."""
     with _decode(file) as (output, said):
@@ -337,8 +346,8 @@ def _choose_filters(file: Path) -> tuple[str, list[str], list[str], set[int] | N
     tags, colours = found["tags"] or "", []
     if _WIDE.search(tags):
         colours = [_TO_SRGB]
-    elif not re.search("bt|smpte|fcc|gbr|ycgco", tags) and int(found["height"]) >= _HD:
-        colours = ["setparams=colorspace=bt709"]
+    elif not re.search("bt|smpte|fcc|gbr|ycgco", tags) and int(found["height"]) >= HD:
+        colours = [UNTAGGED_HD]
     scan = ["bwdif=mode=send_frame:deint=interlaced"] if "first" in tags else []
     if found["tiles"] is None:
         return "V:0", scan, colours, None
@@ -378,7 +387,7 @@ def _decode(file: Path, *arguments: str) -> Iterator[tuple[IO[bytes], bytearray]
     output = [*arguments, "pipe:1"] if arguments else []
     with run_ffmpeg(*options, "-i", f"file:{file}", *output) as (process, said):
         assert process.stdout is not None
-        _limit_memory(process.pid)
+        limit_memory(process.pid)
         timer = Timer(MOST_SECONDS, process.kill)
         timer.start()
         try:
@@ -390,7 +399,7 @@ def _decode(file: Path, *arguments: str) -> Iterator[tuple[IO[bytes], bytearray]
         raise ValueError(f"{file} takes longer than {MOST_SECONDS} seconds to read")
 
 
-def _limit_memory(process: int) -> None:
+def limit_memory(process: int) -> None:
     """Limit the memory of a program that reads untrusted files, where the system can."""
     if sys.platform == "linux":
         import resource
