@@ -1,5 +1,6 @@
 """Jobs on a Ray cluster: actors that keep a model loaded make the forwards that one process would make."""
 
+import logging
 import os
 import signal
 import sys
@@ -91,7 +92,7 @@ class Cluster(Batch):
         settings: dict[str, Any] = {"include_dashboard": False} if self.options.ray == "local" else {}
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(address=self.options.ray, log_to_driver=False, logging_level="ERROR", **settings)
+            ray.init(address=self.options.ray, log_to_driver=False, logging_level=logging.ERROR, **settings)
         # a node that does not start in time is a plain Exception of Ray's
         except Exception as error:
             raise Failure(f"Ray at {self.options.ray} does not answer: {error}") from error

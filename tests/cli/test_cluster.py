@@ -1,4 +1,4 @@
-"""Clips that a Ray cluster makes are those of one process, even where one of its processes dies."""
+"""Clips that a Ray cluster makes are those of one process, even where one of its processes dies; Ctrl-C ends all."""
 
 import json
 import os
@@ -19,6 +19,17 @@ def command(model: Path, folder: Path, *options: object) -> list[str]:
     shared = ["--model", model, "--seed", 1, "--batch", 2, "--threads", 1, "--json"]
     options = ("-f", folder.parent / "jobs.txt", "-o", folder / "{index}.mp4", *shared, *options)
     return [sys.executable, "-m", "cmdgen", "sample", *map(str, options)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def descendants(process: int) -> list[int]:
@@ -44,12 +55,11 @@ def actors(process: int) -> list[int]:
 def test_a_cluster_makes_the_files_of_one_process_though_an_actor_dies(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     (tmp_path / "jobs.txt").write_text("".join(f"{line}\n" for line in LINES))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
     one, many = tmp_path / "one", tmp_path / "many"
-    alone = subprocess.run(command(tiny_model, one), env=environment, capture_output=True, text=True)
+    alone = subprocess.run(command(tiny_model, one), env=environment(), capture_output=True, text=True)
     assert alone.returncode == 6, alone.stderr
     driver = subprocess.Popen(
-        command(tiny_model, many, "--ray", "local"), env=environment, stdout=subprocess.PIPE, text=True
+        command(tiny_model, many, "--ray", "local"), env=environment(), stdout=subprocess.PIPE, text=True
     )
     deadline, killed = time.monotonic() + 300, 0
     while driver.poll() is None and time.monotonic() < deadline and not killed:
@@ -70,6 +80,31 @@ def test_a_cluster_makes_the_files_of_one_process_though_an_actor_dies(tiny_mode
             record.pop("seconds", None)
             record["output"] = Path(record.get("output", "")).name
     assert got == expected and len(got) == len(LINES)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the list of children is Linux's")
+def test_ctrl_c_ends_a_cluster(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "jobs.txt").write_text("".join(f"{line}\n" for line in 10 * LINES))
+    driver = subprocess.Popen(
+        command(tiny_model, tmp_path / "many", "--ray", "local"),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 300
+    while driver.poll() is None and time.monotonic() < deadline and not actors(driver.pid):
+        time.sleep(0.05)
+    started = {driver.pid, *descendants(driver.pid)}
+    # as a terminal does
+    os.killpg(driver.pid, signal.SIGINT)
+    _, err = driver.communicate(timeout=60)
+    assert driver.returncode == 130 and "Traceback" not in err
+    while (left := {each for each in started if is_alive(each)}) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left and len(started) > 3
 
 
 def test_a_cluster_needs_files(cmdgen, tiny_model: Path, tmp_path: Path) -> None:
