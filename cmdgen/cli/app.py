@@ -119,26 +119,35 @@ def _options(context: typer.Context, defaults: Defaults, version: Annotated[bool
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command, the process's own unless `arguments` are given, and exit with its code."""
     received: list[int] = []
+    former, hook, runs = dict[int, Any](), sys.unraisablehook, True
 
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
         # unwinds the stack, so that temporary files are removed
-        raise KeyboardInterrupt
+        if runs:
+            raise KeyboardInterrupt
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        # under nohup, or after a shell's &, some are to be ignored
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, stop)
-    _reopen_streams()
-    _check_space()
-    # OpenMP's threads spin in barriers, while another process may hold the core that they wait for: a clip
-    # beside two such processes took 7 to 42 s. Asleep at once, it takes 2.3 s where nothing else runs, not
-    # 2.0; after a short spin it takes 2.0 s, and 3.5 s beside them
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}
+    def report(lost: "sys.UnraisableHookArgs") -> None:
+        # raised in a destructor, it would unwind nothing
+        if received and lost.exc_type is KeyboardInterrupt:
+            os._exit(128 + received[0])
+        hook(lost)
+
     code = 0
     try:
+        sys.unraisablehook = report
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # under nohup, or after a shell's &, some are to be ignored
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                former[number] = signal.signal(number, stop)
+        _reopen_streams()
+        _check_space()
+        # OpenMP's threads spin in barriers, while another process may hold the core that they wait for: a clip
+        # beside two such processes took 7 to 42 s. Asleep at once, it takes 2.3 s where nothing else runs, not
+        # 2.0; after a short spin it takes 2.0 s, and 3.5 s beside them
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}
         try:
             code = _run(sys.argv[1:] if arguments is None else arguments)
         # the last resort: whatever it is ends as one line
@@ -151,6 +160,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         pass
     finally:
+        runs = False
+        # while the interpreter shuts down, a signal ends it in silence
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook
         # torch at times turns a KeyboardInterrupt into an error of its own
         if received:
             sys.exit(128 + received[0])

@@ -75,6 +75,32 @@ def test_what_is_our_own_fault_is_one_line_and_a_traceback_for_who_asks(ends_wit
     assert result.err.startswith("Traceback (most recent call last)") and ", in fail\n" in result.err
 
 
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [
+        ("app._reopen_streams = send", signal.SIGINT),
+        ("app._run = lambda _: send()", signal.SIGTERM),
+        ("atexit.register(send)", signal.SIGHUP),
+        # what is raised in a destructor does not go on
+        ("app._run = lambda _: (bool(Ends()), time.sleep(20))", signal.SIGINT),
+    ],
+)
+def test_a_signal_at_any_time_ends_it_without_a_traceback(when: str, number: int) -> None:
+    code = f"""
+import atexit, signal, time
+from cmdgen.cli import app
+send = lambda: signal.raise_signal({number})
+class Ends:
+    def __del__(self):
+        send()
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+{when}
+app.main(["--version"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=15)
+    assert (done.returncode, done.stderr) == (-number if "atexit" in when else 128 + number, "")
+
+
 def test_threads_of_openmp_sleep_unless_the_user_says_else() -> None:
     code = "import os; from cmdgen.cli.app import main\ntry: main(['--version'])\n"
     code += "finally: print(os.environ['OMP_WAIT_POLICY'])"
