@@ -41,7 +41,7 @@ _CHOICES = {
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "modulation": ("full", "half"),
     "motion_activation": ("tanh", "linear"),
-    "prediction_type": ("epsilon", "v_prediction"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
     "sampler": SAMPLERS,
     "solver": SOLVERS,
     "temporal": TEMPORAL,

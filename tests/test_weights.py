@@ -193,8 +193,8 @@ def test_a_stock_scheduler_is_read_and_an_unsupported_one_refused(tmp_path: Path
     stock |= {"set_alpha_to_one": False}
     path.write_text(json.dumps({**stock, "trained_betas": None, "clip_sample": False}))
     assert read_config(tmp_path, NoiseConfig) == CMD_SD15.noise
-    edit(path, prediction_type="sample")
-    with pytest.raises(ValueError, match="prediction_type 'sample' is not supported, expected"):
+    edit(path, prediction_type="score")
+    with pytest.raises(ValueError, match="prediction_type 'score' is not supported, expected"):
         read_config(tmp_path, NoiseConfig)
 
 

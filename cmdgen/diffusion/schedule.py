@@ -74,6 +74,14 @@ def velocity(x0: Tensor, noise: Tensor, alpha: Tensor | float) -> Tensor:
     return signal * noise - deviation * x0
 
 
+def to_prediction(x0: Tensor, noise: Tensor, alpha: Tensor | float, prediction_type: str) -> Tensor:
+    """(B, ...), (B, ...) -> (B, ...): what a denoiser should say: the noise, v, or the clean sample."""
+    check_choice(prediction_type, "prediction_type")
+    if prediction_type == "v_prediction":
+        return velocity(x0, noise, alpha)
+    return noise if prediction_type == "epsilon" else x0
+
+
 def to_x0_eps(prediction: Tensor, sample: Tensor, alpha: Tensor | float, prediction_type: str) -> tuple[Tensor, Tensor]:
     """(B, C, ...), (B, C, ...) -> clean sample, noise: what a prediction says of both."""
     signal, deviation = _amplitudes(alpha, sample)
@@ -81,6 +89,8 @@ def to_x0_eps(prediction: Tensor, sample: Tensor, alpha: Tensor | float, predict
     check_choice(prediction_type, "prediction_type")
     if prediction_type == "epsilon":
         return (sample - deviation * prediction) / signal, prediction
+    if prediction_type == "sample":
+        return prediction, (sample - signal * prediction) / deviation
     x0 = signal * sample - deviation * prediction
     return x0, signal * prediction + deviation * sample
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from cmdgen.config import NoiseConfig, UNetConfig
 from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import Sampling, ddim
-from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, split_sigma, velocity
+from cmdgen.diffusion.schedule import add_noise, alphas_cumprod, split_sigma, to_prediction
 from cmdgen.evaluation.swap import Swap, find_mirrored
 from cmdgen.schema import write_config
 from cmdgen.training.cache import Rows
@@ -114,7 +114,7 @@ class DenoisingStage(Stage):
         x0, noise, timestep = batch["x0"], batch["noise"], batch["timestep"]
         alpha, kind = self.alphas[timestep], self.noise.prediction_type
         prediction, sigma = split_sigma(output.float(), x0.shape[1])
-        target = noise if kind == "epsilon" else velocity(x0, noise, alpha)
+        target = to_prediction(x0, noise, alpha, kind)
         error = (prediction - target).square().flatten(1).mean(dim=1)
         loss = mse = error.mean()
         if sigma is not None:

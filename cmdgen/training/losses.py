@@ -37,10 +37,10 @@ def gaussian_kl(mean: Tensor, logvar: Tensor) -> Tensor:
 def min_snr_weights(alpha: Tensor, prediction_type: str, gamma: float) -> Tensor:
     """(B,) signal powers -> (B,) loss weights: min(SNR, gamma) on x0, whatever is predicted.
 
-    min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v (Hang et al. 2023, arXiv:2303.09556).
+    Of epsilon's error it is / SNR, of v's / (SNR + 1) (Hang et al. 2023, arXiv:2303.09556).
     """
     snr = alpha / (1 - alpha)
-    return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
+    return snr.clamp(max=gamma) / {"epsilon": snr, "v_prediction": snr + 1}.get(prediction_type, 1)
 
 
 def variational_bound(x0: Tensor, noisy: Tensor, output: Tensor, timestep: Tensor, alphas: Tensor) -> Tensor:

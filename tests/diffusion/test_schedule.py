@@ -13,6 +13,7 @@ from cmdgen.diffusion.schedule import (
     ddim_weights,
     split_sigma,
     timesteps,
+    to_prediction,
     to_x0_eps,
     velocity,
 )
@@ -123,17 +124,18 @@ def test_unknown_names_are_rejected() -> None:
         to_x0_eps(torch.ones(1, 1), torch.ones(1, 1), 0.5, "score")
 
 
-def test_both_parametrisations_give_back_the_sample_and_the_noise() -> None:
+def test_every_parametrisation_gives_back_the_sample_and_the_noise() -> None:
     x0, noise = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
     alpha = torch.tensor([0.9, 0.3, 0.01], dtype=torch.float64)
     sample = add_noise(x0, noise, alpha)
-    for prediction, name in ((noise, "epsilon"), (velocity(x0, noise, alpha), "v_prediction")):
+    for prediction, name in ((noise, "epsilon"), (velocity(x0, noise, alpha), "v_prediction"), (x0, "sample")):
+        torch.testing.assert_close(to_prediction(x0, noise, alpha, name), prediction)
         torch.testing.assert_close(to_x0_eps(prediction, sample, alpha, name), (x0, noise))
     one = add_noise(x0[1:2], noise[1:2], 0.3)
     torch.testing.assert_close(sample[1:2], one)
 
 
-@pytest.mark.parametrize("name", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize(("alpha", "after"), [(0.005, 0.02), (0.3, 0.9), (0.997, 1.0)])
 @pytest.mark.parametrize("sigma", [0.0, 0.03])
 def test_ddim_weights_are_the_step(name: str, alpha: float, after: float, sigma: float) -> None:

@@ -49,12 +49,12 @@ def test_gaussian_kl_is_that_of_torch() -> None:
     torch.testing.assert_close(gaussian_kl(mean, logvar), reference.sum() / 2)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weights_make_every_loss_the_same_one_on_x0(prediction_type: str) -> None:
     alpha = torch.tensor([0.999, 0.9, 0.5, 0.1, 0.001], dtype=torch.float64)
     weights = min_snr_weights(alpha, prediction_type, 5.0)
     # an error of 1 in x0 is this much in the prediction, at a fixed noisy sample
-    squared = (alpha if prediction_type == "epsilon" else 1.0) / (1 - alpha)
+    squared = {"epsilon": alpha, "v_prediction": 1.0, "sample": 1 - alpha}[prediction_type] / (1 - alpha)
     snr = alpha / (1 - alpha)
     torch.testing.assert_close(weights * squared, snr.clamp(max=5))
 
