@@ -484,10 +484,12 @@ _EVDM_PAPER = [
     for kind, base in _EVDM_KINDS.items()
     for data, (c, past, current, width) in _EVDM_DATA.items()
 ]
-_SMALL = EvdmConfig(future=5, patch=2, width=32, activation="silu", dropout=0.0)
-_SMALL_NOISE = replace(MINI.noise, clip_sample=True)
+# few positions, and a first level that is wide and not squeezed: all of the motion is seen there. It predicts
+# the frames, since noise of 80 numbers a position does not fit through it
+_SMALL = EvdmConfig(future=5, patch=4, width=64, multipliers=(1, 1), reduction=1, activation="silu", dropout=0.0)
+_SMALL_NOISE = replace(MINI.noise, prediction_type="sample", clip_sample=True)
 EVDM_SMALL = _evdm("evdm-small", _SMALL, _SMALL_NOISE, steps=10)
-EVDM_WORLD = _evdm("evdm-world", replace(_SMALL, channels=3), _SMALL_NOISE, steps=10)
+EVDM_WORLD = _evdm("evdm-world", replace(_SMALL, channels=3, modulation="half"), _SMALL_NOISE, steps=10)
 
 ANIMATEDIFF = ModelConfig(
     name="animatediff",
