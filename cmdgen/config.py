@@ -488,7 +488,7 @@ _EVDM_PAPER = [
 # the frames, since noise of 80 numbers a position does not fit through it
 _SMALL = EvdmConfig(future=5, patch=4, width=64, multipliers=(1, 1), reduction=1, activation="silu", dropout=0.0)
 _SMALL_NOISE = replace(MINI.noise, prediction_type="sample", clip_sample=True)
-EVDM_SMALL = _evdm("evdm-small", _SMALL, _SMALL_NOISE, steps=10)
+EVDM_SMALL = _evdm("evdm-small", _SMALL, _SMALL_NOISE, steps=2)
 EVDM_WORLD = _evdm("evdm-world", replace(_SMALL, channels=3, modulation="half"), _SMALL_NOISE, steps=10)
 
 ANIMATEDIFF = ModelConfig(

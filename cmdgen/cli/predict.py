@@ -49,13 +49,11 @@ class Prediction(Request):
         shown="the model's own",
     )
     steps: int | None = option(None, "Sampling steps.", group=HOW, low=1, shown="the model's own")
-    # until a trained one ships
     model: str = option(
-        "",
-        "A folder with an evdm/, as `cmdgen train evdm` makes.",
+        "evdm",
+        "The packaged one, which knows two moving digits, or a folder as `cmdgen train evdm` makes.",
         group=MACHINE,
         complete="model",
-        shown="none ships yet",
     )
 
 
@@ -75,8 +73,8 @@ def predict(
     the next few, and reads those in turn. Without CLIP it makes a clip from nothing.
 
     Examples:
-        cmdgen predict clip.mp4 -o longer.mp4 --frames 20 --model DIR
-        cmdgen predict -o free.gif --model DIR
+        cmdgen predict clip.mp4 -o longer.mp4 --frames 20
+        cmdgen predict -o free.gif
         cmdgen sample "a corgi swimming" -o - | cmdgen predict - --model DIR -o longer.mp4
     """
     _make(context, Given([] if clip is None else [clip], keep=not only_new), request, jobs, say)
@@ -89,7 +87,7 @@ def interpolate(context: typer.Context, parts: Parts, request: Asked, jobs: Seve
     are evenly spaced in time. Two pictures must show what a few frames can connect.
 
     Examples:
-        cmdgen interpolate a.png b.png -o between.mp4 --frames 5 --model DIR
+        cmdgen interpolate a.png b.png -o between.mp4 --frames 5
         cmdgen interpolate clip.mp4 -o smooth.mp4 --frames 1 --model DIR
     """
     _make(context, Given(parts, apart=True), request, jobs, say)
@@ -101,8 +99,6 @@ def _make(context: typer.Context, given: "Given", request: Request, jobs: Batchi
         recorded, flags = read_recorded(jobs.like), set(list_flags(context)) & options_of(Request).keys()
         request = recall(jobs.like, recorded, request, flags)
         given.check_like(recorded, jobs.like, say)
-    if not request.model:
-        raise ValueError("give --model, a folder with an evdm/: none ships yet, `cmdgen train evdm` makes one")
     queue = list(make_jobs([Entry(1, {})], request, num=jobs.num, reads_text=False))
     alone = len(queue) == 1
     if isinstance(queue[0], Refused):

@@ -29,6 +29,7 @@ def test_list_names_what_can_be_used_and_what_can_be_made(models) -> None:
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()[1:]]
     assert [row[:2] for row in rows] == [
+        ["packaged", "evdm"],
         ["packaged", "mini"],
         *(["preset", name] for name in PRESETS),
         *(["public", name] for name in PUBLIC),

@@ -135,9 +135,3 @@ def test_a_file_of_too_many_frames_is_one_line(run, clip: Path, tmp_path: Path, 
     monkeypatch.setattr(predict, "MOST_BYTES", 4 * 16 * 24 * 3)
     done = run("predict", clip, "-o", tmp_path / "longer.mp4")
     assert "has more than 4 frames: cut it first" in done.err
-
-
-def test_without_a_model_the_error_says_how_to_get_one(cmdgen, tmp_path) -> None:
-    result = cmdgen("predict", "-o", tmp_path / "a.gif")
-    assert (result.code, result.out) == (2, "")
-    assert result.err == "error: give --model, a folder with an evdm/: none ships yet, `cmdgen train evdm` makes one\n"

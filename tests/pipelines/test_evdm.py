@@ -129,3 +129,25 @@ def test_a_folder_says_which_pipeline_it_is(model: EvdmPipeline, tiny_model: Pat
         load_pipeline(model.folder)
     with pytest.raises(ValueError, match="takes a model with evdm/"):
         load_predictor(tiny_model)
+
+
+def test_the_shipped_one_sees_how_a_ring_and_a_stroke_move() -> None:
+    y, x = np.mgrid[:64, :64]
+    clip = []
+    for t in range(15):
+        ring = 2.5 - abs(np.hypot(y - 16 - 2 * t, x - 20 - t) - 7)
+        stroke = np.minimum(2.5 - abs(x - 50 + 2 * t), 12 - abs(y - 44 + t))
+        clip.append(np.maximum(ring, stroke).clip(0, 1) * 255)
+    real = np.stack(clip).round().astype(np.uint8)[..., None].repeat(3, axis=3)
+    evdm = load_predictor("evdm", device="cpu", dtype="float32")
+
+    def decibels(made: np.ndarray, target: np.ndarray) -> float:
+        return float(-10 * np.log10(np.square((made.astype(float) - target) / 255).mean()))
+
+    new = evdm.predict(real[:5], frames=5, seed=0).frames[5:]
+    between = evdm.interpolate(real[:5], real[10:], seed=0).frames[5:10]
+    shares = np.linspace(0, 1, 7)[1:-1, None, None, None]
+    blended = (1 - shares) * real[4] + shares * real[10]
+    assert decibels(new[:1], real[5:6]) > decibels(real[4:5], real[5:6]) + 7
+    assert decibels(new, real[5:10]) > decibels(real[4:5], real[5:10]) + 6
+    assert decibels(between, real[5:10]) > decibels(blended, real[5:10]) + 5
