@@ -93,7 +93,7 @@ send = lambda: signal.raise_signal({number})
 class Ends:
     def __del__(self):
         send()
-signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.signal({number}, signal.SIG_DFL)
 {when}
 app.main(["--version"])
 """
