@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from io import BufferedReader, BytesIO
 from itertools import chain
 from threading import Timer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -132,7 +132,7 @@ def _open(data: bytes) -> Iterator[tuple["InputContainer", "VideoStream"]]:
     """Give the container of a plain MP4 and its only video; ValueError of another file."""
     import av
 
-    with av.open(BytesIO(data), options={"format_whitelist": "mov", "max_pixels": str(_MOST_PIXELS)}) as container:
+    with av.open(BytesIO(data), "r", options={"format_whitelist": "mov", "max_pixels": str(_MOST_PIXELS)}) as container:
         (stream,) = container.streams.video
         codec = stream.codec_context
         plain = (
@@ -154,7 +154,7 @@ def _open(data: bytes) -> Iterator[tuple["InputContainer", "VideoStream"]]:
 def _count(data: bytes, most: int, fps: float) -> int:
     with _open(data) as (container, _):
         # in hundredths of a second, as ffmpeg prints it
-        return min(most, round((container.duration + 5000) // 10_000 / 100 * fps))
+        return min(most, round(((container.duration or 0) + 5000) // 10_000 / 100 * fps))
 
 
 def _decode(data: bytes, frames: int, size: tuple[int, int], fps: float) -> bytes:
@@ -172,7 +172,10 @@ def _decode(data: bytes, frames: int, size: tuple[int, int], fps: float) -> byte
             if frame is not None:
                 _check(frame, former)
                 former = frame
-            graph = graph or _build(frame, [*set_rate(fps, frames), *colours, *SQUARE])
+                graph = graph or _build(frame, [*set_rate(fps, frames), *colours, *SQUARE])
+            if graph is None:
+                # a file without frames
+                break
             graph.vpush(frame)
             try:
                 while len(clip) < frames:
@@ -186,9 +189,12 @@ def _decode(data: bytes, frames: int, size: tuple[int, int], fps: float) -> byte
 def _check(frame: "VideoFrame", former: "VideoFrame | None") -> None:
     """Raise ValueError of a frame that is not plain, or unlike the one before."""
     looks = [(f.width, f.height, f.format.name, f.colorspace, f.color_range) for f in (frame, former or frame)]
-    turned = any(side.type.name == "DISPLAYMATRIX" for side in frame.side_data)
+    # PyAV's stub knows one of them alone
+    sides: Any = frame.side_data
+    turned = any(side.type.name == "DISPLAYMATRIX" for side in sides)
     # without a time or a length, ffmpeg guesses
-    timed = frame.pts is not None and frame.duration > 0 and (former is None or frame.pts > former.pts)
+    before = None if former is None else former.pts
+    timed = frame.pts is not None and frame.duration > 0 and (before is None or frame.pts > before)
     if looks[0] != looks[1] or turned or not timed or frame.interlaced_frame or frame.is_corrupt:
         raise ValueError
 
