@@ -484,8 +484,8 @@ _EVDM_PAPER = [
     for kind, base in _EVDM_KINDS.items()
     for data, (c, past, current, width) in _EVDM_DATA.items()
 ]
-# few positions, and a first level that is wide and not squeezed: all of the motion is seen there. It predicts
-# the frames, since noise of 80 numbers a position does not fit through it
+# a wide first level without the squeeze learns motion fastest (docs/evdm.md). It predicts clean frames: the
+# 64 channels of a position cannot carry the 80 values of noise that velocity needs
 _SMALL = EvdmConfig(future=5, patch=4, width=64, multipliers=(1, 1), reduction=1, activation="silu", dropout=0.0)
 _SMALL_NOISE = replace(MINI.noise, prediction_type="sample", clip_sample=True)
 EVDM_SMALL = _evdm("evdm-small", _SMALL, _SMALL_NOISE, steps=2)

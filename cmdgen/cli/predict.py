@@ -51,7 +51,7 @@ class Prediction(Request):
     steps: int | None = option(None, "Sampling steps.", group=HOW, low=1, shown="the model's own")
     model: str = option(
         "evdm",
-        "The packaged one, which knows two moving digits, or a folder as `cmdgen train evdm` makes.",
+        "The packaged model, which knows two moving digits, or a folder that `cmdgen train evdm` made.",
         group=MACHINE,
         complete="model",
     )
