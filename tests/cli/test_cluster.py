@@ -93,6 +93,8 @@ def test_ctrl_c_ends_a_cluster(tiny_model: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # behind a shell's & it would be ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300
     while driver.poll() is None and time.monotonic() < deadline and not actors(driver.pid):
