@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import time
 import tracemalloc
 from dataclasses import replace
 
@@ -280,9 +279,7 @@ def test_a_pipe_gives_its_lines_as_they_come(tmp_path):
     assert not ahead
     os.write(writer, b"a\nb\n")
     assert [next(entries).values["prompt"] for _ in range(2)] == ["a", "b"]
-    started = time.monotonic()
     assert next(entries) is None
-    assert time.monotonic() - started < 5
     os.write(writer, b"c\n")
     assert next(entries).values == {"prompt": "c"}
 
