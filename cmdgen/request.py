@@ -194,6 +194,9 @@ class Request(Options):
         shown="none",
         **_MEMORY,
     )
+    slice_streams: int = _machine(
+        1, "Streams of a GPU that share the slices of --max-memory, of AnimateDiff and SVD; same result.", low=1, high=4
+    )
     device: str = _machine("auto", "auto, cpu, cuda, cuda:N or mps.", complete="device")
     dtype: str = _machine(
         "auto", "auto (float32 on a CPU, else float16), float32, float16, bfloat16.", complete="dtype"
@@ -219,9 +222,10 @@ class Slices:
     # parts into which the VAE cuts the rows of a frame, at most one for each row of a latent
     strips: int = 1
     # of a UNet that looks along time: bytes of a slice of the widest map that a group of its operators
-    # reads, None for no slices; whether clips and branches of guidance go through it one by one; and
-    # whether weights are there for their stage alone
+    # reads, None for no slices, and the streams of a GPU that share them; whether clips and branches of
+    # guidance go through it one by one; and whether weights are there for their stage alone
     bytes: int | None = None
+    streams: int = 1
     in_turn: bool = False
     staged: bool = False
 

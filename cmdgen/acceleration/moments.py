@@ -28,14 +28,20 @@ class Moments:
 
     def add(self, x: Tensor) -> Tensor:
         """(B, C, R, W) -> the same, by Chan et al. 1979: no difference of large sums."""
-        mean, squares = _measure(x)
-        count = x.shape[2] * x.shape[3]
+        self._join(x.shape[2] * x.shape[3], *_measure(x))
+        return x
+
+    def join(self, other: "Moments") -> None:
+        """Add those of other parts of the map, if there are any."""
+        if other.count:
+            self._join(other.count, other.mean, other.squares)
+
+    def _join(self, count: int, mean: Tensor | float, squares: Tensor | float) -> None:
         total = self.count + count
         delta = mean - self.mean
         self.squares = self.squares + squares + delta**2 * (self.count * count / total)
         self.mean = self.mean + delta * (count / total)
         self.count = total
-        return x
 
     def affine(self, norm: nn.GroupNorm) -> Affine:
         """() -> scale and offset (B, C, 1, 1), in float32 at least: all that is left of `norm`."""
@@ -52,16 +58,15 @@ class Moments:
 class FrameMoments:
     """Mean and deviation of each channel of each frame, of which those of whole clips are made."""
 
-    def __init__(self, frames: int) -> None:
-        self.frames, self.positions = frames, 0
-        # each (B T, C, 1, 1)
-        self.values: list[Tensor] = []
+    def __init__(self, frames: int, channels: int, like: Tensor) -> None:
+        self.positions = 0
+        # each (B T, C, 1, 1), as a whole from the start: frames come in no order, on any stream
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.values = [like.new_empty(frames, channels, 1, 1, dtype=wide) for _ in range(2)]
 
     def add(self, x: Tensor, rows: slice) -> Tensor:
         """(F, C, H, W), the frames that these are -> the same."""
         parts, self.positions = _measure(x), x.shape[2] * x.shape[3]
-        # as a whole from the start: in no order, and all of it where a single slice has been run
-        self.values = self.values or [part.new_empty(self.frames, *part.shape[1:]) for part in parts]
         for value, part in zip(self.values, parts, strict=True):
             value[rows] = part
         return x

@@ -1,6 +1,7 @@
 """Work of one GPU beside other work of it; a CPU has its cores busy with the one."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -52,6 +53,34 @@ def start(
         copy = torch.empty_like(result, device="cpu", pin_memory=True)
         copy.copy_(result, non_blocking=True)
         return Pending(copy, stream.record_event(), on_ready)
+
+
+def run_slices(run: Callable[[slice, int], None], slices: Sequence[slice], device: torch.device, streams: int) -> None:
+    """Call run(slice, stream) for each, by turns on so many streams of a GPU; on another device in order.
+
+    The first stream is the current one, and what it gets later waits for all others. No slice may
+    read or write what another one makes: memory that is taken on one stream is free for that
+    stream's own next slice, whatever the others do with it. What slices share is made before.
+    """
+    if device.type != "cuda":
+        for i, each in enumerate(slices):
+            run(each, i % streams)
+        return
+    current = torch.cuda.current_stream(device)
+    beside = [_slice_stream(current.device_index, number) for number in range(1, min(streams, len(slices)))]
+    for stream in beside:
+        stream.wait_stream(current)
+    for i, each in enumerate(slices):
+        with torch.cuda.stream([current, *beside][i % (1 + len(beside))]):
+            run(each, i % streams)
+    for stream in beside:
+        current.wait_stream(stream)
+
+
+@cache
+def _slice_stream(device: int, number: int) -> torch.cuda.Stream:
+    """Return the same stream every time: what a slice lets go of serves its own stream alone."""
+    return torch.cuda.Stream(device)
 
 
 def fetch(parts: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from cmdgen.acceleration.moments import GONE, Affine, FrameMoments, Moments, gather, scatter
+from cmdgen.acceleration.overlap import run_slices
 from cmdgen.models.layers import normalise
 from cmdgen.models.temporal import BlendedResnet, BlendedTransformer, clip_view
 from cmdgen.models.transformer import Conditions
@@ -46,8 +47,10 @@ class SlicedUNet:
     """A UNet that looks along time, in slices; `denoise` and its pieces are the UNet's own, exactly."""
 
     unet: UNet
-    # of a slice of the widest map that a group reads
+    # of the widest map that a group reads: in a slice, or in all slices that run at a time
     bytes: int
+    # of a GPU, on which slices run by turns
+    streams: int = 1
 
     def denoise(self, sample: Tensor, time: Tensor, *text: Tensor) -> Tensor:
         """(B T, C, h, w), (B, P), the projected text -> (B T, C, h, w)."""
@@ -59,16 +62,22 @@ class SlicedUNet:
         """(B, P), the projected text -> both by layer."""
         return self.unet.hand_out(time, text)
 
+    def groups(self, conditions: Conditions) -> "_Groups":
+        """Return what runs operator groups in these slices."""
+        # what is counted is one slice, and has what all have
+        streams = 1 if self.unet.conv_in.weight.is_meta else self.streams
+        return _Groups(conditions, Cut(self.bytes, streams))
+
     def embed(self, sample: Tensor) -> Tensor:
         """(B T, C, h, w) -> the first skip (B T, C', h, w)."""
-        groups = _Groups(Conditions(1, {}, {}), self.bytes)
+        groups = self.groups(Conditions(1, {}, {}))
         out = _map(sample, self.unet.conv_in.out_channels, sample)
         groups.space(lambda rows, _: self.unet.embed(sample[rows]), out, out[0].numel())
         return out
 
     def trunk(self, x: Tensor, conditions: Conditions) -> Tensor:
         """(B T, C, h, w) -> the feature (B T, C, h, w) that goes into the last layer."""
-        groups, skips = _Groups(conditions, self.bytes), [x]
+        groups, skips = self.groups(conditions), [x]
         unet: Any = self.unet
         for stage in unet.down_blocks:
             for i in range(len(stage.resnets)):
@@ -94,7 +103,7 @@ class SlicedUNet:
 
     def tail(self, feature: Tensor, first: Tensor | None, conditions: Conditions, cut: int = 0) -> Tensor:
         """(B T, C, h, w) x 2 -> (B T, C', h, w): `UNet.tail`; overwrites the first skip."""
-        groups = _Groups(conditions, self.bytes)
+        groups = self.groups(conditions)
         unet: Any = self.unet
         x = feature if cut == len(WHOLE) else self._last(feature, first, conditions, range(cut, len(WHOLE)))
         out = _map(x, unet.conv_out.out_channels, x)
@@ -105,7 +114,7 @@ class SlicedUNet:
         last: Any = self.unet.up_blocks[-1]
         # a feature that is kept is not written into
         read, skip = (_whole(x), x) if first is None or 0 not in part else (_joined(x, first, None), first)
-        groups = _Groups(conditions, self.bytes)
+        groups = self.groups(conditions)
         return groups.layer(last, len(last.resnets) - 1, read, skip, part, reuse=0 in part)
 
 
@@ -131,7 +140,7 @@ def _joined(x: Tensor, skip: Tensor, up: Any) -> Read:
 
 def in_slices(unet: UNet, slices: Slices) -> UNet | SlicedUNet:
     """Return what stands for a UNet that runs in these slices."""
-    return unet if slices.bytes is None else SlicedUNet(unet, slices.bytes)
+    return unet if slices.bytes is None else SlicedUNet(unet, slices.bytes, slices.streams)
 
 
 def in_turn(function: Callable[..., Any], slices: Slices) -> Callable[..., Any]:
@@ -148,11 +157,30 @@ def in_turn(function: Callable[..., Any], slices: Slices) -> Callable[..., Any]:
     return run if slices.in_turn else function
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How maps are cut: bytes of all slices that run at a time, and the streams that they run on."""
+
+    bytes: int
+    streams: int = 1
+
+    def most(self, unit: int, count: int) -> int:
+        """Return how many of `count` units, of so many bytes each, are a slice; where all fit, all are."""
+        fit = self.bytes // unit
+        # what cannot be cut for each stream runs alone
+        return max(1, fit // self.streams if self.streams <= fit < count else fit)
+
+    def run(self, work: Callable[[slice, int], None], slices: Sequence[slice], like: Tensor, unit: int) -> None:
+        """Call work(slice, stream) for slices of such units, of a map without values for the first and largest."""
+        streams = self.streams if self.bytes // unit >= self.streams else 1
+        run_slices(work, slices[:1] if like.is_meta else slices, like.device, streams)
+
+
 class _Groups:
     """Runs the operator groups of a UNet's layers."""
 
-    def __init__(self, conditions: Conditions, size: int) -> None:
-        self.conditions, self.clips, self.bytes = conditions, conditions.clips, size
+    def __init__(self, conditions: Conditions, cut: Cut) -> None:
+        self.conditions, self.clips, self.cut = conditions, conditions.clips, cut
         self.conditions_of = lru_cache(None)(lambda start, stop: conditions.of(slice(start, stop)))
 
     def layer(
@@ -176,14 +204,17 @@ class _Groups:
         if blends and 0 in part:
             affine = moments.of_clips(self.clips).affine(resnet.temporal_res_block.norm1)
             shift = self.conditions.shifts[resnet.temporal_res_block]
-            blend(resnet, [out], self.clips, affine, self.bytes, shift)
+            blend(resnet, [out], self.clips, affine, self.cut, shift)
         if blends and 1 in part and attention is not None:
             self.move(attention, out)
         if 2 in part and motion is not None and len(out) > self.clips:
             affine = moments.of_clips(self.clips).affine(motion.norm)
-            for at in _positions([out], self.bytes):
+
+            def move(at: slice, stream: int) -> None:
                 tokens = rearrange(gather([out], self.clips, at, affine, activate=False), "b c t p -> b t p c")
                 scatter([out], self.clips, at, rearrange(motion.transform(tokens), "b t p c -> b c t p"))
+
+            _run_positions(move, [out], self.cut)
         return out
 
     def move(self, attention: BlendedTransformer, x: Tensor) -> None:
@@ -191,9 +222,12 @@ class _Groups:
         tokens = x.new_empty(len(x), x[0, 0].numel(), x.shape[1])
         self.space(lambda rows, conditions: attention.transform(x[rows], conditions), tokens, x[0].numel())
         still = tokens.unflatten(0, (self.clips, -1))
-        for at in _positions([x], self.bytes):
+
+        def run(at: slice, stream: int) -> None:
             added = attention.leave(attention.move(still[:, :, at], self.conditions))
             scatter([x], self.clips, at, rearrange(added, "b t p c -> b c t p"))
+
+        _run_positions(run, [x], self.cut)
 
     def halve(self, down: Any, x: Tensor) -> Tensor:
         """(B T, C, H, W) -> (B T, C, H / 2, W / 2)."""
@@ -204,22 +238,19 @@ class _Groups:
 
     def space(self, make: Space, out: Tensor, widest: int) -> FrameMoments:
         """Write all frames; `widest` has the numbers of one frame of the widest map. Returns their moments."""
-        rows, moments = len(out), FrameMoments(len(out))
-        length = rows // self.clips
-        most = max(1, self.bytes // (widest * out.element_size()))
+        rows, unit = len(out), widest * out.element_size()
+        length, moments = rows // self.clips, FrameMoments(rows, out.shape[1], out)
+        most = self.cut.most(unit, rows)
         # of whole clips, or of a part of one, all parts alike
         step = most // length * length or ceil(length / ceil(length / most))
-        for start in range(0, rows, max(step, length)):
-            end = min(start + max(step, length), rows)
-            for i in range(start, end, step):
-                part = slice(i, min(i + step, end))
-                conditions = self.conditions_of(i // length, ceil(part.stop / length))
-                made = make(part, conditions)
-                out[part] = made if made.ndim < 4 else moments.add(made, part)
-                if out.is_meta:
-                    # the first is the largest
-                    return moments
-                del made
+        ends = [(start, min(start + max(step, length), rows)) for start in range(0, rows, max(step, length))]
+
+        def run(part: slice, stream: int) -> None:
+            made = make(part, self.conditions_of(part.start // length, ceil(part.stop / length)))
+            out[part] = made if made.ndim < 4 else moments.add(made, part)
+
+        parts = [slice(i, min(i + step, end)) for start, end in ends for i in range(start, end, step)]
+        self.cut.run(run, parts, out, unit)
         return moments
 
 
@@ -228,7 +259,7 @@ def blend(
     parts: Sequence[Tensor],
     clips: int,
     affine: Affine,
-    size: int,
+    cut: Cut,
     shift: Tensor | None = None,
     *,
     again: bool = False,
@@ -237,36 +268,41 @@ def blend(
 
     With `again` its first convolution runs twice, and what it makes is never there as a whole.
     """
-    temporal, share, moments = layer.temporal_res_block, layer.share(), Moments()
+    temporal, share = layer.temporal_res_block, layer.share()
+    # one for each stream, of its own slices
+    moments = [Moments() for _ in range(cut.streams)]
+    hidden: Tensor | None = None
+    if not again:
+        frames = sum(map(len, parts)) // clips
+        hidden = parts[0].new_empty(clips, frames, parts[0][0, 0].numel(), temporal.conv1.out_channels)  # (B, T, P, C)
 
     def first(at: slice) -> Tensor:
         x = temporal.conv1(gather(parts, clips, at, affine, activate=True))
         return x if shift is None else x.add_(shift[:, :, None, None])
 
-    slices = _positions(parts, size)
-    hidden: Tensor | None = None
-    for at in slices:
-        x = moments.add(first(at))
-        if not again:
-            if hidden is None:
-                hidden = x.new_empty(*x.shape[:1], x.shape[2], parts[0][0, 0].numel(), x.shape[1])  # (B, T, P, C)
+    def measure(at: slice, stream: int) -> None:
+        x = moments[stream].add(first(at))
+        if hidden is not None:
             hidden[:, :, at] = rearrange(x, "b c t p -> b t p c")
-        del x
-    scale, offset = moments.affine(temporal.norm2)
-    for at in slices:
+
+    _run_positions(measure, parts, cut)
+    for others in moments[1:]:
+        moments[0].join(others)
+    scale, offset = moments[0].affine(temporal.norm2)
+
+    def finish(at: slice, stream: int) -> None:
         x = first(at) if hidden is None else rearrange(hidden[:, :, at], "b t p c -> b c t p")
         x = F.silu(torch.addcmul(offset, x, scale, out=torch.empty_like(x)), inplace=True)
         scatter(parts, clips, at, temporal.conv2(x).mul_(share))
-        del x
+
+    _run_positions(finish, parts, cut)
 
 
-def _positions(parts: Sequence[Tensor], size: int) -> list[slice]:
-    """Return slices of the positions of a map, (F, C, H, W) in parts: those at all times have so many bytes."""
+def _run_positions(work: Callable[[slice, int], None], parts: Sequence[Tensor], cut: Cut) -> None:
+    """Call work(slice, stream) for slices of the positions of a map, (F, C, H, W) in parts, each at all times."""
     total, column = parts[0][0, 0].numel(), sum(len(part) for part in parts) * parts[0][0, :, 0, 0].nbytes
-    most = max(1, size // column)
-    step = ceil(total / ceil(total / most))
-    slices = [slice(i, min(i + step, total)) for i in range(0, total, step)]
-    return slices[:1] if parts[0].is_meta else slices
+    step = ceil(total / ceil(total / cut.most(column, total)))
+    cut.run(work, [slice(i, min(i + step, total)) for i in range(0, total, step)], parts[0], column)
 
 
 def decode_frames(vae: KlVae, latents: Tensor, size: int | None = None) -> Tensor:
@@ -278,10 +314,10 @@ def decode_frames(vae: KlVae, latents: Tensor, size: int | None = None) -> Tenso
     latents = (latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
     frames = [decoder.conv_in(latent[None]) for latent in latents]
     # smaller ones would leave the peak as it is, and launch more
-    size = size or vae.config.block_out_channels[0] * vae.config.stride**2 * latents[0, 0].nbytes // 2
+    cut = Cut(size or vae.config.block_out_channels[0] * vae.config.stride**2 * latents[0, 0].nbytes // 2)
 
     def run(layer: Any, up: Any = None) -> None:
-        moments = FrameMoments(len(frames))
+        moments = FrameMoments(len(frames), layer.spatial_res_block.conv2.out_channels, latents)
         for i in range(len(frames)):
             if latents.is_meta and 0 < i < len(frames) - 1:
                 # the last is made beside all others
@@ -293,7 +329,7 @@ def decode_frames(vae: KlVae, latents: Tensor, size: int | None = None) -> Tenso
             frames[i] = moments.add(x, slice(i, i + 1))
             del x
         affine = moments.of_clips(1).affine(layer.temporal_res_block.norm1)
-        blend(layer, frames, 1, affine, size, again=True)
+        blend(layer, frames, 1, affine, cut, again=True)
 
     first, *others = decoder.mid_block.resnets
     run(first)

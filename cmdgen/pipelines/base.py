@@ -145,6 +145,9 @@ class Pipeline(ABC):
         check_applies(request, self.config)
         if request.max_memory is not None and self.decoder_folder is not None and not self.takes_vae:
             raise ValueError("max memory is that of the model's own decoder: leave --decoder out")
+        on_gpu = self.device.type == "cuda" and self.config.looks_along_time
+        if request.slice_streams > 1 and not (on_gpu and request.max_memory is not None):
+            raise ValueError("slice streams above 1 need --max-memory, a CUDA GPU, and AnimateDiff or SVD")
         # prompt and seeds do not matter for all else that is checked and chosen
         key = batch, shared_settings(request)
         if key not in self._plans:
@@ -154,7 +157,7 @@ class Pipeline(ABC):
             request = apply_quality(request, self.config)
             plan = replace(plan, key_steps=choose_key_steps(request, plan.model, self.folder))
             slices = choose_slices(Work.of(plan, self.dtype, batch), self.device, plan.max_memory)
-            self._plans[key] = replace(plan, slices=slices)
+            self._plans[key] = replace(plan, slices=replace(slices, streams=request.slice_streams))
         return with_prompt(self._plans[key], request)
 
     def part(self, name: str) -> Any:

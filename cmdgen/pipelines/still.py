@@ -143,7 +143,7 @@ class StillPipeline(Pipeline):
         """Return what runs a network at each step: `denoise`, or under step rehash the network in two parts."""
 
         def prepare(key: object, function: Callable[..., Any]) -> Callable[..., Any]:
-            return in_turn(self.graphed((key, plan.slices.bytes), function), plan.slices)
+            return in_turn(self.graphed((key, plan.slices.bytes, plan.slices.streams), function), plan.slices)
 
         if plan.key_steps is None:
             return prepare(part, denoise)

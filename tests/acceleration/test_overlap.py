@@ -1,10 +1,14 @@
 """What is made beside other work is handed on once; streams need a GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor
 
-from cmdgen.acceleration.overlap import Pending, fetch, start
+from cmdgen.acceleration import overlap
+from cmdgen.acceleration.overlap import Pending, fetch, run_slices, start
 
 
 def test_without_a_stream_it_is_made_and_handed_on_at_once() -> None:
@@ -62,6 +66,52 @@ def test_beside_other_work_of_a_gpu_the_values_are_the_same() -> None:
         assert torch.equal(pending.finish(), expected)
         assert len(seen) == 1 and not seen[0].is_pinned()
         assert all(each.isfinite().all() for each in busy)
+
+
+class Stream:
+    """Of a GPU: writes down what it waits for."""
+
+    device_index = 0
+
+    def __init__(self, name: str, seen: list[str]) -> None:
+        self.name, self.seen = name, seen
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.seen.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.mark.parametrize(
+    ("count", "seen"),
+    [(1, ["0 on main"]), (3, ["side waits for main", "0 on main", "1 on side", "2 on main", "main waits for side"])],
+)
+def test_slices_take_turns_on_streams_that_begin_and_end_with_the_current_one(
+    monkeypatch: pytest.MonkeyPatch, count: int, seen: list[str]
+) -> None:
+    made: list[str] = []
+    main, side = Stream("main", made), Stream("side", made)
+    now = [main]
+
+    @contextmanager
+    def enter(stream: Stream) -> Iterator[None]:
+        now.append(stream)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[-1])
+    monkeypatch.setattr(torch.cuda, "stream", enter)
+    monkeypatch.setattr(overlap, "_slice_stream", lambda device, number: side)
+    slices = [slice(i, i + 1) for i in range(count)]
+
+    def run(part: slice, stream: int) -> None:
+        assert stream == part.start % 2
+        made.append(f"{part.start} on {now[-1].name}")
+
+    run_slices(run, slices, torch.device("cuda"), 2)
+    assert made == seen and now == [main]
+    # elsewhere in order
+    made.clear()
+    run_slices(run, slices, torch.device("cpu"), 2)
+    assert made == [f"{i} on main" for i in range(count)]
 
 
 def test_fetching_on_a_cpu_hands_on_what_it_is_given_one_at_a_time() -> None:

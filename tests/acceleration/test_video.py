@@ -1,11 +1,19 @@
 """UNets and decoders that look along time, in slices: the same numbers, in as much memory as the model of it says."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from cmdgen.acceleration import video as video_slices
+from cmdgen.acceleration.graphs import Graphed
 from cmdgen.acceleration.memory import FusedAttention, Work, choose_slices, count_peak, peak_bytes, run_unet
 from cmdgen.acceleration.rehash import CutUNet
 from cmdgen.acceleration.slicer import decode_pictures
@@ -63,6 +71,74 @@ def test_a_sliced_unet_equals_the_whole(request: pytest.FixtureRequest, kind: st
     before, (time, text) = sample.clone(), conditions(unet, BATCH)
     assert_exact(SlicedUNet(unet, size).denoise(sample, time, *text), unet.denoise(sample, time, *text))
     assert torch.equal(sample, before)
+
+
+class Streams(TorchDispatchMode):
+    """Runs slices in an order that streams may have, and keeps them to what streams may do with memory."""
+
+    def __init__(self, order: int) -> None:
+        super().__init__()
+        self.order, self.stream, self.seen = order, -1, set[int]()
+        # storages that a stream made in the slices that run now
+        self.made: dict[int, tuple[int, Tensor]] = {}
+
+    def run(self, work: Callable[[slice, int], None], slices: list[slice], device: object, streams: int) -> None:
+        for number in sorted(range(len(slices)), key=lambda i: self.order * (i % streams)):
+            self.stream = number % streams
+            self.seen.add(self.stream)
+            work(slices[number], self.stream)
+        # all have ended
+        self.stream, self.made = -1, {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if self.stream < 0:
+            return result
+        given, made = (
+            {leaf.untyped_storage().data_ptr(): leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}
+            for values in ((args, kwargs), result)
+        )
+        for place in given:
+            stream, _ = self.made.get(place, (self.stream, None))
+            assert stream == self.stream, f"stream {self.stream} uses what stream {stream} has made"
+        # kept: no other tensor has their addresses
+        self.made |= {place: (self.stream, leaf) for place, leaf in made.items() if place not in given}
+        return result
+
+
+@pytest.mark.parametrize("size", [20_000, 100_000])
+@pytest.mark.parametrize("kind", ["motion", "blend"])
+@torch.no_grad()
+def test_slices_on_streams_share_nothing_and_have_no_order(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str, size: int
+) -> None:
+    unet = request.getfixturevalue(kind)
+    sample = torch.randn(BATCH * FRAMES, unet.config.in_channels, HEIGHT, WIDTH, dtype=WIDE)
+    time, text = conditions(unet, BATCH)
+    expected = SlicedUNet(unet, size, 2).denoise(sample, time, *text)
+    assert_exact(expected, unet.denoise(sample, time, *text))
+    # the first stream's slices before all others', then the other way
+    for order in (1, -1):
+        with Streams(order) as streams:
+            monkeypatch.setattr(video_slices, "run_slices", streams.run)
+            made = SlicedUNet(unet, size, 2).denoise(sample, time, *text)
+        assert streams.seen == {0, 1} and torch.equal(made, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["motion", "blend"])
+@torch.no_grad()
+def test_slices_on_two_streams_of_a_gpu_are_those_on_one(request: pytest.FixtureRequest, kind: str) -> None:
+    unet = copy.deepcopy(request.getfixturevalue(kind)).cuda()
+    sample = torch.randn(BATCH * FRAMES, unet.config.in_channels, HEIGHT, WIDTH, dtype=WIDE)
+    time, text = conditions(request.getfixturevalue(kind), BATCH)
+    given = [each.cuda() for each in (sample, time, *text)]
+    expected = unet.denoise(*given)
+    two = SlicedUNet(unet, 20_000, 2)
+    captured: Graphed[Tensor] = Graphed(two.denoise, cache(torch.cuda.graph_pool_handle))
+    for _ in range(3):
+        assert_exact(two.denoise(*given), expected)
+        assert_exact(captured(*given), expected)
 
 
 @pytest.mark.parametrize("size", [1, 20_000, 10**9])
