@@ -52,7 +52,7 @@ class Phase:
 PHASES = (
     Phase("vae", 0.2, {"psnr": 30.0, "psnr_subject": 24.0}, 0.5, {"psnr": 24.0, "psnr_subject": 19.0}),
     Phase(
-        *("autoencoder", 0.43, {"psnr": 26.5, "psnr_subject": 20.5, "time_variance_ratio": 0.85}),
+        *("autoencoder", 0.43, {"psnr": 26.5, "psnr_subject": 20.5, "time_variance_ratio": 0.8}),
         *(0.25, {"time_variance_ratio": 0.5}),
     ),
     Phase("content", 0.19),
