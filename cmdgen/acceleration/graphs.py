@@ -85,10 +85,11 @@ def record(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) ->
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             yield
     except RuntimeError as error:
-        # ending a capture that has failed fails as well, without saying why
-        if isinstance(error.__context__, RuntimeError):
-            raise error.__context__ from None
-        raise
+        # joining the streams of a capture that has failed, and ending it, fail as well, without saying why
+        first: BaseException = error
+        while isinstance(first.__context__, RuntimeError):
+            first = first.__context__
+        raise first from None
 
 
 @cache

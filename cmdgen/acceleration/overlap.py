@@ -62,19 +62,22 @@ def run_slices(run: Callable[[slice, int], None], slices: Sequence[slice], devic
     read or write what another one makes: memory that is taken on one stream is free for that
     stream's own next slice, whatever the others do with it. What slices share is made before.
     """
-    if device.type != "cuda":
-        for i, each in enumerate(slices):
-            run(each, i % streams)
+    if device.type != "cuda" or streams == 1:
+        for i, part in enumerate(slices):
+            run(part, i % streams)
         return
     current = torch.cuda.current_stream(device)
     beside = [_slice_stream(current.device_index, number) for number in range(1, min(streams, len(slices)))]
     for stream in beside:
         stream.wait_stream(current)
-    for i, each in enumerate(slices):
-        with torch.cuda.stream([current, *beside][i % (1 + len(beside))]):
-            run(each, i % streams)
-    for stream in beside:
-        current.wait_stream(stream)
+    try:
+        for i, part in enumerate(slices):
+            with torch.cuda.stream([current, *beside][i % (1 + len(beside))]):
+                run(part, i % streams)
+    finally:
+        # after an error, too: memory that it frees may still be written to, and no capture ends with a stream apart
+        for stream in beside:
+            current.wait_stream(stream)
 
 
 @cache

@@ -112,6 +112,12 @@ def test_an_error_in_a_capture_is_not_hidden_by_the_end_of_the_capture(monkeypat
     monkeypatch.setattr(torch.cuda, "graph", graph)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"), graphs.record(None, None, None):
         raise torch.OutOfMemoryError("CUDA out of memory")
+    # nor by what else fails on the way there
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"), graphs.record(None, None, None):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
     with pytest.raises(RuntimeError, match="previous error"), graphs.record(None, None, None):
         pass
 

@@ -94,8 +94,10 @@ def test_slices_take_turns_on_streams_that_begin_and_end_with_the_current_one(
     @contextmanager
     def enter(stream: Stream) -> Iterator[None]:
         now.append(stream)
-        yield
-        now.pop()
+        try:
+            yield
+        finally:
+            now.pop()
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now[-1])
     monkeypatch.setattr(torch.cuda, "stream", enter)
@@ -106,8 +108,16 @@ def test_slices_take_turns_on_streams_that_begin_and_end_with_the_current_one(
         assert stream == part.start % 2
         made.append(f"{part.start} on {now[-1].name}")
 
+    def fail(part: slice, stream: int) -> None:
+        raise AssertionError("a slice fails")
+
     run_slices(run, slices, torch.device("cuda"), 2)
     assert made == seen and now == [main]
+    # an error leaves no stream apart
+    made.clear()
+    with pytest.raises(AssertionError, match="a slice fails"):
+        run_slices(fail, slices, torch.device("cuda"), 2)
+    assert made == [each for each in seen if " on " not in each] and now == [main]
     # elsewhere in order
     made.clear()
     run_slices(run, slices, torch.device("cpu"), 2)
