@@ -64,9 +64,7 @@ class SlicedUNet:
 
     def groups(self, conditions: Conditions) -> "_Groups":
         """Return what runs operator groups in these slices."""
-        # what is counted is one slice, and has what all have
-        streams = 1 if self.unet.conv_in.weight.is_meta else self.streams
-        return _Groups(conditions, Cut(self.bytes, streams))
+        return _Groups(conditions, Cut(self.bytes, self.streams))
 
     def embed(self, sample: Tensor) -> Tensor:
         """(B T, C, h, w) -> the first skip (B T, C', h, w)."""
@@ -164,16 +162,29 @@ class Cut:
     bytes: int
     streams: int = 1
 
-    def most(self, unit: int, count: int) -> int:
-        """Return how many of `count` units, of so many bytes each, are a slice; where all fit, all are."""
-        fit = self.bytes // unit
-        # what cannot be cut for each stream runs alone
-        return max(1, fit // self.streams if self.streams <= fit < count else fit)
+    def run(self, work: Callable[[slice, int], None], like: Tensor, unit: int, length: int, clips: int = 1) -> None:
+        """Call work(slice, stream) for slices of `length` units of each clip, of so many bytes each.
 
-    def run(self, work: Callable[[slice, int], None], slices: Sequence[slice], like: Tensor, unit: int) -> None:
-        """Call work(slice, stream) for slices of such units, of a map without values for the first and largest."""
-        streams = self.streams if self.bytes // unit >= self.streams else 1
+        A slice is whole clips, or a part of one, all parts alike. Of a map without values it is the
+        first and largest, of one stream.
+        """
+        count, step = clips * length, _even(max(1, self.bytes // unit), length)
+        # where all fit, and where there is not one for each stream, a slice runs alone
+        streams = self.streams if self.streams <= step < count and not like.is_meta else 1
+        # of all streams together no more than of one, which is what is counted
+        step = _even(step // streams, length)
+        wide = max(step, length)
+        slices = [
+            slice(i, min(i + step, start + wide, count))
+            for start in range(0, count, wide)
+            for i in range(start, min(start + wide, count), step)
+        ]
         run_slices(work, slices[:1] if like.is_meta else slices, like.device, streams)
+
+
+def _even(most: int, length: int) -> int:
+    """Return the most units, at most so many, that are whole clips of a length, or one of the alike parts of one."""
+    return most // length * length or ceil(length / ceil(length / most))
 
 
 class _Groups:
@@ -238,19 +249,14 @@ class _Groups:
 
     def space(self, make: Space, out: Tensor, widest: int) -> FrameMoments:
         """Write all frames; `widest` has the numbers of one frame of the widest map. Returns their moments."""
-        rows, unit = len(out), widest * out.element_size()
-        length, moments = rows // self.clips, FrameMoments(rows, out.shape[1], out)
-        most = self.cut.most(unit, rows)
-        # of whole clips, or of a part of one, all parts alike
-        step = most // length * length or ceil(length / ceil(length / most))
-        ends = [(start, min(start + max(step, length), rows)) for start in range(0, rows, max(step, length))]
+        rows, length = len(out), len(out) // self.clips
+        moments = FrameMoments(rows, out.shape[1], out)
 
         def run(part: slice, stream: int) -> None:
             made = make(part, self.conditions_of(part.start // length, ceil(part.stop / length)))
             out[part] = made if made.ndim < 4 else moments.add(made, part)
 
-        parts = [slice(i, min(i + step, end)) for start, end in ends for i in range(start, end, step)]
-        self.cut.run(run, parts, out, unit)
+        self.cut.run(run, out, widest * out.element_size(), length, self.clips)
         return moments
 
 
@@ -300,9 +306,8 @@ def blend(
 
 def _run_positions(work: Callable[[slice, int], None], parts: Sequence[Tensor], cut: Cut) -> None:
     """Call work(slice, stream) for slices of the positions of a map, (F, C, H, W) in parts, each at all times."""
-    total, column = parts[0][0, 0].numel(), sum(len(part) for part in parts) * parts[0][0, :, 0, 0].nbytes
-    step = ceil(total / ceil(total / cut.most(column, total)))
-    cut.run(work, [slice(i, min(i + step, total)) for i in range(0, total, step)], parts[0], column)
+    column = sum(len(part) for part in parts) * parts[0][0, :, 0, 0].nbytes
+    cut.run(work, parts[0], column, parts[0][0, 0].numel())
 
 
 def decode_frames(vae: KlVae, latents: Tensor, size: int | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from cmdgen.acceleration.graphs import Graphed
 from cmdgen.acceleration.memory import FusedAttention, Work, choose_slices, count_peak, peak_bytes, run_unet
 from cmdgen.acceleration.rehash import CutUNet
 from cmdgen.acceleration.slicer import decode_pictures
-from cmdgen.acceleration.video import SlicedUNet, decode_frames, in_slices
+from cmdgen.acceleration.video import Cut, SlicedUNet, decode_frames, in_slices
 from cmdgen.config import ANIMATEDIFF, SVD, SVD_XT, ModelConfig, MotionConfig, UNetConfig, VaeConfig
 from cmdgen.evaluation.flops import list_forwards
 from cmdgen.models.temporal import MotionAdapter
@@ -123,6 +123,35 @@ def test_slices_on_streams_share_nothing_and_have_no_order(
             monkeypatch.setattr(video_slices, "run_slices", streams.run)
             made = SlicedUNet(unet, size, 2).denoise(sample, time, *text)
         assert streams.seen == {0, 1} and torch.equal(made, expected)
+
+
+@pytest.mark.parametrize(("length", "clips"), [(1, 3), (5, 2), (16, 1), (16, 4), (97, 1)])
+def test_slices_of_all_streams_are_together_no_more_than_the_one_that_is_counted(
+    monkeypatch: pytest.MonkeyPatch, length: int, clips: int
+) -> None:
+    made: list[tuple[list[slice], int]] = []
+    monkeypatch.setattr(
+        video_slices, "run_slices", lambda work, slices, device, streams: made.append((slices, streams))
+    )
+
+    def cut(size: int, streams: int, device: str = "cpu") -> tuple[list[slice], int]:
+        Cut(size, streams).run(lambda part, stream: None, torch.empty(0, device=device), 4, length, clips)
+        return made.pop()
+
+    shared = False
+    for size in range(1, 5 * length * clips):
+        (counted,), _ = cut(size, 3, "meta")
+        for streams in (1, 2, 3):
+            slices, at_a_time = cut(size, streams)
+            assert [i for part in slices for i in range(clips * length)[part]] == list(range(clips * length))
+            lengths = [part.stop - part.start for part in slices]
+            assert at_a_time in (1, streams) and max(lengths) * at_a_time <= counted.stop
+            assert at_a_time > 1 or slices[0] == counted
+            # of one clip, or whole
+            for part, count in zip(slices, lengths, strict=True):
+                assert part.start // length == (part.stop - 1) // length or count % length == part.start % length == 0
+            shared |= at_a_time > 1
+    assert shared
 
 
 @pytest.mark.gpu
