@@ -48,7 +48,7 @@ class EvdmPipeline(Pipeline):
 
     def plan(self, request: Request, *, batch: int = 1) -> Plan:
         """Resolve a request for this model; see `Pipeline.plan`."""
-        if request.rehashes or request.max_memory is not None:
+        if request.rehashes or request.max_memory is not None or request.slice_streams > 1:
             raise ValueError(f"{self.config.name} has neither steps to rehash nor slices for less memory")
         return resolve(request, self.config)
 

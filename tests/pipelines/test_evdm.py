@@ -114,8 +114,9 @@ def test_what_a_model_cannot_do_is_one_line(model: EvdmPipeline, tmp_path: Path)
         model.interpolate(frames(1), frames(1), frames=4)
     with pytest.raises(ValueError, match="are not as the model's"):
         model.run([model.plan(Request())], inputs=Inputs(given=(torch.zeros(1, 2, 8, 8),)))
-    with pytest.raises(ValueError, match="neither steps to rehash"):
-        model.plan(Request(rehash=1))
+    for refused in ({"rehash": 1}, {"max_memory": 10**9}, {"slice_streams": 2}):
+        with pytest.raises(ValueError, match="neither steps to rehash nor slices"):
+            model.plan(Request(**refused))
     with pytest.raises(ValueError, match="multiples of 4"):
         model.plan(Request(size=(18, 24)))
     past_only = load_predictor(write_model(tmp_path, future=0), device="cpu")
