@@ -157,6 +157,8 @@ class Pipeline(ABC):
             request = apply_quality(request, self.config)
             plan = replace(plan, key_steps=choose_key_steps(request, plan.model, self.folder))
             slices = choose_slices(Work.of(plan, self.dtype, batch), self.device, plan.max_memory)
+            if self.uses_compiler and slices.bytes is not None:
+                raise ValueError("max memory: a UNet in slices is not compiled: leave --compile or --max-memory out")
             self._plans[key] = replace(plan, slices=replace(slices, streams=request.slice_streams))
         return with_prompt(self._plans[key], request)
 

@@ -73,12 +73,21 @@ def test_a_step_in_slices_is_captured_as_any_other(model: StillPipeline, monkeyp
 def test_streams_share_slices_of_a_gpu_alone(model: StillPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = Work.of(model.plan(Request()), model.dtype).need(Slices(1, 1, 1, **WAYS[4]))
     asked = Request(max_memory=limit, slice_streams=2)
-    with pytest.raises(ValueError, match="^slice streams above 1 need --max-memory, a CUDA GPU, and AnimateDiff or"):
+    with pytest.raises(ValueError, match="slice streams above 1 need --max-memory, a CUDA GPU, and AnimateDiff or"):
         model.plan(asked)
     monkeypatch.setattr(model, "device", torch.device("cuda"))
     assert model.plan(asked).slices == replace(model.plan(replace(asked, slice_streams=1)).slices, streams=2)
     with pytest.raises(ValueError, match="slice streams above 1 need --max-memory"):
         model.plan(replace(asked, max_memory=None))
+
+
+def test_slices_are_not_compiled(model: StillPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work.of(model.plan(Request()), model.dtype)
+    whole, sliced = (Request(max_memory=limit, steps=7) for limit in (work.need(Slices(1, 1, 1)), work.least))
+    monkeypatch.setattr(model, "uses_compiler", True)
+    assert model.plan(whole).slices.bytes is None
+    with pytest.raises(ValueError, match="a UNet in slices is not compiled: leave --compile or --max-memory out"):
+        model.plan(sliced)
 
 
 def test_weights_are_there_for_their_stage_alone(model: StillPipeline) -> None:
