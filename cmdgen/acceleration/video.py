@@ -211,7 +211,8 @@ class _Groups:
                 x = spatial(x, conditions.shifts[spatial])
             return attention(x, conditions) if 1 in part and attention is not None and not blends else x
 
-        moments = self.space(frames, out, widest)
+        moments = FrameMoments(len(out), channels, out)
+        self.space(frames, out, widest, moments)
         if blends and 0 in part:
             affine = moments.of_clips(self.clips).affine(resnet.temporal_res_block.norm1)
             shift = self.conditions.shifts[resnet.temporal_res_block]
@@ -247,17 +248,15 @@ class _Groups:
         self.space(lambda rows, _: down(x[rows]), out, x[0].numel())
         return out
 
-    def space(self, make: Space, out: Tensor, widest: int) -> FrameMoments:
-        """Write all frames; `widest` has the numbers of one frame of the widest map. Returns their moments."""
-        rows, length = len(out), len(out) // self.clips
-        moments = FrameMoments(rows, out.shape[1], out)
+    def space(self, make: Space, out: Tensor, widest: int, moments: FrameMoments | None = None) -> None:
+        """Write all frames, and their moments; `widest` has the numbers of one frame of the widest map."""
+        length = len(out) // self.clips
 
         def run(part: slice, stream: int) -> None:
             made = make(part, self.conditions_of(part.start // length, ceil(part.stop / length)))
-            out[part] = made if made.ndim < 4 else moments.add(made, part)
+            out[part] = made if moments is None else moments.add(made, part)
 
         self.cut.run(run, out, widest * out.element_size(), length, self.clips)
-        return moments
 
 
 def blend(

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from cmdgen.acceleration import video as video_slices
 from cmdgen.acceleration.graphs import Graphed
 from cmdgen.acceleration.memory import FusedAttention, Work, choose_slices, count_peak, peak_bytes, run_unet
+from cmdgen.acceleration.moments import FrameMoments
 from cmdgen.acceleration.rehash import CutUNet
 from cmdgen.acceleration.slicer import decode_pictures
 from cmdgen.acceleration.video import Cut, SlicedUNet, decode_frames, in_slices
@@ -71,6 +72,23 @@ def test_a_sliced_unet_equals_the_whole(request: pytest.FixtureRequest, kind: st
     before, (time, text) = sample.clone(), conditions(unet, BATCH)
     assert_exact(SlicedUNet(unet, size).denoise(sample, time, *text), unet.denoise(sample, time, *text))
     assert torch.equal(sample, before)
+
+
+@pytest.mark.parametrize("kind", ["motion", "blend"])
+@torch.no_grad()
+def test_moments_are_taken_of_what_a_norm_of_a_clip_reads(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    unet, measured = request.getfixturevalue(kind), list[int]()
+    add = FrameMoments.add
+    monkeypatch.setattr(FrameMoments, "add", lambda *given: (measured.append(given[1].shape[1]), add(*given))[1])
+    sample = torch.randn(BATCH * FRAMES, unet.config.in_channels, HEIGHT, WIDTH, dtype=WIDE)
+    time, text = conditions(unet, BATCH)
+    SlicedUNet(unet, 10**9).denoise(sample, time, *text)
+    # what a layer's frames become, not the first and last convolution, halves, or tokens
+    layers = [layer for stage in unet._stages() for layer in stage.resnets]
+    blocks = [layer.spatial_res_block if kind == "blend" else layer for layer in layers]
+    assert measured == [block.conv2.out_channels for block in blocks]
 
 
 class Streams(TorchDispatchMode):
