@@ -51,9 +51,8 @@ class Worker:
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        pipeline = load_pipeline(
-            request.model, device=request.device, dtype=request.dtype, compile=request.compile, lora=request.lora
-        )
+        names = "device", "dtype", "compile", "lora", "decoder"
+        pipeline = load_pipeline(request.model, **{name: getattr(request, name) for name in names})
         self.heard = _Heard(as_json=True)
         self.batch = Batch(pipeline, options, self.heard, InputFiles(request), alone=False, total=None)
         self.batch.show = lambda stage, done, total, figures="": None

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from cmdgen.cli.cluster import Worker
+from cmdgen.cli.jobs import Batching
+from cmdgen.request import Request
+
 ROOT = Path(__file__).parents[2]
 LINES = ["a dog", "a cat", '{"prompt": "none", "steps": 0}', "a bird", "a red car", "two birds", "a dog", "a cat"]
 
@@ -122,3 +126,19 @@ def test_without_ray_one_line_says_how_to_get_it(cmdgen, tiny_model: Path, tmp_p
     monkeypatch.setitem(sys.modules, "ray", None)
     result = cmdgen("sample", "a dog", "--model", tiny_model, "-o", tmp_path / "a.png", "--ray", "local")
     assert result.code == 1 and result.err.endswith("error: --ray needs the package ray: pip install ray\n")
+
+
+def test_a_worker_loads_what_the_command_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    loaded: list[dict[str, object]] = []
+
+    def load(model: str, **options: object) -> None:
+        loaded.append({"model": model, **options})
+        raise ValueError("seen")
+
+    monkeypatch.setattr("cmdgen.pipelines.load.load_pipeline", load)
+    asked = {"model": "small", "device": "cpu", "dtype": "float32", "compile": True, "lora": ("a:0.5",)}
+    asked["decoder"] = tmp_path
+    with pytest.raises(ValueError, match="seen"):
+        Worker(Request(**asked), Batching())
+    assert loaded == [asked]
