@@ -5,7 +5,8 @@ A graph makes one launch of the hundreds of kernels of a forward pass.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ Pool = Callable[[], Any]
 
 # runs before a capture: libraries choose algorithms and allocate workspaces in the first ones
 _WARM_UP = 1
-# sets of shapes whose graphs a function keeps: a clip needs two
+# sets of shapes whose graphs a function keeps before it starts anew: a clip needs two
 _MOST_CAPTURES = 4
 
 
@@ -39,23 +40,61 @@ class Graphed(Generic[Out]):
     def __init__(self, function: Callable[..., Out], pool: Pool) -> None:
         self.function: Callable[..., Out] = function
         self.pool = pool
-        self.captures: dict[tuple[object, ...], tuple[list[Tensor], Callable[[], Out]]] = {}
+        self.captures: dict[tuple[object, ...], _Capture[Out]] = {}
 
     def __call__(self, *tensors: Tensor) -> Out:
         """Return what the function would."""
         key = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        if key in self.captures:
-            inputs, replay = self.captures.pop(key)
-        else:
-            inputs = [tensor.clone() for tensor in tensors]
-            replay = capture(self.function, inputs, self.pool)
-        # the last that was used stands last
-        self.captures[key] = inputs, replay
-        if len(self.captures) > _MOST_CAPTURES:
-            del self.captures[next(iter(self.captures))]
-        torch._foreach_copy_(inputs, list(tensors))
-        output: Out = tree_map(Tensor.clone, replay())
+        full = key not in self.captures and len(self.captures) == _MOST_CAPTURES
+        if full or any(not each.generation.whole for each in self.captures.values()):
+            self.captures.clear()
+        if key not in self.captures:
+            inputs, generation = [tensor.clone() for tensor in tensors], _generation(tensors[0].device)
+            replay = capture(self.function, inputs, self.pool, generation)
+            self.captures[key] = _Capture(inputs, replay, generation)
+        held = self.captures[key]
+        torch._foreach_copy_(held.inputs, list(tensors))
+        output: Out = tree_map(Tensor.clone, held.replay())
         return output
+
+
+@dataclass(eq=False)
+class Generation:
+    """Graphs that were captured on one stream: when one of them has gone, none may run any more.
+
+    A graph that is destroyed gives back the workspace that cuBLAS has on its stream, and the others
+    of that stream would still write there (github.com/pytorch/pytorch/issues/193402). All captures
+    of a time are of one stream, as what a graph lets go of in a pool serves its own stream alone.
+    """
+
+    whole: bool = True
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Return the stream of these captures, of the current device."""
+        return torch.cuda.Stream()
+
+
+@dataclass(eq=False)
+class _Capture(Generic[Out]):
+    """A graph, and the tensors that it reads."""
+
+    inputs: list[Tensor]
+    replay: Callable[[], Out]
+    generation: Generation
+
+    def __del__(self) -> None:
+        self.generation.whole = False
+
+
+_generations: dict[torch.device, Generation] = {}
+
+
+def _generation(device: torch.device) -> Generation:
+    """Return the generation of a device that is whole."""
+    if device not in _generations or not _generations[device].whole:
+        _generations[device] = Generation()
+    return _generations[device]
 
 
 class GraphedNetwork(NamedTuple):
@@ -92,18 +131,14 @@ def record(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) ->
         raise first from None
 
 
-@cache
-def _capture_stream(device: int) -> torch.cuda.Stream:
-    """Return the one stream of all captures: what a graph lets go of in a pool serves its own stream alone."""
-    return torch.cuda.Stream(device)
-
-
-def capture(function: Callable[..., Out], inputs: list[Tensor], pool: Pool) -> Callable[[], Out]:
+def capture(
+    function: Callable[..., Out], inputs: list[Tensor], pool: Pool, generation: Generation
+) -> Callable[[], Out]:
     """Record what a function does with these tensors, and return what does it again.
 
     Any other graph of the pool overwrites the output.
     """
-    side = _capture_stream(torch.cuda.current_device())
+    side = generation.stream
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(_WARM_UP):

@@ -17,7 +17,9 @@ from cmdgen.pipelines.load import load_pipeline
 POOLS: dict[object, Tensor] = {}
 
 
-def capture_on_cpu(function: Callable[..., object], inputs: list[Tensor], pool: object) -> Callable[[], object]:
+def capture_on_cpu(
+    function: Callable[..., object], inputs: list[Tensor], pool: object, generation: object = None
+) -> Callable[[], object]:
     """As a graph does at worst: it reads the same inputs, and overwrites all of its pool."""
     memory = POOLS.setdefault(pool, torch.empty(10**6))
 
@@ -67,7 +69,7 @@ def test_clips_are_the_same_and_graphs_are_reused(
 def test_every_call_has_its_own_inputs_and_every_shape_its_own_graph(monkeypatch) -> None:
     captured = []
 
-    def capture(function, inputs, pool):
+    def capture(function, inputs, pool, generation):
         captured.append([tensor.shape for tensor in inputs])
         return capture_on_cpu(function, inputs, pool)
 
@@ -85,20 +87,39 @@ def test_every_call_has_its_own_inputs_and_every_shape_its_own_graph(monkeypatch
     assert len(captured) == 3
 
 
-def test_only_graphs_of_the_last_few_shapes_are_kept(monkeypatch) -> None:
-    captured = []
+def test_no_graph_runs_after_another_of_its_stream_has_gone(monkeypatch) -> None:
+    captured: list[tuple[str, int]] = []
 
-    def capture(function, inputs, pool):
-        captured.append(len(inputs[0]))
-        return capture_on_cpu(function, inputs, pool)
+    def capture(function, inputs, pool, generation):
+        assert generation.whole
+        captured.append((function.__name__, len(inputs[0])))
+        replay = capture_on_cpu(function, inputs, pool)
+
+        def run() -> object:
+            # as it would write where nobody has kept its memory
+            assert generation.whole
+            return replay()
+
+        return run
 
     monkeypatch.setattr(graphs, "capture", capture)
-    graphed = Graphed(torch.sin, "a pool")
-    for size in (1, 2, 3, 4, 1, 5, 1, 3, 2):
-        graphed(torch.ones(size))
-    # 5 drops 2, which was not used for longest
-    assert captured == [1, 2, 3, 4, 5, 2]
-    assert len(graphed.captures) == 4
+    sin, cos = Graphed(torch.sin, "a pool"), Graphed(torch.cos, "a pool")
+    for size in (1, 2, 3, 4, 1, 4):
+        sin(torch.ones(size))
+        cos(torch.ones(1))
+    assert captured == [("sin", 1), ("cos", 1), ("sin", 2), ("sin", 3), ("sin", 4)]
+    # more than four are not kept: both start anew, once
+    captured.clear()
+    for size in (5, 1, 5):
+        sin(torch.ones(size))
+        cos(torch.ones(1))
+    assert captured == [("sin", 5), ("cos", 1), ("sin", 1)] and len(sin.captures) == 2
+    # a pipeline that goes takes its graphs with it
+    captured.clear()
+    del sin
+    for _ in range(2):
+        assert torch.equal(cos(torch.ones(1)), torch.ones(1).cos())
+    assert captured == [("cos", 1)]
 
 
 def test_an_error_in_a_capture_is_not_hidden_by_the_end_of_the_capture(monkeypatch) -> None:
@@ -144,6 +165,24 @@ def test_inputs_have_one_order_in_memory_so_that_they_are_one_copy(
     model.sample("a dog", sampler=sampler, steps=5, motion_steps=4, **asked)
     # of the text encoder, the networks, the CMD decoder and the VAE
     assert len(copied) == 1 + 5 + 4 + 1 + 1
+
+
+@pytest.mark.gpu
+def test_graphs_outlive_others_of_their_stream_on_a_gpu() -> None:
+    layer, pool = torch.nn.Linear(1024, 1024, device="cuda", dtype=torch.float16), cache(torch.cuda.graph_pool_handle)
+    kept = Graphed(layer, pool)
+    with torch.inference_mode():
+        x = torch.randn(512, 1024, device="cuda", dtype=torch.float16)
+        expected = layer(x)
+        assert torch.equal(kept(x), expected)
+        for rows in range(1, 8):
+            other = Graphed(lambda x: layer(layer(x)), pool)
+            other(x[: 64 * rows])
+            del other
+            torch.cuda.empty_cache()
+            busy = [torch.zeros(2**20, device="cuda") for _ in range(64)]
+            assert torch.equal(kept(x), expected)
+            assert not any(each.any() for each in busy)
 
 
 @pytest.mark.gpu
