@@ -188,6 +188,31 @@ def test_slices_on_two_streams_of_a_gpu_are_those_on_one(request: pytest.Fixture
         assert_exact(captured(*given), expected)
 
 
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_large_unet_on_two_streams_has_the_bits_of_the_same_slices_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(ANIMATEDIFF.content, UNetConfig)
+    with torch.device("cuda"):
+        unet = UNet(ANIMATEDIFF.content)
+        unet.attach(MotionAdapter(MotionConfig()))
+        for parameter in unet.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        unet = unet.half().eval()
+        sample = torch.randn(2 * 16, 4, 40, 64, dtype=torch.float16)
+        time = unet.project_time(torch.full((2,), 500.0), None)
+        text = unet.project_text(torch.randn(2, 77, 768, dtype=torch.float16))
+    two = SlicedUNet(unet, 16 * MIB, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            video_slices, "run_slices", lambda run, slices, *_: [run(each, i % 2) for i, each in enumerate(slices)]
+        )
+        expected = two.denoise(sample, time, *text)
+    captured: Graphed[Tensor] = Graphed(two.denoise, cache(torch.cuda.graph_pool_handle))
+    for _ in range(5):
+        assert torch.equal(two.denoise(sample, time, *text), expected)
+        assert torch.equal(captured(sample, time, *text), expected)
+
+
 @pytest.mark.parametrize("size", [1, 20_000, 10**9])
 @torch.no_grad()
 def test_stills_of_motion_modules_skip_them_in_slices_too(motion: UNet, size: int) -> None:
