@@ -72,10 +72,10 @@ class Shared(Options):
     fps: int | None = _none("Frames per second that clips are read at.", low=1, shown="the preset's")
     latents: Path | None = _none("Latents of `cmdgen data precompute` for these clips and VAE.")
     attention: str | None = _none(
-        "softmax, or gated: linear where tokens > threshold * head width.", choices=ATTENTIONS, shown="softmax"
+        "softmax, or gated: linear where tokens > threshold * head width.", choices=ATTENTIONS, shown="the preset's"
     )
     attention_threshold: float | None = _none("Threshold of gated attention.", low=0, shown="2.0")
-    attention_features: int | None = _none("Features of gated attention.", low=1, shown="256")
+    attention_features: int | None = _none("Features of gated attention.", low=1, shown="the preset's")
 
     def __post_init__(self) -> None:
         super().__post_init__()
