@@ -235,6 +235,8 @@ class FrameBlock(Layers):
         """(B, T, P, D), (B, 1, D) -> (B, T, P, D)."""
         x, h = add_normalised(self.norm1, x, self.ff_in(normalise_tokens(self.norm_in, x)))
         x = x + self.attn1(h) + token[:, None]
+        # the feed-forward is where memory peaks
+        del h
         return x + self.ff(normalise_tokens(self.norm3, x))
 
 

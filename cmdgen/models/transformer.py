@@ -57,6 +57,8 @@ class TransformerBlock(Layers):
             x, h = add_normalised(self.norm2, x, mixed)
             mixed = self.attn2(h, text)
         x, h = add_normalised(self.norm3, x, mixed)
+        # the feed-forward is where memory peaks
+        del mixed
         return x + self.ff(h)
 
 
