@@ -16,7 +16,7 @@ def advise(pipeline: Pipeline, request: Request, batch: int) -> str:
     if not pipeline.loaded:
         return f"the weights of {pipeline.config.name} do not fit: try --dtype bfloat16"
     if not isinstance(pipeline, StillPipeline):
-        return "ask for a smaller --size or --batch"
+        return "ask for a smaller --size or --batch, or fewer --frames"
     plan = pipeline.plan(request, batch=batch)
     needed = estimate_activations(plan, pipeline.dtype, batch=batch)
     free: int | None = None

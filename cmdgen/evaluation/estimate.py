@@ -59,6 +59,9 @@ def estimate_activations(plan: Plan, dtype: torch.dtype, *, batch: int = 1) -> i
     model, forwards = plan.model, list_forwards(plan.model)
     if model.looks_along_time:
         return Work.of(plan, dtype, batch).peak(plan.slices)
+    if "evdm" in forwards:
+        # block by block, beside the frames of all
+        return Work(model, dtype, batch).frames().nbytes + forwards["evdm"].peak * dtype.itemsize // 4 * batch
     # guidance runs both branches at once
     doubled = {"content": model.guidance != 1, "motion": model.motion_guidance != 1}
     peaks = [

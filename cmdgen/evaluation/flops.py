@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from cmdgen.acceleration.memory import FusedAttention, LiveBytes, evaluate, peak_bytes
 from cmdgen.acceleration.rehash import CutDiT, CutUNet
 from cmdgen.compression.units import PRUNED
-from cmdgen.config import CMD_SD21, CUTS, PRESETS, PUBLIC, ModelConfig, UNetConfig
+from cmdgen.config import CMD_SD21, CUTS, PRESETS, PUBLIC, EvdmConfig, ModelConfig, UNetConfig
 from cmdgen.latents import latent_shapes
 from cmdgen.models.temporal import MotionAdapter
 from cmdgen.models.unet import UNet
@@ -213,9 +213,13 @@ def _list_forwards(model: ModelConfig, cut: int, window: int | None) -> dict[str
 
 
 def _prepare_forwards(model: ModelConfig, cut: int, window: int | None) -> dict[str, Forward]:
+    empty = partial(torch.empty, device="meta")
+    if isinstance(shape := model.content, EvdmConfig):
+        evdm, clip = build_part("evdm", shape), empty(1, shape.channels, shape.frames, *model.size)
+        block, context = clip.split((shape.current, shape.past + shape.future), dim=2)
+        return {"evdm": Forward(evdm, lambda: evdm(block, empty(1), context))}
     networks = build_networks(model)
     unet, vae = networks["unet"], networks["vae"]
-    empty = partial(torch.empty, device="meta")
     still, time = empty(1, vae.config.latent_channels, *model.latent_size), empty(1)
     numbers: Tensor | None = None
     # a sample is a clip where the UNet looks along time

@@ -22,6 +22,14 @@ from cmdgen.video.pixels import CONVERT, to_grey, to_rgb24, to_unit
 # what a plan has and an EVDM has not
 _UNUSED = {"prompt", "negative", "content_seed", "motion_seed", "motion_steps", "guidance", "motion_guidance"}
 
+# frames that are turned into levels at a time
+_TOGETHER = 64
+
+
+def count_frames(parts: Sequence[int], new: int, *, keep: bool) -> int:
+    """Return the length of a clip that has so many new frames after a part, or in each gap between several."""
+    return keep * sum(parts) + new * max(1, len(parts) - 1)
+
 
 class EvdmPipeline(Pipeline):
     """A model folder with an evdm/; the clips that it makes begin with the frames it is given."""
@@ -69,15 +77,21 @@ class EvdmPipeline(Pipeline):
             if size != model.size or len(part) != self.shape.channels:
                 raise ValueError(f"frames of {len(part)} channels and {size} are not as the model's {model.size}")
         given = [part.to(self.device, torch.float32).expand(len(task.plans), *part.shape) for part in inputs.given]
-        clips: list[np.ndarray] = []
+        length = count_frames([part.shape[1] for part in inputs.given], model.frames, keep=inputs.keep)
+        frames: np.ndarray | None = None
         picture: Tensor | None = None
-        for piece, new in self.fill(task, given) if len(given) > 1 else self.extend(task, given):
-            picture = piece[:, :, -1] if new else picture
-            if new or inputs.keep:
-                clips.append(self._show(piece, task))
-        assert picture is not None
+        done = 0
+        for whole, new in self.fill(task, given) if len(given) > 1 else self.extend(task, given):
+            picture = whole[:, :, -1] if new else picture
+            for piece in whole.split(_TOGETHER, dim=2) if new or inputs.keep else ():
+                shown = self._show(piece, task)
+                if frames is None:
+                    frames = np.empty((len(shown), length, *shown.shape[2:]), np.uint8)
+                frames[:, done : done + shown.shape[1]] = shown
+                done += shown.shape[1]
+        assert picture is not None and frames is not None and done == length
         pictures = to_rgb24(picture.expand(-1, 3, -1, -1)).cpu().numpy()
-        return Made(np.concatenate(clips, axis=1), pictures, picture.cpu(), None)
+        return Made(frames, pictures, picture.cpu(), None)
 
     def _show(self, piece: Tensor, task: Task) -> np.ndarray:
         """(B, C, T, H, W) -> uint8 (B, T, ...) in the task's pixels, handed to its observer."""

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cmdgen.cli import predict
+from cmdgen.evaluation.memory import Memory
 from cmdgen.video.read import read_metadata, read_video
 from tests.pipelines.test_evdm import frames, write_model
 from tests.videos import write_video
@@ -135,3 +136,15 @@ def test_a_file_of_too_many_frames_is_one_line(run, clip: Path, tmp_path: Path, 
     monkeypatch.setattr(predict, "MOST_BYTES", 4 * 16 * 24 * 3)
     done = run("predict", clip, "-o", tmp_path / "longer.mp4")
     assert "has more than 4 frames: cut it first" in done.err
+
+
+def test_a_clip_far_longer_than_the_models_is_made_where_it_fits(run, tmp_path: Path, monkeypatch) -> None:
+    target = tmp_path / "long.apng"
+    assert run("predict", "-o", target, "--frames", 40).code == 0
+    assert len(read_video(target)[0]) == 40
+    monkeypatch.setattr("cmdgen.evaluation.memory.measure_memory", lambda device: Memory(2**20, 2**10))
+    done = run("predict", "-o", tmp_path / "longer.apng", "--frames", 40)
+    assert (done.code, done.err.splitlines()[-1]) == (
+        4,
+        "error: not enough memory: ask for a smaller --size or --batch, or fewer --frames",
+    )
