@@ -144,8 +144,9 @@ class Given:
                 self.read_files = [read_frames(file, size=size, most=most) for file in self.files]
             self.size = size
         if self.apart:
-            assert isinstance(model.content, EvdmConfig)
-            request = replace(request, frames=request.frames or model.content.current)
+            from cmdgen.pipelines.evdm import fit_gap
+
+            request = fit_gap(request, model)
             if sum(len(frames) for frames, _ in self.read_files) < 2:
                 raise ValueError("there is one frame: frames are put between two or more")
         rates = [round(source.fps) for _, source in self.read_files if source.fps]

@@ -5,6 +5,7 @@ two parts of a clip ─► the few frames between them, given those nearest on b
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,15 +13,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from cmdgen.config import EvdmConfig
+from cmdgen.config import EvdmConfig, ModelConfig
 from cmdgen.models.evdm import Evdm
+from cmdgen.options import write_size
 from cmdgen.pipelines.base import Denoising, Pipeline, read_when_needed
 from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
 from cmdgen.request import Plan, Request, resolve
 from cmdgen.video.pixels import CONVERT, to_grey, to_rgb24, to_unit
 
-# what a plan has and an EVDM has not
-_UNUSED = {"prompt", "negative", "content_seed", "motion_seed", "motion_steps", "guidance", "motion_guidance"}
+# what a plan has and an EVDM has not, and what else a request may ask for in vain
+_UNUSED = ("prompt", "negative", "content_seed", "motion_seed", "motion_steps", "guidance", "motion_guidance")
+_VAIN = (*_UNUSED, "content_from", "motion_from", "image", "quality", "guidance_interval")
 
 # frames that are turned into levels at a time
 _TOGETHER = 64
@@ -29,6 +32,17 @@ _TOGETHER = 64
 def count_frames(parts: Sequence[int], new: int, *, keep: bool) -> int:
     """Return the length of a clip that has so many new frames after a part, or in each gap between several."""
     return keep * sum(parts) + new * max(1, len(parts) - 1)
+
+
+def fit_gap(request: Request, model: ModelConfig) -> Request:
+    """Return a request with the frames of each gap; ValueError for what the model cannot put between others."""
+    shape = model.content
+    assert isinstance(shape, EvdmConfig)
+    if not shape.future:
+        raise ValueError(f"{model.name} reads no future frames: it cannot interpolate")
+    if request.frames is not None and request.frames > shape.current:
+        raise ValueError(f"frames {request.frames}: {model.name} puts at most {shape.current} between two frames")
+    return replace(request, frames=request.frames or shape.current)
 
 
 class EvdmPipeline(Pipeline):
@@ -48,20 +62,30 @@ class EvdmPipeline(Pipeline):
 
     def interpolate(self, *parts: np.ndarray, **options: object) -> Clip:
         """Put `frames` between parts of a clip, uint8 (T, H, W, 3) each; options as for `predict`."""
-        return self._sample(parts, {"frames": self.shape.current} | options)
+        if len(parts) < 2:
+            raise ValueError(f"{len(parts)} parts of a clip: frames are put between two or more")
+        return self._sample(parts, options)
 
     def _sample(self, parts: Sequence[np.ndarray], options: dict[str, object]) -> Clip:
         request = Request(**options)  # type: ignore[arg-type]
+        request = fit_gap(request, self.config) if len(parts) > 1 else request
         return self.run([self.plan(request)], inputs=Inputs(given=tuple(map(self.read, parts))))[0]
 
     def plan(self, request: Request, *, batch: int = 1) -> Plan:
         """Resolve a request for this model; see `Pipeline.plan`."""
         if request.rehashes or request.max_memory is not None or request.slice_streams > 1:
             raise ValueError(f"{self.config.name} has neither steps to rehash nor slices for less memory")
+        for name in _VAIN:
+            if getattr(request, name) not in (None, ""):
+                of = f"{name.replace('_', ' ')} has no effect with {self.config.name}"
+                raise ValueError(f"{of}: it continues clips from their frames alone")
         return resolve(request, self.config)
 
     def read(self, frames: np.ndarray) -> Tensor:
-        """uint8 (T, H, W, 3) -> (C, T, H, W) in [-1, 1], grey where the model is."""
+        """uint8 (T, H, W, 3) -> (C, T, H, W) in [-1, 1], grey where the model is; ValueError of other frames."""
+        frames = np.ascontiguousarray(frames)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or not len(frames):
+            raise ValueError(f"frames are {frames.dtype} {frames.shape}, expected uint8 (T, H, W, 3)")
         pixels = to_unit(rearrange(torch.tensor(frames), "t h w c -> t c h w"))
         return (to_grey(pixels) if self.shape.channels == 1 else pixels).transpose(0, 1)
 
@@ -73,9 +97,10 @@ class EvdmPipeline(Pipeline):
         """Make clips; see `Pipeline.make`."""
         model, inputs = task.plan.model, task.inputs
         for part in inputs.given:
-            size = tuple(part.shape[2:])
+            size = part.shape[2], part.shape[3]
             if size != model.size or len(part) != self.shape.channels:
-                raise ValueError(f"frames of {len(part)} channels and {size} are not as the model's {model.size}")
+                sizes = " are not as the model's ".join(map(write_size, (size, model.size)))
+                raise ValueError(f"frames of {len(part)} channels and {sizes}: resize them, or give their size")
         given = [part.to(self.device, torch.float32).expand(len(task.plans), *part.shape) for part in inputs.given]
         length = count_frames([part.shape[1] for part in inputs.given], model.frames, keep=inputs.keep)
         frames: np.ndarray | None = None
@@ -117,10 +142,6 @@ class EvdmPipeline(Pipeline):
     def fill(self, task: Task, given: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
         """Yield the given parts with new frames between them; True marks new ones."""
         count, current = task.plan.model.frames, self.shape.current
-        if not self.shape.future:
-            raise ValueError(f"{self.config.name} reads no future frames: it cannot interpolate")
-        if count > current:
-            raise ValueError(f"frames {count}: {self.config.name} puts at most {current} between two frames")
         # evenly in time, of those that the network makes
         chosen = [round((i + 1) * (current + 1) / (count + 1)) - 1 for i in range(count)]
         yield given[0], False

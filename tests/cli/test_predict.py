@@ -129,6 +129,8 @@ def test_impossible_requests_are_one_line(run, clip: Path, tmp_path: Path, monke
     done = run(*(names.get(word, word) if isinstance(word, str) else word for word in arguments))
     assert done.code in (1, 2, 3), done
     assert reason in done.err
+    # nothing was read of the model before
+    assert "load" not in done.err
     assert not Path("a.mp4").exists()
 
 

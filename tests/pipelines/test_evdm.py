@@ -117,11 +117,33 @@ def test_what_a_model_cannot_do_is_one_line(model: EvdmPipeline, tmp_path: Path)
     for refused in ({"rehash": 1}, {"max_memory": 10**9}, {"slice_streams": 2}):
         with pytest.raises(ValueError, match="neither steps to rehash nor slices"):
             model.plan(Request(**refused))
+    with pytest.raises(ValueError, match="24x8 are not as the model's 24x16: resize them, or give their size"):
+        model.predict(frames(2)[:, :8])
+    with pytest.raises(ValueError, match="1 parts of a clip"):
+        model.interpolate(frames(2))
     with pytest.raises(ValueError, match="multiples of 4"):
         model.plan(Request(size=(18, 24)))
     past_only = load_predictor(write_model(tmp_path, future=0), device="cpu")
     with pytest.raises(ValueError, match="reads no future frames"):
         past_only.interpolate(frames(1), frames(1))
+
+
+@pytest.mark.parametrize(
+    "wrong", [frames(2) / 255, frames(2)[0], frames(2)[..., :1], frames(2).transpose(0, 3, 1, 2), frames(0)]
+)
+def test_other_than_frames_of_levels_are_refused(model: EvdmPipeline, wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"^frames are \w+ \([\d, ]+\), expected uint8 \(T, H, W, 3\)$"):
+        model.predict(wrong, frames=1)
+    mirrored = frames(2)[:, :, ::-1]
+    assert np.array_equal(model.predict(mirrored, frames=1).frames[:2], mirrored)
+
+
+@pytest.mark.parametrize(
+    "vain", [{"prompt": "a dog"}, {"guidance": 3.0}, {"quality": "draft"}, {"image": "a.png"}, {"motion_seed": 1}]
+)
+def test_what_says_nothing_to_a_predictor_is_refused(model: EvdmPipeline, vain: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="has no effect with tiny"):
+        model.predict(frames(2), **vain)
 
 
 def test_a_folder_says_which_pipeline_it_is(model: EvdmPipeline, tiny_model: Path) -> None:
