@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -60,6 +60,9 @@ class Denoising:
     frames: int = 1
     window: int | None = None
     overlap: int | None = None
+    # where several blocks are made in turn, which are shown as one stage: which, and how many
+    number: int = 0
+    of: int = 1
 
 
 def read_when_needed(part: str) -> Any:
@@ -308,7 +311,12 @@ class Pipeline(ABC):
                 low, high = (float(visited.quantile(share)) for share in interval)
             interval = low, high
         guided = guide(predict, what.guidance, *conditions, interval=interval)
-        how = Sampling(what.schedule, what.steps, generators, partial(task.observer.step, what.part), look)
+        stage = what.part if what.of == 1 else "steps"
+
+        def show(done: int, total: int) -> None:
+            task.observer.step(stage, what.number * total + done, what.of * total)
+
+        how = Sampling(what.schedule, what.steps, generators, show, look)
         return SAMPLERS[model.sampler](guided, noise, how)
 
     def noise(

@@ -134,7 +134,7 @@ class EvdmPipeline(Pipeline):
             yield past, False
         for start in range(0, model.frames, shape.current):
             future = past[:, :, :0]
-            new = self.denoise_block(task, past, future, start // shape.current)
+            new = self.denoise_block(task, past, future, start // shape.current, -(-model.frames // shape.current))
             new = new[:, :, : model.frames - start]
             past = torch.cat([past[:, :, -shape.past :], new], dim=2)
             yield new, True
@@ -146,13 +146,13 @@ class EvdmPipeline(Pipeline):
         chosen = [round((i + 1) * (current + 1) / (count + 1)) - 1 for i in range(count)]
         yield given[0], False
         for gap, (past, future) in enumerate(pairwise(given)):
-            yield self.denoise_block(task, past, future, gap)[:, :, chosen], True
+            yield self.denoise_block(task, past, future, gap, len(given) - 1)[:, :, chosen], True
             yield future, False
 
-    def denoise_block(self, task: Task, past: Tensor, future: Tensor, number: int) -> Tensor:
+    def denoise_block(self, task: Task, past: Tensor, future: Tensor, number: int, of: int = 1) -> Tensor:
         """(B, C, T, H, W) x2 -> (B, C, current, H, W) in [-1, 1], from the frames nearest to it.
 
-        `number` tells blocks of a clip apart: each has noise of its own.
+        `number` tells the blocks of a clip apart, of which there are `of`: each has noise of its own.
         """
         model, shape = task.plan.model, self.shape
         context = past.new_zeros(len(task.plans), shape.channels, shape.past + shape.future, *model.size)
@@ -166,7 +166,8 @@ class EvdmPipeline(Pipeline):
             return network(x.to(self.dtype), t, context)
 
         size, seeds = (shape.channels, shape.current, *model.size), [plan.seed for plan in task.plans]
-        what = Denoising(f"block {number + 1}", size, seeds, model.noise, model.steps, guidance=1.0)
+        part, guidance = f"block {number + 1}", 1.0
+        what = Denoising(part, size, seeds, model.noise, model.steps, guidance, number=number, of=of)
         conditions = ((context.to(self.dtype),),) * 2
         sampled = self.denoise(task, what, predict, conditions)
         return self.check_finite(sampled, "evdm").clamp(-1, 1)

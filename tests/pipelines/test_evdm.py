@@ -12,6 +12,7 @@ from cmdgen.models.evdm import Evdm
 from cmdgen.pipelines.clip import Inputs
 from cmdgen.pipelines.evdm import EvdmPipeline
 from cmdgen.pipelines.load import load_pipeline, load_predictor, open_pipeline
+from cmdgen.pipelines.observer import Observer
 from cmdgen.request import Request
 from cmdgen.store.parts import write_model_index
 
@@ -63,6 +64,14 @@ def test_blocks_know_the_last_frames_alone(model: EvdmPipeline) -> None:
     six = model.predict(short, frames=6).frames[2:]
     assert not np.array_equal(six[3:], model.predict(frames(2, seed=9), frames=6).frames[5:])
     assert not np.array_equal(six[:3], six[3:])
+
+
+def test_all_blocks_are_one_stage_of_progress(model: EvdmPipeline) -> None:
+    observer = Observer()
+    shown: list[tuple[str, int, int]] = []
+    observer.step = lambda *step: shown.append(step)
+    model.run([model.plan(Request(frames=8))], observer)
+    assert [step for step in shown if step[0] != "load"] == [("steps", done, 6) for done in range(1, 7)]
 
 
 def test_one_past_frame_and_none_are_other_clips(model: EvdmPipeline) -> None:
