@@ -67,6 +67,9 @@ class Files(Protocol):
     def fit(self, request: Request, model: ModelConfig) -> Request:
         """Return the request with what the files say where it says nothing."""
 
+    def count(self, plan: Plan) -> int:
+        """Return how many frames a video has, with those of the files that it keeps."""
+
     def read(self, pipeline: Any, plan: Plan, say: Say) -> Inputs | None:
         """Return what the pipeline takes of the files, at the plan's size."""
 
@@ -131,7 +134,8 @@ class Batch:
                 name = "a still" if plan.model.frames == 1 else plan.model.name
                 raise ValueError(f"{job.target} holds content and motion: {name} has no motion")
             job.encoding.check(plan.model.size, plan.model.fps)
-            job = replace(job, request=request, resolved=plan)
+            length = plan.model.frames if job.encoding.format == STILL else self.files.count(plan)
+            job = replace(job, request=request, resolved=plan, length=length)
             if job.target == STDOUT:
                 self._check_stream(job.encoding, plan)
             else:
@@ -279,7 +283,7 @@ class Batch:
             self.say.note(f"{number}: {job.target}, seed {job.request.seed}, {seconds:.1f} s")
         if job.target != STDOUT:
             model = job.plan.model
-            size = {name: getattr(model, name) for name in ("frames", "width", "height", "fps")}
+            size = {"frames": job.length, "width": model.width, "height": model.height, "fps": model.fps}
             self.say.result(job.target, {**job.describe(), **size, "seconds": round(seconds, 3)})
 
     def _sample(self, jobs: list[Job]) -> dict[int, Exception]:

@@ -138,6 +138,10 @@ class InputFiles:
             raise ValueError("--motion-from has nothing to move: a still has one frame")
         return request
 
+    def count(self, plan: Plan) -> int:
+        """Return the length of the clip, of which no file is a part."""
+        return plan.model.frames
+
     def read(self, pipeline: "StillPipeline", plan: Plan, say: Say) -> "Inputs | None":
         """Return what `Pipeline.run` takes as inputs, at the plan's size; None without files.
 

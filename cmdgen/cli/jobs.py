@@ -97,6 +97,8 @@ class Job:
     target: str
     encoding: Encoding
     resolved: Plan | None = None
+    # frames of the file, of a job that was checked
+    length: int = 0
     # whether --skip-existing found all its files, or some of them, which are replaced
     exists: bool = False
     unfinished: bool = False
@@ -110,7 +112,7 @@ class Job:
     @property
     def files(self) -> list[str]:
         """Return the files of a job that was checked."""
-        return list_outputs(self.target, self.encoding, self.plan.model.frames)
+        return list_outputs(self.target, self.encoding, self.length)
 
     def describe(self) -> dict[str, Any]:
         """Return the job for JSON."""

@@ -154,6 +154,13 @@ class Given:
             request = replace(request, fps=max(1, rates[0]))
         return request
 
+    def count(self, plan: Plan) -> int:
+        """Return the length of the clip, with the frames of the files that it keeps."""
+        from cmdgen.pipelines.evdm import count_frames
+
+        lengths = [len(frames) for frames, _ in self.read_files]
+        return count_frames([1] * sum(lengths) if self.apart else lengths, plan.model.frames, keep=self.keep)
+
     def read(self, pipeline: "Pipeline", plan: Plan, say: Say) -> "Inputs":
         """Return the frames as the model sees them; what is done to them is noted."""
         from cmdgen.pipelines.clip import Inputs

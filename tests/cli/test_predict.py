@@ -72,6 +72,16 @@ def test_a_picture_is_the_next_frame(run, clip: Path, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(target)), read_video(tmp_path / "two.apng")[0][5])
 
 
+def test_all_pictures_of_a_sequence_are_its_files(run, clip: Path, tmp_path: Path) -> None:
+    arguments = ("predict", clip, "-o", tmp_path / "%d.png", "--seed", 1, "--frames", 2, "--json", "--skip-existing")
+    made = json.loads(run(*arguments).out)
+    assert made["frames"] == len(list(tmp_path.glob("*.png"))) == 7
+    assert json.loads(run(*arguments).out)["skipped"]
+    (tmp_path / "6.png").unlink()
+    assert json.loads(run(*arguments).out)["frames"] == 7
+    assert (tmp_path / "6.png").exists()
+
+
 def test_stdin_is_a_clip(run, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "piped.apng"
     saved = os.dup(0)
