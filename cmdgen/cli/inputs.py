@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cmdgen.latents import Latents
     from cmdgen.pipelines.clip import Inputs
     from cmdgen.pipelines.still import StillPipeline
+    from cmdgen.video.read import Source
 
 CONTENT, MOTION, IMAGE = INPUT_FIELDS
 # what each gives
@@ -221,14 +222,21 @@ def read_input(video: Path, model: ModelConfig, say: Say) -> "np.ndarray":
         start = f"its first {model.frames / model.fps:.3g} s"
         start = f"{model.frames} frames" if source.fps is None else start
         changes.append(f"{start} at {model.fps} fps")
-    if (source.height, source.width) != model.size:
-        changes.append(f"cropped and resized to {write_size(model.size)}")
+    changes += list_changes(source, model.size)
+    say.note(f"{video}, {source}: {', '.join(changes) or 'unchanged'}")
+    return clip
+
+
+def list_changes(source: "Source", size: tuple[int, int]) -> list[str]:
+    """Return what was done to frames of a file of which a clip of a size was made."""
+    changes = []
+    if (source.height, source.width) != size:
+        changes.append(f"cropped and resized to {write_size(size)}")
     if source.held:
         changes.append(f"the last frame held for {source.held} more")
     if source.damaged:
         changes.append("it is damaged: some of it is a decoder's guess")
-    say.note(f"{video}, {source}: {', '.join(changes) or 'unchanged'}")
-    return clip
+    return changes
 
 
 def note_weights(path: Path, latents: "Latents", pipeline: "StillPipeline", say: Say) -> None:

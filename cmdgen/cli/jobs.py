@@ -23,7 +23,7 @@ from threading import Thread
 from typing import IO, Any, NamedTuple
 
 from cmdgen.cli.errors import describe
-from cmdgen.cli.naming import check_inside, fill
+from cmdgen.cli.naming import check_inside, fields, fill
 from cmdgen.files import decode_text, parse_json
 from cmdgen.metadata import FIELDS, read_job
 from cmdgen.options import SHARD, Shard, option, read_value, with_values
@@ -317,6 +317,12 @@ def make_jobs(
         except ValueError as error:
             yield Refused(index, entry.line, error)
         index += num
+
+
+def check_seeds(request: Request, jobs: Batching, *, alone: bool) -> None:
+    """Raise ValueError where names have random seeds, and clips that exist are to be skipped."""
+    if jobs.skip_existing and request.seed is None and not alone and "seed" in fields(request.output or ""):
+        raise ValueError("--skip-existing with random seeds in names finds nothing: give --seed")
 
 
 def _make_job(line: int, request: Request, index: int, offset: int) -> Job:

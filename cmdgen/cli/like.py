@@ -24,7 +24,9 @@ _CHOICE = {"rehash_policy", "rehash_threshold"}
 # fields that are taken from metadata: never names of files
 _RECORDED = {*FIELDS} - _CHOICE - (_KEPT - _ENCODING) - {"rehash_file", "rehash_protect"}
 # keys of metadata beside the fields of a request
-_OTHER = {"cmdgen", "weights", "width", "height", "encoding", "given", "lora", "decoder", *INPUT_FIELDS, *_CHOICE}
+_OTHER = {"cmdgen", "weights", "width", "height", "encoding", "lora", "decoder", *INPUT_FIELDS, *_CHOICE}
+# of predict and interpolate
+_OTHER |= {"given", "only_new"}
 
 
 def read_recorded(path: Path) -> Mapping[str, Any]:

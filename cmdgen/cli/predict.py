@@ -3,19 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cmdgen.cli.command import Only, list_flags
 from cmdgen.cli.errors import on_the_way
-from cmdgen.cli.inputs import spool
-from cmdgen.cli.jobs import Batching, Entry, Refused, make_jobs
+from cmdgen.cli.inputs import list_changes, spool
+from cmdgen.cli.jobs import Batching, Entry, Refused, check_seeds, make_jobs
 from cmdgen.cli.like import compare, read_recorded, recall
 from cmdgen.cli.naming import check_stdout
 from cmdgen.cli.progress import Say
 from cmdgen.config import EvdmConfig, ModelConfig
-from cmdgen.options import option, options_of, write_size
+from cmdgen.files import blame
+from cmdgen.options import option, options_of
 from cmdgen.request import HOW, MACHINE, MAX_FRAMES, WHAT, Plan, Request
 from cmdgen.video.formats import describe_origin
 
@@ -47,6 +49,9 @@ class Prediction(Request):
         low=1,
         high=MAX_FRAMES,
         shown="the model's own",
+    )
+    fps: int | None = option(
+        None, "Frames per second.", group=WHAT, low=1, shown="as fast as the first video, or the model's own"
     )
     steps: int | None = option(None, "Sampling steps.", group=HOW, low=1, shown="the model's own")
     model: str = option(
@@ -101,6 +106,7 @@ def _make(context: typer.Context, given: "Given", request: Request, jobs: Batchi
         given.check_like(recorded, jobs.like, say)
     queue = list(make_jobs([Entry(1, {})], request, num=jobs.num, reads_text=False))
     alone = len(queue) == 1
+    check_seeds(request, jobs, alone=alone)
     if isinstance(queue[0], Refused):
         raise queue[0].error
     from cmdgen.cli.batch import Batch
@@ -120,38 +126,49 @@ class Given:
 
     def __init__(self, paths: Sequence[Path], *, apart: bool = False, keep: bool = True) -> None:
         self.paths, self.apart, self.keep = paths, apart, keep
-        self.files = [spool(path) for path in paths]
+        # a pipe is read once, however often it is named
+        copies = {path: spool(path) for path in dict.fromkeys(paths)}
+        self.files = [copies[path] for path in paths]
         self.origin = [describe_origin(file) for file in self.files]
-        # of the size that was asked for last
-        self.size: tuple[int, int] | None = None
+        # at the size of all jobs of the command
         self.read_files: list[tuple[np.ndarray, Source]] = []
+        self.inputs: Inputs | None = None
 
     def check_like(self, recorded: Mapping[str, Any], like: Path, say: Say) -> None:
-        """Note files of other contents than those that a clip was made with."""
-        before = recorded.get("given", [])
-        hashes = [part.get("sha256") for part in before if isinstance(part, dict)] if isinstance(before, list) else []
-        if hashes != [part["sha256"] for part in self.origin]:
-            say.note(f"note: {like} was made with {len(hashes)} files of other contents")
+        """Compare with the metadata of the clip to make again; note files of other contents.
+
+        Raises ValueError where that clip had files, and there are none now.
+        """
+        before = recorded.get("given")
+        parts = [part for part in before if isinstance(part, dict)] if isinstance(before, list) else []
+        names = ", ".join(short(part.get("file")) for part in parts[:8])
+        if parts and not self.origin:
+            raise ValueError(f"{like} was made with {names}: give that, too")
+        if [part.get("sha256") for part in parts] != [part["sha256"] for part in self.origin]:
+            say.note(f"note: {like} was made {f'with files of other contents, {names}' if parts else 'without a file'}")
+        self.keep &= recorded.get("only_new") is not True
 
     def fit(self, request: Request, model: ModelConfig) -> Request:
         """Read the files at the request's size; return the request with what it leaves to them."""
         from cmdgen.video.read import read_frames
 
-        size = request.size or model.size
-        if size != self.size:
+        if not self.read_files:
+            height, width = request.size or model.size
             with on_the_way("give shorter videos"):
-                most = MOST_BYTES // (3 * size[0] * size[1])
-                self.read_files = [read_frames(file, size=size, most=most) for file in self.files]
-            self.size = size
+                most = MOST_BYTES // (3 * height * width)
+                self.read_files = [read_frames(file, size=(height, width), most=most) for file in self.files]
         if self.apart:
             from cmdgen.pipelines.evdm import fit_gap
 
             request = fit_gap(request, model)
             if sum(len(frames) for frames, _ in self.read_files) < 2:
                 raise ValueError("there is one frame: frames are put between two or more")
-        rates = [round(source.fps) for _, source in self.read_files if source.fps]
-        if request.fps is None and rates and not self.apart:
-            request = replace(request, fps=max(1, rates[0]))
+        rates = [source.fps for _, source in self.read_files if source.fps]
+        if request.fps is None and rates:
+            # what moves is as fast as before, with other frames between those of the files
+            rate = rates[0] * (1 + (request.frames or 0) if self.apart else 1)
+            with blame("as fast as the first video"):
+                request = replace(request, fps=max(1, round(rate)))
         return request
 
     def count(self, plan: Plan) -> int:
@@ -162,7 +179,11 @@ class Given:
         return count_frames([1] * sum(lengths) if self.apart else lengths, plan.model.frames, keep=self.keep)
 
     def read(self, pipeline: "Pipeline", plan: Plan, say: Say) -> "Inputs":
-        """Return the frames as the model sees them; what is done to them is noted."""
+        """Return the frames as the model sees them; what is done to them is noted, once for all jobs."""
+        self.inputs = self.inputs or self._read(pipeline, plan, say)
+        return self.inputs
+
+    def _read(self, pipeline: "Pipeline", plan: Plan, say: Say) -> "Inputs":
         from cmdgen.pipelines.clip import Inputs
         from cmdgen.pipelines.evdm import EvdmPipeline
 
@@ -171,11 +192,12 @@ class Given:
         parts: list[Tensor] = []
         for path, (frames, source) in zip(self.paths, self.read_files, strict=True):
             changes = ["turned grey"] if grey and (frames != frames[..., :1]).any() else []
-            if (source.height, source.width) != size:
-                changes.append(f"cropped and resized to {write_size(size)}")
+            changes += list_changes(source, size)
             if not self.apart and len(frames) < plan.model.content.past:
                 changes.append(f"{len(frames)} of the {plan.model.content.past} frames that the model reads")
             say.note(f"{path}, {source}: {', '.join(changes) or 'unchanged'}")
             pixels = pipeline.read(frames)
             parts += pixels.split(1, dim=1) if self.apart else [pixels]
-        return Inputs(given=tuple(parts), keep=self.keep, origin={"given": self.origin} if self.origin else {})
+        facts = {"given": self.origin, "only_new": not self.keep}
+        origin = {name: value for name, value in facts.items() if value}
+        return Inputs(given=tuple(parts), keep=self.keep, origin=origin)

@@ -11,7 +11,7 @@ import typer
 
 from cmdgen.cli.command import list_flags
 from cmdgen.cli.inputs import STDIN, InputFiles
-from cmdgen.cli.jobs import STILL, Batching, Entry, Job, Refused, make_jobs, open_entries
+from cmdgen.cli.jobs import STILL, Batching, Entry, Job, Refused, check_seeds, make_jobs, open_entries
 from cmdgen.cli.like import compare, read_recorded, recall
 from cmdgen.cli.naming import check_stdout, check_suffix, fields
 from cmdgen.cli.progress import Say
@@ -60,7 +60,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
 
     check_stdout(request.output, say)
     # a wrong template is one error, not one for each line
-    names = fields(request.output or "")
+    fields(request.output or "")
     piped = [f"--{name.replace('_', '-')}" for name in INPUT_FIELDS if str(getattr(request, name)) == STDIN]
     if piped and (jobs.file == STDIN or (jobs.file is None and request.prompt is None and jobs.like is None)):
         raise ValueError(f"{piped[0]} - and the prompt both need stdin: give PROMPT, or a file with -f")
@@ -92,8 +92,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
             raise ValueError("no prompt: give PROMPT, pipe it in, or a file of them with -f")
         if alone and isinstance(jobs_ahead[0], Refused):
             raise jobs_ahead[0].error
-    if jobs.skip_existing and request.seed is None and not alone and "seed" in names:
-        raise ValueError("--skip-existing with random seeds in names finds nothing: give --seed")
+    check_seeds(request, jobs, alone=alone)
     # what is wrong with the model or a single clip is said without torch, which takes seconds to import
     folder = find_model(request.model)
     config = read_model(folder)

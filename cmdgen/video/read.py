@@ -152,7 +152,7 @@ def read_frames(path: File, *, size: tuple[int, int], most: int) -> tuple[np.nda
         if not frames:
             raise EOFError
     if len(frames) > most:
-        raise ValueError(f"{path} has more than {most} frames: cut it first")
+        raise ValueError(f"{path} has more than {most} frames of {size[1]}x{size[0]}: cut it first")
     return np.stack(frames), source
 
 

@@ -53,14 +53,27 @@ def test_like_makes_it_again_and_notes_other_files(run, clip: Path, tmp_path: Pa
     assert done.code == 0, done.err
     assert np.array_equal(read_video(first)[0], read_video(again)[0])
     assert "other contents" not in done.err and "unknown metadata" not in done.err
-    other = run("predict", "--like", first, "-o", tmp_path / "other.apng")
-    assert "was made with 1 files of other contents" in other.err
+    none = run("predict", "--like", first, "-o", tmp_path / "other.apng")
+    assert (none.code, none.err) == (2, f"error: {first} was made with 'clip.apng': give that, too\n")
+    other = run("predict", first, "--like", first, "-o", tmp_path / "other.apng")
+    assert f"note: {first} was made with files of other contents, 'clip.apng'" in other.err
+
+
+def test_like_leaves_out_what_the_file_left_out(run, clip: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first.apng", tmp_path / "again.apng"
+    assert run("predict", clip, "-o", first, "--frames", 2, "--only-new").code == 0
+    done = run("predict", clip, "--like", first, "-o", again)
+    assert done.code == 0 and "unknown metadata" not in done.err
+    assert np.array_equal(read_video(first)[0], read_video(again)[0])
+    assert read_metadata(first) == read_metadata(again)
 
 
 def test_several_seeds_are_several_files(run, tmp_path: Path) -> None:
     done = run("predict", "-o", tmp_path / "{seed}.gif", "--num", 2, "--seed", 1, "--batch", 2, "--frames", 3, "--json")
     assert done.code == 0, done.err
     rows = [json.loads(line) for line in done.out.splitlines()]
+    drawn = run("predict", "-o", tmp_path / "{seed}.gif", "--num", 2, "--skip-existing")
+    assert drawn.code == 2 and "--skip-existing with random seeds in names finds nothing" in drawn.err
     assert [Path(row["output"]).name for row in rows] == ["1.gif", "2.gif"]
     assert not np.array_equal(*(read_video(row["output"])[0] for row in rows))
 
@@ -80,6 +93,11 @@ def test_all_pictures_of_a_sequence_are_its_files(run, clip: Path, tmp_path: Pat
     (tmp_path / "6.png").unlink()
     assert json.loads(run(*arguments).out)["frames"] == 7
     assert (tmp_path / "6.png").exists()
+
+
+def test_files_are_noted_once_for_all_clips(run, clip: Path, tmp_path: Path) -> None:
+    done = run("predict", clip, "-o", tmp_path / "{index}.apng", "--num", 3, "--frames", 1)
+    assert done.code == 0 and done.err.count("clip.apng, 24x16") == 1
 
 
 def test_stdin_is_a_clip(run, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +134,10 @@ def test_every_gap_of_a_clip_is_filled(run, clip: Path, tmp_path: Path) -> None:
     got, _ = read_video(target)
     assert len(got) == 9
     assert np.array_equal(got[::2], frames(5))
+    # it takes as long as before
+    assert round(read_video(target)[1]) == 24
+    done = run("interpolate", clip, "-o", target, "--frames", 1, "--overwrite", "--fps", 5)
+    assert done.code == 0 and round(read_video(target)[1]) == 5
 
 
 @pytest.mark.parametrize(
@@ -147,7 +169,7 @@ def test_impossible_requests_are_one_line(run, clip: Path, tmp_path: Path, monke
 def test_a_file_of_too_many_frames_is_one_line(run, clip: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(predict, "MOST_BYTES", 4 * 16 * 24 * 3)
     done = run("predict", clip, "-o", tmp_path / "longer.mp4")
-    assert "has more than 4 frames: cut it first" in done.err
+    assert "has more than 4 frames of 24x16: cut it first" in done.err
 
 
 def test_a_clip_far_longer_than_the_models_is_made_where_it_fits(run, tmp_path: Path, monkeypatch) -> None:
