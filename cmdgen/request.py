@@ -204,6 +204,11 @@ class Request(Options):
     compile: bool = _machine(False, "Compile the networks with torch.compile. The first clip of a size takes minutes.")
 
     @property
+    def loading(self) -> dict[str, Any]:
+        """Return what `load_pipeline` takes, in any process."""
+        return {name: getattr(self, name) for name in ("model", "device", "dtype", "compile", "lora", "decoder")}
+
+    @property
     def rehashes(self) -> bool:
         """Return whether step rehash is on."""
         return self.rehash is not None or self.rehash_threshold is not None

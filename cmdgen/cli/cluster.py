@@ -51,8 +51,7 @@ class Worker:
 
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        names = "device", "dtype", "compile", "lora", "decoder"
-        pipeline = load_pipeline(request.model, **{name: getattr(request, name) for name in names})
+        pipeline = load_pipeline(**request.loading)
         self.heard = _Heard(as_json=True)
         self.batch = Batch(pipeline, options, self.heard, InputFiles(request), alone=False, total=None)
         self.batch.show = lambda stage, done, total, figures="": None

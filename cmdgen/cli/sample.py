@@ -114,8 +114,7 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
     gc.enable()
     if jobs.threads is not None:
         torch.set_num_threads(jobs.threads)
-    shared = {name: getattr(request, name) for name in ("device", "dtype", "compile", "lora", "decoder")}
-    pipeline = load_pipeline(request.model, **shared)
+    pipeline = load_pipeline(**request.loading)
     if not jobs.dry_run:
         if request.compile:
             say.note("the first step waits for the compiler, for minutes the first time")
