@@ -120,8 +120,8 @@ def _serve() -> None:
                     clip, count = _decode(data, frames, (height, width), fps), frames
                 else:
                     count = _count(data, frames, fps)
-            # of these are most of PyAV's own; with others this process ends, and another is started
-            except (ImportError, OSError, ValueError, MemoryError):
+            # of these are most of PyAV's own, and of one that is too old; with others this process ends
+            except (AttributeError, ImportError, OSError, ValueError, MemoryError):
                 count = -1
             answers.write(_ANSWER.pack(count) + clip)
             answers.flush()

@@ -104,3 +104,11 @@ def test_a_process_that_dies_or_hangs_costs_its_clip_alone(original, monkeypatch
     monkeypatch.setattr(plain, "_MOST_SECONDS", 0.2)
     os.kill(process.pid, 19)
     assert decoders.read(data, **request) is None and process.poll() is not None
+
+
+def test_an_older_pyav_costs_one_process_for_all_clips(original, tmp_path, monkeypatch):
+    (tmp_path / "av.py").write_text("")
+    monkeypatch.setattr(plain.sys, "path", [str(tmp_path), *plain.sys.path])
+    decoders = Decoders()
+    assert decoders.read(original.read_bytes(), frames=4, size=(16, 16), fps=8.0) is None
+    assert len(decoders._idle) == 1
