@@ -17,6 +17,9 @@ EXIT_CODES = (
     "143 terminated."
 )
 
+# how folders of copies of what came through pipes are named: messages name what was given
+COPIES = "cmdgen-copy-"
+_COPY = re.compile(rf"(/[^/:]+)*/{COPIES}\w{{8}}/")
 # characters of a message: a path, and what is wrong with it
 _LONGEST = 1000
 
@@ -59,8 +62,14 @@ def is_about_memory(error: Exception) -> bool:
 
 
 def printable(text: str) -> str:
-    """Escape control characters and lone surrogates."""
+    """Escape control characters and lone surrogates, and name what was given, not its copy."""
+    text = _name_given(text)
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def _name_given(text: str) -> str:
+    # a long text without one would take long
+    return _COPY.sub("", text) if COPIES in text else text
 
 
 def describe(error: Exception) -> str:
@@ -75,7 +84,7 @@ def describe(error: Exception) -> str:
 
 def shorten(text: str) -> str:
     """Return a text as one line, without its middle if it is far too long."""
-    line, half = " ".join(text.split()), _LONGEST // 2
+    line, half = _name_given(" ".join(text.split())), _LONGEST // 2
     return line if len(line) <= _LONGEST else f"{line[:half]} ... {line[-half:]}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
-from cmdgen.cli.errors import on_the_way
+from cmdgen.cli.errors import COPIES, on_the_way
 from cmdgen.cli.progress import Say
 from cmdgen.config import ModelConfig
 from cmdgen.metadata import INPUT_FIELDS
@@ -50,7 +50,7 @@ def spool(path: Path) -> Path:
         return path
     if stdin and os.isatty(0):
         raise ValueError("- is stdin, which is a terminal: pipe a file in, or give its name")
-    folder = Path(tempfile.mkdtemp(prefix="cmdgen-"))
+    folder = Path(tempfile.mkdtemp(prefix=COPIES))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy, size = folder / path.name, 0
     with open(0 if stdin else path, "rb", closefd=not stdin) as source, copy.open("wb") as target:

@@ -100,16 +100,25 @@ def test_files_are_noted_once_for_all_clips(run, clip: Path, tmp_path: Path) -> 
     assert done.code == 0 and done.err.count("clip.apng, 24x16") == 1
 
 
-def test_stdin_is_a_clip(run, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stdin_is_a_clip(run, clip: Path, tmp_path: Path) -> None:
     target = tmp_path / "piped.apng"
-    saved = os.dup(0)
-    with clip.open("rb") as stdin:
-        os.dup2(stdin.fileno(), 0)
-        try:
-            done = run("predict", "-", "-o", target, "--frames", 1)
-        finally:
-            os.dup2(saved, 0)
-            os.close(saved)
+
+    def pipe(data: bytes, *arguments: object):
+        saved, source = os.dup(0), tmp_path / "stdin"
+        source.write_bytes(data)
+        with source.open("rb") as stdin:
+            os.dup2(stdin.fileno(), 0)
+            try:
+                return run(*arguments)
+            finally:
+                os.dup2(saved, 0)
+                os.close(saved)
+
+    empty = pipe(b"", "predict", "-", "-o", target)
+    assert empty.code == 1 and empty.err.startswith("error: - is not a readable video or picture")
+    twice = pipe(clip.read_bytes(), "interpolate", "-", "-", "-o", tmp_path / "twice.apng", "--frames", 1)
+    assert twice.code == 0 and len(read_video(tmp_path / "twice.apng")[0]) == 19
+    done = pipe(clip.read_bytes(), "predict", "-", "-o", target, "--frames", 1)
     assert done.code == 0, done.err
     assert len(read_video(target)[0]) == 6
     assert read_metadata(target)["given"][0]["file"] == "-"
