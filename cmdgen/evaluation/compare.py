@@ -81,7 +81,10 @@ def _list(folder: Path) -> list[Path]:
 
 def _pair(real: list[Path], generated: list[Path]) -> dict[Path, list[Path]]:
     """Return the generated files of each real NAME: NAME, or NAME-0, NAME-1 and so on."""
-    names = {file.stem: file for file in real}
+    names: dict[str, Path] = {}
+    for file in real:
+        if (other := names.setdefault(file.stem, file)) is not file:
+            raise ValueError(f"{other} and {file} have one name: let names differ, for --pairs")
     pairs = defaultdict[Path, list[Path]](list)
     for file in generated:
         stem, _, number = file.stem.rpartition("-")

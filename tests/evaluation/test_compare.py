@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -58,6 +59,10 @@ def test_what_cannot_be_compared_is_one_line(cmdgen, folders, tmp_path: Path) ->
         write_video(tmp_path / f"{name}.apng", np.zeros((4, 32, 32, 3), np.uint8), 8, None)
     done = run(cmdgen, real, tmp_path, "--pairs")
     assert done.code == 2 and "is named as no real video" in done.err
+    for name in ("one", "two"):
+        copytree(real, tmp_path / "twice" / name)
+    done = run(cmdgen, tmp_path / "twice", made, "--pairs")
+    assert done.code == 2 and "one/0.apng and " in done.err and "two/0.apng have one name" in done.err
     short = cmdgen("eval", "--real", real, "--generated", made, "--size", "32x32")
     assert "has 4 frames, 16 are compared" in short.err
 
