@@ -126,7 +126,7 @@ def test_the_paper_counts_its_stages_and_a_user_waits_for_the_file(pipeline, mon
 def test_a_clip_that_captures_is_not_the_one_that_is_timed(tiny_model, monkeypatch, quick_limits):
     captured = []
 
-    def capture(function, inputs, pool):
+    def capture(function, inputs, pool, generation):
         captured.append(len(inputs))
         # what a capture takes, many times over
         time.sleep(0.1)
