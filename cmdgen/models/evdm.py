@@ -249,4 +249,17 @@ class Evdm(Pretrained[EvdmConfig]):
         for layer in self.up:
             x = layer(x if layer.how else torch.cat([x, skips.pop()], dim=1), time)
         x = self.conv_out(F.silu(self.norm_out(x)))
-        return rearrange(F.pixel_shuffle(x, patch), "b (t c) h w -> b c t h w", c=self.config.channels)
+        x = rearrange(F.pixel_shuffle(x, patch), "b (t c) h w -> b c t h w", c=self.config.channels)
+        return x + between(context, self.config) if self.config.learns_change else x
+
+
+def between(context: Tensor, config: EvdmConfig) -> Tensor:
+    """(B, C, T', H, W) -> (B, C, T, H, W): the last past and first future frame blended linearly, or the known one."""
+    nearest = context[:, :, max(0, config.past - 1) : config.past + 1]  # (B, C, 1 or 2, H, W)
+    known = nearest.ne(0).any(dim=4).any(dim=3).any(dim=1).to(context.dtype)  # (B, 1 or 2)
+    share = torch.arange(1, config.current + 1, dtype=context.dtype, device=context.device) / (config.current + 1)
+    sides = [*[1 - share] * (config.past > 0), *[share] * (config.future > 0)]
+    weights = torch.stack(sides) * known[:, :, None]  # (B, 1 or 2, T)
+    # where neither is known, 0 stays 0
+    weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=0.5 / (config.current + 1))
+    return (nearest[:, :, :, None] * weights[:, None, :, :, None, None]).sum(dim=2)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cmdgen.config import PRESETS, EvdmConfig
+from cmdgen.evaluation.prediction import blend
 from cmdgen.models.attention import GatedAttention
 from cmdgen.models.evdm import Evdm, norm_groups, resample, shuffle
 
@@ -96,6 +97,28 @@ def test_fresh_blocks_add_nothing_and_the_output_is_zero() -> None:
     torch.manual_seed(0)
     sample, timestep, context = (x.float() if x.is_floating_point() else x for x in inputs())
     assert not Evdm(TINY)(sample, timestep, context).any()
+
+
+def test_a_fresh_network_that_learns_changes_keeps_the_nearest_known_frames() -> None:
+    torch.manual_seed(0)
+    config = replace(TINY, past=2, future=2, learns_change=True)
+    network = Evdm(config)
+    past, future = torch.randn(2, 1, config.channels, 2, 16, 16)
+    nothing, sample = torch.zeros_like(past), torch.randn(1, config.channels, config.current, 16, 16)
+    last, first = past[:, :, -1:].expand_as(sample), future[:, :, :1].expand_as(sample)
+    for context, expected in (
+        ((past, future), blend(past, future, config.current)),
+        ((past, nothing), last),
+        ((nothing, future), first),
+        ((nothing, nothing), torch.zeros_like(sample)),
+    ):
+        torch.testing.assert_close(network(sample, torch.tensor([500]), torch.cat(context, dim=2)), expected)
+    # of a batch each row has frames of its own
+    both = torch.cat([torch.cat([past, nothing], dim=2), torch.cat([nothing, future], dim=2)])
+    made = network(sample.expand(2, -1, -1, -1, -1), torch.tensor([500, 1]), both)
+    torch.testing.assert_close(made, torch.cat([last, first]))
+    alone = Evdm(replace(config, future=0))
+    torch.testing.assert_close(alone(sample, torch.tensor([500]), past), last)
 
 
 def test_resampling_is_a_filter_of_1_3_3_1() -> None:
