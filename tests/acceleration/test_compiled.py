@@ -55,7 +55,7 @@ def test_compiled_clips_are_those_of_the_networks(monkeypatch, tiny_model: Path)
 
     monkeypatch.setattr(base, "Compiled", prepare)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(graphs, "capture", lambda run, inputs, pool: lambda: run(*inputs))
+    monkeypatch.setattr(graphs, "capture", lambda run, inputs, *_: lambda: run(*inputs))
     options = {
         **{"sampler": "ddim", "steps": 3, "motion_steps": 4, "guidance": 1.0},
         **{"motion_guidance": 3.0, "guidance_interval": "0.4-1.0", "seed": 0},
