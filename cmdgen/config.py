@@ -259,8 +259,8 @@ class EvdmConfig(AttentionConfig):
     # attention is at all levels but the first, in heads as wide as the first level; None: as many
     # random features as a head is wide
     attention_features: int | None = None
-    # whether clean frames (prediction_type "sample") are learned as changes of the nearest known ones
-    learns_change: bool = False
+    # whether clean frames (prediction_type "sample") are the nearest known ones where a mask, learned too, says so
+    mask: bool = False
 
     @property
     def frames(self) -> int:
@@ -492,7 +492,7 @@ _SMALL = EvdmConfig(future=5, patch=4, width=64, multipliers=(1, 1), reduction=1
 _SMALL_NOISE = replace(MINI.noise, prediction_type="sample", clip_sample=True)
 EVDM_SMALL = _evdm("evdm-small", _SMALL, _SMALL_NOISE, steps=2)
 # most of a picture stays as it is
-_WORLD = replace(_SMALL, channels=3, modulation="half", learns_change=True)
+_WORLD = replace(_SMALL, channels=3, modulation="half", mask=True)
 EVDM_WORLD = _evdm("evdm-world", _WORLD, _SMALL_NOISE, steps=10)
 
 ANIMATEDIFF = ModelConfig(

@@ -29,6 +29,8 @@ from cmdgen.models.unet import TimeEmbedding
 GROUPS = 4
 # a sum of two independent terms keeps its variance
 _RESCALE = sqrt(0.5)
+# what a mask's logits start below 0: at first a fiftieth of a picture is new
+_KEPT = 4.0
 
 
 def norm_groups(channels: int) -> int:
@@ -227,7 +229,9 @@ class Evdm(Pretrained[EvdmConfig]):
             if i > 0:
                 self.up.append(Layer(wide, wide, config, how="up"))
         self.norm_out = nn.GroupNorm(norm_groups(width), width, eps=1e-5)
-        self.conv_out = nn.Conv2d(width, channels * config.current, 3, padding=1)
+        # of each frame, and of its mask
+        out = channels + config.mask * config.patch**2
+        self.conv_out = nn.Conv2d(width, out * config.current, 3, padding=1)
         clear(self.conv_out)
 
     def forward(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
@@ -249,8 +253,11 @@ class Evdm(Pretrained[EvdmConfig]):
         for layer in self.up:
             x = layer(x if layer.how else torch.cat([x, skips.pop()], dim=1), time)
         x = self.conv_out(F.silu(self.norm_out(x)))
-        x = rearrange(F.pixel_shuffle(x, patch), "b (t c) h w -> b c t h w", c=self.config.channels)
-        return x + between(context, self.config) if self.config.learns_change else x
+        x = rearrange(F.pixel_shuffle(x, patch), "b (t c) h w -> b c t h w", t=self.config.current)
+        if not self.config.mask:
+            return x
+        new, share = x[:, :-1], (x[:, -1:] - _KEPT).sigmoid()
+        return between(context, self.config).lerp(new, share)
 
 
 def between(context: Tensor, config: EvdmConfig) -> Tensor:

@@ -1,5 +1,6 @@
 """EVDM against the counts that its paper prints, and against what each of its parts should do."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -99,12 +100,14 @@ def test_fresh_blocks_add_nothing_and_the_output_is_zero() -> None:
     assert not Evdm(TINY)(sample, timestep, context).any()
 
 
-def test_a_fresh_network_that_learns_changes_keeps_the_nearest_known_frames() -> None:
+def test_a_fresh_network_with_a_mask_keeps_the_nearest_known_frames() -> None:
     torch.manual_seed(0)
-    config = replace(TINY, past=2, future=2, learns_change=True)
+    config = replace(TINY, past=2, future=2, mask=True)
     network = Evdm(config)
     past, future = torch.randn(2, 1, config.channels, 2, 16, 16)
     nothing, sample = torch.zeros_like(past), torch.randn(1, config.channels, config.current, 16, 16)
+    # nothing is new but a fiftieth, of 0
+    kept = 1 / (1 + math.exp(-4))
     last, first = past[:, :, -1:].expand_as(sample), future[:, :, :1].expand_as(sample)
     for context, expected in (
         ((past, future), blend(past, future, config.current)),
@@ -112,13 +115,18 @@ def test_a_fresh_network_that_learns_changes_keeps_the_nearest_known_frames() ->
         ((nothing, future), first),
         ((nothing, nothing), torch.zeros_like(sample)),
     ):
-        torch.testing.assert_close(network(sample, torch.tensor([500]), torch.cat(context, dim=2)), expected)
+        torch.testing.assert_close(network(sample, torch.tensor([500]), torch.cat(context, dim=2)), kept * expected)
     # of a batch each row has frames of its own
     both = torch.cat([torch.cat([past, nothing], dim=2), torch.cat([nothing, future], dim=2)])
     made = network(sample.expand(2, -1, -1, -1, -1), torch.tensor([500, 1]), both)
-    torch.testing.assert_close(made, torch.cat([last, first]))
+    torch.testing.assert_close(made, kept * torch.cat([last, first]))
     alone = Evdm(replace(config, future=0))
-    torch.testing.assert_close(alone(sample, torch.tensor([500]), past), last)
+    torch.testing.assert_close(alone(sample, torch.tensor([500]), past), kept * last)
+    # and where the mask is open, all of it
+    with torch.no_grad():
+        bias = network.conv_out.bias.unflatten(0, (config.current, config.channels + 1, config.patch**2))
+        bias[:, :-1], bias[:, -1] = 0.5, 50
+    torch.testing.assert_close(network(sample, torch.tensor([500]), both[:1]), torch.full_like(sample, 0.5))
 
 
 def test_resampling_is_a_filter_of_1_3_3_1() -> None:
