@@ -256,8 +256,9 @@ class Evdm(Pretrained[EvdmConfig]):
         x = rearrange(F.pixel_shuffle(x, patch), "b (t c) h w -> b c t h w", t=self.config.current)
         if not self.config.mask:
             return x
-        new, share = x[:, :-1], (x[:, -1:] - _KEPT).sigmoid()
-        return between(context, self.config).lerp(new, share)
+        # known frames stay in their own precision
+        kept, new, share = between(context, self.config), x[:, :-1], (x[:, -1:] - _KEPT).sigmoid()
+        return kept + share * (new - kept)
 
 
 def between(context: Tensor, config: EvdmConfig) -> Tensor:

@@ -120,6 +120,9 @@ def test_a_fresh_network_with_a_mask_keeps_the_nearest_known_frames() -> None:
     both = torch.cat([torch.cat([past, nothing], dim=2), torch.cat([nothing, future], dim=2)])
     made = network(sample.expand(2, -1, -1, -1, -1), torch.tensor([500, 1]), both)
     torch.testing.assert_close(made, kept * torch.cat([last, first]))
+    with torch.autocast("cpu", torch.bfloat16):
+        made = network(sample, torch.tensor([500]), torch.cat([past, nothing], dim=2))
+    torch.testing.assert_close(made, kept * last, rtol=1e-3, atol=1e-5)
     alone = Evdm(replace(config, future=0))
     torch.testing.assert_close(alone(sample, torch.tensor([500]), past), kept * last)
     # and where the mask is open, all of it
