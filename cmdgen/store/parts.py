@@ -207,7 +207,11 @@ def read_model(folder: Folder) -> ModelConfig:
     if not names & {"autoencoder", "motion", "evdm"}:
         values |= _describe_public(folder.absolute(), values)
     check_agreement(folder, configs)
-    return ModelConfig(**values | sampling)
+    model = ModelConfig(**values | sampling)
+    kind = model.noise.prediction_type
+    if isinstance(model.content, EvdmConfig) and model.content.mask and kind != "sample":
+        raise ValueError(f"{folder}: evdm/ has a mask, for prediction_type sample; scheduler/ has {kind}")
+    return model
 
 
 def check_agreement(folder: Folder, configs: Mapping[str, Any]) -> None:

@@ -183,3 +183,12 @@ def test_the_shipped_one_sees_how_a_ring_and_a_stroke_move() -> None:
     assert decibels(new[:1], real[5:6]) > decibels(real[4:5], real[5:6]) + 7
     assert decibels(new, real[5:10]) > decibels(real[4:5], real[5:10]) + 6
     assert decibels(between, real[5:10]) > decibels(blended, real[5:10]) + 5
+
+
+def test_a_mask_is_of_clean_frames_alone(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, mask=True)
+    assert load_predictor(folder, device="cpu").predict(frames(2), frames=3).frames.shape == (5, 16, 24, 3)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"sample"', '"epsilon"'))
+    with pytest.raises(ValueError, match=r"evdm/ has a mask, for prediction_type sample; scheduler/ has epsilon$"):
+        load_predictor(folder, device="cpu")
