@@ -57,7 +57,6 @@ def actors(process: int) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the list of children is Linux's")
 def test_a_cluster_makes_the_files_of_one_process_though_an_actor_dies(tiny_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     (tmp_path / "jobs.txt").write_text("".join(f"{line}\n" for line in LINES))
     one, many = tmp_path / "one", tmp_path / "many"
     alone = subprocess.run(command(tiny_model, one), env=environment(), capture_output=True, text=True)
@@ -88,7 +87,6 @@ def test_a_cluster_makes_the_files_of_one_process_though_an_actor_dies(tiny_mode
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the list of children is Linux's")
 def test_ctrl_c_ends_a_cluster(tiny_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     (tmp_path / "jobs.txt").write_text("".join(f"{line}\n" for line in 10 * LINES))
     driver = subprocess.Popen(
         command(tiny_model, tmp_path / "many", "--ray", "local"),
@@ -128,8 +126,8 @@ def test_without_ray_one_line_says_how_to_get_it(cmdgen, tiny_model: Path, tmp_p
     assert result.code == 1 and result.err.endswith("error: --ray needs the package ray: pip install ray\n")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the test extra has Ray for Linux alone")
 def test_a_worker_loads_what_the_command_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     loaded: list[dict[str, object]] = []
 
     def load(model: str, **options: object) -> None:
