@@ -66,6 +66,8 @@ def load_as(
         if found is EvdmPipeline:
             makes = "no video from text: it continues clips, with cmdgen predict"
         raise ValueError(f"{folder} makes {makes}")
+    if found is EvdmPipeline and lora:
+        raise ValueError(f"lora has no effect with {config.name}: a LoRA changes unet/ and text_encoder/")
     loras = [find_lora(f"{folder / 'lora' / Path(name).name}") for name in config.loras]
     loras = [*loras, *map(find_lora, lora)]
     return found(*(folder, config, place, number), compile=compile, loras=loras, decoder=decoding)

@@ -161,6 +161,8 @@ def test_a_folder_says_which_pipeline_it_is(model: EvdmPipeline, tiny_model: Pat
         load_pipeline(model.folder)
     with pytest.raises(ValueError, match="takes a model with evdm/"):
         load_predictor(tiny_model)
+    with pytest.raises(ValueError, match="lora has no effect with tiny"):
+        load_predictor(model.folder, lora=["some.safetensors"])
 
 
 def test_the_shipped_one_sees_how_a_ring_and_a_stroke_move() -> None:
