@@ -143,11 +143,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
                 former[number] = signal.signal(number, stop)
         _reopen_streams()
         _check_space()
-        # OpenMP's threads spin in barriers, while another process may hold the core that they wait for: a clip
-        # beside two such processes took 7 to 42 s. Asleep at once, it takes 2.3 s where nothing else runs, not
-        # 2.0; after a short spin it takes 2.0 s, and 3.5 s beside them
+        # OpenMP's threads spin in barriers, while another process may hold the core that they wait for: asleep at
+        # once they lose a quarter of a second where nothing else runs, so they spin briefly (docs/performance.md)
         if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000")}
+            os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "3000")}
         try:
             code = _run(sys.argv[1:] if arguments is None else arguments)
         # the last resort: whatever it is ends as one line
