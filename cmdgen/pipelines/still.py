@@ -60,12 +60,12 @@ class StillPipeline(Pipeline):
 
     def make(self, task: Task) -> Made:
         """Make stills; see `Pipeline.make`."""
-        decoder, stage = self.decoder(task.plan, task.observer), task.observer.stage
-        with stage("text"):
+        with self.stage(task, "text", "text_encoder"):
             text = self.encode_text(task.plans)
-        with stage("content"):
+        with self.stage(task, "content", "unet"):
             content = self.sample_content(task, text)
-        with stage("VAE decode"):
+        with self.stage(task, "VAE decode", "vae"):
+            decoder = self.decoder(task.plan, task.observer)
             pictures = decoder.start_pictures(content.to(self.dtype)).finish()
             frames = decoder.still_frames(pictures, task.pixels)
         return Made(frames, pictures.numpy(), content.cpu(), None)

@@ -109,6 +109,24 @@ def test_weights_are_there_for_their_stage_alone(model: StillPipeline) -> None:
     assert not any(map(model.has, ("unet", "vae")))
 
 
+def test_a_still_too_has_the_weights_of_one_stage_at_a_time(folders: dict[str, Path]) -> None:
+    model = load_pipeline(folders["animatediff"])
+    limit = Work.of(model.plan(Request(frames=1)), model.dtype).least
+    held: dict[str, set[str]] = {}
+
+    class Watch(Observer):
+        def step(self, stage: str, done: int, total: int) -> None:
+            held[stage] = {name for name in ("text_encoder", "unet", "vae") if model.has(name)}
+
+        def content(self, clip: int, picture: np.ndarray) -> None:
+            self.step("decode", clip, 1)
+
+    still = make(model, Watch(), frames=1, max_memory=limit)
+    assert model.plan(Request(frames=1, max_memory=limit)).slices.staged
+    assert held["content"] == {"unet"} and held["decode"] == {"vae"} and not model.has("vae")
+    assert np.abs(still.content.astype(int) - make(model, frames=1).content).max() <= 1
+
+
 def test_a_calibration_of_similarity_alone_chooses_steps(model: StillPipeline, tmp_path: Path) -> None:
     cut = "resnet" if model.config.vision is not None else "motion"
     plan = replace(model.plan(Request(steps=9)), rehash_cut=cut)
