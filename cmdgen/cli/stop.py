@@ -13,7 +13,8 @@ class Stop:
         self.signal: int | None = None
 
     def __enter__(self) -> "Stop":
-        numbers = signal.SIGINT, signal.SIGTERM
+        # after a shell's &, Ctrl-C is to be ignored
+        numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
         self.handlers = {number: signal.signal(number, self._note) for number in numbers}
         return self
 

@@ -98,6 +98,23 @@ def test_first_signal_ends_after_the_step_with_a_checkpoint(
     assert (tmp_path / "run/training/vae/checkpoint.safetensors").exists()
 
 
+def test_a_signal_that_is_ignored_stops_nothing(train, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = VaeStage.batch
+
+    def interrupted(stage: VaeStage, step: int):
+        # as a terminal sends it to what a script runs behind &
+        signal.raise_signal(signal.SIGINT)
+        return batch(stage, step)
+
+    monkeypatch.setattr(VaeStage, "batch", interrupted)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        done = train("vae")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert (done.code, "stopping" in done.err) == (0, False) and "vae: 2 of 2 steps" in done.err
+
+
 def test_time_is_up_during_encoding_too(train, tmp_path: Path) -> None:
     assert train("vae").code == 0
     stopped = train("autoencoder", "--minutes", 1e-9)

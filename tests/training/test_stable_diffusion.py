@@ -140,7 +140,7 @@ def test_interrupted_precompute_goes_on_where_it_was(
     encode = KlVae.to_latents
 
     def interrupt(vae: KlVae, frames: Tensor) -> Tensor:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
         return encode(vae, frames)
 
     arguments = ("--vae", stock, "--preset", "cmd-sd21", "--data", videos)
@@ -148,7 +148,7 @@ def test_interrupted_precompute_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(KlVae, "to_latents", interrupt)
         stopped = cmdgen(*command)
-    assert (stopped.code, stopped.out) == (130, "")
+    assert (stopped.code, stopped.out) == (143, "")
     assert "stopped with 0 of 4 clips: the same command goes on" in stopped.err
     # the held-out clip was being encoded, and is kept
     assert encoded == [4]
