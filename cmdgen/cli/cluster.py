@@ -43,7 +43,7 @@ class _Heard(Say):
 class Worker:
     """Makes jobs in a process of its own."""
 
-    def __init__(self, request: Request, options: Batching) -> None:
+    def __init__(self, request: Request, options: Batching, *, as_json: bool) -> None:
         import ray
         import torch
 
@@ -52,7 +52,7 @@ class Worker:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         pipeline = load_pipeline(**request.loading)
-        self.heard = _Heard(as_json=True)
+        self.heard = _Heard(as_json=as_json)
         self.batch = Batch(pipeline, options, self.heard, InputFiles(request), alone=False, total=None)
         self.batch.show = lambda stage, done, total, figures="": None
         # the process before this one may have written some files of the jobs that come first
@@ -115,8 +115,8 @@ class Cluster(Batch):
         needs = {"num_gpus": 1} if gpus else {"num_cpus": min(threads, int(resources.get("CPU", 1)))}
         actor = ray.remote(max_restarts=-1, max_task_retries=_RETRIES, **needs)(Worker)
         self.note(f"Ray: {count} actors, {'a GPU' if gpus else f'{threads} threads'} each")
-        options = replace(self.options, threads=None if gpus else threads)
-        return [actor.remote(self.request, options) for _ in range(min(count, self.total or count))]
+        options, as_json = replace(self.options, threads=None if gpus else threads), self.say.as_json
+        return [actor.remote(self.request, options, as_json=as_json) for _ in range(min(count, self.total or count))]
 
     def make(self, jobs: list[Job]) -> None:
         """Hand jobs to an actor, once one is free."""

@@ -8,11 +8,12 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cmdgen.cli.cluster import Worker
-from cmdgen.cli.jobs import Batching
+from cmdgen.cli.jobs import Batching, Entry, Job, make_jobs
 from cmdgen.request import Request
 
 ROOT = Path(__file__).parents[2]
@@ -138,5 +139,22 @@ def test_a_worker_loads_what_the_command_would(monkeypatch: pytest.MonkeyPatch, 
     asked = {"model": "small", "device": "cpu", "dtype": "float32", "compile": True, "lora": ("a:0.5",)}
     asked["decoder"] = tmp_path
     with pytest.raises(ValueError, match="seen"):
-        Worker(Request(**asked), Batching())
+        Worker(Request(**asked), Batching(), as_json=False)
     assert loaded == [asked]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the test extra has Ray for Linux alone")
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_clip_that_fails_is_a_line_of_stdout_in_json_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(was_current_actor_reconstructed=False))
+    request = Request(model=str(tiny_model), output=str(tmp_path / "a" / "{index}.png"), seed=1)
+    worker = Worker(request, Batching(), as_json=as_json)
+    (job,) = worker.batch.check(make_jobs([Entry(1, {"prompt": "a dog"})], request, num=1))
+    assert isinstance(job, Job)
+    # no folder can be made there
+    (tmp_path / "a").touch()
+    lines, made, failed, failure = worker.make([job])
+    assert (made, failed, failure) == (0, 1, None)
+    assert [kind for kind, _ in lines if kind != "detail"] == ["error", "result"][: 1 + as_json]
