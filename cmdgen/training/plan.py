@@ -96,16 +96,19 @@ class Plan:
 
     def train(self, phase: Phase) -> int:
         """Train a stage to its end; return its steps."""
-        settled = self.run / "training" / phase.stage / "plan.json"
-        if not settled.exists():
+        path = self.run / "training" / phase.stage / "plan.json"
+        if not path.exists():
             steps = recipe(self.preset, phase.stage).train.steps
             if self.minutes is not None:
                 steps = self.measure(phase, 60 * self.minutes * phase.share)
-            settled.parent.mkdir(parents=True, exist_ok=True)
-            write_json(settled, {"steps": steps})
-        steps = int(read_json(settled)["steps"])
-        if self.read_step(phase.stage) < steps:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"steps": steps})
+        settled = read_json(path)
+        steps = int(settled["steps"])
+        # the last step may be in the log of a stage that was killed before it was saved
+        if not settled.get("done"):
             self.watch(phase, steps)
+            write_json(path, {"steps": steps, "done": True})
         return steps
 
     def measure(self, phase: Phase, seconds: float) -> int:
@@ -113,9 +116,9 @@ class Plan:
         started = time.monotonic()
         self.call(*self.command(phase.stage, TRIAL), "--log-every", 1)
         rates = sorted(record["samples/s"] for record in self.records(phase.stage) if "samples/s" in record)
-        batch = recipe(self.preset, phase.stage).train.batch
-        if "--batch" in self.options:
-            batch = int(self.options[self.options.index("--batch") + 1])
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--batch", type=int, default=recipe(self.preset, phase.stage).train.batch)
+        batch = parser.parse_known_args(self.options)[0].batch
         # encoding is in the time that is spent; the first step, which is slow, is not in the median
         left = seconds - (time.monotonic() - started)
         return TRIAL + max(1, int(left * rates[len(rates) // 2] / batch))

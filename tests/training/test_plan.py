@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cmdgen.training import plan as plans
-from cmdgen.training.plan import PHASES, GateError, Plan, write_shards
+from cmdgen.training.plan import PHASES, GateError, Phase, Plan, write_shards
 
 
 class Rehearsal(Plan):
@@ -55,6 +55,29 @@ def test_steps_are_those_that_fit_into_the_time(plan: Rehearsal) -> None:
 
 def test_without_a_time_steps_are_the_recipes(plan: Rehearsal) -> None:
     assert replace(plan, minutes=None).train(PHASES[0]) == plans.recipe("mini2", "vae").train.steps
+
+
+def test_a_batch_is_read_in_either_form(plan: Rehearsal) -> None:
+    for options in (["--batch", "4"], ["--lr=0.1", "--batch=4"]):
+        (plan.run / "training" / "vae" / "log.jsonl").unlink(missing_ok=True)
+        steps = replace(plan, options=options).measure(PHASES[0], 60.0)
+        assert steps == pytest.approx(plans.TRIAL + 600, abs=2)
+
+
+def test_a_stage_that_was_killed_after_its_last_step_goes_on(plan: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(plan: Rehearsal, phase: Phase, steps: int) -> None:
+        # the last step is in the log before it is evaluated and saved
+        plan.log(phase.stage, {"step": steps, "lr": 0.1})
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Rehearsal, "watch", die)
+        plan.train(PHASES[0])
+    assert len(plan.records("vae")) == plans.TRIAL + 1
+    for _ in range(2):
+        # once more, and not when it has ended well
+        plan.train(PHASES[0])
+        assert len(plan.records("vae")) == plans.TRIAL + 3 and plan.records("vae")[-1]["psnr"] > 30
 
 
 def test_a_gate_stops_the_plan_and_names_the_figure(plan: Rehearsal) -> None:
