@@ -26,6 +26,12 @@ _SUMMARIES = {
     "decoder": "The VAE's decoder on what the autoencoder rebuilds: sharper. Needs autoencoder, comes last.",
     "evdm": "Frames from past and future frames, in pixels: a model of its own.",
 }
+# by stage, those that learn from what it makes
+_LEARNERS = {
+    "vae": ("autoencoder", "content", "motion", "decoder"),
+    "autoencoder": ("content", "motion", "decoder"),
+    "content": ("motion",),
+}
 _HELP = """{}
 
     The folder's path goes to stdout. After a stop, the same command continues, with any number
@@ -132,7 +138,7 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
             f"note: the learning rate, {learning_rate(config, done):.2g} by now, falls until step "
             f"{config.steps}: the same command goes on, and fewer --steps end it earlier"
         )
-    later = [*_SUMMARIES][[*_SUMMARIES].index(stage) + 1 :] if "train" in phases else []
+    later = _LEARNERS.get(stage, ()) if "train" in phases else ()
     if stale := [name for name in later if (start.folder / "training" / name).is_dir()]:
         say.note(f"note: {', '.join(stale)} learned from another {stage}: train them again with --restart")
     if leads:

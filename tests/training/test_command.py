@@ -67,6 +67,14 @@ def test_a_stage_trained_again_says_what_learned_from_the_last_one(train, videos
     assert json.loads(again.out)["steps"] == 2
 
 
+def test_a_decoder_learns_from_neither_content_nor_motion(train, tmp_path: Path) -> None:
+    for stage in ("vae", "autoencoder"):
+        assert train(stage).code == 0
+    for stage in ("motion", "decoder"):
+        (tmp_path / "run/training" / stage).mkdir()
+    assert "note: motion learned from another content: train them again" in train("content", "--steps", 1).err
+
+
 def test_a_gated_run_is_gated_in_all_its_parts(train, tmp_path: Path) -> None:
     gate = ("--attention", "gated", "--attention-threshold", 1.5, "--attention-features", 8)
     assert train("vae", *gate, "--steps", 1).code == 0
