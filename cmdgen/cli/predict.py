@@ -16,7 +16,6 @@ from cmdgen.cli.like import compare, read_recorded, recall
 from cmdgen.cli.naming import check_stdout
 from cmdgen.cli.progress import Say
 from cmdgen.config import EvdmConfig, ModelConfig
-from cmdgen.files import blame
 from cmdgen.options import option, options_of
 from cmdgen.request import HOW, MACHINE, MAX_FRAMES, WHAT, Plan, Request
 from cmdgen.video.formats import describe_origin
@@ -167,8 +166,7 @@ class Given:
         if request.fps is None and rates:
             # what moves is as fast as before, with other frames between those of the files
             rate = rates[0] * (1 + (request.frames or 0) if self.apart else 1)
-            with blame("as fast as the first video"):
-                request = replace(request, fps=max(1, round(rate)))
+            request = replace(request, fps=max(1, round(rate)))
         return request
 
     def count(self, plan: Plan) -> int:
