@@ -1,6 +1,7 @@
 """Memory of devices: what there is, what is free, and what clips of UNets along time take of it."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +15,9 @@ from cmdgen.acceleration.memory import WAYS, FusedAttention, Run, Work, peak_byt
 from cmdgen.config import ModelConfig
 from cmdgen.request import Slices
 from cmdgen.video.pixels import to_rgb24
+
+# of a container's processes, version 2
+_GROUP = Path("/sys/fs/cgroup")
 
 
 class Memory(NamedTuple):
@@ -47,11 +51,12 @@ def _limits() -> Iterator[tuple[int, int]]:
     """Yield the limits of this process on Linux, in bytes, and what it uses of each."""
     import resource
 
-    group = Path("/sys/fs/cgroup")
     # what is not there, or has no limit, has no number either
     with suppress(OSError, ValueError):
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        yield limit, used
+        limit, used = (int((_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # files that were read, such as weights, stay for as long as nothing else needs their memory
+        held = re.findall(r"^(?:in)?active_file (\d+)$", (_GROUP / "memory.stat").read_text(), re.MULTILINE)
+        yield limit, used - sum(map(int, held))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         pages, *_ = Path("/proc/self/statm").read_text().split()

@@ -1,5 +1,6 @@
 """Devices by name. None of these machines has Apple's: what asks for a GPU's kind is asked here."""
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from cmdgen.acceleration.graphs import fastest_libraries
 from cmdgen.acceleration.memory import Work, choose_slices
 from cmdgen.acceleration.overlap import fetch
 from cmdgen.config import ANIMATEDIFF, SAMPLERS, SVD, ModelConfig
+from cmdgen.evaluation import memory
 from cmdgen.evaluation.memory import measure_memory
 from cmdgen.evaluation.profile import Stopwatch, device_name
 from cmdgen.pipelines import base
@@ -82,6 +84,16 @@ def test_time_and_memory_of_mps_are_not_taken_for_a_cpus(monkeypatch: pytest.Mon
     # what is not CUDA has the machine's own memory
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     assert measure_memory(MPS).total == measure_memory(torch.device("cpu")).total > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="groups are Linux's")
+def test_memory_that_holds_files_is_free_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    limit, used = 2**24, {"anon": 2**20, "inactive_file": 2**21, "active_file": 2**22}
+    files = {"max": limit, "current": sum(used.values()), "stat": "\n".join(f"{k} {v}" for k, v in used.items())}
+    for name, value in files.items():
+        (tmp_path / f"memory.{name}").write_text(f"{value}\n")
+    assert measure_memory(torch.device("cpu")) == (limit, limit - used["anon"])
 
 
 def test_a_compiler_that_fails_on_mps_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
