@@ -34,12 +34,12 @@ def open_weights(path: Path, device: "torch.device | str | None" = None) -> Iter
         raise ValueError(f"{path}: not a readable safetensors file ({str(error)[:200]})") from error
 
 
-def weight_names(filename: str) -> tuple[list[str], list[str]]:
-    """Return the names that a part's weights may have in one file, and those of a shard index."""
+def weight_names(filename: str) -> tuple[list[str], dict[str, str]]:
+    """Return the names that a part's weights may have in one file, and those of a shard index with its shards'."""
     variant = f"{filename.removesuffix('.safetensors')}.fp16.safetensors"
+    indices = {f"{name}.index.json": name for name in (filename, variant)}
     # diffusers has named the index of a variant in two ways
-    indices = [f"{name}.index.json" for name in (filename, variant)]
-    return [filename, variant], [*indices, f"{filename}.index.fp16.json"]
+    return [filename, variant], indices | {f"{filename}.index.fp16.json": variant}
 
 
 def weight_paths(folder: Path, filename: str) -> list[Path]:

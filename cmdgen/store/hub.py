@@ -250,9 +250,8 @@ def _choose_weights(names: list[str], filename: str, *, full: bool) -> list[str]
     whole = [name for name in (wholes if full else reversed(wholes)) if name in names]
     if whole:
         return whole[:1]
-    for index in indices:
-        stem = wholes[index != indices[0]].removesuffix(".safetensors")
-        pattern = rf"{re.escape(stem)}-\d+-of-\d+\.safetensors"
+    for index, weights in indices.items():
+        pattern = rf"{re.escape(weights.removesuffix('.safetensors'))}-\d+-of-\d+\.safetensors"
         shards = [name for name in names if re.fullmatch(pattern, name)]
         if index in names and shards:
             return [index, *shards]

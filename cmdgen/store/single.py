@@ -90,8 +90,7 @@ def import_checkpoint(path: Path, folder: Path, base: Path | None) -> None:
 
 def _find_tokenizer(path: Path, base: Path | None) -> Tokenizer:
     """Return the tokenizer of a model, or of one in the hub's cache."""
-    cached = [] if base is not None else [snapshot.folder for snapshot in find_cached()]
-    for folder in (*([] if base is None else [base]), *cached):
+    for folder in [base] if base is not None else [snapshot.folder for snapshot in find_cached()]:
         if (folder / "tokenizer" / "vocab.json").is_file():
             return Tokenizer.from_pretrained(folder / "tokenizer")
     raise ValueError(
