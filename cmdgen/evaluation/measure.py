@@ -26,6 +26,7 @@ from cmdgen.pipelines.clip import Task
 from cmdgen.pipelines.cmd import CmdPipeline
 from cmdgen.pipelines.load import load_pipeline
 from cmdgen.request import Plan, Request, Slices
+from cmdgen.video.pixels import to_unit
 from cmdgen.world.world import World, open_world
 
 # targets in decibels; of the subject after the autoencoder, so many above the mean frame's
@@ -186,8 +187,8 @@ class Evaluator:
     def encode(self, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, 3, H, W) uint8 -> latents (B, C, T, h, w), content (B, C, h, w), motion (B, D, T, S)."""
         pipeline = self.pipeline
-        pixels = rearrange(frames.float() / 255, "b t c h w -> (b t) c h w").to(pipeline.device, pipeline.dtype)
-        latents = pipeline.vae.to_latents(pixels * 2 - 1)
+        pixels = to_unit(rearrange(frames, "b t c h w -> (b t) c h w")).to(pipeline.device, pipeline.dtype)
+        latents = pipeline.vae.to_latents(pixels)
         latents = rearrange(latents, "(b t) c h w -> b c t h w", b=len(frames))
         return latents, *encode_clip(pipeline.autoencoder, latents, self._slices(len(frames)))
 
