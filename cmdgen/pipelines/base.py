@@ -23,7 +23,7 @@ from cmdgen.diffusion.guidance import guide
 from cmdgen.diffusion.samplers import SAMPLERS, VISITED, Sampling
 from cmdgen.diffusion.windows import order_noise
 from cmdgen.latents import Latents, check_fit
-from cmdgen.metadata import describe_plan
+from cmdgen.metadata import INPUT_FIELDS, describe_plan
 from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.vae import KlVae
 from cmdgen.pipelines.clip import Clip, Inputs, Made, Task
@@ -105,7 +105,10 @@ class Pipeline(ABC):
 
         Raises ValueError, saying what is possible, where this model cannot do it.
         """
-        return self.run([self.plan(Request(prompt=prompt, **options))])[0]
+        request = Request(prompt=prompt, **options)
+        if files := [name for name in INPUT_FIELDS if getattr(request, name) is not None]:
+            raise ValueError(f"{files[0]} has no effect here: give what it holds to `run`, as inputs")
+        return self.run([self.plan(request)])[0]
 
     @torch.inference_mode()
     def run(

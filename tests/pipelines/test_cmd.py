@@ -325,6 +325,12 @@ def test_what_the_model_cannot_do_is_refused_before_weights_load(tiny_model, opt
     assert not model._parts
 
 
+@pytest.mark.parametrize("name", ["image", "content_from", "motion_from"])
+def test_a_file_that_only_the_command_line_reads_is_refused(model, tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} has no effect here: give what it holds to `run`, as inputs"):
+        model.sample("a dog", **{name: tmp_path / "a.png"})
+
+
 def test_load_says_what_is_possible(tiny_model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"unknown model 'nano'"):
         load_pipeline("nano")
