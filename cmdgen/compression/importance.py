@@ -3,7 +3,7 @@
 Files are untrusted: every value is checked. Never imports torch.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -78,15 +78,13 @@ def read_importance(path: Path) -> Importance:
         raise ValueError(f"{path} is not of cmdgen compress importance: {error}") from error
 
 
-def choose_units(
-    importance: Importance, model: ModelConfig, budget: float, parts: Collection[str] = SAMPLER
-) -> list[str]:
-    """Return what to drop, least harm for the time saved first, until parts take a share of their time.
+def choose_units(importance: Importance, model: ModelConfig, budget: float) -> list[str]:
+    """Return what to drop, least harm for the time saved first, until the sampler takes a share of its time.
 
     The ratio is SnapFusion's (Li et al. 2023, arXiv:2306.00980). Harms are of one block at a time: what
     they are together shows when the pruned model is measured. ValueError where that cannot be reached.
     """
-    rows = [row for row in importance.rows if _parts([row]) <= {*parts}]
+    rows = [row for row in importance.rows if _parts([row]) <= {*SAMPLER}]
     # blocks of one kind take the same time, whatever the machine had to do beside one of them
     rows = [replace(row, saved=median(other.saved for other in rows if _kind(other) == _kind(row))) for row in rows]
     whole = sum(median(row.seconds for row in rows if row.unit.startswith(f"{part}.")) for part in _parts(rows))
@@ -101,7 +99,7 @@ def choose_units(
         chosen = tried
         if whole - sum(other.saved for other in chosen) <= budget * whole:
             return [other.unit for other in chosen]
-    raise ValueError(f"without all that can go, more than {budget:g} of the time of {', '.join(parts)} is left")
+    raise ValueError(f"without all that can go, more than {budget:g} of the time of {', '.join(SAMPLER)} is left")
 
 
 def _parts(rows: Sequence[Row]) -> set[str]:

@@ -351,7 +351,7 @@ def _count_parameters(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors if isinstance(tensor, nn.Parameter))
 
 
-def compare_with_paper(model: ModelConfig = CMD_SD21) -> dict[str, Any]:
+def compare_with_paper() -> dict[str, Any]:
     """Return Tables 8 and 9 beside our counts, and where 50 steps compute, all in 10^12.
 
     Table 8 is one forward of each model at 512x512, the autoencoder's there and back. Table 9 is,
@@ -359,7 +359,7 @@ def compare_with_paper(model: ModelConfig = CMD_SD21) -> dict[str, Any]:
     512x1024; neither text encoder nor VAE. Ours beside them is what `cmdgen sample` computes: with
     guidance, text encoder and VAE, the autoencoder one way.
     """
-    square, wide = (list_forwards(replace(model, height=512, width=width)) for width in (512, 1024))
+    square, wide = (list_forwards(replace(CMD_SD21, height=512, width=width)) for width in (512, 1024))
 
     def add_up(forwards: dict[str, Forward], label: str) -> dict[str, float]:
         counts = [forwards[name].count for name in _FORWARDS[label]]
@@ -370,10 +370,10 @@ def compare_with_paper(model: ModelConfig = CMD_SD21) -> dict[str, Any]:
     stages = {}
     for steps in TABLE_9:
         request = Request(size=(512, 1024), steps=steps, motion_steps=steps)
-        work = count_work(resolve(request, model), torch.float32)
+        work = count_work(resolve(request, CMD_SD21), torch.float32)
         stages[steps] = {name: stage.flops / TERA for name, stage in work.items() if stage.flops}
     return {
-        "model": model.name,
+        "model": CMD_SD21.name,
         "table_8": [
             {"label": label, "published": published, **add_up(square, label)} for label, published in TABLE_8.items()
         ],

@@ -92,7 +92,7 @@ def test_blocks_of_one_kind_are_taken_to_save_the_same_time() -> None:
         row("motion.blocks.2", 0.2, 0.3, 7),
     )
     importance = Importance("mini", "", 1, 1, 0, rows)
-    assert choose_units(importance, MINI, 0.7, ["motion"]) == ["motion.blocks.1", "motion.blocks.0"]
+    assert choose_units(importance, MINI, 0.7) == ["motion.blocks.1", "motion.blocks.0"]
 
 
 def test_files_of_importance_are_checked(tmp_path: Path) -> None:
