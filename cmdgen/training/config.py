@@ -116,9 +116,10 @@ def read_student(start: Start, shared: Shared, stage: str) -> ModelConfig:
     assert start.teacher is not None
     if stage not in TAUGHT:
         raise ValueError(f"--teacher has no effect on {stage}: it is for {', '.join(TAUGHT)}")
-    own = shared.to_json().keys() - {"preset", "data", "latents"}
-    if own or start.init is not None:
-        raise ValueError(f"--{min(own, default='init')} has no effect with --teacher: the model is there already")
+    refused = shared.to_json().keys() - {"preset", "data", "latents"}
+    if refused or start.init is not None:
+        name = min(refused, default="init").replace("_", " ")
+        raise ValueError(f"{name} has no effect with --teacher: the model is there already")
     teacher = find_model(start.teacher)
     if stage == "decoder":
         return read_model(teacher)

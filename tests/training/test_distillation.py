@@ -74,6 +74,7 @@ def test_what_cannot_be_taught_is_refused(cmdgen, tiny_model: Path, small: Path,
         (("content", "-o", tmp_path / "run", "--icd", 1), "--icd has no effect without --teacher"),
         (("vae", *teach), "--teacher has no effect on vae"),
         (("content", *teach, "--size", "64x64"), "--size has no effect with --teacher"),
+        (("content", *teach, "--attention-threshold", 1.5), "--attention-threshold has no effect with --teacher"),
         (("content", *teach, "-o", tmp_path / "run"), "is no model: cmdgen compress prune"),
         (("content", *teach, "--teacher", "mini"), "was not pruned from mini"),
     ):
