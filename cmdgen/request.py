@@ -313,7 +313,7 @@ def shared_settings(values: Values) -> Values:
 def with_prompt(plan: Plan, request: Request) -> Plan:
     """Return the plan with a request's prompt and seeds, the only values that clips of a batch do not share."""
     seed = request.seed or 0
-    content, motion = (seed if own is None else own for own in (request.content_seed, request.motion_seed))
+    content, motion = (seed if value is None else value for value in (request.content_seed, request.motion_seed))
     seeds = {"seed": seed, "content_seed": content, "motion_seed": motion}
     return with_values(plan, {"prompt": request.prompt or "", **seeds})
 
@@ -385,11 +385,11 @@ def _choose_windows(request: Request, model: ModelConfig, trained: int) -> dict[
     if model.adapter is None:
         return {}
     longest, seamless = model.adapter.motion_max_seq_length, request.seamless
-    asked = request.window is not None or request.overlap is not None or seamless
+    wants_windows = request.window is not None or request.overlap is not None or seamless
     window = request.window or min(trained, longest)
     if window > longest:
         raise ValueError(f"window {window}: the motion modules of {model.name} know at most {longest}")
-    if window >= model.frames or not (asked or model.frames > longest):
+    if window >= model.frames or not (wants_windows or model.frames > longest):
         if seamless or request.overlap is not None:
             raise ValueError(f"{model.frames} frames are one window of {window}: nothing overlaps")
         return {}

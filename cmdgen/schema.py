@@ -118,16 +118,16 @@ def write_config(config: object, folder: Folder) -> None:
     cls: Any = type(config)
     fixed, written = (_tables()[kind].get(cls.__name__, {}) for kind in ("fixed", "written"))
     unused = {item.name for item in fields(cls) if getattr(config, item.name) == item.default} & _OPTIONAL
-    own = {key: value for key, value in asdict(cast(Any, config)).items() if key not in unused}
+    values = {key: value for key, value in asdict(cast(Any, config)).items() if key not in unused}
     name = class_name(config)
     if name is not None:
         variant = _tables()["variants"][cls.__name__][name]
-        own = {key: value for key, value in own.items() if key not in variant["values"]}
-        own = {variant.get("renamed", {}).get(key, key): value for key, value in own.items()}
-        for key in _BLOCKS & own.keys():
-            own[key] = [kind.replace("2D", variant["blocks"]) for kind in own[key]]
+        values = {key: value for key, value in values.items() if key not in variant["values"]}
+        values = {variant.get("renamed", {}).get(key, key): value for key, value in values.items()}
+        for key in _BLOCKS & values.keys():
+            values[key] = [kind.replace("2D", variant["blocks"]) for kind in values[key]]
         fixed, written = variant["fixed"], {"_class_name": name}
-    data = {**fixed, **written, **own}
+    data = {**fixed, **written, **values}
     if isinstance(config, VaeConfig):
         for key in _BLOCKS & data.keys():
             data[key] = [data[key]] * len(config.block_out_channels)

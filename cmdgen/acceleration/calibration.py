@@ -222,9 +222,9 @@ def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeyS
         budgets |= {"content": request.rehash, "motion": min(max(share, 2), model.motion_steps)}
     policy = request.rehash_policy or ("similarity" if request.rehash is None else DEFAULT_POLICY)
     path = request.rehash_file or folder / CALIBRATION
-    known: dict[object, Calibration] = {}
+    calibrations: dict[object, Calibration] = {}
     if policy != "uniform" and (request.rehash_file is not None or path.is_file()):
-        known = {each.key: each for each in read_calibrations(path, model.name)}
+        calibrations = {each.key: each for each in read_calibrations(path, model.name)}
 
     def choose(part: str, steps: int) -> tuple[int, ...]:
         budget = budgets[part]
@@ -233,8 +233,9 @@ def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeyS
             return tuple(range(steps))
         if policy == "uniform" and budget is not None:
             return keysteps.uniform(steps, budget, protected=protected)
-        found = known.get((part, model.sampler, steps, request.rehash_cut if part == "content" else CUTS[0]))
-        if found is None:
+        cut = request.rehash_cut if part == "content" else CUTS[0]
+        calibration = calibrations.get((part, model.sampler, steps, cut))
+        if calibration is None:
             raise ValueError(
                 f"no calibration of {model.name}'s {part} for {steps} steps of {model.sampler}: "
                 "make one by cmdgen rehash calibrate, or ask for policy uniform"
@@ -242,17 +243,17 @@ def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeyS
         if budget is None:
             assert request.rehash_threshold is not None
             threshold = request.rehash_threshold
-            return keysteps.by_threshold(found.similarity_map(), threshold, protected=protected)
+            return keysteps.by_threshold(calibration.similarity_map(), threshold, protected=protected)
         if policy == "similarity":
-            return keysteps.by_similarity(found.similarity_map(), budget, protected=protected)
-        if not found.errors:
+            return keysteps.by_similarity(calibration.similarity_map(), budget, protected=protected)
+        if not calibration.errors:
             raise ValueError(f"{path} has measured similarity alone: ask for --rehash-policy similarity")
-        if protected < found.protected:
+        if protected < calibration.protected:
             raise ValueError(
-                f"{path} was measured with the first {found.protected} of {steps} steps protected: "
+                f"{path} was measured with the first {calibration.protected} of {steps} steps protected: "
                 "protect as many, or measure again by cmdgen rehash calibrate --protect"
             )
-        return keysteps.minimax(found.error_map(), budget, protected=protected)
+        return keysteps.minimax(calibration.error_map(), budget, protected=protected)
 
     chosen = {part: choose(part, steps) for part, steps in totals.items()}
     return KeySteps(policy, chosen["content"], chosen.get("motion", ()), request.rehash_threshold)

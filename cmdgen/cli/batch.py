@@ -108,11 +108,11 @@ class Batch:
 
         Where the number of jobs is known, all of them are checked now, and errors are reported.
         """
-        own: Iterable[Job | Refused | None] = self._select(jobs)
+        selected: Iterable[Job | Refused | None] = self._select(jobs)
         if self.total is not None:
-            own = kept = list(own)
+            selected = kept = list(selected)
             self.total = len(kept)
-        checked = (self._check(job) if isinstance(job, Job) else job for job in own)
+        checked = (self._check(job) if isinstance(job, Job) else job for job in selected)
         if self.total is None:
             return checked
         return [self._report(job) if isinstance(job, Refused) else job for job in checked]
@@ -144,9 +144,9 @@ class Batch:
             try:
                 check_output(job.target, job.encoding, overwrite=overwrite, makes_folder=makes_folder)
             except FileExistsError:
-                if not self.options.skip_existing or (found := self._find(job)) is None:
+                if not self.options.skip_existing or (existing := self._find(job)) is None:
                     raise
-                job = found
+                job = existing
             return job
         except (ValueError, OSError) as error:
             return Refused(job.index, job.line, error)

@@ -98,16 +98,16 @@ def expand(function: Callable[..., None]) -> Callable[..., None]:
     """
     makers: dict[str, tuple[type, dict[str, Option]]] = {}
     parameters: list[Parameter] = []
-    for own in signature(function, eval_str=True).parameters.values():
-        hint, only = own.annotation, None
+    for argument in signature(function, eval_str=True).parameters.values():
+        hint, only = argument.annotation, None
         if get_origin(hint) is Annotated and is_dataclass(get_args(hint)[0]):
             hint, only = get_args(hint)
         if not (isinstance(hint, type) and is_dataclass(hint)):
-            parameters.append(own.replace(kind=Parameter.KEYWORD_ONLY))
+            parameters.append(argument.replace(kind=Parameter.KEYWORD_ONLY))
             continue
         table = options_of(hint)
-        makers[own.name] = hint, {name: table[name] for name in only or table}
-        parameters += map(parameter, makers[own.name][1].values())
+        makers[argument.name] = hint, {name: table[name] for name in only or table}
+        parameters += map(parameter, makers[argument.name][1].values())
 
     if not makers:
         return function

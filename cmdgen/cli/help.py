@@ -109,8 +109,8 @@ def sections(command: Any, context: typer.Context) -> dict[str, Rows]:
         groups.setdefault(title, []).append((name, summary))
     for parameter in command.get_params(context):
         if record := parameter.get_help_record(context):
-            own = OPTIONS if parameter.param_type_name == "option" else "Arguments"
-            title = getattr(parameter, "rich_help_panel", None) or own
+            plain = OPTIONS if parameter.param_type_name == "option" else "Arguments"
+            title = getattr(parameter, "rich_help_panel", None) or plain
             # Typer adds the type of an argument, which its name says
             name, _, _ = record[0].partition(" <")
             groups.setdefault(title, []).append((name, _merge_notes(record[1])))

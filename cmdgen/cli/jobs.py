@@ -240,14 +240,14 @@ def _parse_values(text: str, line: int) -> Iterator[Entry]:
     try:
         if text.startswith("["):
             json.loads(text)
-        gap, found, end = re.compile(r"[\s,\[\]]*" if text.startswith("[") else r"\s*"), [], 0
+        gap, values, end = re.compile(r"[\s,\[\]]*" if text.startswith("[") else r"\s*"), [], 0
         while (start := end + len(gap.match(text, end)[0])) < len(text):  # type: ignore[index]
             value, end = json.JSONDecoder().raw_decode(text, start)
-            found.append((value, start, end))
+            values.append((value, start, end))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"begins JSON that is not readable, of which nothing is made: {error}") from error
     previous = 0
-    for value, start, end in found:
+    for value, start, end in values:
         line, previous = line + text.count("\n", previous, start), start
         try:
             if not isinstance(value, str | dict):

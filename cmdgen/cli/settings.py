@@ -137,6 +137,6 @@ def _check_value(key: str, value: Any, option: TyperOption, context: Any) -> Any
     return words
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _suggest(name: str, possible: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, possible, n=1)
     return f": did you mean {close[0]!r}?" if close else ""

@@ -13,20 +13,20 @@ from cmdgen.models.vae import KlVae
 
 def list_layers(network: nn.Module) -> dict[str, list[nn.Module]]:
     """Return the layers of a UNet, and those of a VAE's decoder, by name: what has a shortcut."""
-    found: dict[str, list[nn.Module]] = {}
+    by_name: dict[str, list[nn.Module]] = {}
     if isinstance(network, UNet):
         stages: dict[str, Any] = {"down": network.down_blocks, "up": network.up_blocks}
         for name, stage in _number(stages):
             for j in range(len(stage.resnets)):
                 kinds = [getattr(stage, kind, None) for kind in ("resnets", "attentions", "motion_modules")]
-                found[f"{name}.{j}"] = [kind[j] for kind in kinds if kind is not None]
+                by_name[f"{name}.{j}"] = [kind[j] for kind in kinds if kind is not None]
     elif isinstance(network, KlVae):
         mid, blocks = network.decoder.mid_block, _number({"decoder.up": network.decoder.up_blocks})
         middle = _number({"decoder.mid.resnets": mid.resnets, "decoder.mid.attentions": mid.attentions})
-        found["decoder.mid"] = [layer for _, layer in middle]
+        by_name["decoder.mid"] = [layer for _, layer in middle]
         layers = [*middle, *(pair for name, block in blocks for pair in _number({name: block.resnets}))]
-        found |= {name: [layer] for name, layer in layers}
-    return found
+        by_name |= {name: [layer] for name, layer in layers}
+    return by_name
 
 
 def _number(lists: Mapping[str, Iterable[Any]]) -> list[tuple[str, Any]]:

@@ -94,10 +94,10 @@ class Folder:
             with ThreadPoolExecutor(os.cpu_count()) as threads:
                 reasons = threads.map(partial(_find_fault, self._decoders, fps=fps, frames=frames), videos)
                 self.left_out = {video.name: reason for video, reason in zip(videos, reasons, strict=True) if reason}
-        found, videos = len(videos), [video for video in videos if video.name not in self.left_out]
+        total, videos = len(videos), [video for video in videos if video.name not in self.left_out]
         if len(videos) < 2:
             why = next(iter(self.left_out.values()), "folders of frames are none")
-            count = f"{found} captioned videos" + (f", {len(videos)} of use" if self.left_out else "")
+            count = f"{total} captioned videos" + (f", {len(videos)} of use" if self.left_out else "")
             raise ValueError(f"{path} holds {count}, at least 2 are needed: {why}")
         self.fps, self._videos = fps, videos
         names, stats = [video.name for video in videos], [video.file.stat() for video in videos]
@@ -187,7 +187,7 @@ def _packed(tars: list[Path]) -> list[Video]:
     videos: dict[str, Video] = {}
     for tar in tars:
         captions: dict[str, list[str]] = {}
-        own: dict[str, Video] = {}
+        packed: dict[str, Video] = {}
         try:
             # "r:" refuses compressed ones, which cannot be read from the middle
             with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
@@ -202,10 +202,10 @@ def _packed(tars: list[Path]) -> list[Video]:
                         data = _part(file, member.offset_data, min(member.size, MOST_TEXT))
                         captions[name] = _read_captions(f"{tar}: {member.name}", decode_text(data), kind)
                     elif _SUFFIXES.fullmatch(dot + kind):
-                        own[name] = Video(f"{name}.{kind}", [], tar, member.offset_data, member.size)
+                        packed[name] = Video(f"{name}.{kind}", [], tar, member.offset_data, member.size)
         except (tarfile.TarError, UnicodeDecodeError, OSError) as error:
             raise ValueError(f"{tar} is not a readable tar: {error}") from error
-        for name, video in own.items():
+        for name, video in packed.items():
             _check_captions(video, captions.get(name, []))
             video.captions.extend(captions[name])
             if videos.setdefault(video.name, video) is not video:

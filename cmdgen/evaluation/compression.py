@@ -138,13 +138,13 @@ def measure_importance(evaluator: Evaluator, options: Weighing, path: Path) -> I
         if options.part in (None, part)
         for unit in (*list_units(part, pipeline.part(part).config), *list_layers(pipeline.part(part)))
     ]
-    known = {row.unit for row in importance.rows}
+    measured = {row.unit for row in importance.rows}
     # the first clips of a process are slow
     show("importance", 0, len(units))
     whole = make_clips(evaluator, plan, options)
     features = whole.readings.features()
     for done, (part, unit) in enumerate(units, 1):
-        if f"{part}.{unit}" not in known:
+        if f"{part}.{unit}" not in measured:
             seconds = measure_seconds(pipeline, plan, part, pipeline.part(part))
             with without(pipeline, part, unit) as (network, parameters):
                 saved = seconds - measure_seconds(pipeline, plan, part, network)

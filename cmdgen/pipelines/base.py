@@ -180,14 +180,14 @@ class Pipeline(ABC):
     @contextmanager
     def swapped(self, name: str, part: Any) -> Iterator[None]:
         """Put another network in the place of a part for the length of a block."""
-        own = self.part(name)
+        original = self.part(name)
         self._parts[name] = part
         # what was captured or compiled of the other
         self.prepared.clear()
         try:
             yield
         finally:
-            self._parts[name] = own
+            self._parts[name] = original
             self.prepared.clear()
 
     def read_part(self, name: str) -> Any:

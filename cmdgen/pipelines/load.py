@@ -49,10 +49,10 @@ def load_as(
     elif decoder is not None:
         decoding = find_model(os.fspath(decoder))
         config = _change_vae(config, decoding)
-    found: type[Pipeline] = StillPipeline if config.motion is None else CmdPipeline
+    pipeline: type[Pipeline] = StillPipeline if config.motion is None else CmdPipeline
     reads = config.text is not None or config.vision is not None
     if isinstance(config.content, EvdmConfig):
-        found = EvdmPipeline
+        pipeline = EvdmPipeline
     elif not reads or config.vae is None or not isinstance(config.content, UNetConfig):
         raise ValueError(f"{folder} makes no video from text: it needs text_encoder, unet, vae")
     place = choose_device(device)
@@ -60,17 +60,17 @@ def load_as(
     if compile:
         check_compiler(place)
     if config.looks_along_time:
-        found = MotionPipeline if config.vision is None else PicturePipeline
-    if not issubclass(found, kind):
+        pipeline = MotionPipeline if config.vision is None else PicturePipeline
+    if not issubclass(pipeline, kind):
         makes = "videos from text: to continue one takes a model with evdm/"
-        if found is EvdmPipeline:
+        if pipeline is EvdmPipeline:
             makes = "no video from text: it continues clips, with cmdgen predict"
         raise ValueError(f"{folder} makes {makes}")
-    if found is EvdmPipeline and lora:
+    if pipeline is EvdmPipeline and lora:
         raise ValueError(f"lora has no effect with {config.name}: a LoRA changes unet/ and text_encoder/")
     loras = [find_lora(f"{folder / 'lora' / Path(name).name}") for name in config.loras]
     loras = [*loras, *map(find_lora, lora)]
-    return found(*(folder, config, place, number), compile=compile, loras=loras, decoder=decoding)
+    return pipeline(*(folder, config, place, number), compile=compile, loras=loras, decoder=decoding)
 
 
 def find_decoder(folder: Path, model: ModelConfig) -> Path:

@@ -61,9 +61,9 @@ class Model:
 
 def describe_preset(model: ModelConfig, *, dtype: str = "float16") -> Model:
     """Describe the parts of a preset; those of any other configuration are counted on the meta device."""
-    known, parts = read_counts() if (PRESETS | PUBLIC).get(model.name) == model else {}, []
+    counts, parts = read_counts() if (PRESETS | PUBLIC).get(model.name) == model else {}, []
     for name, config in network_configs(model).items():
-        count = known[model.name][name] if known else count_part(name, config)
+        count = counts[model.name][name] if counts else count_part(name, config)
         parts.append(Network(name, count, count * SIZES[dtype], dtype, _presets(name, config)))
     return Model(model.name, None, None, tuple(parts))
 

@@ -84,7 +84,7 @@ def merge_lora(module: nn.Module, part: str, lora: Lora) -> int:
 def _read_pairs(path: Path, part: str, weights: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
     """Return down, up and alpha of each weight of a part that a file changes."""
     flat = {name.replace(".", "_"): name for name in weights}
-    found: dict[str, dict[str, Tensor]] = {}
+    pairs: dict[str, dict[str, Tensor]] = {}
     with open_weights(path, "cpu") as file:
         names = set(file.keys())
         for name in sorted(names):
@@ -99,16 +99,16 @@ def _read_pairs(path: Path, part: str, weights: Mapping[str, Any]) -> dict[str, 
             target = flat.get(target.replace(".", "_"), target)
             if target not in weights:
                 raise ValueError(f"{path}: {short(target)} is no weight of {part}/: it is of another model")
-            both = found.setdefault(target, {})
+            both = pairs.setdefault(target, {})
             both[side] = file.get_tensor(name)
             alpha = f"{_SIDE.sub('', name)}.alpha"
             if alpha in names:
                 both["alpha"] = file.get_tensor(alpha)
-    for target, both in found.items():
+    for target, both in pairs.items():
         down, up, scale = (both.get(key) for key in ("down", "up", "alpha"))
         if down is None or up is None or not _fit(down, up) or (scale is not None and scale.numel() != 1):
             raise ValueError(f"{path}: {short(target)} lacks one of two matrices that fit")
-    return {target: (both["down"], both["up"], both.get("alpha")) for target, both in found.items()}
+    return {target: (both["down"], both["up"], both.get("alpha")) for target, both in pairs.items()}
 
 
 def _fit(down: Tensor, up: Tensor) -> bool:

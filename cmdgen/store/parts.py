@@ -254,8 +254,8 @@ def write_model_index(folder: Folder, model: ModelConfig) -> None:
         }
     # without it, a folder is Stable Diffusion's own
     keys = _SAMPLING if model.moves or not isinstance(model.content, UNetConfig) else sorted(_PRUNED)
-    if said := {key: value for key in keys if (value := getattr(model, key)) not in (None, ())}:
-        data["cmdgen"] = said
+    if sampling := {key: value for key in keys if (value := getattr(model, key)) not in (None, ())}:
+        data["cmdgen"] = sampling
     write_config(model.noise, Path(folder) / "scheduler")
     write_json(Path(folder) / "model_index.json", data)
 
@@ -271,20 +271,20 @@ def _describe_public(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     content, vae, noise = values["content"], values["vae"], values["noise"]
     # a snapshot in the hub's cache lies in the folder of its repository
     repository = folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
-    found: dict[str, Any] = {"name": repository.rpartition("--")[2]}
+    described: dict[str, Any] = {"name": repository.rpartition("--")[2]}
     if values["vision"] is not None:
-        found |= {key: getattr(SVD, key) for key in _SAMPLING if key != "name"}
-        return found | ({"frames": content.num_frames} if content.num_frames else {})
+        described |= {key: getattr(SVD, key) for key in _SAMPLING if key != "name"}
+        return described | ({"frames": content.num_frames} if content.num_frames else {})
     side = content.sample_size if isinstance(content, UNetConfig) else 0
     side *= 1 if vae is None else vae.stride
-    found |= {"height": side, "width": side}
+    described |= {"height": side, "width": side}
     if values["adapter"] is None:
-        return found | {"frames": 1}
-    found |= {key: getattr(ANIMATEDIFF, key) for key in ("frames", "steps", "guidance", "fps")}
+        return described | {"frames": 1}
+    described |= {key: getattr(ANIMATEDIFF, key) for key in ("frames", "steps", "guidance", "fps")}
     if noise.beta_schedule != ANIMATEDIFF.noise.beta_schedule or noise.timestep_spacing == "linspace":
         # the base model's: motion modules were trained on another one
-        found |= {"noise": ANIMATEDIFF.noise, "still_noise": noise}
-    return found
+        described |= {"noise": ANIMATEDIFF.noise, "still_noise": noise}
+    return described
 
 
 def list_notes(model: ModelConfig) -> list[str]:

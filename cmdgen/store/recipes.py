@@ -75,11 +75,10 @@ def pull_recipe(
         file = Path(source)
         changes.append(Lora(file if file.is_file() else _find_file(hub.pull(source, report=report)), scale))
     if recipe.adapter is not None:
-        own = recipe.lora and parse_lora(recipe.lora)
-        beside = own[0] if own else None
+        beside, scale = parse_lora(recipe.lora) if recipe.lora else (None, 1.0)
         place = hub.pull_adapter(recipe.adapter, recipe.file, lora=beside, full=full, report=report)
-        if own:
-            changes.append(Lora(place / own[0], own[1]))
+        if beside is not None:
+            changes.append(Lora(place / beside, scale))
         licences.append(f"{read_licence(place) or 'not stated'} ({recipe.adapter})")
         modules = place / recipe.file if recipe.file else weight_paths(place, _MOTION)[0]
     place = composed_models() / name

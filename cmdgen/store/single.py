@@ -70,9 +70,9 @@ def import_checkpoint(path: Path, folder: Path, base: Path | None) -> None:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         model = replace(describe_checkpoint(path, shapes), name=folder.name)
         assert isinstance(model.content, UNetConfig)
-        second, known = model.content.use_linear_projection, _find_tokenizer(path, base)
+        second, tokenizer = model.content.use_linear_projection, _find_tokenizer(path, base)
         # their authors pad texts in two ways
-        Tokenizer(known.vocab, known.merges, pad="!" if second else EOS).save_pretrained(target / "tokenizer")
+        Tokenizer(tokenizer.vocab, tokenizer.merges, pad="!" if second else EOS).save_pretrained(target / "tokenizer")
         for name, config in network_configs(model).items():
             try:
                 network: Any = build_empty(PARTS[name].network, config)

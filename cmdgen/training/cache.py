@@ -125,14 +125,14 @@ def _read_index(place: Path, rows: int = ROWS) -> tuple[int, set[str]]:
         return ROWS, names
     for path in paths:
         index = read_json(path, limit=_MOST_INDEX)
-        files, said = index.get("files"), index.get("rows")
+        files, in_file = index.get("files"), index.get("rows")
         if not (isinstance(files, list) and all(isinstance(name, str) for name in files)):
             raise ValueError(f"{path}: files is not a list of names: remove it, and it is made again")
-        if type(said) is not int or not 0 < said < 2**32 or (path != paths[0] and said != rows):
+        if type(in_file) is not int or not 0 < in_file < 2**32 or (path != paths[0] and in_file != rows):
             raise ValueError(
-                f"{path}: rows {said} is not the number of rows of a file: remove it, and it is made again"
+                f"{path}: rows {in_file} is not the number of rows of a file: remove it, and it is made again"
             )
-        rows, names = said, names | {*files}
+        rows, names = in_file, names | {*files}
     return rows, names
 
 

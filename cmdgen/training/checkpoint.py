@@ -132,20 +132,20 @@ def load_checkpoint(folder: Path, ranks: Ranks = ALONE) -> Checkpoint | None:
     Raises ValueError where it is damaged, or is of a version that pickled.
     """
     path, pickled = folder / NAME, folder / "checkpoint.pt"
-    found = []
+    checkpoints = []
     try:
         for path in folder.glob("checkpoint-*"):
-            found.append(_read_shards(path, ranks))
+            checkpoints.append(_read_shards(path, ranks))
         if (path := folder / NAME).exists():
             tensors, metadata = read_tensors(path)
             shapes = {name: [*tensor.shape] for name, tensor in tensors.items()}
-            found.append(Checkpoint(path, parse_json(metadata.get("state", "")), shapes, tensors))
+            checkpoints.append(Checkpoint(path, parse_json(metadata.get("state", "")), shapes, tensors))
     except ValueError as error:
         raise ValueError(f"{path} is not a readable checkpoint: use --restart ({error})") from error
-    if pickled.exists() and not found:
+    if pickled.exists() and not checkpoints:
         raise ValueError(f"{pickled} is pickled, as an earlier version did: use --restart, or go on with that version")
     # a kill may have left an older one beside the newest
-    return max(found, key=lambda one: step if type(step := one.state.get("step")) is int else 0, default=None)
+    return max(checkpoints, key=lambda one: step if type(step := one.state.get("step")) is int else 0, default=None)
 
 
 def _read_shards(path: Path, ranks: Ranks) -> Checkpoint:

@@ -21,8 +21,8 @@ def export_model(run: Path, target: Path, dtype: torch.dtype, *, overwrite: bool
     that is no other model.
     """
     read_model(run)
-    own = target.resolve() in (run.resolve(), *run.resolve().parents)
-    if overwrite and target.exists() and (own or not (target / "model_index.json").is_file()):
+    is_run = target.resolve() in (run.resolve(), *run.resolve().parents)
+    if overwrite and target.exists() and (is_run or not (target / "model_index.json").is_file()):
         raise ValueError(f"{target} is not another model, and is not replaced: give another folder")
     parts = [path for part in PARTS for path in sorted((run / part).glob("*"))]
     sizes = {}

@@ -8,7 +8,7 @@ from threading import Thread
 from typing import IO
 
 # bytes of what ffmpeg says that are kept
-MOST_SAID = 2**23
+MOST_LOG = 2**23
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def run_ffmpeg(
     # most commands and formats do without ffmpeg
     from imageio_ffmpeg import get_ffmpeg_exe
 
-    said = bytearray()
+    log = bytearray()
     # in a session of its own: Ctrl-C reaches us alone, and we clean up
     with subprocess.Popen(
         [get_ffmpeg_exe(), "-hide_banner", "-nostats", *arguments],
@@ -34,11 +34,11 @@ def run_ffmpeg(
         start_new_session=True,
     ) as process:
         # a pipe that nobody reads would stop ffmpeg when it is full
-        listener = Thread(target=_listen, args=(process.stderr, said), daemon=True)
+        listener = Thread(target=_listen, args=(process.stderr, log), daemon=True)
         try:
             # here, too, Ctrl-C may come: nothing closes the pipe while the thread reads from it
             listener.start()
-            yield process, said
+            yield process, log
         except BaseException:
             process.kill()
             raise
@@ -48,9 +48,9 @@ def run_ffmpeg(
                 listener.join()
 
 
-def _listen(stderr: IO[bytes], said: bytearray) -> None:
+def _listen(stderr: IO[bytes], log: bytearray) -> None:
     # it is closed where Ctrl-C comes while this thread is waited for
     with suppress(ValueError):
         while part := stderr.read(2**16):
-            if len(said) < MOST_SAID:
-                said += part
+            if len(log) < MOST_LOG:
+                log += part

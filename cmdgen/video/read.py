@@ -174,9 +174,9 @@ def count_frames(path: File, fps: float, most: int) -> int:
     file, source = Path(path), Source()
     if _picture_format(file):
         return most - read_clip(file, frames=most, size=(1, 1), fps=fps)[1].held
-    with _decode(file) as (output, said):
+    with _decode(file) as (output, log):
         output.read()
-    text = said.decode(errors="replace")
+    text = log.decode(errors="replace")
     try:
         _describe(text, source)
     except Image.DecompressionBombError as error:
@@ -311,9 +311,9 @@ def _video(file: Path, fps: float | None, limit: int | None, source: Source) -> 
     filters = ",".join([*scan, *rate, *colours, *SQUARE])
     arguments = ["-filter_complex", f"[0:{stream}]{filters}[v]", "-map", "[v]", "-fps_mode", "passthrough"]
     arguments += [] if limit is None else ["-frames:v", str(limit)]
-    said = bytearray()
+    log = bytearray()
     try:
-        with _decode(file, *arguments, "-f", "image2pipe", "-c:v", "ppm") as (output, said):
+        with _decode(file, *arguments, "-f", "image2pipe", "-c:v", "ppm") as (output, log):
             for frame in _read_ppm(output):
                 if whole is not None and {*frame.shape[:2]} != whole:
                     raise ValueError(f"{file} is a picture in tiles: this ffmpeg reads one, a newer imageio-ffmpeg all")
@@ -321,7 +321,7 @@ def _video(file: Path, fps: float | None, limit: int | None, source: Source) -> 
         while whole is not None and fps is not None:
             yield frame
     finally:
-        _describe(said.decode(errors="replace"), source)
+        _describe(log.decode(errors="replace"), source)
 
 
 def set_rate(fps: float, limit: int) -> list[str]:
@@ -338,20 +338,20 @@ def set_rate(fps: float, limit: int) -> list[str]:
 
 def _choose_filters(file: Path) -> tuple[str, list[str], list[str], set[int] | None]:
     """Return ffmpeg's name of what to show, the filters of its scan and of its colours, and sides of tiles joined."""
-    with _decode(file) as (output, said):
+    with _decode(file) as (output, log):
         output.read()
-    found = _STREAM.search(said.decode(errors="replace"))
-    if found is None:
+    stream = _STREAM.search(log.decode(errors="replace"))
+    if stream is None:
         return "V:0", [], [], None
-    tags, colours = found["tags"] or "", []
+    tags, colours = stream["tags"] or "", []
     if _WIDE.search(tags):
         colours = [_TO_SRGB]
-    elif not re.search("bt|smpte|fcc|gbr|ycgco", tags) and int(found["height"]) >= HD:
+    elif not re.search("bt|smpte|fcc|gbr|ycgco", tags) and int(stream["height"]) >= HD:
         colours = [UNTAGGED_HD]
     scan = ["bwdif=mode=send_frame:deint=interlaced"] if "first" in tags else []
-    if found["tiles"] is None:
+    if stream["tiles"] is None:
         return "V:0", scan, colours, None
-    return f"g:{found['tiles']}", scan, colours, {int(found["width"]), int(found["height"])}
+    return f"g:{stream['tiles']}", scan, colours, {int(stream["width"]), int(stream["height"])}
 
 
 def _describe(text: str, source: Source) -> None:
@@ -385,13 +385,13 @@ def _decode(file: Path, *arguments: str) -> Iterator[tuple[IO[bytes], bytearray]
     # few threads: in each of them pictures wait in memory
     options = f"-nostdin -v info {limits} -threads 2".split()
     output = [*arguments, "pipe:1"] if arguments else []
-    with run_ffmpeg(*options, "-i", f"file:{file}", *output) as (process, said):
+    with run_ffmpeg(*options, "-i", f"file:{file}", *output) as (process, log):
         assert process.stdout is not None
         limit_memory(process.pid)
         timer = Timer(MOST_SECONDS, process.kill)
         timer.start()
         try:
-            yield process.stdout, said
+            yield process.stdout, log
         finally:
             timer.cancel()
             process.kill()

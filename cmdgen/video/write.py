@@ -307,7 +307,7 @@ def _encode_video(output: Output, clip: Path, stdout: IO[bytes] | None) -> Itera
     else:
         arguments += ["pipe:1" if streams else f"file:{clip}"]
     target = stdout if streams and stdout else subprocess.DEVNULL
-    with run_ffmpeg(*arguments, stdin=subprocess.PIPE, stdout=target) as (encoder, said):
+    with run_ffmpeg(*arguments, stdin=subprocess.PIPE, stdout=target) as (encoder, log):
         assert encoder.stdin is not None
         try:
             with suppress(_EncoderEnded):
@@ -323,7 +323,7 @@ def _encode_video(output: Output, clip: Path, stdout: IO[bytes] | None) -> Itera
         if streams and stdout and _is_closed(stdout):
             raise BrokenPipeError("stdout was closed")
         # without the part of ffmpeg that says so
-        lines = said.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
+        lines = log.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
         why = lines[-1].rpartition(": " if streams else "] ")[2]
         raise EncoderError(f"{'stdout' if streams else output.target} was not written: {why}")
     if output.storage == "comment":

@@ -154,13 +154,13 @@ def _read_layer(row: dict[str, Any], where: str) -> Layer:
     """Read a row that holds the arguments of its painter beside those of the layer."""
     row = dict(row)
     name = row.pop("paint", None)
-    own = {field.name: row.pop(field.name) for field in fields(Layer) if field.name in row}
+    of_layer = {field.name: row.pop(field.name) for field in fields(Layer) if field.name in row}
     painter = getattr(paint, str(name), None)
     if painter is None:
         raise ValueError(f"{where}: unknown painter {name!r}")
     # the canvas comes when it is painted
     bound = partial(painter, **_read_arguments(painter, row, where, None))
-    return Layer(bound, **_read_arguments(Layer, own, where, bound))
+    return Layer(bound, **_read_arguments(Layer, of_layer, where, bound))
 
 
 def _read_arguments(function: Callable[..., Any], table: dict[str, Any], where: str, *first: Any) -> dict[str, Any]:
