@@ -76,9 +76,12 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
         raise ValueError("a prompt and -f: give one of them")
     if jobs.preview is not None:
         check_suffix(jobs.preview, Encoding(STILL), overwrite=True)
+    # what is wrong with the model or a single clip is said without torch, which takes seconds to import
+    folder = find_model(request.model)
+    config = read_model(folder)
+    reads_text = config.vision is None
     entries: Iterator[Entry | None] = iter([Entry(1, {})])
     complete, total, alone = True, None, False
-    reads_text = bool(request.prompt) or _reads_text(request.model)
     if jobs.file is not None or (request.prompt is None and reads_text):
         entries, complete = open_entries(jobs.file)
     queue: Iterable[Job | Refused | None] = make_jobs(entries, request, num=jobs.num, reads_text=reads_text)
@@ -93,9 +96,6 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
         if alone and isinstance(jobs_ahead[0], Refused):
             raise jobs_ahead[0].error
     check_seeds(request, jobs, alone=alone)
-    # what is wrong with the model or a single clip is said without torch, which takes seconds to import
-    folder = find_model(request.model)
-    config = read_model(folder)
     # of what `models pull` has put together, it says so
     for line in [] if "cmdgen" in read_index(folder) else list_notes(config):
         say.note(f"note: {line}")
@@ -138,13 +138,6 @@ def sample(context: typer.Context, request: Request, jobs: Batching, say: Say) -
         print_forecast(checked, batch)
     else:
         batch.run(checked)
-
-
-def _reads_text(model: str) -> bool:
-    from cmdgen.store.find import find_model
-    from cmdgen.store.parts import read_model
-
-    return read_model(find_model(model)).vision is None
 
 
 def _hash(pipeline: "StillPipeline") -> None:
