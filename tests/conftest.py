@@ -1,5 +1,7 @@
+import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,6 +103,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer.train(CAPTIONS, config.text.vocab_size)
     tokenizer.save_pretrained(folder / "tokenizer")
     write_model_index(folder, config)
+    return folder
+
+
+@pytest.fixture
+def stills(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model without what makes it move."""
+    folder = tmp_path / "models" / "still"
+    shutil.copytree(tiny_model, folder)
+    for part in ("autoencoder", "motion"):
+        shutil.rmtree(folder / part)
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text())
+    del index["cmdgen"]
+    path.write_text(json.dumps(index))
     return folder
 
 

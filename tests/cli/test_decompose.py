@@ -29,20 +29,6 @@ def video(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def stills(tiny_model, tmp_path):
-    """The tiny model without what makes it move."""
-    folder = tmp_path / "models" / "still"
-    shutil.copytree(tiny_model, folder)
-    for part in ("autoencoder", "motion"):
-        shutil.rmtree(folder / part)
-    path = folder / "model_index.json"
-    index = json.loads(path.read_text())
-    del index["cmdgen"]
-    path.write_text(json.dumps(index))
-    return folder
-
-
 def frames_of(path):
     """The frames of an apng, which loses nothing."""
     with Image.open(path) as image:

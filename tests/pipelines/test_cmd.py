@@ -593,16 +593,10 @@ def test_a_still_is_not_encoded_as_a_clip(model, clip):
 
 
 @pytest.mark.parametrize("verb", ["encode", "decode"])
-def test_a_model_of_stills_is_refused_where_motion_is_needed(tiny_model, tmp_path, clip, cmdgen, verb):
-    folder = tmp_path / "still"
-    shutil.copytree(tiny_model, folder)
-    for part in ("autoencoder", "motion"):
-        shutil.rmtree(folder / part)
-    index = folder / "model_index.json"
-    index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "cmdgen"}))
+def test_a_model_of_stills_is_refused_where_motion_is_needed(stills, tmp_path, clip, cmdgen, verb):
     source = tmp_path / f"clip.{'mp4' if verb == 'encode' else 'safetensors'}"
     output = tmp_path / f"out.{'mp4' if verb == 'decode' else 'safetensors'}"
     clip.save(source)
-    result = cmdgen(verb, source, "-o", output, "--model", folder)
+    result = cmdgen(verb, source, "-o", output, "--model", stills)
     assert (result.code, result.out) == (2, "")
     assert result.err == ("error: still has no autoencoder: it makes stills and knows no motion\n")
