@@ -17,7 +17,7 @@ from cmdgen.cli.naming import check_stdout
 from cmdgen.cli.progress import Say
 from cmdgen.config import EvdmConfig, ModelConfig
 from cmdgen.options import option, options_of
-from cmdgen.request import HOW, MACHINE, MAX_FRAMES, WHAT, Plan, Request
+from cmdgen.request import HOW, MACHINE, MAX_FPS, MAX_FRAMES, WHAT, Plan, Request
 from cmdgen.video.formats import describe_origin
 
 if TYPE_CHECKING:
@@ -165,8 +165,12 @@ class Given:
         rates = [source.fps for _, source in self.read_files if source.fps]
         if request.fps is None and rates:
             # what moves is as fast as before, with other frames between those of the files
-            rate = rates[0] * (1 + (request.frames or 0) if self.apart else 1)
-            request = replace(request, fps=max(1, round(rate)))
+            rate = max(1, round(rates[0] * (1 + (request.frames or 0) if self.apart else 1)))
+            if rate > MAX_FPS:
+                raise ValueError(
+                    f"as fast as the first video is {rate} frames a second, not up to {MAX_FPS}: choose --fps"
+                )
+            request = replace(request, fps=rate)
         return request
 
     def count(self, plan: Plan) -> int:

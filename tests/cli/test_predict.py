@@ -46,6 +46,13 @@ def test_the_file_holds_the_clip_and_more(run, clip: Path, tmp_path: Path) -> No
     assert np.array_equal(read_video(new)[0], got[5:])
 
 
+def test_a_clip_that_would_be_too_fast_is_refused(run, clip: Path, tmp_path: Path) -> None:
+    write_video(tmp_path / "fast.mp4", frames(5), 100, None)
+    done = run("interpolate", tmp_path / "fast.mp4", "-o", tmp_path / "between.apng", "--frames", 2)
+    says = "as fast as the first video is 300 frames a second, not up to 240: choose --fps"
+    assert (done.code, done.err) == (2, f"error: {says}\n")
+
+
 def test_like_makes_it_again_and_notes_other_files(run, clip: Path, tmp_path: Path) -> None:
     first, again = tmp_path / "first.apng", tmp_path / "again.apng"
     assert run("predict", clip, "-o", first, "--frames", 2, "--seed", 7).code == 0
