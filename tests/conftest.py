@@ -66,7 +66,7 @@ def tiny_config() -> ModelConfig:
         ),
         vae=replace(vae, block_out_channels=(8,) * len(vae.block_out_channels), norm_num_groups=4),
         autoencoder=replace(MINI.autoencoder, width=16, heads=2, depth=1),
-        motion=replace(MINI.motion, width=16, depth=1, heads=2, text_width=16),
+        motion=replace(MINI.motion, width=16, depth=1, heads=2, text_width=16, text_whitened=True),
         **{"frames": 4, "height": 32, "width": 48, "steps": 2, "motion_steps": 2},
     )
 

@@ -254,7 +254,8 @@ class MotionStage(CaptionedStage):
         self.variance = pairs.held_out[:8].var(dim=2).mean()
         held_out = {"x0": pairs.motion, "content": pairs.content}
         super().__init__(run, "motion", pairs.rows["motion"], text, held_out)
-        if self.denoiser.config.text_whitened and run.initial("motion") is None:
+        fresh = run.initial("motion") is None and run.start.teacher is None
+        if self.denoiser.config.text_whitened and fresh:
             with torch.no_grad():
                 for buffer, measured in zip(self.denoiser.whitening, text.whitening(), strict=True):
                     buffer.copy_(measured)
