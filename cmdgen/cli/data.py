@@ -68,8 +68,8 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)], say: A
         if not isinstance(source, World):
             raise ValueError(f"--sprites are those of a rendered world, not of {sheet.data}")
         source.write_sprites(sheet.sprites)
-    clips = source.render(source.indices(sheet.split, sheet.count), sheet.size)
-    picture = draw_sheet(clips, sheet.columns)
+    indices = source.indices(sheet.split, sheet.count)
+    picture = draw_sheet(source.render(indices, sheet.size), source.captions(indices), sheet.columns)
     with replace_with(sheet.output) as temporary:
         picture.save(temporary, "PNG")
     say.result(sheet.output, {"output": str(sheet.output)})

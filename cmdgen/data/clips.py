@@ -15,11 +15,10 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Clips:
-    """A batch of captioned clips of one size."""
+    """A batch of clips of one size."""
 
     frames: Tensor  # (B, T, 3, H, W) uint8
     mask: Tensor | None  # (B, T, H, W) bool: where the subject shows; None: unknown
-    captions: list[str]
     labels: dict[str, Tensor] = field(default_factory=dict)  # "subject", "motion", "scene": (B,)
 
 
@@ -37,5 +36,5 @@ class ClipSource(Protocol):
     def captions(self, indices: Indices, variant: int = 0) -> list[str]:
         """Return one caption each, fast; another variant may phrase it differently."""
 
-    def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0) -> Clips:
+    def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu") -> Clips:
         """(B,) -> clips of `size`, drawn or read."""

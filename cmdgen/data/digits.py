@@ -47,7 +47,7 @@ class Digits:
         names = [self._splits[split][1][pair] for split, pair, _ in self._draw(indices)]
         return [f"the digits {a} and {b} moving" for a, b in names]
 
-    def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0) -> Clips:
+    def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu") -> Clips:
         """(B,) -> clips of `size`; a longer clip begins as a shorter one.
 
         Labels are "digits", (B, 2), and "places", (B, T, 2, 2), the top and left of each.
@@ -71,12 +71,7 @@ class Digits:
         drawn = F.pad(chosen, (1, 1, 1, 1))[clip, number, rows[..., None], columns[..., None, :]]
         grey = (drawn.sum(dim=2).clamp(max=1) * 255).round().to(torch.uint8)  # (B, T, H, W)
         frames_of_clips = grey[:, :, None].expand(-1, -1, 3, -1, -1)
-        return Clips(
-            frames_of_clips,
-            None,
-            self.captions(indices),
-            {"digits": torch.tensor(labels).long().to(device), "places": paths},
-        )
+        return Clips(frames_of_clips, None, {"digits": torch.tensor(labels).long().to(device), "places": paths})
 
     def singles(self, split: str, side: int) -> tuple[Tensor, Tensor]:
         """-> pictures (N, side, side) in [0, 1], and their labels (N,)."""

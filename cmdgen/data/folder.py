@@ -126,12 +126,12 @@ class Folder:
         texts = [self._videos[i].captions for i in torch.as_tensor(indices).tolist()]
         return [choices[variant % len(choices)] for choices in texts]
 
-    def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0) -> Clips:
+    def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu") -> Clips:
         """(B,) -> clips of `size` (height, width): the first frames at the folder's rate, resized."""
         chosen = [self._videos[i] for i in torch.as_tensor(indices).tolist()]
         read = partial(_read, self._decoders, size=size, frames=frames, fps=self.fps)
         clips = torch.stack([*self._threads.map(read, chosen)])
-        return Clips(clips.to(device), None, self.captions(indices, variant))
+        return Clips(clips.to(device), None)
 
 
 def _find(root: Path) -> Iterable[Video]:

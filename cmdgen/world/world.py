@@ -163,7 +163,7 @@ class World:
             text = f"{pick(list(self._tables.sizes.values())[grade].words, word)} {text}"
         return text
 
-    def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu", variant: int = 0) -> Clips:
+    def render(self, indices: Indices, size: Size, frames: int = 16, device: str = "cpu") -> Clips:
         """(B,) -> clips of `size` (height, width)."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         specs = self.specs(indices)
@@ -187,7 +187,7 @@ class World:
                 video[rows.to(device)] = picture.view(-1, *video.shape[1:])
                 mask[rows.to(device)] = (cover > 0.5).view(-1, *mask.shape[1:])
         labels = {name: getattr(specs, name).to(device) for name in ("subject", "motion", "scene")}
-        return Clips(video, mask, self.captions(indices, variant), labels)
+        return Clips(video, mask, labels)
 
 
 def open_world(name: str) -> World:

@@ -42,7 +42,7 @@ def test_a_clip_follows_from_seed_and_index(folder: Path) -> None:
         assert torch.equal(alone.frames[0, :6], clips.frames[i])
         assert torch.equal(alone.labels["digits"][0], clips.labels["digits"][i])
         a, b = clips.labels["digits"][i].tolist()
-        assert clips.captions[i] == f"the digits {a} and {b} moving"
+        assert digits.captions(indices)[i] == f"the digits {a} and {b} moving"
     assert not torch.equal(Digits(folder, seed=1).render(indices, (64, 48), 6).frames, clips.frames)
 
 

@@ -27,8 +27,8 @@ def listed(path: Path, *rows: object) -> Path:
 def test_listed_captions_and_centre_crop(tmp_path: Path) -> None:
     several = {"file": "bb.mp4", "caption": ["a cat", "a kitten"]}
     folder = Folder(listed(tmp_path, GOOD, "", several))
-    batch = folder.render([0, 1], (6, 6), variant=1)
-    assert batch.captions == folder.captions([0, 1], variant=1) == ["a dog", "a kitten"]
+    batch = folder.render([0, 1], (6, 6))
+    assert folder.captions([0, 1], variant=1) == ["a dog", "a kitten"]
     assert batch.frames.shape == (2, 16, 3, 6, 6) and batch.frames.dtype == torch.uint8
     assert (batch.frames[0] == 1).all() and (batch.frames[1] == 2).all() and batch.mask is None
 
