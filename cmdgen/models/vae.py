@@ -175,14 +175,9 @@ class KlVae(Pretrained[VaeConfig]):
         z = z.contiguous(memory_format=torch.channels_last)
         return self.decoder(z if self.config.temporal == "blend" else self.post_quant_conv(z))
 
-    def to_latents(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, c, h, w) scaled: mean, or sample given a generator."""
-        mean, logvar = self.encode(frames)
-        if generator is not None:
-            # drawn where the generator lives, so that one seed is one sample on every device
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device)
-            mean = mean + (0.5 * logvar).exp() * noise.to(mean)
-        return mean * self.config.scaling_factor
+    def to_latents(self, frames: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, c, h, w) scaled: the posterior's mean."""
+        return self.encode(frames)[0] * self.config.scaling_factor
 
     def from_latents(self, latents: Tensor) -> Tensor:
         """(B, c, h, w) scaled -> (B, 3, H, W), about [-1, 1]."""
