@@ -54,7 +54,12 @@ def find_imported(path: Path) -> Path:
     folder = user_folder("cache") / "imported" / of.hexdigest() / path.stem
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        import_checkpoint(path, folder, None)
+        try:
+            import_checkpoint(path, folder, None)
+        except (OSError, ValueError):
+            # another process may have made it meanwhile
+            if not folder.is_dir():
+                raise
     return folder
 
 

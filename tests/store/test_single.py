@@ -9,8 +9,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from cmdgen.files import create_folder
 from cmdgen.models.tokenizer import Tokenizer
 from cmdgen.pipelines.load import load_pipeline
+from cmdgen.store import single
 from cmdgen.store.find import find_model
 from cmdgen.store.parts import read_model
 from cmdgen.store.single import stored_name
@@ -175,6 +177,22 @@ def test_a_checkpoint_is_sampled_by_its_own_name(
         times += [path.stat().st_mtime_ns for path in imported.glob("*/x/unet/*.safetensors")]
     assert len(times) == 2 and times[0] == times[1]
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_checkpoint_may_be_imported_by_several_processes_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (file := tmp_path / "model.safetensors").touch()
+
+    def lose(path: Path, folder: Path, base: Path | None) -> None:
+        with create_folder(folder) as mine:
+            (mine / "model_index.json").touch()
+            with create_folder(folder) as theirs:
+                (theirs / "model_index.json").touch()
+
+    monkeypatch.setattr(single, "import_checkpoint", lose)
+    assert (single.find_imported(file) / "model_index.json").is_file()
 
 
 @pytest.mark.parametrize("checkpoint", [(False, None)], indirect=True)
