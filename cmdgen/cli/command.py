@@ -74,6 +74,9 @@ def _describe(described: Option, words: Sequence[str]) -> str:
 def read_text(described: Option, value: Any) -> Any:
     """Return the typed value of a field, given on the command line; None where it is not given."""
     if value is None:
+        if described.required:
+            # Typer lets a list of arguments be empty
+            raise ValueError(f"Missing argument '{described.metavar}'.")
         return None
     numeric = described.kind in (int, float) and described.read is None
     if isinstance(value, str) and numeric:
@@ -87,6 +90,14 @@ def list_flags(context: typer.Context) -> list[str]:
     """Return the options that come from the command line, not from defaults or settings."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return [name for name, source in sources.items() if source and source.name in ("COMMANDLINE", "ENVIRONMENT")]
+
+
+def check_flags(context: typer.Context, what: str, used: str) -> None:
+    """Raise ValueError, which says `what` runs, where an option is given that is not among the `used`."""
+    names = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for flag in list_flags(context):
+        if flag not in ("as_json", "quiet", *used.split()):
+            raise ValueError(f"{what}: {names[flag]} has no use there")
 
 
 def expand(function: Callable[..., None]) -> Callable[..., None]:

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import typer
 
-from cmdgen.cli.command import Device, expand
+from cmdgen.cli.command import Device, check_flags, expand
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import JsonOrQuiet
@@ -45,7 +45,7 @@ def importance(options: Weighing, request: Device, say: JsonOrQuiet) -> None:
 
 @app.command(cls=Command)
 @expand
-def prune(options: Pruning, say: JsonOrQuiet) -> None:
+def prune(context: typer.Context, options: Pruning, say: JsonOrQuiet) -> None:
     """Write a model without some of its blocks; it samples at once, and `cmdgen train --teacher` mends it.
 
     VDMini's rule is for UNets: the mid block, the innermost level, and all but one layer of each other
@@ -56,6 +56,9 @@ def prune(options: Pruning, say: JsonOrQuiet) -> None:
       cmdgen compress prune mini -o small --rule measured --budget 0.7
       cmdgen compress prune mini -o small --drop unet.mid --drop motion.blocks.4
     """
+    if options.rule != "measured":
+        check_flags(context, "without --rule measured nothing is chosen", "folder model rule drop")
+
     from cmdgen.compression.importance import choose_units, read_importance
     from cmdgen.compression.prune import prune_folder
     from cmdgen.compression.units import list_rule
@@ -79,6 +82,7 @@ def prune(options: Pruning, say: JsonOrQuiet) -> None:
         dropped += choose_units(importance, model, options.budget)
     elif not dropped:
         raise ValueError("nothing to drop: give --rule, or --drop with the name of a block")
+    dropped = [*dict.fromkeys(dropped)]
     prune_folder(folder, options.folder, dropped)
     before, after = (describe_folder(each, each.name).parameters for each in (folder, options.folder))
     say.note(f"dropped {', '.join(dropped)}")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cmdgen.cli.command import Only, expand
+from cmdgen.cli.command import Only, check_flags, expand
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import AsJson, JsonOrQuiet
 from cmdgen.cli.stop import Stop
@@ -44,11 +44,16 @@ class Sheet:
             raise ValueError(f"folder {folder} does not exist")
         if self.output.is_dir():
             raise ValueError(f"{self.output} is a folder")
+        for path in (self.output, self.sprites):
+            if path is not None and path.suffix.lower() != ".png":
+                raise ValueError(f"{path}: its name must end in .png")
+        if self.sprites == self.output:
+            raise ValueError(f"{self.output} is the sheet: give --sprites another name")
 
 
 @app.command(cls=Command)
 @expand
-def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)], say: AsJson) -> None:
+def preview(context: typer.Context, sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)], say: AsJson) -> None:
     """Write a contact sheet of captioned clips and print its path.
 
     Examples:
@@ -56,18 +61,19 @@ def preview(sheet: Sheet, world: Annotated[WorldConfig, Only(_NARROWED)], say: A
         cmdgen data preview -o cats.png --subjects cat --count 4
         cmdgen data preview -o sheet.png --data mini --sprites sprites.png
     """
+    from cmdgen.data.clips import ClipSource
     from cmdgen.data.sheet import draw_sheet
     from cmdgen.training.data import open_source
     from cmdgen.world.world import World
 
-    source = open_source(sheet.data)
     if sheet.data in WORLDS:
         chosen = {name: value for name in _NARROWED if (value := getattr(world, name))}
-        source = World(replace(WORLDS[sheet.data], **chosen))
-    if sheet.sprites is not None:
-        if not isinstance(source, World):
-            raise ValueError(f"--sprites are those of a rendered world, not of {sheet.data}")
-        source.write_sprites(sheet.sprites)
+        source: ClipSource = (drawn := World(replace(WORLDS[sheet.data], **chosen)))
+        if sheet.sprites is not None:
+            drawn.write_sprites(sheet.sprites)
+    else:
+        check_flags(context, f"{sheet.data} is no rendered world", "output data count columns size split")
+        source = open_source(sheet.data)
     indices = source.indices(sheet.split, sheet.count)
     picture = draw_sheet(source.render(indices, sheet.size), source.captions(indices), sheet.columns)
     with replace_with(sheet.output) as temporary:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cmdgen.cli.command import Device
+import typer
+
+from cmdgen.cli.command import Device, check_flags
 from cmdgen.cli.progress import JsonOrQuiet
 from cmdgen.evaluation.settings import Evaluation
 
@@ -15,9 +17,17 @@ if TYPE_CHECKING:
 
 # where a model is measured
 DATA = "mini"
+# what each mode does, and the options that it reads
+MODES = {
+    "cost": ("--cost measures a cold sample", "model"),
+    "train_probe": ("--train-probe trains a probe", "data device"),
+    "real": ("--real and --generated compare folders", "generated pairs frames size probe"),
+}
+PREDICTOR = "model clips batch seed data trajectories steps device"
+OTHERS = "model clips reconstructed batch seed data probe device"
 
 
-def evaluate(options: Evaluation, request: Device, say: JsonOrQuiet) -> None:
+def evaluate(context: typer.Context, options: Evaluation, request: Device, say: JsonOrQuiet) -> None:
     """Measure a model on what training never showed.
 
     These are held-out combinations of subject, motion and scene of the rendered world. A model with
@@ -31,6 +41,9 @@ def evaluate(options: Evaluation, request: Device, say: JsonOrQuiet) -> None:
       cmdgen eval evdm --data digits:MNIST --clips 100
       cmdgen eval --real clips --generated made --pairs
     """
+    for name, (what, used) in MODES.items():
+        if getattr(options, name):
+            check_flags(context, what, f"{name} {used}")
     if options.cost:
         from cmdgen.evaluation.cost import report_cost
 
@@ -50,11 +63,13 @@ def evaluate(options: Evaluation, request: Device, say: JsonOrQuiet) -> None:
             lines, record = compare_folders(options, show)
             say.result("\n".join(lines), record)
         else:
-            report = _measure(options, str(device), show)
+            report = _measure(context, options, str(device), show)
             say.result(report.to_markdown(), report.to_dict())
 
 
-def _measure(options: Evaluation, device: str, show: Callable[[str, int, int], None]) -> "Report":
+def _measure(
+    context: typer.Context, options: Evaluation, device: str, show: Callable[[str, int, int], None]
+) -> "Report":
     from cmdgen.evaluation.measure import load_evaluator
     from cmdgen.evaluation.prediction import evaluate_prediction
     from cmdgen.pipelines.evdm import EvdmPipeline
@@ -62,8 +77,13 @@ def _measure(options: Evaluation, device: str, show: Callable[[str, int, int], N
     from cmdgen.training.data import open_source
 
     pipeline = open_pipeline(options.model, device=device)
+    name = pipeline.config.name
     if isinstance(pipeline, EvdmPipeline):
+        check_flags(context, f"{name} predicts frames", PREDICTOR)
+        if not options.clips:
+            raise ValueError(f"clips 0: {name} predicts frames, of at least 2 clips")
         return evaluate_prediction(pipeline, open_source(options.data or DATA), options, show)
+    check_flags(context, f"{name} makes clips from text", OTHERS)
     return load_evaluator(options.model, device, options.probe, options.data or DATA, show=show).evaluate(options)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cmdgen.cli.command import Only, list_flags
+from cmdgen.cli.command import Only, check_flags, list_flags
 from cmdgen.cli.errors import on_the_way
 from cmdgen.cli.progress import JsonOrQuiet, Say
 from cmdgen.config import CMD_SD21, PUBLIC
@@ -64,9 +64,7 @@ def profile(
     flags = list_flags(context)
     for name, (what, used) in MODES.items():
         if getattr(options, name):
-            for flag in flags:
-                if flag not in (name, "as_json", "quiet", *used.split()):
-                    raise ValueError(f"{what}: --{flag} has no use there")
+            check_flags(context, what, f"{name} {used}")
     if options.paper:
         from cmdgen.evaluation.evdm import compare_with_evdm
         from cmdgen.evaluation.flops import compare_with_paper, count_pruned

@@ -40,6 +40,9 @@ class _Options(Options):
         super().__post_init__()
         for name in ("output", "plot", "trace"):
             check_writable(getattr(self, name, None))
+        plot: Path | None = getattr(self, "plot", None)
+        if plot is not None and plot.suffix.lower() != ".png":
+            raise ValueError(f"{plot}: its name must end in .png")
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class Weighing(_Options):
     part: str | None = option(
         None, "One part alone.", choices=("unet", "motion", "autoencoder", "vae"), shown="all of them"
     )
-    clips: int = _count(32, "Clips to make without each block.")
+    clips: int = option(32, "Clips to make without each block.", low=2)
     steps: int | None = option(None, "Sampling steps of content and motion.", low=1, shown="the model's own")
     batch: int = _count(16, "Clips at a time.")
     seed: int = _seed()
@@ -167,7 +170,7 @@ class Contest(_Options):
     """Options of `cmdgen compress compare`."""
 
     models: tuple[str, ...] = option(
-        MISSING, "The whole model, then smaller ones.", argument=True, metavar="MODEL...", complete="model"
+        MISSING, "The whole model, then smaller ones.", argument=True, metavar="MODEL", complete="model"
     )
     decoder: tuple[str, ...] = option((), "A small decoder of the first model; repeatable.", metavar="DIR")
     clips: int = option(128, "Clips to make with each.", low=2)

@@ -140,6 +140,33 @@ def test_what_is_not_there_is_one_line_and_leaves_nothing(cmdgen, monkeypatch, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("eval", "mini", "--pairs"), "mini makes clips from text: --pairs has no use there"),
+        (("eval", "mini", "--steps", 3), "mini makes clips from text: --steps has no use there"),
+        (("eval", "evdm", "--reconstructed", 3), "evdm predicts frames: --reconstructed has no use there"),
+        (("eval", "evdm", "--clips", 0), "--clips 0: evdm predicts frames, of at least 2 clips"),
+        (("eval", "--cost", "--clips", 4), "--cost measures a cold sample: --clips has no use there"),
+        (("eval", "--train-probe", "p", "--probe", "p"), "--train-probe trains a probe: --probe has no use there"),
+        (("eval", "evdm", "--real", ".", "--generated", "."), "compare folders: model has no use there"),
+        (("compress", "compare", "--clips", 2), "Missing argument 'MODEL'."),
+        (("compress", "importance", "--clips", 1), "--clips 1 is not at least 2"),
+        (("compress", "importance", "--plot", "map.jpg"), "map.jpg: its name must end in .png"),
+        (
+            ("compress", "prune", "-o", "small", "--drop", "unet.mid", "--budget", 0.5),
+            "without --rule measured nothing is chosen: --budget has no use there",
+        ),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(cmdgen, monkeypatch, tmp_path, arguments, says) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = cmdgen(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert says in result.err and re.fullmatch("error: .+\n", result.err)
+    assert not list(tmp_path.iterdir())
+
+
 def test_memory_that_runs_out_says_what_would_fit() -> None:
     for error in (MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")):
         with (

@@ -38,6 +38,10 @@ def test_a_sheet_has_a_row_for_each_clip(tmp_path: Path, capsys: pytest.CaptureF
         (("--subjects", "dgo"), "unknown subject 'dgo': did you mean"),
         (("--split", "valid"), "split 'valid' is not one of train, test"),
         (("-o", "missing/sheet.png"), "missing does not exist"),
+        (("-o", "sheet.jpg"), "sheet.jpg: its name must end in .png"),
+        (("--sprites", "sheet.png"), "sheet.png is the sheet: give --sprites another name"),
+        (("--data", ".", "--seed", "3"), ". is no rendered world: --seed has no use there"),
+        (("--data", ".", "--sprites", "sprites.png"), ". is no rendered world: --sprites has no use there"),
     ],
 )
 def test_what_is_impossible_is_said_and_nothing_is_left(
