@@ -120,8 +120,10 @@ def temporary_folder(beside: Path | None) -> Iterator[Path]:
 def hold_folder(path: Path) -> Iterator[None]:
     """Keep a folder, made if need be, to this process; one that stays empty is removed.
 
-    Raises OSError where another process holds it.
+    Raises OSError where another process holds it, ValueError where it is a file.
     """
+    if path.is_file():
+        raise ValueError(f"{path} is a file: give a folder")
     path.mkdir(parents=True, exist_ok=True)
     with _lock(path.resolve()) as got:
         if got is False:

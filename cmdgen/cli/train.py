@@ -15,7 +15,7 @@ from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import AsJson, JsonOrQuiet, Say
 from cmdgen.cli.stop import Stop
 from cmdgen.options import option, options_of
-from cmdgen.training.config import DATA, Shared, Start, build_model, presets_of, read_student, recipe
+from cmdgen.training.config import DATA, EVDM, Shared, Start, build_model, presets_of, read_student, recipe
 
 app = typer.Typer(cls=Group, no_args_is_help=True, help="Train a model, stage by stage, in one folder.")
 _SUMMARIES = {
@@ -96,6 +96,8 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
     _check_gate(stage, start, shared)
     if start.teacher is None and (alone := [name for name in ("icd", "mca") if settings.get(name) is not None]):
         raise ValueError(f"--{alone[0]} has no effect without --teacher")
+    if shared.latents is not None and stage in ("vae", EVDM):
+        raise ValueError(f"--latents has no effect on {stage}, which learns from frames")
 
     import torch
 

@@ -145,6 +145,11 @@ def build_model(shared: Shared) -> ModelConfig:
     model = resolve(request, PRESETS[shared.preset or PRESET]).model
     if model.frames == 1:
         raise ValueError("frames 1: nothing moves in a clip of one frame")
+    gated = model.content if isinstance(model.content, EvdmConfig) else model.autoencoder
+    assert gated is not None
+    idle = [name for name in shared.gate if name != "attention"]
+    if idle and (shared.attention or gated.attention) != "gated":
+        raise ValueError(f"{idle[0].replace('_', ' ')} has no effect without --attention gated")
     if isinstance(model.content, EvdmConfig):
         if model.frames != model.content.frames:
             raise ValueError(f"frames {model.frames}: {model.name} learns from clips of {model.content.frames}")

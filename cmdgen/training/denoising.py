@@ -247,6 +247,10 @@ class MotionStage(CaptionedStage):
     sheet_clips = 6
 
     def __init__(self, run: Run) -> None:
+        # before clips are encoded, which may take hours
+        run.codec()
+        for part in ("autoencoder", "text_encoder"):
+            run.finished(part)
         self.pairs = pairs = Pairs(run)
         text = Text.read(run)
         self.content, self.autoencoder = pairs.rows["content"], pairs.autoencoder

@@ -16,7 +16,7 @@ from cmdgen.options import options_of
 from cmdgen.schema import config_path, read_config
 from cmdgen.store.parts import network_configs, shared_fields, write_model_index
 from cmdgen.training.autoencoder import AutoencoderStage
-from cmdgen.training.config import DATA, EVDM, EVDM_PRESET, PRESET, Shared, presets_of
+from cmdgen.training.config import DATA, EVDM, EVDM_PRESET, PRESET, Shared, build_model, presets_of
 from cmdgen.training.context import Run
 from cmdgen.training.denoising import ContentStage, MotionStage
 from cmdgen.training.distributed import shard
@@ -55,6 +55,10 @@ def settle(folder: Path, shared: Shared, stage: str) -> Shared:
     settled = Shared(**({"preset": preset, "data": DATA} | previous | values))
     if settled.preset not in (possible := presets_of(stage)):
         raise ValueError(f"preset {settled.preset} has no stage {stage}, which is of {', '.join(possible)}")
+    for name in ("size", "frames", "fps"):
+        late = bool(previous) and name in values.keys() - previous.keys()
+        if late and build_model(settled) != build_model(replace(settled, **{name: None})):
+            raise ValueError(f"{folder} was started with the preset's {name}, not {values[name]}: use another folder")
     return settled
 
 
@@ -114,7 +118,10 @@ def _check_init(init: Path, model: ModelConfig) -> None:
             f"{init} has unet/ but no scheduler/: whether its UNet predicts noise or velocity is"
             " written there and nowhere else"
         )
-    for part, config in network_configs(model).items():
+    configs = network_configs(model)
+    if not any((init / part).is_dir() for part in configs):
+        raise ValueError(f"{init} has no part to start {model.name} from: none of {', '.join(configs)}")
+    for part, config in configs.items():
         if not (init / part).is_dir():
             continue
         initial = read_config(init / part, type(config))

@@ -90,6 +90,26 @@ def test_a_gated_run_is_gated_in_all_its_parts(train, tmp_path: Path) -> None:
     assert "unet brings its own attention threshold" in given.err
 
 
+def test_later_stages_keep_the_size_that_the_first_one_had(train) -> None:
+    assert train("vae").code == 0
+    assert "was started with the preset's size, not 64x64" in train("autoencoder", "--size", "64x64").err
+    # that of the preset may be said
+    assert train("autoencoder", "--size", "48x32").code == 0
+    # no clip is encoded before a former stage is known to be there
+    motion = train("motion")
+    assert motion.code == 2 and motion.err.startswith("error: ") and "no text_encoder/ yet" in motion.err
+    assert train("content", "--steps", 1).code == 0
+    assert train("motion", "--steps", 1).code == train("decoder", "--steps", 1).code == 0
+    again = train("content").err
+    assert "note: motion learned from another content: " in again
+
+
+def test_a_run_is_a_folder(train, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    result = train("vae", "--data", "shapes")
+    assert (result.code, result.err) == (2, f"error: {tmp_path / 'run'} is a file: give a folder\n")
+
+
 def test_first_signal_ends_after_the_step_with_a_checkpoint(
     train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +174,10 @@ def test_time_is_up_during_encoding_too(train, tmp_path: Path) -> None:
         (("vae", "--lr", 2), "lr 2.0 is not between 0 and 1"),
         (("content", "--text-dropout", 2), "--text-dropout 2.0 is not between 0 and 1"),
         (("motion",), "no vae/ yet: first run `cmdgen train vae"),
+        (("vae", "--latents", "none"), "--latents has no effect on vae, which learns from frames"),
+        (("vae", "--init", "."), ". has no part to start mini from: none of "),
+        (("vae", "--attention-features", 8), "--attention-features has no effect without --attention gated"),
+        (("vae", "--attention", "softmax", "--attention-threshold", 1.5), "-threshold has no effect without"),
     ],
 )
 def test_impossible_requests_are_one_line_and_leave_nothing(
