@@ -74,13 +74,8 @@ class Shared(Options):
     attention: str | None = _none(
         "softmax, or gated: linear where tokens > threshold * head width.", choices=ATTENTIONS, shown="the preset's"
     )
-    attention_threshold: float | None = _none("Threshold of gated attention.", low=0, shown="2.0")
+    attention_threshold: float | None = _none("Threshold of gated attention; 0: always linear.", low=0, shown="2.0")
     attention_features: int | None = _none("Features of gated attention.", low=1, shown="the preset's")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.attention_threshold == 0:
-            raise ValueError("attention threshold 0.0 is not above 0")
 
     def to_json(self) -> dict[str, Any]:
         """Return the values that are not None, as run.json holds them."""

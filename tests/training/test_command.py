@@ -76,12 +76,12 @@ def test_a_decoder_learns_from_neither_content_nor_motion(train, tmp_path: Path)
 
 
 def test_a_gated_run_is_gated_in_all_its_parts(train, tmp_path: Path) -> None:
-    gate = ("--attention", "gated", "--attention-threshold", 1.5, "--attention-features", 8)
+    gate = ("--attention", "gated", "--attention-threshold", 0, "--attention-features", 8)
     assert train("vae", *gate, "--steps", 1).code == 0
     for stage, part in {"autoencoder": "autoencoder", "content": "unet"}.items():
         assert train(stage, "--steps", 1).code == 0
         config = json.loads((tmp_path / "run" / part / "config.json").read_text())
-        assert [config[f"attention{key}"] for key in ("", "_threshold", "_features")] == [*("gated", 1.5, 8)]
+        assert [config[f"attention{key}"] for key in ("", "_threshold", "_features")] == [*("gated", 0, 8)]
     other = train("content", "--attention", "softmax")
     assert other.code == 2
     assert "was started with attention gated, not softmax" in other.err
@@ -163,7 +163,6 @@ def test_time_is_up_during_encoding_too(train, tmp_path: Path) -> None:
         (("vae", "--accumulate", "3"), "not a multiple of accumulate 3"),
         (("vae", "--attention", "fast"), "attention 'fast' is not one of softmax, gated"),
         (("vae", "--attention-threshold", -1), "--attention-threshold -1.0 is not at least 0"),
-        (("vae", "--attention-threshold", 0), "--attention-threshold 0.0 is not above 0"),
         (("vae", "--lr", 0), "lr 0.0 is not between 0 and 1"),
         (("vae", "--ema", 1), "ema 1.0 is not at least 0 and below 1"),
         (("vae", "--minutes", 0), "minutes 0.0 is not above 0"),
@@ -233,7 +232,7 @@ def test_a_run_cut_short_by_the_clock_says_where_the_learning_rate_is(train) -> 
         ('{"frames": true}', "frames True is not a whole number"),
         ('{"frames": 4294967296}', "frames 4294967296 is not between 1 and 65536"),
         ('{"latents": 7}', "latents 7 is not text"),
-        ('{"attention_threshold": 0}', "attention threshold 0.0 is not above 0"),
+        ('{"attention_threshold": -1}', "attention threshold -1.0 is not at least 0"),
     ],
 )
 def test_a_damaged_run_is_one_line_that_names_its_file(train, tmp_path: Path, text: str, says: str) -> None:
