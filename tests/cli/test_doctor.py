@@ -176,6 +176,7 @@ def test_memory_of_a_container_is_what_it_may_take(monkeypatch):
             "/proc/meminfo": "MemTotal: 8192 kB\nMemFree: 1024 kB\nMemAvailable: 4096 kB\n",
             "/sys/fs/cgroup/memory.max": limit,
             "/sys/fs/cgroup/memory.current": "1048576\n",
+            "/sys/fs/cgroup/memory.stat": "anon 1048576\n",
         }[str(path)]
 
     monkeypatch.setattr("pathlib.Path.read_text", read)

@@ -100,14 +100,13 @@ def test_every_stage_and_the_total_are_measured(profile, tiny_model, tmp_path):
     stages = report["stages"]
     for name, work in count_work(plan, torch.float32, batch=2).items():
         assert {key: stages[name][key] for key in vars(work)} == vars(work)
-    everything = sum(
-        parameter.numel()
-        for name in ("text_encoder", "unet", "motion", "autoencoder", "vae")
-        for parameter in pipeline.part(name).parameters()
+    parts = [pipeline.part(name) for name in ("text_encoder", "unet", "motion", "autoencoder", "vae")]
+    everything, buffers = (
+        sum(tensor.numel() for part in parts for tensor in getattr(part, kind)()) for kind in ("parameters", "buffers")
     )
     for entry in (stages["load"], total):
-        assert (entry["parameters"], entry["weight_bytes"]) == (everything, 4 * everything)
-    assert stages["load"]["bytes_read"] == 4 * everything
+        assert (entry["parameters"], entry["weight_bytes"]) == (everything, 4 * (everything + buffers))
+    assert stages["load"]["bytes_read"] == 4 * (everything + buffers)
     # two clips of four frames
     assert stages["video encode"]["bytes_read"] == 2 * 4 * 16 * 32 * 3 / 2
     for key in ("forwards", "flops", "bytes_read"):

@@ -213,7 +213,8 @@ def test_the_weights_of_a_forward_are_those_that_a_gradient_reaches(pipeline):
         reached = sum(p.numel() for p in network.parameters() if p.grad is not None)
         network.zero_grad()
         work = counted[stage]
-        assert (work.parameters, work.weight_bytes) == (reached, 4 * reached)
+        buffers = sum(b.numel() for b in network.buffers())
+        assert (work.parameters, work.weight_bytes) == (reached, 4 * (reached + buffers))
         halves = stage in ("frame decode", "VAE decode")
         assert (reached < sum(p.numel() for p in network.parameters())) is halves
     # of 560 tokens, those of one prompt

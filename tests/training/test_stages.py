@@ -161,7 +161,9 @@ def test_init_provides_the_parts_that_the_run_lacks(trained: Path, tmp_path: Pat
 
 
 def test_stages_of_a_run_share_what_the_first_was_told(trained: Path) -> None:
-    assert settle(trained, Shared(frames=8), "vae") == Shared("mini", "world", frames=8)
+    assert settle(trained, Shared(), "vae") == Shared("mini", "world")
+    with pytest.raises(ValueError, match="started with the preset's frames, not 8"):
+        settle(trained, Shared(frames=8), "vae")
     with pytest.raises(ValueError, match="started with preset mini, not cmd-sd15"):
         settle(trained, Shared("cmd-sd15"), "vae")
 
