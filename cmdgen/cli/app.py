@@ -116,6 +116,11 @@ def _options(context: typer.Context, defaults: Defaults, version: Annotated[bool
             raise
 
 
+class _Stopped(KeyboardInterrupt):
+    """A signal arrived. Raised in the code of `exec` or `eval`, KeyboardInterrupt itself would make SIGINT end
+    `python -m cmdgen`, whatever code it exits with."""
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command, the process's own unless `arguments` are given, and exit with its code."""
     received: list[int] = []
@@ -125,11 +130,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         received.append(number)
         # unwinds the stack, so that temporary files are removed
         if runs:
-            raise KeyboardInterrupt
+            raise _Stopped
 
     def report(lost: "sys.UnraisableHookArgs") -> None:
         # raised in a destructor, it would unwind nothing
-        if received and lost.exc_type is KeyboardInterrupt:
+        if received and lost.exc_type is _Stopped:
             os._exit(128 + received[0])
         hook(lost)
 

@@ -80,13 +80,15 @@ def test_what_is_our_own_fault_is_one_line_and_a_traceback_for_who_asks(ends_wit
     [
         ("app._reopen_streams = send", signal.SIGINT),
         ("app._run = lambda _: send()", signal.SIGTERM),
+        # after a KeyboardInterrupt out of such code, python -m ends with SIGINT
+        ("app._run = lambda _: exec('send()')", signal.SIGTERM),
         ("atexit.register(send)", signal.SIGHUP),
         # what is raised in a destructor does not go on
         ("app._run = lambda _: (bool(Ends()), time.sleep(20))", signal.SIGINT),
     ],
 )
-def test_a_signal_at_any_time_ends_it_without_a_traceback(when: str, number: int) -> None:
-    code = f"""
+def test_a_signal_at_any_time_ends_it_without_a_traceback(tmp_path, when: str, number: int) -> None:
+    (tmp_path / "ends.py").write_text(f"""
 import atexit, signal, time
 from cmdgen.cli import app
 send = lambda: signal.raise_signal({number})
@@ -96,8 +98,10 @@ class Ends:
 signal.signal({number}, signal.SIG_DFL)
 {when}
 app.main(["--version"])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=15)
+""")
+    paths = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command, environment = [sys.executable, "-m", "ends"], os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=15, env=environment)
     assert (done.returncode, done.stderr) == (-number if "atexit" in when else 128 + number, "")
 
 
