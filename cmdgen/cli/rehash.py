@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cmdgen.cli.command import Only, expand
-from cmdgen.cli.errors import on_the_way
+from cmdgen.cli.errors import on_the_way, within_memory
 from cmdgen.cli.help import Command, Group
 from cmdgen.cli.progress import JsonOrQuiet, Quiet
 from cmdgen.config import CALIBRATION
@@ -93,7 +93,7 @@ def compare(options: Comparing, request: Annotated[Request, Only(("model", "devi
 
     with say.progress() as show:
         evaluator = load_evaluator(request.model, request.device, show=show)
-        with on_the_way("ask for a smaller --batch"):
+        with within_memory("ask for a smaller --batch"):
             comparison = compare_rehash(evaluator, options)
     say.result("\n".join(list_lines(comparison)), comparison)
 

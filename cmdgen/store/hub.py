@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import validate_repo_id
 
 from cmdgen.config import CALIBRATION, MotionConfig
 from cmdgen.files import create_folder
@@ -45,9 +46,13 @@ class Snapshot:
 
 def parse_name(name: str) -> tuple[str, str]:
     """Split REPO or REPO@REVISION, whose revision is "main" by default; ValueError for others."""
-    if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+(?:@[\w./-]+)?", name, re.ASCII) or ".." in name:
-        raise ValueError(f"{name!r} is no repository: expected OWNER/NAME or OWNER/NAME@REVISION")
     repo, _, revision = name.partition("@")
+    try:
+        if not re.fullmatch(r"(?:[\w.-]+/)?[\w.-]+(?:@[\w./-]+)?", name, re.ASCII) or ".." in name:
+            raise ValueError("other characters")
+        validate_repo_id(repo)
+    except ValueError as error:
+        raise ValueError(f"{name!r} is no repository: expected OWNER/NAME or OWNER/NAME@REVISION") from error
     return repo, revision or "main"
 
 

@@ -18,8 +18,10 @@ def export_model(run: Path, target: Path, dtype: torch.dtype, *, overwrite: bool
     """Copy a model folder, floating weights cast to `dtype`, whole or not at all; return bytes by file.
 
     Raises ValueError where the run is no whole model yet, or `target` exists: with `overwrite`, where
-    that is no other model.
+    that is no other model; FileNotFoundError where there is no run.
     """
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} is not a folder")
     read_model(run)
     is_run = target.resolve() in (run.resolve(), *run.resolve().parents)
     if overwrite and target.exists() and (is_run or not (target / "model_index.json").is_file()):

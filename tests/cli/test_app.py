@@ -123,6 +123,8 @@ def test_a_command_that_asks_for_a_code_gets_it(ends_with) -> None:
     [
         (("sample", "a dog", "-o", "a.mp4", "--model", "nano"), "unknown model 'nano'"),
         (("models", "show", "maxi"), "unknown model 'maxi': expected a folder, OWNER/NAME that"),
+        (("models", "show", "./maxi"), "unknown model './maxi': expected a folder, OWNER/NAME that"),
+        (("train", "export", "maxi", "to"), "maxi is not a folder"),
         (("profile", "--model", "maxi"), "unknown model 'maxi'"),
         (("eval", "mini", "--probe", "none"), "no probe in none: make one by"),
         (("rehash", "calibrate", "--prompts", "none.txt"), "none.txt: No such file"),
@@ -154,6 +156,7 @@ def test_what_is_not_there_is_one_line_and_leaves_nothing(cmdgen, monkeypatch, t
         (("eval", "--cost", "--clips", 4), "--cost measures a cold sample: --clips has no use there"),
         (("eval", "--train-probe", "p", "--probe", "p"), "--train-probe trains a probe: --probe has no use there"),
         (("eval", "evdm", "--real", ".", "--generated", "."), "compare folders: model has no use there"),
+        (("rehash", "compare", "--clips", 2, "--full", 99), "rehash 99 is not between 1 and the 25 steps"),
         (("compress", "compare", "--clips", 2), "Missing argument 'MODEL'."),
         (("compress", "importance", "--clips", 1), "--clips 1 is not at least 2"),
         (("compress", "importance", "--plot", "map.jpg"), "map.jpg: its name must end in .png"),

@@ -79,7 +79,7 @@ def test_names_that_lead_out_of_the_folder_are_not_chosen() -> None:
 def test_a_repository_may_have_a_revision() -> None:
     assert parse_name("acme/model") == ("acme/model", "main")
     assert parse_name("acme/model@refs/pr/1") == ("acme/model", "refs/pr/1")
-    for wrong in ("", "a/b/c", "../x", "a/b@", "https://hub/a/b", "a b", "a/b@x@y", "a/..b"):
+    for wrong in ("a/.b", "-a", "", "a/b/c", "../x", "a/b@", "https://hub/a/b", "a b", "a/b@x@y", "a/..b"):
         with pytest.raises(ValueError, match="is no repository"):
             parse_name(wrong)
 
