@@ -203,7 +203,7 @@ def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeyS
     """Return the steps that run in full, of a model with the clip's steps and sampler in place.
 
     None without step rehash. Raises ValueError where the request cannot be met, or where it needs a
-    calibration that neither it nor the model's folder has.
+    calibration that neither it nor the model's folder has; FileNotFoundError where its file is missing.
     """
     if not request.rehashes:
         return None
@@ -223,6 +223,8 @@ def choose_key_steps(request: Request, model: ModelConfig, folder: Path) -> KeyS
     policy = request.rehash_policy or ("similarity" if request.rehash is None else DEFAULT_POLICY)
     path = request.rehash_file or folder / CALIBRATION
     calibrations: dict[object, Calibration] = {}
+    if request.rehash_file is not None and not path.exists():
+        raise FileNotFoundError(f"{path}: No such file or directory")
     if policy != "uniform" and (request.rehash_file is not None or path.is_file()):
         calibrations = {each.key: each for each in read_calibrations(path, model.name)}
 

@@ -258,7 +258,7 @@ def test_what_was_not_measured_is_one_line_that_says_how(calibrations, tmp_path:
             choose(tmp_path, model, **options)
     with pytest.raises(ValueError, match="the first 2 of 8 steps protected: protect as many"):
         choose(tmp_path, **options, rehash_protect=0)
-    with pytest.raises(ValueError, match=r"none\.json: No such file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json: No such file"):
         choose(tmp_path, rehash=5, rehash_file=tmp_path / "none.json")
     with pytest.raises(ValueError, match="rehash 9 is not between 1 and the 8 steps"):
         choose(tmp_path, rehash=9)

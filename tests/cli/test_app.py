@@ -128,6 +128,7 @@ def test_a_command_that_asks_for_a_code_gets_it(ends_with) -> None:
         (("profile", "--model", "maxi"), "unknown model 'maxi'"),
         (("eval", "mini", "--probe", "none"), "no probe in none: make one by"),
         (("rehash", "calibrate", "--prompts", "none.txt"), "none.txt: No such file"),
+        (("sample", "a dog", "-o", "a.mp4", "--rehash", 9, "--rehash-file", "none.json"), "none.json: No such file"),
         (("train", "vae", "-o", "run", "--data", "nowhere"), "'nowhere' is neither one of world"),
         (("train", "vae", "-o", "run", "--init", "nowhere"), "init nowhere is not a folder"),
         (
