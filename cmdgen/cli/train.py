@@ -123,6 +123,10 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
     with join(device) as ranks, Stop("this step") as stop, within_memory(smaller), progress as show:
         phases = set()
 
+        def print_result(what: str, done: int, total: int) -> None:
+            if leads:
+                say.result(start.folder, {"output": str(start.folder), "stage": stage, what: done, "of": total})
+
         def report(phase: str, done: int, total: int, figures: dict[str, float]) -> None:
             phases.add(phase)
             show(phase, done, total, f"loss {figures['loss']:.4g}" if "loss" in figures else "")
@@ -130,6 +134,7 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
             if phase.startswith("encode") and (stop() or late):
                 # encoded clips are on disk: the next run continues after them
                 say.note(f"{stage}: stopped with {done} of {total} clips encoded")
+                print_result("encoded", done, total)
                 raise typer.Exit(stop.code)
 
         run = Run(stage, start, shared, config, loss, model, data, device, report, stop, started, ranks)
@@ -143,8 +148,7 @@ def _train(stage: str, start: Start, shared: Shared, settings: dict[str, Any], d
     later = _LEARNERS.get(stage, ()) if "train" in phases else ()
     if stale := [name for name in later if (start.folder / "training" / name).is_dir()]:
         say.note(f"note: {', '.join(stale)} learned from another {stage}: train them again with --restart")
-    if leads:
-        say.result(start.folder, {"output": str(start.folder), "stage": stage, "steps": done, "of": config.steps})
+    print_result("steps", done, config.steps)
     raise typer.Exit(stop.code)
 
 

@@ -145,9 +145,11 @@ def test_a_signal_that_is_ignored_stops_nothing(train, monkeypatch: pytest.Monke
 
 def test_time_is_up_during_encoding_too(train, tmp_path: Path) -> None:
     assert train("vae").code == 0
-    stopped = train("autoencoder", "--minutes", 1e-9)
+    stopped = train("autoencoder", "--minutes", 1e-9, "--json")
     assert stopped.code == 0
     assert "stopped with 0 of" in stopped.err
+    record = json.loads(stopped.out)
+    assert record == {"output": str(tmp_path / "run"), "stage": "autoencoder", "encoded": 0, "of": record["of"]}
     assert not (tmp_path / "run/autoencoder").exists()
     assert train("autoencoder").code == 0
 
