@@ -89,7 +89,7 @@ class Evaluation(_Options):
     size: Size = _folders((64, 64), "Size that they are compared at.", **SIZE)
     probe: Path | None = _probe()
     cost: bool = _evaluation(False, "Measure seconds and memory of a cold `sample`.")
-    train_probe: Path | None = _evaluation(None, "Train a probe into this folder; takes minutes.", metavar="FOLDER")
+    train_probe: Path | None = _evaluation(None, "Train a probe into this folder; takes 20 minutes.", metavar="FOLDER")
 
     def __post_init__(self) -> None:
         super().__post_init__()
