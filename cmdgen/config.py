@@ -389,7 +389,7 @@ CMD_UCF = ModelConfig(
 )
 
 _MINI_CONTENT = UNetConfig(
-    sample_size=16,
+    sample_size=24,
     in_channels=8,
     out_channels=8,
     block_out_channels=(64, 96, 128),
@@ -401,18 +401,19 @@ _MINI_CONTENT = UNetConfig(
     use_linear_projection=True,
 )
 _MINI_VAE = VaeConfig(
-    latent_channels=8, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=64
+    latent_channels=8, block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=8, sample_size=96
 )
 _MINI_AUTOENCODER = AutoencoderConfig(
-    channels=8, width=160, heads=5, depth=4, importance="patch", motion_activation="linear"
+    channels=8, width=160, heads=5, patch=3, depth=4, decoder_depth=6, importance="patch", motion_activation="linear"
 )
 _MINI_MOTION = DiTConfig(
     width=256,
-    depth=6,
+    depth=5,
     heads=4,
     text_width=128,
+    text_whitened=True,
     context_channels=8,
-    context_patch=4,
+    context_patch=6,
     learned_sigma=False,
     noise=NoiseConfig(prediction_type="v_prediction", timestep_spacing="trailing"),
 )
@@ -433,34 +434,22 @@ MINI = ModelConfig(
     autoencoder=_MINI_AUTOENCODER,
     motion=_MINI_MOTION,
     noise=NoiseConfig(prediction_type="v_prediction", timestep_spacing="trailing"),
-    height=64,
-    width=64,
+    height=96,
+    width=96,
     sampler="dpm++",
     steps=25,
     motion_steps=25,
     guidance=3.0,
 )
 
-# what replaces mini: larger frames and more to draw, as many tokens
-MINI2 = replace(
+# larger frames, where a GPU trains
+MINI_GPU = replace(
     MINI,
-    name="mini2",
-    content=replace(_MINI_CONTENT, sample_size=24),
-    vae=replace(_MINI_VAE, block_out_channels=(32, 64, 96), sample_size=96),
-    autoencoder=replace(_MINI_AUTOENCODER, patch=3, decoder_depth=6),
-    motion=replace(_MINI_MOTION, depth=5, context_patch=6, text_whitened=True),
-    height=96,
-    width=96,
-)
-
-# the same where a GPU trains
-MINI2_GPU = replace(
-    MINI2,
-    name="mini2-gpu",
+    name="mini-gpu",
     content=replace(_MINI_CONTENT, sample_size=32),
     vae=replace(_MINI_VAE, block_out_channels=(32, 64, 128), sample_size=128),
-    autoencoder=replace(_MINI_AUTOENCODER, depth=3, decoder_depth=5),
-    motion=replace(_MINI_MOTION, depth=5, text_whitened=True),
+    autoencoder=replace(_MINI_AUTOENCODER, patch=2, depth=3, decoder_depth=5),
+    motion=replace(_MINI_MOTION, context_patch=4),
     height=128,
     width=128,
 )
@@ -559,7 +548,7 @@ SVD = ModelConfig(
 SVD_XT = replace(SVD, name="svd-xt", content=replace(_SVD_UNET, num_frames=25), frames=25)
 
 # models that `cmdgen train` makes
-_OURS = (MINI, MINI2, MINI2_GPU, CMD_SD15, CMD_SD21, CMD_UCF, EVDM_SMALL, EVDM_WORLD)
+_OURS = (MINI, MINI_GPU, CMD_SD15, CMD_SD21, CMD_UCF, EVDM_SMALL, EVDM_WORLD)
 PRESETS = {preset.name: preset for preset in (*_OURS, *_EVDM_PAPER)}
 # models of others, with public weights
 PUBLIC = {preset.name: preset for preset in (ANIMATEDIFF, ANIMATEDIFF_LIGHTNING, ANIMATELCM, SVD, SVD_XT)}

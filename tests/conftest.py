@@ -65,8 +65,8 @@ def tiny_config() -> ModelConfig:
             **{"cross_attention_dim": 16, "attention_head_dim": 2, "norm_num_groups": 4},
         ),
         vae=replace(vae, block_out_channels=(8,) * len(vae.block_out_channels), norm_num_groups=4),
-        autoencoder=replace(MINI.autoencoder, width=16, heads=2, depth=1),
-        motion=replace(MINI.motion, width=16, depth=1, heads=2, text_width=16, text_whitened=True),
+        autoencoder=replace(MINI.autoencoder, patch=2, width=16, heads=2, depth=1, decoder_depth=None),
+        motion=replace(MINI.motion, context_patch=4, width=16, depth=1, heads=2, text_width=16),
         **{"frames": 4, "height": 32, "width": 48, "steps": 2, "motion_steps": 2},
     )
 

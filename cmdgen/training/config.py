@@ -17,7 +17,7 @@ from cmdgen.store.find import find_model
 from cmdgen.store.parts import hash_weights, read_model
 from cmdgen.world.config import WORLDS
 
-OWN = ("mini", "mini2", "mini2-gpu", "evdm-small", "evdm-world")
+OWN = ("mini", "mini-gpu", "evdm-small", "evdm-world")
 PRECISIONS = ("auto", "bf16", "fp32")
 # where nobody chose; a world has no end
 PRESET, DATA, CLIPS = "mini", "world", 12_000
@@ -358,13 +358,13 @@ _OWN_RECIPES = {
 
 # for a day of one or two CPU cores. The motion stage has flat weights of the velocity and noisy
 # timesteps more often: with min-SNR weights the motion model did not read the verb
-_MINI2 = TrainConfig(warmup=150, final_lr=0.02, batch=32)
-_MINI2_RECIPES = {
-    "vae": Recipe(replace(_MINI2, steps=3000, batch=16, lr=2e-3, ema=0.995), VaeLoss()),
-    "autoencoder": Recipe(replace(_MINI2, steps=10_000, batch=8, lr=8e-4), AutoencoderLoss(content_pull=1.0)),
-    "content": Recipe(replace(_MINI2, steps=12_000, lr=1e-3), ContentLoss()),
-    "motion": Recipe(replace(_MINI2, steps=6000, lr=6e-4, ema=0.998), MotionLoss(min_snr=0.0, timestep_shift=4.0)),
-    "decoder": Recipe(replace(_MINI2, steps=1000, batch=16, lr=5e-4, ema=0.99), DecoderLoss()),
+_MINI = TrainConfig(warmup=150, final_lr=0.02, batch=32)
+_MINI_RECIPES = {
+    "vae": Recipe(replace(_MINI, steps=3000, batch=16, lr=2e-3, ema=0.995), VaeLoss()),
+    "autoencoder": Recipe(replace(_MINI, steps=10_000, batch=8, lr=8e-4), AutoencoderLoss(content_pull=1.0)),
+    "content": Recipe(replace(_MINI, steps=12_000, lr=1e-3), ContentLoss()),
+    "motion": Recipe(replace(_MINI, steps=20_000, lr=6e-4, ema=0.998), MotionLoss(min_snr=0.0, timestep_shift=4.0)),
+    "decoder": Recipe(replace(_MINI, steps=1000, batch=16, lr=5e-4, ema=0.99), DecoderLoss()),
 }
 # for about ten minutes of one H100: steps, batch, learning rate
 _GPU = {
@@ -377,12 +377,12 @@ _GPU = {
 _GPU_RECIPES = {
     stage: Recipe(
         # the average reaches over a twelfth of the steps
-        replace(_MINI2_RECIPES[stage].train, steps=steps, batch=batch, lr=lr, ema=1 - 12 / steps),
-        _MINI2_RECIPES[stage].loss,
+        replace(_MINI_RECIPES[stage].train, steps=steps, batch=batch, lr=lr, ema=1 - 12 / steps),
+        _MINI_RECIPES[stage].loss,
     )
     for stage, (steps, batch, lr) in _GPU.items()
 }
-_RECIPES = {"mini2": _MINI2_RECIPES, "mini2-gpu": _GPU_RECIPES}
+_RECIPES = {"mini": _MINI_RECIPES, "mini-gpu": _GPU_RECIPES}
 
 
 @cache

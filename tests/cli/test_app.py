@@ -131,10 +131,7 @@ def test_a_command_that_asks_for_a_code_gets_it(ends_with) -> None:
         (("sample", "a dog", "-o", "a.mp4", "--rehash", 9, "--rehash-file", "none.json"), "none.json: No such file"),
         (("train", "vae", "-o", "run", "--data", "nowhere"), "'nowhere' is neither one of world"),
         (("train", "vae", "-o", "run", "--init", "nowhere"), "init nowhere is not a folder"),
-        (
-            ("data", "preview", "-o", "a.png", "--data", "nothing"),
-            "neither one of world, mini, mini2, mini2-gpu, shapes nor",
-        ),
+        (("data", "preview", "-o", "a.png", "--data", "nothing"), "neither one of world, mini, mini-gpu, shapes nor"),
         (("data", "preview", "-o", "a.png", "--font", "none.ttf"), "font none.ttf does not exist"),
         (("data", "precompute", "-o", "x", "--vae", "none"), "vae none is no model folder"),
     ],

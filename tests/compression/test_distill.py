@@ -68,8 +68,9 @@ def test_one_head_sees_frames_and_the_other_time() -> None:
 
 
 def test_the_heads_alone_learn_from_one_side_and_the_student_alone_from_the_other() -> None:
-    autoencoder = randomise(CmdAutoencoder(replace(MINI.autoencoder, width=20, heads=2, depth=2))).requires_grad_(False)
-    content, motion = torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(2, 8, 3, 4)
+    config = replace(MINI.autoencoder, width=20, heads=2, decoder_depth=2)
+    autoencoder = randomise(CmdAutoencoder(config)).requires_grad_(False)
+    content, motion = torch.randn(2, 8, 6, 6, requires_grad=True), torch.randn(2, 8, 3, 4)
     critic = Critic(20, 2)
     student, teacher = (decoder_tokens(autoencoder, each, motion) for each in (content, content.detach() + 1))
     assert [part.shape for part in student] == [(3, 2, 4, 20)] * 2

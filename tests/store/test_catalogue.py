@@ -94,7 +94,7 @@ def test_a_preset_fits_itself_alone(preset) -> None:
 
 def test_the_packaged_model_is_described_as_its_card_says() -> None:
     mini = describe_folder(packaged_models()["mini"], "mini")
-    assert mini.parameters == 19_021_644
+    assert mini.parameters == 19_690_348
     assert mini.presets == ("mini",)
     assert mini.licence == "apache-2.0"
     assert {part.dtype for part in mini.parts} == {"float16"}
@@ -189,7 +189,7 @@ def test_a_random_mini_samples_and_is_the_same_for_the_same_seed(tmp_path: Path)
     assert not torch.equal(states[0][name], states[2][name])
     pipeline = load_pipeline(tmp_path / "a", device="cpu")
     clip = pipeline.sample("a corgi swimming", steps=1, motion_steps=1, frames=2)
-    assert clip.frames.shape == (2, 64, 64, 3)
+    assert clip.frames.shape == (2, 96, 96, 3)
     assert clip.frames.std() > 0
 
 

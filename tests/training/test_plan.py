@@ -36,7 +36,7 @@ class Rehearsal(Plan):
 @pytest.fixture
 def plan(tmp_path: Path) -> Rehearsal:
     (tmp_path / "model").mkdir()
-    return Rehearsal(tmp_path, "mini2", "mini2", 10.0, True, True, None, ["--batch", "4"])
+    return Rehearsal(tmp_path, "mini", "mini", 10.0, True, True, None, ["--batch", "4"])
 
 
 def test_shares_are_the_whole_time() -> None:
@@ -49,12 +49,12 @@ def test_steps_are_those_that_fit_into_the_time(plan: Rehearsal) -> None:
         steps = json.loads((plan.run / "training" / phase.stage / "plan.json").read_text())["steps"]
         # ten steps a second, after a trial that took no time
         assert steps == pytest.approx(plans.TRIAL + 10 * 600 * phase.share, abs=2)
-        assert plans.recipe("mini2", phase.stage).train.warmup > plans.TRIAL
+        assert plans.recipe("mini", phase.stage).train.warmup > plans.TRIAL
     assert json.loads((plan.run / "report.json").read_text()) == {}
 
 
 def test_without_a_time_steps_are_the_recipes(plan: Rehearsal) -> None:
-    assert replace(plan, minutes=None).train(PHASES[0]) == plans.recipe("mini2", "vae").train.steps
+    assert replace(plan, minutes=None).train(PHASES[0]) == plans.recipe("mini", "vae").train.steps
 
 
 def test_a_batch_is_read_in_either_form(plan: Rehearsal) -> None:
