@@ -55,7 +55,7 @@ class Prediction(Request):
     steps: int | None = option(None, "Sampling steps.", group=HOW, low=1, shown="the model's own")
     model: str = option(
         "evdm",
-        "The packaged model, which knows two moving digits, or a folder that `cmdgen train evdm` made.",
+        "evdm knows two moving digits, evdm-world clips of mini; or a folder that `cmdgen train evdm` made.",
         group=MACHINE,
         complete="model",
     )
@@ -79,7 +79,7 @@ def predict(
     Examples:
         cmdgen predict clip.mp4 -o longer.mp4 --frames 20
         cmdgen predict -o free.gif
-        cmdgen sample "a corgi swimming" -o - | cmdgen predict - --model DIR -o longer.mp4
+        cmdgen sample "a corgi swimming" -o - | cmdgen predict - --model evdm-world -o longer.mp4
     """
     _make(context, Given([] if clip is None else [clip], keep=not only_new), request, jobs, say)
 

@@ -107,9 +107,9 @@ def test_models_in_the_hubs_cache_are_offered(offered, monkeypatch, tmp_path) ->
     snapshot = tmp_path / "models--acme--video--small" / "snapshots" / "1"
     snapshot.mkdir(parents=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert offered("eval", "") == ["evdm", "mini"]
+    assert offered("eval", "") == ["evdm", "evdm-world", "mini"]
     (snapshot / "model_index.json").write_text("{}")
-    assert offered("eval", "") == ["evdm", "mini", "acme/video--small"]
+    assert offered("eval", "") == ["evdm", "evdm-world", "mini", "acme/video--small"]
 
 
 def test_completion_imports_neither_torch_nor_rich() -> None:

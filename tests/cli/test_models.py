@@ -30,6 +30,7 @@ def test_list_names_what_can_be_used_and_what_can_be_made(models) -> None:
     rows = [line.split() for line in out.splitlines()[1:]]
     assert [row[:2] for row in rows] == [
         ["packaged", "evdm"],
+        ["packaged", "evdm-world"],
         ["packaged", "mini"],
         *(["preset", name] for name in PRESETS),
         *(["public", name] for name in PUBLIC),
@@ -92,7 +93,7 @@ def test_show_tries_out_what_the_unet_of_others_predicts(models, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("init", "maxi", "-o", "x"), "preset 'maxi' is not one of mini, mini2, mini2-gpu, cmd-sd15"),
+        (("init", "maxi", "-o", "x"), "preset 'maxi' is not one of mini, mini-gpu, cmd-sd15"),
         (("init", "mini", "-o", "x", "--dtype", "int8"), "--dtype 'int8' is not one of float32"),
         (("init", "mini", "-o", "no/x"), "folder "),
         (("init", "mini", "-o", "x", "--seed", str(2**63)), "--seed 9223372036854775808 is not"),

@@ -778,7 +778,7 @@ FOREIGN = {"cmdgen": "9.9", "model": "mini", "prompt": "a dog", "seed": 1}
     [
         ({"prompt": "a dog"}, "does not say how cmdgen made it"),
         ({"cmdgen": 1, "prompt": "a dog"}, "does not say how cmdgen made it"),
-        ({**FOREIGN, "model": "/etc"}, "was made by '/etc', which is not one of evdm, mini"),
+        ({**FOREIGN, "model": "/etc"}, "was made by '/etc', which is not one of evdm, evdm-world, mini"),
         ({**FOREIGN, "model": ["mini"]}, "model ['mini'] is not text"),
         ({**FOREIGN, "steps": "5"}, "steps '5' is not a whole number"),
         ({**FOREIGN, "steps": 10**30}, "is not between"),

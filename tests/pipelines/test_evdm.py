@@ -165,6 +165,21 @@ def test_a_folder_says_which_pipeline_it_is(model: EvdmPipeline, tiny_model: Pat
         load_predictor(model.folder, lora=["some.safetensors"])
 
 
+def decibels(made: np.ndarray, target: np.ndarray) -> float:
+    return float(-10 * np.log10(np.square((made.astype(float) - target) / 255).mean()))
+
+
+def test_the_shipped_one_in_colour_sees_how_a_disc_moves() -> None:
+    y, x = np.mgrid[:64, :64]
+    sky = np.stack([120 + y, 180 + y / 2, np.full_like(y, 230)], axis=-1)
+    inside = [(np.hypot(y - 24 - t, x - 14 - 3 * t) < 9)[..., None] for t in range(10)]
+    real = np.stack([np.where(where, (220, 60, 40), sky) for where in inside]).astype(np.uint8)
+    evdm = load_predictor("evdm-world", device="cpu", dtype="float32")
+    new = evdm.predict(real[:5], frames=5, seed=0).frames[5:]
+    assert decibels(new[:1], real[5:6]) > decibels(real[4:5], real[5:6]) + 3
+    assert decibels(new, real[5:]) > decibels(real[4:5], real[5:]) + 2
+
+
 def test_the_shipped_one_sees_how_a_ring_and_a_stroke_move() -> None:
     y, x = np.mgrid[:64, :64]
     clip = []
@@ -174,10 +189,6 @@ def test_the_shipped_one_sees_how_a_ring_and_a_stroke_move() -> None:
         clip.append(np.maximum(ring, stroke).clip(0, 1) * 255)
     real = np.stack(clip).round().astype(np.uint8)[..., None].repeat(3, axis=3)
     evdm = load_predictor("evdm", device="cpu", dtype="float32")
-
-    def decibels(made: np.ndarray, target: np.ndarray) -> float:
-        return float(-10 * np.log10(np.square((made.astype(float) - target) / 255).mean()))
-
     new = evdm.predict(real[:5], frames=5, seed=0).frames[5:]
     between = evdm.interpolate(real[:5], real[10:], seed=0).frames[5:10]
     shares = np.linspace(0, 1, 7)[1:-1, None, None, None]
