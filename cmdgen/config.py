@@ -440,6 +440,7 @@ MINI = ModelConfig(
     steps=25,
     motion_steps=25,
     guidance=3.0,
+    motion_guidance=1.5,
 )
 
 # larger frames, where a GPU trains

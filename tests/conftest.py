@@ -67,7 +67,7 @@ def tiny_config() -> ModelConfig:
         vae=replace(vae, block_out_channels=(8,) * len(vae.block_out_channels), norm_num_groups=4),
         autoencoder=replace(MINI.autoencoder, patch=2, width=16, heads=2, depth=1, decoder_depth=None),
         motion=replace(MINI.motion, context_patch=4, width=16, depth=1, heads=2, text_width=16),
-        **{"frames": 4, "height": 32, "width": 48, "steps": 2, "motion_steps": 2},
+        **{"frames": 4, "height": 32, "width": 48, "steps": 2, "motion_steps": 2, "motion_guidance": 1.0},
     )
 
 

@@ -33,21 +33,21 @@ PRESETS = ("mini", "cmd-sd15", "cmd-sd21")
 # sizes as `samples.py` has them, without the batch, which comes first there
 CASES = (
     # C, T, H, W
-    ("content_frame", "latents", (8, 16, 16, 16), (4, 16, 64, 64), (4, 16, 64, 128)),
+    ("content_frame", "latents", (8, 16, 24, 24), (4, 16, 64, 64), (4, 16, 64, 128)),
     # T, H, W, D, K
     ("motion_latents", "tokens", (16, 8, 8, 160, 8), (16, 32, 32, 384, 8), (16, 32, 64, 384, 8)),
     ("motion_tokens", "tokens", (16, 8, 8, 160, 8), (16, 32, 32, 384, 8), (16, 32, 64, 384, 8)),
     # N, L, D, M: where the UNet first attends
-    ("gated_attention", "UNet", (4, 64, 24, 256), (8, 4096, 40, 256), (5, 8192, 64, 256)),
+    ("gated_attention", "UNet", (4, 144, 24, 256), (8, 4096, 40, 256), (5, 8192, 64, 256)),
     # C, H, W
-    ("group_norm_silu", "UNet, level 0", (64, 16, 16), (320, 64, 64), (320, 64, 128)),
-    ("group_norm_silu", "UNet, middle", (128, 4, 4), (1280, 8, 8), (1280, 8, 16)),
-    ("group_norm_silu", "VAE, last level", (32, 64, 64), (128, 512, 512), (128, 512, 1024)),
-    ("convolution", "VAE, last level", (32, 64, 64), (128, 512, 512), (128, 512, 1024)),
-    ("doubled_convolution", "VAE, last doubling", (64, 32, 32), (256, 256, 256), (256, 256, 512)),
+    ("group_norm_silu", "UNet, level 0", (64, 24, 24), (320, 64, 64), (320, 64, 128)),
+    ("group_norm_silu", "UNet, middle", (128, 6, 6), (1280, 8, 8), (1280, 8, 16)),
+    ("group_norm_silu", "VAE, last level", (32, 96, 96), (128, 512, 512), (128, 512, 1024)),
+    ("convolution", "VAE, last level", (32, 96, 96), (128, 512, 512), (128, 512, 1024)),
+    ("doubled_convolution", "VAE, last doubling", (64, 48, 48), (256, 256, 256), (256, 256, 512)),
     # L, D
     ("layer_norm", "motion model", (80, 256), (512, 1152), (512, 1152)),
-    ("geglu", "UNet, level 0", (256, 256), (4096, 1280), (8192, 1280)),
+    ("geglu", "UNet, level 0", (576, 256), (4096, 1280), (8192, 1280)),
     # mini's middle is narrower, and fused attention's
     ("wide_attention", "VAE, middle", (64, 264), (4096, 512), (8192, 512)),
     # T, P, N, D: clips of 256x256, 512x512 and 576x1024; of 288x512, 576x1024 and that in 25 frames
@@ -57,7 +57,7 @@ CASES = (
     # N, D: frames are the batch
     ("rotate", "decoder", (64, 320), (1024, 768), (2048, 768)),
     # H, W
-    ("yuv420p", "frames", (64, 64), (512, 512), (512, 1024)),
+    ("yuv420p", "frames", (96, 96), (512, 512), (512, 1024)),
 )
 # compiling takes the minutes: gradients are timed at this preset's sizes only
 TRAINED = "cmd-sd21"

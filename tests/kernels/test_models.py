@@ -61,7 +61,7 @@ def frame_block() -> tuple[nn.Module, Run]:
 
 def decoder() -> tuple[nn.Module, Run]:
     assert MINI.autoencoder is not None
-    model = CmdAutoencoder(replace(MINI.autoencoder, depth=1))
+    model = CmdAutoencoder(replace(MINI.autoencoder, patch=2, depth=1, decoder_depth=1))
     return model, lambda: model.decode(noise(2, 8, 6, 8), noise(2, 8, 3, 7))
 
 

@@ -22,7 +22,8 @@ from tests.conftest import tiny_config
 from tests.training.conftest import SHAPES
 
 # the smallest models, on drawn shapes; dropout draws from one generator for all rows of a process
-FEW = ["--data", "shapes", "--batch", "8", "--clips", "8", "--held-out", "4", "--warmup", "2", "--log-every", "1", "-q"]
+FEW = ["--data", "shapes", "--batch", "8", "--clips", "8", "--held-out", "4", "--lr", "4e-4", "--warmup", "2"]
+FEW += ["--log-every", "1", "-q"]
 EVDM = EvdmConfig(past=2, current=2, future=2, patch=2, width=8, multipliers=(1, 2), dropout=0.0)
 
 
