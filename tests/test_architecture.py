@@ -185,10 +185,11 @@ def test_what_needs_no_tensor_answers_without_torch(tmp_path: Path) -> None:
         assert says in done.stderr and done.stdout.endswith("False\n"), (arguments, done)
 
 
-def test_a_dry_run_does_without_torchs_compiler(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [["--dry-run"], ["--steps", "1", "--motion-steps", "1", "--frames", "2"]])
+def test_a_sample_does_without_torchs_compiler(tmp_path: Path, options: list[str]) -> None:
     code = "import sys; from cmdgen.cli.app import main\ntry: main(sys.argv[1:])\n"
     code += "finally: print('torch._dynamo' in sys.modules)"
-    done = run(code, "sample", "a dog", "-o", str(tmp_path / "a.mp4"), "--dry-run")
+    done = run(code, "sample", "a dog", "-o", str(tmp_path / "a.mp4"), *options)
     assert done.returncode == 0 and done.stdout.endswith("False\n"), done
 
 

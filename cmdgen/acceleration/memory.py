@@ -372,7 +372,6 @@ _POINTWISE = {
 aten = torch.ops.aten
 _STAND_INS: dict[object, Callable[..., object]] = {
     aten.arange.default: lambda end, **options: torch.empty(end, **{"dtype": torch.long} | options),
-    aten.eye.default: lambda size, **options: torch.empty(size, size, **options),
     aten.eq.Scalar: lambda x, _: torch.empty_like(x, dtype=torch.bool),
     aten.index.Tensor: lambda x, indices: _index(x, indices),
     aten.addmm.default: lambda bias, x, weight: aten.mm(x, weight),

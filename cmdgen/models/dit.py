@@ -114,7 +114,9 @@ class DiT(Pretrained[DiTConfig]):
             self.embed_text = nn.Linear(config.text_width, width)
             if config.text_whitened:
                 self.register_buffer("text_mean", torch.zeros(config.text_width))
-                self.register_buffer("text_whitening", torch.eye(config.text_width))
+                # on the meta device torch.eye would import torch's compiler, which takes a second
+                identity = torch.zeros(config.text_width, config.text_width).fill_diagonal_(1.0)
+                self.register_buffer("text_whitening", identity)
         if config.num_classes is not None:
             # the last row is the null class of guidance
             self.embed_label = nn.Embedding(config.num_classes + 1, width)
