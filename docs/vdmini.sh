@@ -1,8 +1,9 @@
 #!/bin/sh
-# The table of docs/vdmini.md: sh docs/vdmini.sh FOLDER [MINUTES] [CLIPS]. Run again, it goes on.
-# MINUTES of training for each student and part, CLIPS of each row.
+# The table of docs/vdmini.md: sh docs/vdmini.sh FOLDER [MINUTES] [CLIPS] [LEARNT]. Run again, it goes on.
+# MINUTES of training for each student, shared by its parts that lost blocks; CLIPS of each row; LEARNT:
+# clips to learn from.
 set -eu
-folder=$1 minutes=${2:-30} clips=${3:-128} model=${MODEL:-mini} data=${DATA:-mini}
+folder=$1 minutes=${2:-30} clips=${3:-128} learnt=${4:-12000} model=${MODEL:-mini} data=${DATA:-mini}
 mkdir -p "$folder"
 cd "$folder"
 
@@ -13,13 +14,19 @@ once() {
     [ -e "$step.done" ] || { "$@" && touch "$step.done"; }
 }
 
-once importance cmdgen compress importance "$model" --data "$data" -o importance.json --plot importance.png
+once importance cmdgen compress importance "$model" --data "$data" --clips 16 --steps 12 -o importance.json --plot importance.png
 once prune-rule cmdgen compress prune "$model" -o rule --rule vdmini
 once prune-measured cmdgen compress prune "$model" -o measured --rule measured --budget 0.7 --importance importance.json
-once decoder cmdgen train decoder -o tiny --data "$data" --teacher "$model" --minutes "$minutes"
+# minutes of training are not to go into encoding
+once copy-encoded cp -r rule encoded
+once encoded cmdgen train content -o encoded --data "$data" --clips "$learnt" --teacher "$model" --steps 1
+once decoder cmdgen train decoder -o tiny --data "$data" --clips "$learnt" --teacher "$model" --minutes "$minutes"
 students=
 for student in rule measured; do
     students="$students $student"
+    stages=
+    if grep -q '"unet\.' "$student/model_index.json"; then stages=content; fi
+    if grep -q '"motion\.' "$student/model_index.json"; then stages="$stages motion"; fi
     for losses in none icd mca both; do
         case $losses in
         none) weights="--icd 0 --mca 0" ;;
@@ -28,12 +35,10 @@ for student in rule measured; do
         both) weights="--icd 0.1 --mca 1" ;;
         esac
         once "copy-$student-$losses" cp -r "$student" "$student-$losses"
-        for stage in content motion; do
-            # the clips are encoded once, by the first of them
-            [ -e cache ] && [ ! -e "$student-$losses/training" ] && mkdir "$student-$losses/training" && cp -r cache "$student-$losses/training/cache"
-            once "$stage-$student-$losses" cmdgen train "$stage" -o "$student-$losses" --data "$data" --teacher "$model" \
-                --minutes "$minutes" --lr 2e-4 --warmup 50 $weights
-            [ -e cache ] || cp -r "$student-$losses/training/cache" cache
+        once "cache-$student-$losses" sh -c "mkdir -p $student-$losses/training && cp -r encoded/training/cache $student-$losses/training"
+        for stage in $stages; do
+            once "$stage-$student-$losses" cmdgen train "$stage" -o "$student-$losses" --data "$data" --clips "$learnt" \
+                --teacher "$model" --minutes "$(echo "$minutes $stages" | awk '{ print $1 / (NF - 1) }')" --lr 2e-4 --warmup 50 $weights
         done
         students="$students $student-$losses"
     done

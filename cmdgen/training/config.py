@@ -291,6 +291,7 @@ class EvdmLoss(DenoisingLoss):
     past_dropout: float = _weight(0.5, "Share of clips without past frames.", high=1)
     future_dropout: float = _weight(0.5, "Share of clips without future frames.", high=1)
     partial: float = _weight(0.0, "Share of the others with some of the nearest frames alone.", high=1)
+    nearness: float = _weight(0.0, "A frame counts as its distance from the nearest known one to the power of -X.")
 
 
 LOSSES: Mapping[str, type[Loss]] = {
@@ -351,7 +352,7 @@ _PAPER_RECIPES = {
 _OWN_RECIPES = {
     "evdm": Recipe(
         TrainConfig(batch=16, lr=2e-3, final_lr=0.05, weight_decay=0.0, steps=50_000, evaluate_steps=2000),
-        EvdmLoss(min_snr=0.0, timestep_shift=16.0, past_dropout=0.1, partial=0.1),
+        EvdmLoss(min_snr=0.0, timestep_shift=16.0, past_dropout=0.1, partial=0.1, nearness=2.0),
     )
 }
 

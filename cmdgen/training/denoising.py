@@ -64,7 +64,7 @@ class DenoisingStage(Stage):
 
     @abstractmethod
     def example(self, rows: Tensor, draws: Draws) -> Batch:
-        """Return x0 of some clips, and what `condition` reads."""
+        """Return x0 of some clips, what `condition` reads and, where values do not count alike, `weight`."""
 
     @abstractmethod
     def condition(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -115,7 +115,7 @@ class DenoisingStage(Stage):
         alpha, kind = self.alphas[timestep], self.noise.prediction_type
         prediction, sigma = split_sigma(output.float(), x0.shape[1])
         target = to_prediction(x0, noise, alpha, kind)
-        error = (prediction - target).square().flatten(1).mean(dim=1)
+        error = ((prediction - target).square() * batch.get("weight", 1)).flatten(1).mean(dim=1)
         loss = mse = error.mean()
         if sigma is not None:
             bound = variational_bound(x0, noisy, output, timestep, self.alphas).mean()

@@ -54,7 +54,7 @@ class EvdmStage(DenoisingStage):
         return x0, torch.cat([past, future], dim=2)
 
     def example(self, rows: Tensor, draws: Draws) -> Batch:
-        """Return the frames to make and the context, whose unknown frames are 0."""
+        """Return the frames to make, the context, whose unknown frames are 0, and how much each frame counts."""
         assert isinstance(self.options, EvdmLoss)
         x0, context = self.split(self.read(self.data.training[rows]))
         drop, partial = (self.options.past_dropout, self.options.future_dropout), self.options.partial
@@ -63,7 +63,9 @@ class EvdmStage(DenoisingStage):
             for count, share in zip((self.config.past, self.config.future), drop, strict=True)
         )
         known = torch.cat([past.flip(1), future], dim=1).to(context.device)
-        return {"x0": x0, "context": context * known[:, None, :, None, None]}
+        weight = weigh_frames(past, future, self.config.current, self.options.nearness).to(x0.device)
+        frames = (slice(None), None, slice(None), None, None)
+        return {"x0": x0, "context": context * known[frames], "weight": weight[frames]}
 
     def condition(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the context."""
@@ -103,3 +105,18 @@ def draw_known(batch: int, count: int, dropout: float, partial: float, generator
     nearest = torch.randint(1, max(2, count + 1), (batch, 1), generator=generator)
     number = torch.where(some < partial, nearest, count) * (none >= dropout)
     return torch.arange(count) < number
+
+
+def weigh_frames(past: Tensor, future: Tensor, count: int, power: float) -> Tensor:
+    """(B, P), (B, F) bool, the nearest first -> (B, count): distance from the nearest known frame ** -power, of mean 1.
+
+    What is far from all that is known cannot be told: its error is mostly noise. With nothing known all count alike.
+    """
+    near = torch.arange(1.0, count + 1)
+    sides = [
+        torch.where(known.any(1, keepdim=True), steps, math.inf)
+        for known, steps in ((past, near), (future, near.flip(0)))
+    ]
+    distance = torch.minimum(*sides)
+    weights = torch.where(distance.isinf(), 1.0, distance) ** -power
+    return weights / weights.mean(1, keepdim=True)

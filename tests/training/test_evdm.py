@@ -13,7 +13,7 @@ from cmdgen.store.parts import read_model
 from cmdgen.training.config import EvdmLoss, Shared, Start, TrainConfig, build_model
 from cmdgen.training.context import Run
 from cmdgen.training.data import open_data
-from cmdgen.training.evdm import EvdmStage, draw_known
+from cmdgen.training.evdm import EvdmStage, draw_known, weigh_frames
 from cmdgen.training.run import run_stage, settle
 
 CPU = torch.device("cpu")
@@ -56,6 +56,30 @@ def test_unknown_frames_are_0_and_the_known_are_the_clips(tmp_path: Path) -> Non
     # of the past the last frame is the nearest
     assert all(last or not first for first, last in shown[:, 0, :2].flatten(1).tolist())
     assert set(shown.flatten().tolist()) == {True, False}
+
+
+def test_frames_count_less_the_farther_the_nearest_known_one_is() -> None:
+    # after all of the past; between past and future; before the nearest future frame; nothing known
+    past = torch.tensor([[True] * 3, [True, False, False], [False] * 3, [False] * 3])
+    future = torch.tensor([[False], [True], [True], [False]])
+    distance = torch.tensor([[1.0, 2, 3, 4, 5], [1, 2, 3, 2, 1], [5, 4, 3, 2, 1], [1, 1, 1, 1, 1]])
+    for power in (0.0, 1.0, 2.0):
+        weights = weigh_frames(past, future, 5, power)
+        torch.testing.assert_close(weights, distance**-power / (distance**-power).mean(1, keepdim=True))
+    assert torch.equal(weigh_frames(past[:, :0], future[:, :0], 2, 2.0), torch.ones(4, 2))
+
+
+def test_the_loss_weighs_frames(tmp_path: Path) -> None:
+    stage = EvdmStage(build(tmp_path, tiny(), past_dropout=0.3, nearness=2.0))
+    batch, made = stage.batch(0), torch.zeros(4, 1, 2, 32, 48)
+    batch["x0"][:, :, 1] *= 2
+    stage.noise = replace(stage.noise, prediction_type="sample")
+    stage.predict = lambda *args: made  # type: ignore[method-assign, assignment]
+    known = batch["context"].flatten(3).any(3)[:, 0]
+    weight = weigh_frames(known[:, :2].flip(1), known[:, 2:], 2, 2.0)
+    error = batch["x0"].square().mean(dim=(1, 3, 4))
+    assert float(stage.loss(batch)[0]) == pytest.approx(float((weight * error).mean()), rel=1e-5)
+    assert float(stage.loss(batch)[0]) != pytest.approx(float(error.mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
