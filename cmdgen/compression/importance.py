@@ -47,6 +47,7 @@ class Importance(Options):
 
     model: str = _measured("Its name.")
     weights: str = _measured("Their hash.")
+    data: str = _measured("World of the captions.")
     clips: int = _count("Clips without each block.")
     steps: int = _count("Steps of both samplers.")
     seed: int = _count("Of the first clip.")
@@ -58,7 +59,7 @@ class Importance(Options):
             return self
         read = read_importance(path)
         if replace(read, rows=()) != self:
-            raise ValueError(f"{path} is of other weights, clips, steps or another seed: give another file")
+            raise ValueError(f"{path} is of other weights, captions, clips, steps or another seed: give another file")
         return read
 
     def write(self, path: Path) -> None:

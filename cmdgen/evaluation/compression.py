@@ -130,7 +130,7 @@ def measure_importance(evaluator: Evaluator, options: Weighing, path: Path) -> I
     """
     pipeline, show = evaluator.pipeline, evaluator.show
     plan = pipeline.plan(Request(steps=options.steps, motion_steps=options.steps), batch=options.batch)
-    about = pipeline.config.name, pipeline.weights_hash, options.clips, plan.model.steps, options.seed
+    about = pipeline.config.name, pipeline.weights_hash, options.data, options.clips, plan.model.steps, options.seed
     importance = Importance(*about).resume(path)
     units = [
         (part, unit)

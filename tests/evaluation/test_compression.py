@@ -50,6 +50,8 @@ def test_every_block_is_weighed_once_and_what_it_is_worth_decides(
     assert done.code == 0, done.err
     assert read_model(target).dropped
     assert "another seed" in cmdgen(*command, "--seed", 5).err
+    with pytest.raises(ValueError, match="other weights, captions"):
+        replace(measured, data="world", rows=()).resume(path)
 
     TinyVae(TINY).save_pretrained(tmp_path / "decoder")
     done = cmdgen(
@@ -76,7 +78,7 @@ def test_least_harm_for_the_time_goes_first_until_the_budget() -> None:
         row("motion.blocks.4", 0.2, 0.5),
         row("vae.decoder.mid", 0.5, 0.0),
     )
-    importance = Importance("mini", "", 1, 1, 0, rows)
+    importance = Importance("mini", "", "mini", 1, 1, 0, rows)
     assert choose_units(importance, MINI, 0.95) == ["unet.mid"]
     assert choose_units(importance, MINI, 0.85) == ["unet.mid", "unet.attentions.up.1"]
     # the mid block goes with the innermost level
@@ -91,13 +93,13 @@ def test_blocks_of_one_kind_are_taken_to_save_the_same_time() -> None:
         row("motion.blocks.1", 0.1, 0.1, 7),
         row("motion.blocks.2", 0.2, 0.3, 7),
     )
-    importance = Importance("mini", "", 1, 1, 0, rows)
+    importance = Importance("mini", "", "mini", 1, 1, 0, rows)
     assert choose_units(importance, MINI, 0.7) == ["motion.blocks.1", "motion.blocks.0"]
 
 
 def test_files_of_importance_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "importance.json"
-    importance = Importance("mini", "", 1, 1, 0, (row("unet.mid", 0.1, 0.0),))
+    importance = Importance("mini", "", "mini", 1, 1, 0, (row("unet.mid", 0.1, 0.0),))
     importance.write(path)
     assert read_importance(path) == importance
     data = json.loads(path.read_text())
