@@ -31,14 +31,14 @@ for student in rule measured; do
         case $losses in
         none) weights="--icd 0 --mca 0" ;;
         icd) weights="--icd 0.1 --mca 0" ;;
-        mca) weights="--icd 0 --mca 1" ;;
-        both) weights="--icd 0.1 --mca 1" ;;
+        mca) weights="--icd 0 --mca 0.1" ;;
+        both) weights="--icd 0.1 --mca 0.1" ;;
         esac
         once "copy-$student-$losses" cp -r "$student" "$student-$losses"
         once "cache-$student-$losses" sh -c "mkdir -p $student-$losses/training && cp -r encoded/training/cache $student-$losses/training"
         for stage in $stages; do
             once "$stage-$student-$losses" cmdgen train "$stage" -o "$student-$losses" --data "$data" --clips "$learnt" \
-                --teacher "$model" --minutes "$(echo "$minutes $stages" | awk '{ print $1 / (NF - 1) }')" --lr 2e-4 --warmup 50 $weights
+                --teacher "$model" --minutes "$(echo "$minutes $stages" | awk '{ print $1 / (NF - 1) }')" --batch 8 --lr 5e-4 --warmup 20 $weights
         done
         students="$students $student-$losses"
     done

@@ -259,9 +259,11 @@ class CaptionedLoss(DenoisingLoss):
     """Settings of the objective of a denoiser that reads text."""
 
     text_dropout: float = _weight(0.1, "Share of captions left empty, for guidance.", high=1)
-    # VDMini's, beside a --teacher
+    # beside a --teacher. Of VDMini's 1.0 we have no scale: here the critic's gradient is as long as the task's
     icd: float = _weight(0.1, "Weight of the distance of features from the teacher's.")
-    mca: float = _weight(1.0, "Weight of a critic of clips, which tells the student's from the teacher's.")
+    mca: float = _weight(
+        0.1, "Pull of a critic, which tells clips of student and teacher apart; 1: as strong as the task's."
+    )
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class DenoisingStage(Stage):
         if self.distillation is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 taught = self.predict(noisy, timestep, *conditions, denoiser=self.distillation.teacher)
-            more, parts = self.distillation.loss(self, batch, noisy, (output, taught))
+            more, parts = self.distillation.loss(self, batch, noisy, (output, taught), loss)
             return loss + more, named | parts
         return loss, named
 

@@ -44,10 +44,12 @@ class Distillation:
         self.critic = critic.to(run.device).requires_grad_(bool(run.loss.mca))
 
     def loss(
-        self, stage: Student, batch: dict[str, Tensor], noisy: Tensor, outputs: tuple[Tensor, Tensor]
+        self, stage: Student, batch: dict[str, Tensor], noisy: Tensor, outputs: tuple[Tensor, Tensor], task: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of ICD and MCA, and both, of what student and teacher made of noisy samples.
 
+        Through the CMD decoder the critic's gradient is dozens of times that of the `task`'s loss. MCA's is
+        scaled to the length of the task's in the outputs, as Esser et al. 2021 do (arXiv:2012.09841, Eq. 7).
         Draws from torch's own generators, which the loop seeds at each step. Of several processes each
         has `CLIPS` of its own: their MCA is another estimate of the same mean.
         """
@@ -70,11 +72,17 @@ class Distillation:
         noise = deviation * torch.randn_like(noisy[rows])
 
         def see(output: Tensor) -> tuple[list[Tensor], int]:
-            prediction, _ = split_sigma(output[rows].float(), noisy.shape[1])
+            prediction, _ = split_sigma(output.float(), noisy.shape[1])
             x0, _ = to_x0_eps(prediction, noisy[rows], alpha, kind)
             content, motion = stage.halves(x0 + noise, some)
             return decoder_tokens(self.autoencoder, content, motion), content.shape[-2] // self.autoencoder.config.patch
 
-        (student, height), (teacher, _) = map(see, outputs)
+        output = outputs[0][rows].detach().requires_grad_()
+        (student, height), (teacher, _) = see(output), see(outputs[1][rows])
         named["mca"], named["critic"] = (share * part for part in hinge(self.critic, student, teacher, height))
-        return total + self.weights.mca * named["mca"] + named["critic"], named
+        (ours,) = torch.autograd.grad(named["mca"], output)
+        (tasks,) = torch.autograd.grad(task, outputs[0], retain_graph=True)
+        scale = self.weights.mca * tasks[rows].float().norm() / ours.float().norm().clamp(min=1e-12)
+        # a term of this gradient, whose value is 0
+        pulled = (outputs[0][rows].float() * (scale * ours.float())).sum()
+        return total + pulled - pulled.detach() + named["critic"], named

@@ -2,15 +2,25 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cmdgen.compression.distill import Critic
+from cmdgen.config import MINI
+from cmdgen.diffusion.schedule import alphas_cumprod
+from cmdgen.models.autoencoder import CmdAutoencoder
 from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.unet import UNet
 from cmdgen.store.parts import read_model
+from cmdgen.training.config import ContentLoss
+from cmdgen.training.distillation import Distillation
+from cmdgen.training.distributed import Ranks
 from cmdgen.weights import read_tensors
+from tests.video_unets import randomise
 
 FEW = ("--batch", 4, "--clips", 4, "--held-out", 2, "--data", "shapes", "--log-every", 1, "--threads", 1)
 
@@ -45,6 +55,30 @@ def test_a_student_learns_and_resumes_exactly_with_its_critic(
     assert not all(torch.equal(after[name], tensor) for name, tensor in before.items())
     logged = [line for line in read_log(small, "content") if "icd" in line]
     assert len(logged) == 4 and all(line["icd"] > 0 for line in logged) and any("mca" in line for line in logged)
+
+
+def test_the_critics_gradient_is_as_long_as_that_of_the_task() -> None:
+    part = object.__new__(Distillation)
+    part.weights = ContentLoss(icd=0.0, mca=0.5)
+    part.teacher, part.ranks = torch.nn.Identity(), Ranks()
+    part.matched = SimpleNamespace(difference=lambda grid: torch.zeros(()))  # type: ignore[assignment]
+    part.autoencoder = randomise(CmdAutoencoder(replace(MINI.autoencoder, width=20, heads=2, decoder_depth=2)))
+    part.critic = Critic(20, 2)
+    motion = torch.randn(3, 8, 3, 4)
+    stage = SimpleNamespace(
+        alphas=alphas_cumprod(MINI.noise), noise=MINI.noise, halves=lambda x0, batch: (x0, batch["motion"])
+    )
+    # the last clip is too noisy for the critic
+    batch = {"timestep": torch.tensor([10, 500, 900]), "motion": motion}
+    noisy, taught, output = torch.randn(3, 3, 8, 6, 6)
+    output.requires_grad_()
+    task = 1e-3 * output.square().mean()
+    total, named = part.loss(stage, batch, noisy, (output, taught), task)
+    assert float(total.detach()) == pytest.approx(float(named["critic"].detach()))
+    (task_alone,) = torch.autograd.grad(task, output, retain_graph=True)
+    total.backward()
+    assert float(output.grad[:2].norm()) == pytest.approx(0.5 * float(task_alone[:2].norm()), rel=1e-4)
+    assert not output.grad[2].any()
 
 
 def test_motion_and_the_critic_alone_are_taught_too(cmdgen, tiny_model: Path, small: Path) -> None:

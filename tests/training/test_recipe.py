@@ -26,7 +26,7 @@ def test_the_defaults_are_those_that_recipes_are_written_beside(stage: str) -> N
         "motion": {"min_snr": 5.0, "timestep_shift": 1.0, "text_dropout": 0.1, "content_noise": 0.2},
     }
     # of a --teacher alone
-    learned = {"icd": 0.1, "mca": 1.0} if stage in ("content", "motion") else {}
+    learned = {"icd": 0.1, "mca": 0.1} if stage in ("content", "motion") else {}
     assert vars(loss) == expected[stage] | learned
 
 
@@ -76,5 +76,6 @@ def test_evdm_is_trained_as_mcvd_where_a_preset_is_the_papers() -> None:
         "past_dropout": 0.5,
         "future_dropout": 0.5,
         "partial": 0.0,
+        "nearness": 0.0,
     }
     assert recipe("evdm-small", "evdm") != recipe("evdm-kth", "evdm")
