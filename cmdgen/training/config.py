@@ -259,7 +259,7 @@ class CaptionedLoss(DenoisingLoss):
     """Settings of the objective of a denoiser that reads text."""
 
     text_dropout: float = _weight(0.1, "Share of captions left empty, for guidance.", high=1)
-    # beside a --teacher. Of VDMini's 1.0 we have no scale: here the critic's gradient is as long as the task's
+    # beside a --teacher. VDMini's weight of the critic is 1.0, of a gradient that is not scaled; ours is
     icd: float = _weight(0.1, "Weight of the distance of features from the teacher's.")
     mca: float = _weight(
         0.1, "Pull of a critic, which tells clips of student and teacher apart; 1: as strong as the task's."
