@@ -1,14 +1,16 @@
 """Layers in whose place their shortcut stands: what a network is worth without them."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import copy
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from cmdgen.models.unet import UNet
 from cmdgen.models.vae import KlVae
+
+N = TypeVar("N", bound=nn.Module)
 
 
 def list_layers(network: nn.Module) -> dict[str, list[nn.Module]]:
@@ -33,26 +35,27 @@ def _number(lists: Mapping[str, Iterable[Any]]) -> list[tuple[str, Any]]:
     return [(f"{name}.{i}", item) for name, items in lists.items() for i, item in enumerate(items)]
 
 
-def list_vdmini(vae: KlVae) -> list[nn.Module]:
+def list_vdmini(vae: KlVae) -> list[str]:
     """Return what VDMini takes out of a VAE's decoder: the mid block, and the last block's layers but the first."""
-    layers, last = list_layers(vae), len(vae.decoder.up_blocks) - 1
-    others = [layer for name, layer in layers.items() if name.startswith(f"decoder.up.{last}.")][1:]
-    return [layer for group in (layers["decoder.mid"], *others) for layer in group]
+    last = f"decoder.up.{len(vae.decoder.up_blocks) - 1}."
+    return ["decoder.mid", *[name for name in list_layers(vae) if name.startswith(last)][1:]]
 
 
-@contextmanager
-def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let these layers be their shortcuts for the length of a block."""
-    layers = set(layers)
-    for layer in layers:
+def skip_layers(network: N, names: Iterable[str]) -> N:
+    """Return a network with the same weights, not copies, in which the shortcuts of some layers stand for these."""
+    weights = (*network.parameters(), *network.buffers())
+    network = copy.deepcopy(network, {id(tensor): tensor for tensor in weights})
+    for layer in pick_layers(network, names):
         # of a blended block, the one of each frame has it
         inner = getattr(layer, "spatial_res_block", layer)
         vars(layer)["forward"] = partial(_pass, getattr(inner, "conv_shortcut", None))
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del vars(layer)["forward"]
+    return network
+
+
+def pick_layers(network: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """Return the layers of these names."""
+    layers = list_layers(network)
+    return [layer for name in names for layer in layers[name]]
 
 
 def _pass(shortcut: nn.Module | None, x: Tensor, *_: Any) -> Tensor:

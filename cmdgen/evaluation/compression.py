@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from cmdgen.compression.importance import FAILED, Importance, Row
 from cmdgen.compression.prune import prune_network
-from cmdgen.compression.shortcuts import list_layers, list_vdmini, skipped
+from cmdgen.compression.shortcuts import list_layers, list_vdmini, pick_layers, skip_layers
 from cmdgen.compression.units import list_units
 from cmdgen.evaluation.measure import Evaluator, Readings, load_evaluator, to_levels
 from cmdgen.evaluation.metrics import frechet_distance
@@ -29,6 +28,10 @@ from cmdgen.request import Plan, Request
 
 # parts that have blocks, in the order in which they run
 PARTS = ("unet", "motion", "autoencoder", "vae")
+# the rule's decoder, which is not of a folder
+VDMINI = "VDMini's decoder"
+# how often the whole network and the smaller one are timed in turn
+RUNS = 15
 
 
 @dataclass
@@ -97,25 +100,20 @@ def list_runs(pipeline: CmdPipeline, plan: Plan) -> dict[str, tuple[int, Callabl
     }
 
 
-def measure_seconds(pipeline: CmdPipeline, plan: Plan, part: str, network: Any) -> float:
-    """Return the seconds of one part for one clip; of a CPU, those that this thread ran."""
+def measure_seconds(pipeline: CmdPipeline, plan: Plan, part: str, networks: Sequence[Any]) -> list[float]:
+    """Return the seconds of one part for one clip, with each of some networks; of a CPU, those that this thread ran."""
     count, run = list_runs(pipeline, plan)[part]
     clock = time.perf_counter if pipeline.device.type == "cuda" else time.thread_time
-    return count * fastest(lambda: run(network), pipeline.device, clock)
+    works = [partial(run, network) for network in networks]
+    return [count * seconds for seconds in fastest(works, pipeline.device, clock, RUNS)]
 
 
-@contextmanager
-def without(pipeline: CmdPipeline, part: str, unit: str) -> Iterator[tuple[Any, int]]:
-    """Give a part without one block, in its place in the pipeline, and the parameters that are gone."""
-    network = pipeline.part(part)
-    layers = list_layers(network).get(unit)
-    if layers is None:
-        small = prune_network(network, [unit])
-        with pipeline.swapped(part, small):
-            yield small, _count(network) - _count(small)
-    else:
-        with skipped(layers):
-            yield network, sum(map(_count, layers))
+def shorten(network: Any, unit: str) -> tuple[Any, int]:
+    """Return a network without one block, and the parameters that are gone."""
+    if unit in list_layers(network):
+        return skip_layers(network, [unit]), sum(map(_count, pick_layers(network, [unit])))
+    small = prune_network(network, [unit])
+    return small, _count(network) - _count(small)
 
 
 def _count(module: nn.Module) -> int:
@@ -145,14 +143,15 @@ def measure_importance(evaluator: Evaluator, options: Weighing, path: Path) -> I
     features = whole.readings.features()
     for done, (part, unit) in enumerate(units, 1):
         if f"{part}.{unit}" not in measured:
-            seconds = measure_seconds(pipeline, plan, part, pipeline.part(part))
-            with without(pipeline, part, unit) as (network, parameters):
-                saved = seconds - measure_seconds(pipeline, plan, part, network)
+            network = pipeline.part(part)
+            small, parameters = shorten(network, unit)
+            with pipeline.swapped(part, small):
                 made = make_clips(evaluator, plan, options, whole, since=part)
+                seconds, rest = measure_seconds(pipeline, plan, part, (network, small))
             apart = (made.readings.features() - features).square().sum(1).mean() / features.var(0).sum()
             named: dict[str, Any] = {head: made.readings.accuracy(head) for head in HEADS}
             likeness = made.likeness(whole)
-            row = Row(f"{part}.{unit}", parameters, seconds, saved, **likeness, distance=float(apart), **named)
+            row = Row(f"{part}.{unit}", parameters, seconds, seconds - rest, **likeness, distance=float(apart), **named)
             importance = replace(importance, rows=(*importance.rows, row))
             importance.write(path)
         show("importance", done, len(units))
@@ -182,41 +181,42 @@ def compare_models(options: Contest, device: str, show: Show) -> dict[str, Any]:
     Returns settings, and under "rows" a record of each. ValueError where a model makes other clips.
     """
     name, *others = options.models
-    ways = [(name, None), (name, "VDMini's decoder"), *((name, folder) for folder in options.decoder)]
+    ways = [(name, None), (name, VDMINI), *((name, folder) for folder in options.decoder)]
     ways += [(other, None) for other in others]
     whole: Clips | None = None
-    real: Tensor | None = None
     rows: list[dict[str, Any]] = []
     for done, (model, decoder) in enumerate(ways):
         show("compare", done, len(ways))
-        rule = decoder == "VDMini's decoder"
-        small = None if rule else decoder
-        evaluator = load_evaluator(model, device, options.probe, options.data, decoder=small, show=_silent)
-        pipeline = evaluator.pipeline
-        request = Request(steps=options.steps, motion_steps=options.steps)
-        plan, vae = pipeline.plan(request, batch=options.batch), pipeline.decoding_vae
-        if whole is None or real is None:
-            real = _read_real(evaluator, options)
-        dropped = list_vdmini(pipeline.vae) if rule else []
-        with skipped(dropped):
+        folder = None if decoder == VDMINI else decoder
+        evaluator = load_evaluator(model, device, options.probe, options.data, decoder=folder, show=_silent)
+        pipeline, dropped = evaluator.pipeline, 0
+        plan = pipeline.plan(Request(steps=options.steps, motion_steps=options.steps), batch=options.batch)
+        vae = pipeline.decoding_vae
+        if decoder == VDMINI:
+            names = list_vdmini(pipeline.vae)
+            vae, dropped = skip_layers(vae, names), sum(map(_count, pick_layers(vae, names)))
+        with pipeline.swapped("vae", vae):
             made = make_clips(evaluator, plan, options, whole, since="vae" if decoder else "unet")
-            networks = {part: pipeline.part(part) for part in PARTS} | {"vae": vae}
-            seconds = {part: measure_seconds(pipeline, plan, part, net) for part, net in networks.items()}
-        whole = whole or made
+        networks = {part: pipeline.part(part) for part in PARTS} | {"vae": vae}
+        if whole is None:
+            whole, first, real = made, networks, _read_real(evaluator, options)
         if made.frames[0].shape != whole.frames[0].shape:
             raise ValueError(f"{model} makes clips of another size or length than {name}")
-        networks["vae"] = vae.decoder
+        seconds = {part: measure_seconds(pipeline, plan, part, (first[part], networks[part])) for part in PARTS}
         likeness = made.likeness(whole) if made is not whole else {"psnr": None, "median": None, "failed": 0}
+        parameters = {part: _count(net) for part, net in (networks | {"vae": vae.decoder}).items()}
         rows.append(
             {
                 **{"model": model if decoder is None else f"{model}, {decoder}"},
-                "parameters": {part: _count(net) for part, net in networks.items()},
-                **{"seconds": seconds, **likeness},
+                "parameters": parameters | {"vae": parameters["vae"] - dropped},
+                "seconds": {part: own for part, (_, own) in seconds.items()},
+                # of the first model, measured in turn with these
+                "whole": {part: others for part, (others, _) in seconds.items()},
+                **likeness,
                 "named": {head: made.readings.accuracy(head) for head in HEADS},
                 "frechet": frechet_distance(made.readings.features(), real),
             }
         )
-        rows[-1]["parameters"]["vae"] -= sum(map(_count, dropped))
     show("compare", len(ways), len(ways))
     shared = {key: getattr(options, key) for key in ("clips", "steps", "seed", "batch")}
     return {**shared, "device": device, "threads": torch.get_num_threads(), "rows": rows}
@@ -235,8 +235,11 @@ def _read_real(evaluator: Evaluator, options: Contest) -> Tensor:
 
 
 def list_comparison(comparison: dict[str, Any]) -> list[str]:
-    """Return a title and a table: parameters of the two samplers and two decoders, milliseconds of a clip."""
-    times = ("ms: content", "motion", "frame decode", "VAE decode")
+    """Return a title and a table: parameters of the two samplers and two decoders, milliseconds of a clip.
+
+    "Sampler" and "decoders" are shares of the first model's time, measured in turn.
+    """
+    times = ("ms: content", "motion", "frame decode", "VAE decode", "sampler", "decoders")
     rows: list[tuple[str, ...]] = [
         ("model", "10^6 parameters", *times, "PSNR", "median", f"< {FAILED:g} dB", *HEADS, "Frechet")
     ]
@@ -244,6 +247,8 @@ def list_comparison(comparison: dict[str, Any]) -> list[str]:
         cells = "/".join(f"{count / 1e6:.2f}" for count in row["parameters"].values())
         near = (_show(row["psnr"]), _show(row["median"]), str(row["failed"])) if i else ("", "", "")
         named = (f"{row['named'][head]:.1f} %" for head in HEADS)
-        seconds = (f"{1e3 * row['seconds'][part]:.0f}" for part in PARTS)
-        rows.append((row["model"], cells, *seconds, *near, *named, f"{row['frechet']:.2f}"))
+        own, whole = ([row[key][part] for part in PARTS] for key in ("seconds", "whole"))
+        shares = (f"{sum(own[half]) / sum(whole[half]):.2f}" for half in (slice(2), slice(2, 4)))
+        seconds = (f"{1e3 * part:.0f}" for part in own)
+        rows.append((row["model"], cells, *seconds, *shares, *near, *named, f"{row['frechet']:.2f}"))
     return [f"{comparison['clips']} clips of held-out captions, first seed {comparison['seed']}", "", *table(rows)]

@@ -65,27 +65,31 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     size, length = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"]), COPY_BYTES.get(device.type, COPY_BYTES["cpu"])
     # float16 is not drawn on every CPU
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    multiplying = fastest(lambda: torch.mm(a, b), device, time.perf_counter)
     # written first: pages of memory that never were are all one and the same
     source = torch.ones(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copying = fastest(lambda: target.copy_(source), device, time.perf_counter)
+    works = (lambda: torch.mm(a, b), lambda: target.copy_(source))
+    multiplying, copying = fastest(works, device, time.perf_counter)
     return Limits(2 * size**3 / multiplying, 2 * length / copying)
 
 
-def fastest(work: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
-    """Return the seconds of one call, after one to warm up."""
-    work()
+def fastest(
+    works: Sequence[Callable[[], object]], device: torch.device, clock: Callable[[], float], runs: int = LIMIT_RUNS
+) -> list[float]:
+    """Return the seconds of one call of each work, after one to warm up; they take turns, as machines slow down."""
+    for work in works:
+        work()
     repeats = LIMIT_REPEATS.get(device.type, LIMIT_REPEATS["cpu"])
-    seconds = []
-    for _ in range(LIMIT_RUNS):
-        _wait(device)
-        started = clock()
-        for _ in range(repeats):
-            work()
-        _wait(device)
-        seconds.append((clock() - started) / repeats)
-    return min(seconds)
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(runs):
+        for work, measured in zip(works, seconds, strict=True):
+            _wait(device)
+            started = clock()
+            for _ in range(repeats):
+                work()
+            _wait(device)
+            measured.append((clock() - started) / repeats)
+    return [min(measured) for measured in seconds]
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cmdgen.compression.importance import Importance, Row, choose_units, read_importance
-from cmdgen.compression.shortcuts import list_layers, list_vdmini, skipped
+from cmdgen.compression.shortcuts import list_layers, list_vdmini, pick_layers, skip_layers
 from cmdgen.config import MINI, TinyConfig
 from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.vae import KlVae
@@ -60,6 +60,7 @@ def test_every_block_is_weighed_once_and_what_it_is_worth_decides(
     )
     whole, rule, tiny, small = json.loads(done.out)["rows"]
     assert (whole["psnr"], whole["failed"]) == (None, 0)
+    assert all(row["seconds"].keys() == row["whole"].keys() for row in (whole, rule, tiny, small))
     assert rule["parameters"]["vae"] < whole["parameters"]["vae"] and tiny["model"].endswith("decoder")
     assert sum(small["parameters"].values()) < sum(whole["parameters"].values())
     assert all(row["psnr"] is not None and math.isfinite(row["frechet"]) for row in (rule, tiny, small))
@@ -113,14 +114,16 @@ def test_files_of_importance_are_checked(tmp_path: Path) -> None:
 def test_layers_that_are_shortcuts_leave_the_resampling_alone() -> None:
     vae = KlVae(replace(MINI.vae, block_out_channels=(8, 8, 8), norm_num_groups=4)).eval()
     z, decoder = torch.randn(1, 8, 4, 4), vae.decoder
-    whole = vae.decode(z)
-    with skipped([layer for layers in list_layers(vae).values() for layer in layers]):
-        x = decoder.conv_in(vae.post_quant_conv(z))
-        for block in decoder.up_blocks:
-            for up in block.upsamplers:
-                x = up(x)
-        x = decoder.conv_out(torch.nn.functional.silu(decoder.conv_norm_out(x)))
-        torch.testing.assert_close(vae.decode(z), x)
+    whole, small = vae.decode(z), skip_layers(vae, list_layers(vae))
+    x = decoder.conv_in(vae.post_quant_conv(z))
+    for block in decoder.up_blocks:
+        for up in block.upsamplers:
+            x = up(x)
+    x = decoder.conv_out(torch.nn.functional.silu(decoder.conv_norm_out(x)))
+    torch.testing.assert_close(small.decode(z), x)
+    # the weights are the same, and the network that they are of is whole
+    assert all(a is b for a, b in zip(vae.parameters(), small.parameters(), strict=True))
     assert torch.equal(vae.decode(z), whole)
     # two residual blocks and an attention in the middle, one of two layers in the last block
-    assert len(list_vdmini(vae)) == 4
+    assert list_vdmini(vae) == ["decoder.mid", "decoder.up.2.1"]
+    assert len(pick_layers(vae, list_vdmini(vae))) == 4
