@@ -15,8 +15,8 @@ from cmdgen.training.context import Run
 
 # of the noise schedule: where more is noise, student and teacher head for the same mean of all clips
 LEAST_NOISY = 0.6
-# clips of a batch that the critic sees, as the CMD decoder takes longer than the student
-CLIPS = 8
+# the critic sees one clip of so many of a batch, as the CMD decoder takes longer than the student
+RARE = 4
 # largest deviation of noise on what it sees
 DEVIATION = 0.3
 
@@ -50,8 +50,8 @@ class Distillation:
 
         Through the CMD decoder the critic's gradient is dozens of times that of the `task`'s loss. MCA's is
         scaled to the length of the task's in the outputs, as Esser et al. 2021 do (arXiv:2012.09841, Eq. 7).
-        Draws from torch's own generators, which the loop seeds at each step. Of several processes each
-        has `CLIPS` of its own: their MCA is another estimate of the same mean.
+        Draws from torch's own generators, which the loop seeds at each step. Several processes each
+        judge clips of their own: their MCA is another estimate of the same mean.
         """
         grid = None
         if isinstance(self.teacher, DiT):
@@ -59,7 +59,7 @@ class Distillation:
             grid = noisy.shape[-2] // patch, noisy.shape[-1] // patch
         named = {"icd": self.matched.difference(grid)}
         total = self.weights.icd * named["icd"]
-        rows = (batch["timestep"] < LEAST_NOISY * len(stage.alphas)).nonzero().flatten()[:CLIPS]
+        rows = (batch["timestep"] < LEAST_NOISY * len(stage.alphas)).nonzero().flatten()[: -(-len(noisy) // RARE)]
         if not self.weights.mca or (not len(rows) and self.ranks.world == 1):
             return total, named
         share = float(len(rows) > 0)
