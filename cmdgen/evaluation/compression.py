@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from cmdgen.compression.units import list_units
 from cmdgen.evaluation.measure import Evaluator, Readings, load_evaluator, to_levels
 from cmdgen.evaluation.metrics import frechet_distance
 from cmdgen.evaluation.probe import HEADS
-from cmdgen.evaluation.profile import Show, fastest, vary
+from cmdgen.evaluation.profile import Show, in_turn, vary
 from cmdgen.evaluation.report import table
 from cmdgen.evaluation.settings import Contest, Weighing
 from cmdgen.latents import latent_shapes
@@ -30,8 +31,8 @@ from cmdgen.request import Plan, Request
 PARTS = ("unet", "motion", "autoencoder", "vae")
 # the rule's decoder, which is not of a folder
 VDMINI = "VDMini's decoder"
-# how often the whole network and the smaller one are timed in turn
-RUNS = 15
+# in which the whole network and the smaller one are timed in turn
+ROUNDS = 25
 
 
 @dataclass
@@ -100,12 +101,17 @@ def list_runs(pipeline: CmdPipeline, plan: Plan) -> dict[str, tuple[int, Callabl
     }
 
 
-def measure_seconds(pipeline: CmdPipeline, plan: Plan, part: str, networks: Sequence[Any]) -> list[float]:
-    """Return the seconds of one part for one clip, with each of some networks; of a CPU, those that this thread ran."""
+def measure_seconds(pipeline: CmdPipeline, plan: Plan, part: str, whole: Any, small: Any) -> tuple[float, float]:
+    """Return the seconds of one part for one clip, with two networks; of a CPU, those that this thread ran.
+
+    Both run in each round. The first's median counts, and the median of the second's shares of the first:
+    the fastest rounds of the two, as benchmarks take them, can be of different minutes of a busy machine.
+    """
     count, run = list_runs(pipeline, plan)[part]
     clock = time.perf_counter if pipeline.device.type == "cuda" else time.thread_time
-    works = [partial(run, network) for network in networks]
-    return [count * seconds for seconds in fastest(works, pipeline.device, clock, RUNS)]
+    rounds = in_turn((partial(run, whole), partial(run, small)), pipeline.device, clock, ROUNDS)
+    seconds = count * median(first for first, _ in rounds)
+    return seconds, seconds * median(second / first for first, second in rounds)
 
 
 def shorten(network: Any, unit: str) -> tuple[Any, int]:
@@ -147,7 +153,7 @@ def measure_importance(evaluator: Evaluator, options: Weighing, path: Path) -> I
             small, parameters = shorten(network, unit)
             with pipeline.swapped(part, small):
                 made = make_clips(evaluator, plan, options, whole, since=part)
-                seconds, rest = measure_seconds(pipeline, plan, part, (network, small))
+                seconds, rest = measure_seconds(pipeline, plan, part, network, small)
             apart = (made.readings.features() - features).square().sum(1).mean() / features.var(0).sum()
             named: dict[str, Any] = {head: made.readings.accuracy(head) for head in HEADS}
             likeness = made.likeness(whole)
@@ -202,7 +208,7 @@ def compare_models(options: Contest, device: str, show: Show) -> dict[str, Any]:
             whole, first, real = made, networks, _read_real(evaluator, options)
         if made.frames[0].shape != whole.frames[0].shape:
             raise ValueError(f"{model} makes clips of another size or length than {name}")
-        seconds = {part: measure_seconds(pipeline, plan, part, (first[part], networks[part])) for part in PARTS}
+        seconds = {part: measure_seconds(pipeline, plan, part, first[part], networks[part]) for part in PARTS}
         likeness = made.likeness(whole) if made is not whole else {"psnr": None, "median": None, "failed": 0}
         parameters = {part: _count(net) for part, net in (networks | {"vae": vae.decoder}).items()}
         rows.append(

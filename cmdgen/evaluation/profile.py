@@ -69,27 +69,30 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
     source = torch.ones(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     works = (lambda: torch.mm(a, b), lambda: target.copy_(source))
-    multiplying, copying = fastest(works, device, time.perf_counter)
+    multiplying, copying = map(min, zip(*in_turn(works, device, time.perf_counter, LIMIT_RUNS), strict=True))
     return Limits(2 * size**3 / multiplying, 2 * length / copying)
 
 
-def fastest(
-    works: Sequence[Callable[[], object]], device: torch.device, clock: Callable[[], float], runs: int = LIMIT_RUNS
-) -> list[float]:
-    """Return the seconds of one call of each work, after one to warm up; they take turns, as machines slow down."""
+def in_turn(
+    works: Sequence[Callable[[], object]], device: torch.device, clock: Callable[[], float], rounds: int
+) -> list[list[float]]:
+    """Return for each round the seconds of one call of each work, after one to warm up.
+
+    They take turns: machines slow down and recover.
+    """
     for work in works:
         work()
     repeats = LIMIT_REPEATS.get(device.type, LIMIT_REPEATS["cpu"])
-    seconds: list[list[float]] = [[] for _ in works]
-    for _ in range(runs):
-        for work, measured in zip(works, seconds, strict=True):
-            _wait(device)
-            started = clock()
-            for _ in range(repeats):
-                work()
-            _wait(device)
-            measured.append((clock() - started) / repeats)
-    return [min(measured) for measured in seconds]
+
+    def measure(work: Callable[[], object]) -> float:
+        _wait(device)
+        started = clock()
+        for _ in range(repeats):
+            work()
+        _wait(device)
+        return (clock() - started) / repeats
+
+    return [[measure(work) for work in works] for _ in range(rounds)]
 
 
 @dataclass

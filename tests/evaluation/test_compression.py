@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from PIL import Image
 from cmdgen.compression.importance import Importance, Row, choose_units, read_importance
 from cmdgen.compression.shortcuts import list_layers, list_vdmini, pick_layers, skip_layers
 from cmdgen.config import MINI, TinyConfig
+from cmdgen.evaluation import compression
 from cmdgen.models.tiny_vae import TinyVae
 from cmdgen.models.vae import KlVae
 from cmdgen.store.parts import read_model
@@ -64,6 +67,23 @@ def test_every_block_is_weighed_once_and_what_it_is_worth_decides(
     assert rule["parameters"]["vae"] < whole["parameters"]["vae"] and tiny["model"].endswith("decoder")
     assert sum(small["parameters"].values()) < sum(whole["parameters"].values())
     assert all(row["psnr"] is not None and math.isfinite(row["frechet"]) for row in (rule, tiny, small))
+
+
+def test_slow_minutes_of_a_machine_do_not_change_what_a_block_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = [[4.0, 3.0], [4.0, 3.0], [9.0, 6.75], [9.0, 4.0], [4.0, 6.75]]
+    asked: list[object] = []
+
+    def in_turn(works: tuple[Any, Any], *_: object) -> list[list[float]]:
+        for work in works:
+            work()
+        return rounds
+
+    monkeypatch.setattr(compression, "in_turn", in_turn)
+    monkeypatch.setattr(compression, "list_runs", lambda *_: {"unet": (2, asked.append)})
+    pipeline: Any = SimpleNamespace(device=torch.device("cpu"))
+    plan: Any = None
+    assert compression.measure_seconds(pipeline, plan, "unet", "whole", "small") == (8.0, 6.0)
+    assert asked == ["whole", "small"]
 
 
 def row(unit: str, saved: float, distance: float, parameters: int | None = None) -> Row:
