@@ -102,16 +102,15 @@ def list_runs(pipeline: CmdPipeline, plan: Plan) -> dict[str, tuple[int, Callabl
 
 
 def measure_seconds(pipeline: CmdPipeline, plan: Plan, part: str, whole: Any, small: Any) -> tuple[float, float]:
-    """Return the seconds of one part for one clip, with two networks; of a CPU, those that this thread ran.
+    """Return the seconds of one part for one clip, and a smaller network's share; of a CPU, those of this thread.
 
-    Both run in each round. The first's median counts, and the median of the second's shares of the first:
-    the fastest rounds of the two, as benchmarks take them, can be of different minutes of a busy machine.
+    Both run in each round, and medians count: the fastest rounds of the two, as benchmarks take them, can
+    be of different minutes of a busy machine.
     """
     count, run = list_runs(pipeline, plan)[part]
     clock = time.perf_counter if pipeline.device.type == "cuda" else time.thread_time
     rounds = in_turn((partial(run, whole), partial(run, small)), pipeline.device, clock, ROUNDS)
-    seconds = count * median(first for first, _ in rounds)
-    return seconds, seconds * median(second / first for first, second in rounds)
+    return count * median(first for first, _ in rounds), median(second / first for first, second in rounds)
 
 
 def shorten(network: Any, unit: str) -> tuple[Any, int]:
@@ -153,11 +152,13 @@ def measure_importance(evaluator: Evaluator, options: Weighing, path: Path) -> I
             small, parameters = shorten(network, unit)
             with pipeline.swapped(part, small):
                 made = make_clips(evaluator, plan, options, whole, since=part)
-                seconds, rest = measure_seconds(pipeline, plan, part, network, small)
+                seconds, share = measure_seconds(pipeline, plan, part, network, small)
             apart = (made.readings.features() - features).square().sum(1).mean() / features.var(0).sum()
             named: dict[str, Any] = {head: made.readings.accuracy(head) for head in HEADS}
             likeness = made.likeness(whole)
-            row = Row(f"{part}.{unit}", parameters, seconds, seconds - rest, **likeness, distance=float(apart), **named)
+            row = Row(
+                f"{part}.{unit}", parameters, seconds, seconds * (1 - share), **likeness, distance=float(apart), **named
+            )
             importance = replace(importance, rows=(*importance.rows, row))
             importance.write(path)
         show("importance", done, len(units))
@@ -208,16 +209,16 @@ def compare_models(options: Contest, device: str, show: Show) -> dict[str, Any]:
             whole, first, real = made, networks, _read_real(evaluator, options)
         if made.frames[0].shape != whole.frames[0].shape:
             raise ValueError(f"{model} makes clips of another size or length than {name}")
-        seconds = {part: measure_seconds(pipeline, plan, part, first[part], networks[part]) for part in PARTS}
+        timed = {part: measure_seconds(pipeline, plan, part, first[part], networks[part]) for part in PARTS}
         likeness = made.likeness(whole) if made is not whole else {"psnr": None, "median": None, "failed": 0}
         parameters = {part: _count(net) for part, net in (networks | {"vae": vae.decoder}).items()}
         rows.append(
             {
                 **{"model": model if decoder is None else f"{model}, {decoder}"},
                 "parameters": parameters | {"vae": parameters["vae"] - dropped},
-                "seconds": {part: own for part, (_, own) in seconds.items()},
-                # of the first model, measured in turn with these
-                "whole": {part: others for part, (others, _) in seconds.items()},
+                "seconds": {part: seconds * share for part, (seconds, share) in timed.items()},
+                # of the first model's, which ran in turn with it
+                "share": {part: share for part, (_, share) in timed.items()},
                 **likeness,
                 "named": {head: made.readings.accuracy(head) for head in HEADS},
                 "frechet": frechet_distance(made.readings.features(), real),
@@ -243,18 +244,22 @@ def _read_real(evaluator: Evaluator, options: Contest) -> Tensor:
 def list_comparison(comparison: dict[str, Any]) -> list[str]:
     """Return a title and a table: parameters of the two samplers and two decoders, milliseconds of a clip.
 
-    "Sampler" and "decoders" are shares of the first model's time, measured in turn.
+    "Sampler" and "decoders" are shares of the first model's time: of each part as measured in turn with
+    it, weighted by the seconds of the first row.
     """
     times = ("ms: content", "motion", "frame decode", "VAE decode", "sampler", "decoders")
     rows: list[tuple[str, ...]] = [
         ("model", "10^6 parameters", *times, "PSNR", "median", f"< {FAILED:g} dB", *HEADS, "Frechet")
     ]
+    whole = comparison["rows"][0]["seconds"]
     for i, row in enumerate(comparison["rows"]):
         cells = "/".join(f"{count / 1e6:.2f}" for count in row["parameters"].values())
         near = (_show(row["psnr"]), _show(row["median"]), str(row["failed"])) if i else ("", "", "")
         named = (f"{row['named'][head]:.1f} %" for head in HEADS)
-        own, whole = ([row[key][part] for part in PARTS] for key in ("seconds", "whole"))
-        shares = (f"{sum(own[half]) / sum(whole[half]):.2f}" for half in (slice(2), slice(2, 4)))
-        seconds = (f"{1e3 * part:.0f}" for part in own)
+        seconds = (f"{1e3 * row['seconds'][part]:.0f}" for part in PARTS)
+        shares = []
+        for half in (PARTS[:2], PARTS[2:]):
+            left = sum(row["share"][part] * whole[part] for part in half)
+            shares.append(f"{left / sum(whole[part] for part in half):.2f}")
         rows.append((row["model"], cells, *seconds, *shares, *near, *named, f"{row['frechet']:.2f}"))
     return [f"{comparison['clips']} clips of held-out captions, first seed {comparison['seed']}", "", *table(rows)]

@@ -63,7 +63,7 @@ def test_every_block_is_weighed_once_and_what_it_is_worth_decides(
     )
     whole, rule, tiny, small = json.loads(done.out)["rows"]
     assert (whole["psnr"], whole["failed"]) == (None, 0)
-    assert all(row["seconds"].keys() == row["whole"].keys() for row in (whole, rule, tiny, small))
+    assert all(row["seconds"].keys() == row["share"].keys() for row in (whole, rule, tiny, small))
     assert rule["parameters"]["vae"] < whole["parameters"]["vae"] and tiny["model"].endswith("decoder")
     assert sum(small["parameters"].values()) < sum(whole["parameters"].values())
     assert all(row["psnr"] is not None and math.isfinite(row["frechet"]) for row in (rule, tiny, small))
@@ -82,7 +82,7 @@ def test_slow_minutes_of_a_machine_do_not_change_what_a_block_saves(monkeypatch:
     monkeypatch.setattr(compression, "list_runs", lambda *_: {"unet": (2, asked.append)})
     pipeline: Any = SimpleNamespace(device=torch.device("cpu"))
     plan: Any = None
-    assert compression.measure_seconds(pipeline, plan, "unet", "whole", "small") == (8.0, 6.0)
+    assert compression.measure_seconds(pipeline, plan, "unet", "whole", "small") == (8.0, 0.75)
     assert asked == ["whole", "small"]
 
 
@@ -147,3 +147,16 @@ def test_layers_that_are_shortcuts_leave_the_resampling_alone() -> None:
     # two residual blocks and an attention in the middle, one of two layers in the last block
     assert list_vdmini(vae) == ["decoder.mid", "decoder.up.2.1"]
     assert len(pick_layers(vae, list_vdmini(vae))) == 4
+
+
+def test_shares_of_time_are_weighted_by_the_whole_models_seconds() -> None:
+    parts = ("unet", "motion", "autoencoder", "vae")
+    named = {"named": dict.fromkeys(("subject", "motion", "scene"), 100.0), "frechet": 1.0}
+    common: dict[str, Any] = {"parameters": dict.fromkeys(parts, 10**6), "psnr": 30.0, "median": 31.0, "failed": 0}
+    whole = {"model": "whole", "seconds": dict(zip(parts, (3.0, 1.0, 0.5, 0.5), strict=True))}
+    small = {"model": "small", "seconds": dict.fromkeys(parts, 9.0)}
+    shares = (dict.fromkeys(parts, 1.0), dict(zip(parts, (0.8, 0.4, 1.0, 0.5), strict=True)))
+    rows = [row | common | named | {"share": share} for row, share in zip((whole, small), shares, strict=True)]
+    *_, line = compression.list_comparison({"rows": rows, "clips": 2, "seed": 0})
+    # 0.8 of three seconds and 0.4 of one, 1 and 0.5 of half a second each
+    assert line.split("|")[7:9] == ["    0.70 ", "     0.75 "]
