@@ -86,9 +86,12 @@ def choose_units(importance: Importance, model: ModelConfig, budget: float) -> l
     they are together shows when the pruned model is measured. ValueError where that cannot be reached.
     """
     rows = [row for row in importance.rows if _parts([row]) <= {*SAMPLER}]
-    # blocks of one kind take the same time, whatever the machine had to do beside one of them
-    rows = [replace(row, saved=median(other.saved for other in rows if _kind(other) == _kind(row))) for row in rows]
-    whole = sum(median(row.seconds for row in rows if row.unit.startswith(f"{part}.")) for part in _parts(rows))
+    parts = {part: median(row.seconds for row in rows if _parts([row]) == {part}) for part in _parts(rows)}
+    whole = sum(parts.values())
+    # shares, as a part may have been slower beside one block than beside another; blocks of one kind save the same
+    shares = {row.unit: row.saved / row.seconds if row.seconds else 0.0 for row in rows}
+    kinds = {kind: median(shares[row.unit] for row in rows if _kind(row) == kind) for kind in map(_kind, rows)}
+    rows = [replace(row, saved=kinds[_kind(row)] * parts[_kind(row)[0]]) for row in rows]
     chosen: list[Row] = []
     for row in sorted((row for row in rows if row.saved > 0), key=lambda row: row.distance / row.saved):
         if not _fits(model, [row.unit]) or any(row.unit in overlaps(other.unit, model) for other in chosen):

@@ -118,6 +118,15 @@ def test_blocks_of_one_kind_are_taken_to_save_the_same_time() -> None:
     assert choose_units(importance, MINI, 0.7) == ["motion.blocks.1", "motion.blocks.0"]
 
 
+def test_a_block_saves_a_share_whatever_the_machine_did_beside_it() -> None:
+    slow = replace(row("unet.mid", 0.4, 0.15), seconds=4.0)
+    rows = (slow, row("unet.attentions.up.1", 0.2, 0.1), replace(row("unet.level", 0.3, 0.9), seconds=0.0))
+    importance = Importance("mini", "", "mini", 1, 1, 0, rows)
+    # a tenth of the median second, not 0.4 of it: less for its harm than the other
+    assert choose_units(importance, MINI, 0.85) == ["unet.attentions.up.1"]
+    assert choose_units(importance, MINI, 0.75) == ["unet.attentions.up.1", "unet.mid"]
+
+
 def test_files_of_importance_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "importance.json"
     importance = Importance("mini", "", "mini", 1, 1, 0, (row("unet.mid", 0.1, 0.0),))
