@@ -40,6 +40,11 @@ class Row(Options):
     motion: float = _count("The same.")
     scene: float = _count("The same.")
 
+    @property
+    def share(self) -> float:
+        """Return how much of the part's time is saved."""
+        return self.saved / self.seconds if self.seconds else 0.0
+
 
 @dataclass(frozen=True)
 class Importance(Options):
@@ -89,8 +94,7 @@ def choose_units(importance: Importance, model: ModelConfig, budget: float) -> l
     parts = {part: median(row.seconds for row in rows if _parts([row]) == {part}) for part in _parts(rows)}
     whole = sum(parts.values())
     # shares, as a part may have been slower beside one block than beside another; blocks of one kind save the same
-    shares = {row.unit: row.saved / row.seconds if row.seconds else 0.0 for row in rows}
-    kinds = {kind: median(shares[row.unit] for row in rows if _kind(row) == kind) for kind in map(_kind, rows)}
+    kinds = {kind: median(row.share for row in rows if _kind(row) == kind) for kind in map(_kind, rows)}
     rows = [replace(row, saved=kinds[_kind(row)] * parts[_kind(row)[0]]) for row in rows]
     chosen: list[Row] = []
     for row in sorted((row for row in rows if row.saved > 0), key=lambda row: row.distance / row.saved):

@@ -166,11 +166,11 @@ def measure_importance(evaluator: Evaluator, options: Weighing, path: Path) -> I
 
 
 def list_importance(importance: Importance) -> list[str]:
-    """Return a title and a table."""
-    header = ("block", "parameters", "ms saved", "PSNR", "median", f"< {FAILED:g} dB", "distance", *HEADS)
+    """Return a title and a table; the time saved is a share of the part's."""
+    header = ("block", "parameters", "time saved", "PSNR", "median", f"< {FAILED:g} dB", "distance", *HEADS)
     rows: list[tuple[str, ...]] = [header]
     for row in importance.rows:
-        cells = f"{row.parameters:,}", f"{1e3 * row.saved:.1f}", _show(row.psnr), _show(row.median), str(row.failed)
+        cells = f"{row.parameters:,}", f"{100 * row.share:.1f} %", _show(row.psnr), _show(row.median), str(row.failed)
         named = (f"{getattr(row, head):.1f} %" for head in HEADS)
         rows.append((row.unit, *cells, f"{row.distance:.3f}", *named))
     title = f"{importance.model}: {importance.clips} clips of {importance.steps} steps, without each block"
