@@ -18,11 +18,11 @@ def draw_importance(path: Path, importance: Importance) -> None:
     size = _NAME + 2 * (_BAR + 90) + 2 * _MARGIN, (len(rows) + 2) * _LINE + 2 * _MARGIN
     image = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    titles = f"{importance.model} without", "distance of the probe's features", "milliseconds saved of a clip"
+    titles = f"{importance.model} without", "distance of the probe's features", "per cent saved of its part's time"
     lefts = [_MARGIN, _MARGIN + _NAME, _MARGIN + _NAME + _BAR + 90]
     for left, title in zip(lefts, titles, strict=True):
         draw.text((left, _MARGIN), title, "black", font)
-    columns = [row.distance for row in rows], [max(row.saved, 0) * 1e3 for row in rows]
+    columns = [row.distance for row in rows], [100 * max(row.share, 0) for row in rows]
     for i, row in enumerate(rows, 2):
         top = _MARGIN + i * _LINE
         draw.text((lefts[0], top), row.unit, "black", font)

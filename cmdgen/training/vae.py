@@ -201,7 +201,7 @@ class TinyStage(VaeStage):
             decoder_block_out_channels=(min(config.block_out_channels[0], 64),) * levels,
             num_encoder_blocks=(1,) * levels,
             # fewer where maps are larger
-            num_decoder_blocks=tuple(range(levels, 0, -1)),
+            num_decoder_blocks=tuple(range(2 * levels - 1, 0, -2)),
         )
         tiny: Any = TinyVae(small)
         self.tiny: TinyVae = tiny.to(memory_format=torch.channels_last).to(run.device)
