@@ -261,6 +261,8 @@ class EvdmConfig(AttentionConfig):
     attention_features: int | None = None
     # whether clean frames (prediction_type "sample") are the nearest known ones where a mask, learned too, says so
     mask: bool = False
+    # with a mask: pixels a frame that what stays may move, as it did in the two nearest known frames; 0: it rests
+    reach: int = 0
 
     @property
     def frames(self) -> int:
@@ -478,11 +480,22 @@ _EVDM_PAPER = [
 ]
 # a wide first level without the squeeze learns motion fastest (docs/evdm.md). It predicts clean frames: the
 # 64 channels of a position cannot carry the 80 values of noise that velocity needs
-_SMALL = EvdmConfig(future=5, patch=4, width=64, multipliers=(1, 1), reduction=1, activation="silu", dropout=0.0)
+_SMALL = EvdmConfig(
+    future=5,
+    patch=4,
+    width=64,
+    multipliers=(1, 1),
+    reduction=1,
+    activation="silu",
+    dropout=0.0,
+    mask=True,
+    # of a digit at 64x64
+    reach=4,
+)
 _SMALL_NOISE = replace(MINI.noise, prediction_type="sample", clip_sample=True)
 EVDM_SMALL = _evdm("evdm-small", _SMALL, _SMALL_NOISE, steps=2)
-# most of a picture stays as it is
-_WORLD = replace(_SMALL, channels=3, modulation="half", mask=True)
+# most of a picture stays where it is
+_WORLD = replace(_SMALL, channels=3, modulation="half", reach=0)
 EVDM_WORLD = _evdm("evdm-world", _WORLD, _SMALL_NOISE, steps=10)
 
 ANIMATEDIFF = ModelConfig(

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from cmdgen.config import PRESETS, EvdmConfig
-from cmdgen.evaluation.prediction import blend
+from cmdgen.evaluation.prediction import blend, clip_psnr
 from cmdgen.models.attention import GatedAttention
-from cmdgen.models.evdm import Evdm, norm_groups, resample, shuffle
+from cmdgen.models.evdm import Evdm, follow, norm_groups, resample, shuffle
 
 TINY = EvdmConfig(past=2, current=3, future=1, patch=2, width=8, attention="gated", dropout=0.0)
 # Zhang et al. 2023, tables 2 and 3, in millions: 27.9, 62.8, 251.2; 12.5, 28.1, 112.4, 252.7; 20.4, 182.7
@@ -81,7 +81,8 @@ def test_the_gate_is_open_where_positions_exceed_twice_the_width(name: str, line
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"split": True}, {"block": "mcvd"}, {"modulation": "half", "activation": "silu"}]
+    "changes",
+    [{}, {"split": True}, {"block": "mcvd"}, {"modulation": "half", "activation": "silu"}, {"mask": True, "reach": 2}],
 )
 def test_a_batch_is_its_clips_one_by_one(changes: dict[str, object]) -> None:
     network, (sample, timestep, context) = build(**changes), inputs()
@@ -130,6 +131,55 @@ def test_a_fresh_network_with_a_mask_keeps_the_nearest_known_frames() -> None:
         bias = network.conv_out.bias.unflatten(0, (config.current, config.channels + 1, config.patch**2))
         bias[:, :-1], bias[:, -1] = 0.5, 50
     torch.testing.assert_close(network(sample, torch.tensor([500]), both[:1]), torch.full_like(sample, 0.5))
+
+
+def test_what_moves_is_followed_from_both_sides() -> None:
+    config = replace(TINY, past=2, current=5, future=2, patch=4, mask=True, reach=4)
+    clip = torch.full((1, 1, 9, 64, 64), -1.0, dtype=torch.float64)
+    textures = torch.rand(2, 20, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for texture, (top, left, dy, dx) in zip(textures, ((8, 4, -1, 4), (24, 40, 2, 0)), strict=True):
+        for t in range(9):
+            place = slice(top + dy * t, top + dy * t + 20), slice(left + dx * t, left + dx * t + 20)
+            clip[0, 0, t, *place] = clip[0, 0, t, *place].maximum(texture)
+    past, target, future = clip.split([2, 5, 2], dim=2)
+    nothing, black = torch.zeros_like(past), torch.full_like(target, -1)
+
+    def check(made: torch.Tensor, expected: torch.Tensor) -> None:
+        for t in range(5):
+            # edges are mixed with the black around them
+            assert clip_psnr(made[:, :, t], expected[:, :, t]).min() > 18, t
+
+    # where it was it is not: at frames 1, 2 and 3
+    resting = past[:, :, 1:].expand_as(target)
+    assert all(clip_psnr(resting[:, :, t], target[:, :, t]) < 16 for t in range(3))
+    check(follow(torch.cat([past, future], dim=2), config), target)
+    # the third frame is three away from either
+    ahead = torch.cat([target[:, :, :3], black[:, :, 3:]], dim=2)
+    back = torch.cat([black[:, :, :2], target[:, :, 2:]], dim=2)
+    check(follow(torch.cat([past, nothing], dim=2), config), ahead)
+    check(follow(torch.cat([nothing, future], dim=2), config), back)
+    check(follow(past, replace(config, future=0)), ahead)
+    check(follow(future, replace(config, past=0)), back)
+    assert (follow(torch.cat([nothing, nothing], dim=2), config) == -1).all()
+    # clips of a batch move as they do, and a single known frame rests
+    alone = past.clone()
+    alone[:, :, 0] = 0
+    rests = torch.cat([past[:, :, 1:].expand(-1, -1, 3, -1, -1), black[:, :, 3:]], dim=2)
+    both = torch.cat([torch.cat([past.flip(4), nothing], dim=2), torch.cat([alone, nothing], dim=2)])
+    check(follow(both, config), torch.cat([ahead.flip(4), rests]))
+    check(follow(past[:, :, 1:], replace(config, past=1, future=0)), rests)
+
+
+def test_a_fresh_network_keeps_what_it_followed_and_sees_it() -> None:
+    config = replace(TINY, past=2, current=3, future=1, mask=True, reach=2)
+    torch.manual_seed(0)
+    sample, timestep, context = inputs()
+    kept, share = follow(context, config), 1 / (1 + math.exp(4))
+    network = Evdm(config).double()
+    torch.testing.assert_close(network(sample, timestep, context), (1 - share) * kept)
+    assert network.conv_in.in_channels == 4 * (6 + 3)
+    with pytest.raises(ValueError, match="reach 2 is of what a mask keeps, and there is no mask"):
+        Evdm(replace(TINY, reach=2))
 
 
 def test_resampling_is_a_filter_of_1_3_3_1() -> None:
