@@ -54,7 +54,7 @@ def compare_folders(options: Evaluation, show: Show) -> tuple[list[str], dict[st
     rows = [("figure", "generated", "real against real")]
     for name, distance in (("Frechet distance", frechet_distance), ("kernel distance", kernel_distance)):
         values = distance(first, made), distance(first, second)
-        record[name.replace(" ", "_")] = {"generated": values[0], "real": values[1]}
+        record[name.lower().replace(" ", "_")] = {"generated": values[0], "real": values[1]}
         rows.append((f"{name} (probe)", f"{values[0]:.4g}", f"{values[1]:.4g}"))
     lines = [f"{count} clips of each set, {options.frames} frames", "", *table(rows)]
     if pairs:

@@ -272,7 +272,7 @@ class Pipeline(ABC):
         about = {"cmdgen": __version__, "model": self.config.name, "weights": self.weights_hash}
         about |= {"dtype": dtype_name(self.dtype), "device": self.device.type}
         if self.loras:
-            about["lora"] = ", ".join(f"{lora.path.name}:{lora.scale:g}" for lora in self.loras)
+            about["lora"] = ", ".join(f"{lora.path.name}:{lora.scale:.15g}" for lora in self.loras)
         if self.decoder_folder is not None:
             about["decoder"] = self.decoder_folder.resolve().name
         # compiled code rounds differently

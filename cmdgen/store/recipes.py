@@ -86,7 +86,7 @@ def pull_recipe(
     # one that was pulled before gives way to a new one that is whole
     with create_folder(place, overwrite=True) as target:
         (target / "lora").mkdir()
-        names = tuple(f"{i}.safetensors:{lora.scale:g}" for i, lora in enumerate(changes))
+        names = tuple(f"{i}.safetensors:{lora.scale:.15g}" for i, lora in enumerate(changes))
         for i, lora in enumerate(changes):
             link(lora.path, target / "lora" / f"{i}.safetensors")
         compose(replace(recipe.model, name=name, loras=names), base, modules, target)

@@ -37,7 +37,7 @@ def test_sets_are_compared_beside_real_against_real(cmdgen, folders) -> None:
     assert done.code == 0, done.err
     record = json.loads(done.out)
     assert (record["n"], record["real"], record["generated"]) == (3, 6, 3)
-    for name in ("Frechet_distance", "kernel_distance"):
+    for name in ("frechet_distance", "kernel_distance"):
         assert all(math.isfinite(value) for value in record[name].values())
     assert "3 clips of each set, 4 frames" in run(cmdgen, *folders).out
 

@@ -146,13 +146,13 @@ def test_a_clip_with_loras_is_recorded_and_made_again(cmdgen, tmp_path: Path) ->
     for i, target in enumerate((QUERY, OUT.replace("mid", "up"))):
         down, up = pair(unet, target)
         save_file({kohya(target, "down"): down, kohya(target, "up"): up}, tmp_path / f"{i}.safetensors")
-    loras = ("--lora", tmp_path / "0.safetensors", "--lora", f"{tmp_path / '1.safetensors'}:0.5")
+    loras = ("--lora", tmp_path / "0.safetensors", "--lora", f"{tmp_path / '1.safetensors'}:0.51234567")
     clip = ("a dog", "--model", folder, "--seed", 1, "--frames", 2, "--steps", 1)
     for name, arguments in (("plain", (*clip,)), ("changed", (*clip, *loras))):
         done = cmdgen("sample", *arguments, "-o", tmp_path / f"{name}.mp4")
         assert done.code == 0, done.err
     plain, changed = (read_metadata(tmp_path / f"{name}.mp4") for name in ("plain", "changed"))
-    assert changed["lora"] == "0.safetensors:1, 1.safetensors:0.5" and "lora" not in plain
+    assert changed["lora"] == "0.safetensors:1, 1.safetensors:0.51234567" and "lora" not in plain
     assert changed["weights"] != plain["weights"]
     assert (tmp_path / "plain.mp4").read_bytes() != (tmp_path / "changed.mp4").read_bytes()
     again = ("sample", "--like", tmp_path / "changed.mp4", "-o", tmp_path / "again.mp4", "--model", folder)
