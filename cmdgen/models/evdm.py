@@ -292,7 +292,8 @@ def follow(context: Tensor, config: EvdmConfig) -> Tensor:
     """
     last = len(context[0, 0]) - 1
     known = context.ne(0).any(dim=4).any(dim=3).any(dim=1)  # (B, T')
-    frames = (context + 1) / 2 * known[:, None, :, None, None]
+    precise = context.to(torch.promote_types(context.dtype, torch.float32))
+    frames = (precise + 1) / 2 * known[:, None, :, None, None]
     # of each side the nearest frame, the next one, and how far the first frame to make is from them
     past = [(config.past - 1, max(0, config.past - 2), range(1, config.current + 1))] * (config.past > 0)
     future = [(config.past, min(config.past + 1, last), range(config.current, 0, -1))] * (config.future > 0)
@@ -321,7 +322,7 @@ def follow(context: Tensor, config: EvdmConfig) -> Tensor:
         for motion, weight in zip(motions, weights, strict=True):
             total.addcmul_(motion, weight)
         made.append(rearrange(2 * total - 1, "c i j h w b -> b c (h i) (w j)"))
-    return torch.stack(made, dim=2)
+    return torch.stack(made, dim=2).to(context.dtype)
 
 
 def shift(frame: Tensor, step: int, config: EvdmConfig) -> list[Tensor]:
